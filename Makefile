@@ -46,7 +46,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/zensical build --strict --clean
+	PYTHONPATH=scripts $(BIN)/zensical build --strict --clean
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only .
@@ -61,7 +61,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 docs: $(STAMP)
-	$(BIN)/zensical build --strict --clean
+	PYTHONPATH=scripts $(BIN)/zensical build --strict --clean
 
 clean:
 	rm -rf $(VENV) site build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .cache
