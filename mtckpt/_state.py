@@ -1,0 +1,480 @@
+"""Training state without a framework: arrays, plain values, and the tree that joins them.
+
+Knows trees of dicts, lists, tuples, plain values and objects with ``state_dict``; knows arrays
+only through a ``StateAdapter``. Does not know files, slots or tiers. Does not promise that two
+runs give a leaf the same index: paths are the names, indexes live as long as one ``Node``.
+
+A tree is walked twice in different ways. ``flatten`` builds its ``Node`` from scratch;
+``refill`` walks the next state along an existing ``Node`` and answers False when anything about
+the structure differs. A save costs a microsecond a tensor that way, and a stale structure can
+never be written: what does not match is flattened anew.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mtckpt._dtypes import DTYPES, size_bytes_of
+from mtckpt.errors import FormatError, UnsupportedState
+
+__all__ = [
+    "ArraySpec",
+    "Flat",
+    "Node",
+    "StateAdapter",
+    "Stateful",
+    "decode_plain",
+    "encode_plain",
+    "escape",
+    "flatten",
+    "node_from_json",
+    "node_to_json",
+    "refill",
+    "register_codec",
+]
+
+MAX_DEPTH = 64
+
+ARRAY, PLAIN, DICT, LIST, TUPLE, CODEC, OBJECT = (
+    "array",
+    "plain",
+    "dict",
+    "list",
+    "tuple",
+    "codec",
+    "object",
+)
+PLAIN_TYPES = frozenset({int, float, str, bool, type(None), bytes})
+
+
+class Stateful(Protocol):
+    """What most of PyTorch's training objects are, and what any object of a user's can be."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One array, or one box of a global array.
+
+    ``shape`` is what this rank holds. ``offsets`` and ``global_shape`` place it in the global
+    array; both are None for an array that is held whole. ``framework`` says which adapter made it.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    framework: str
+    offsets: tuple[int, ...] | None = None
+    global_shape: tuple[int, ...] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return size_bytes_of(self.dtype, self.shape)
+
+
+class StateAdapter(Protocol):
+    """What mtckpt needs from a framework. Everything works on lists, since a call a leaf is dear."""
+
+    framework: str
+
+    def is_array(self, value: object) -> bool:
+        """True for a leaf that this adapter owns."""
+
+    def spec(self, value: Any, path: str) -> ArraySpec:
+        """Type and shape. Raises UnsupportedState for what cannot be stored (sparse, quantised)."""
+
+    def fingerprint(self, values: Sequence[Any]) -> object:
+        """A value that compares equal exactly when dtype, shape, layout and device of all do."""
+
+    def host_addresses(self, values: Sequence[Any]) -> tuple[list[int], object]:
+        """Where the bytes of each array lie in host memory, contiguous, in C order.
+
+        What lies elsewhere (another device) or otherwise (strides, lazy conjugation) is copied
+        first; the second result keeps those copies alive. The address of an empty array is 0.
+        """
+
+    def identity(self, value: Any) -> object | None:
+        """Equal for two arrays that are the same bytes with the same shape; None if unknown."""
+
+    def state_of(self, value: object) -> object | None:
+        """The tree inside an object that this adapter knows better than ``state_dict()``, or None."""
+
+    def writable_address(self, value: Any) -> int | None:
+        """Where bytes can be written straight into this live array, or None."""
+
+    def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int]:
+        """A fresh host array in memory of its own, and its address. ``like`` gives the kind."""
+
+    def assign(self, live: Any, fresh: Any) -> Any:
+        """Copy a fresh host array into a live one; returns what stands in its place."""
+
+    def place_object(self, live: Any, node: Node, path: str, placing: Any) -> bool:
+        """Match an object this adapter knows (a module, an optimizer) with its saved tree.
+
+        ``placing`` is a ``Placing``: wants go to ``into``, ``fresh`` and ``tree``, differences to
+        ``missing``, ``unused`` and ``diff``, work for later to ``finish``. False: not its object.
+        """
+
+
+class Node:
+    """One place in a tree. ``index`` counts arrays or plain values in the order of the walk."""
+
+    __slots__ = ("children", "index", "keys", "kind", "name", "type", "types")
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        type_: type = object,
+        keys: list[Any] | None = None,
+        children: list[Node] | None = None,
+        index: int = -1,
+        name: str = "",
+    ) -> None:
+        self.kind = kind
+        self.type = type_
+        self.keys = keys
+        self.children = children or []
+        self.index = index
+        self.name = name
+        # A container of nothing but arrays is compared in one go; None for any other.
+        arrays = bool(self.children) and all(child.kind == ARRAY for child in self.children)
+        self.types = [child.type for child in self.children] if arrays else None
+
+
+@dataclass(slots=True)
+class Flat:
+    """A state, taken apart. ``paths`` and ``specs`` go with ``arrays``, index for index."""
+
+    root: Node
+    arrays: list[Any] = field(default_factory=list)
+    owners: list[StateAdapter] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    plain: list[Any] = field(default_factory=list)
+    plain_paths: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How values of a user's type travel: as a tree of what mtckpt can store."""
+
+    name: str
+    type: type
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+
+
+_codecs: dict[type, Codec] = {}
+_codec_names: dict[str, Codec] = {}
+
+
+def register_codec(
+    type_: type, *, name: str, encode: Callable[[Any], Any], decode: Callable[[Any], Any]
+) -> None:
+    """Let values of exactly ``type_`` be saved.
+
+    ``encode`` returns arrays, plain values and containers of them; ``decode`` takes the same back.
+    ``name`` stands in the checkpoint, and a process that restores must have registered it.
+    Nothing in a checkpoint ever names code.
+    """
+    known = _codec_names.get(name)
+    if known is not None and known.type is not type_:
+        raise UnsupportedState(
+            f"codec name {name!r} is taken", type_name=known.type.__qualname__, path=""
+        )
+    _codecs[type_] = _codec_names[name] = Codec(name, type_, encode, decode)
+
+
+def escape(component: object) -> str:
+    """One component of a path; ``/`` separates components and ``@`` starts the offsets of a box."""
+    text = str(component)
+    if "%" in text or "/" in text or "@" in text:
+        text = text.replace("%", "%25").replace("/", "%2F").replace("@", "%40")
+    return text
+
+
+def flatten(state: object, adapters: Sequence[StateAdapter]) -> Flat:
+    """Take ``state`` apart. Raises UnsupportedState with path, type and what to do."""
+    flat = Flat(root=Node(PLAIN))
+    flat.root = _walk(state, "", adapters, flat, 0)
+    if len(set(flat.paths)) != len(flat.paths):
+        seen: set[str] = set()
+        path = next(p for p in flat.paths if p in seen or seen.add(p))  # type: ignore[func-returns-value]
+        raise UnsupportedState(
+            "two leaves have the same path", path=path, state="nothing was written"
+        )
+    return flat
+
+
+def _walk(
+    value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, depth: int
+) -> Node:
+    kind = type(value)
+    if depth > MAX_DEPTH:
+        raise UnsupportedState(
+            "nested too deeply, or a container that holds itself",
+            path=path,
+            max_depth=MAX_DEPTH,
+            state="nothing was written",
+        )
+    if kind in PLAIN_TYPES:
+        return _plain(value, path, flat)
+    for adapter in adapters:
+        if adapter.is_array(value):
+            _check_name(path)
+            flat.arrays.append(value)
+            flat.owners.append(adapter)
+            flat.paths.append(path)
+            return Node(ARRAY, type_=kind, index=len(flat.arrays) - 1, name=adapter.framework)
+    if kind in _codecs:
+        codec = _codecs[kind]
+        child = _walk(codec.encode(value), path, adapters, flat, depth + 1)
+        return Node(CODEC, type_=kind, children=[child], name=codec.name)
+    inner = _inner_state(value, adapters)
+    if inner is not None:
+        return Node(
+            OBJECT, type_=kind, children=[_walk(inner[0], path, adapters, flat, depth + 1)]
+        )
+    if isinstance(value, Mapping):
+        return _walk_dict(value, path, adapters, flat, depth)
+    if isinstance(value, (list, tuple)):
+        prefix = path + "/" if path else ""
+        children = [
+            _walk(item, f"{prefix}{i}", adapters, flat, depth + 1) for i, item in enumerate(value)
+        ]
+        return Node(
+            LIST if isinstance(value, list) else TUPLE, type_=kind, children=children
+        )
+    if isinstance(value, (bool, int, float, str, bytes)):
+        # A subclass (an IntEnum, numpy.float64) would come back as its base: said, not guessed.
+        return _plain(value, path, flat)
+    raise UnsupportedState(
+        f"cannot save a value of type {kind.__module__}.{kind.__qualname__}",
+        path=path,
+        type_name=kind.__qualname__,
+        state="nothing was written",
+        actions=(
+            "leave it out of the state if it can be built again",
+            "give it state_dict() and load_state_dict()",
+            "or describe it once with mtckpt.register_codec(type, name=, encode=, decode=)",
+        ),
+    )
+
+
+def _walk_dict(
+    value: Mapping[Any, Any],
+    path: str,
+    adapters: Sequence[StateAdapter],
+    flat: Flat,
+    depth: int,
+) -> Node:
+    prefix = path + "/" if path else ""
+    keys = list(value)
+    children = []
+    for key in keys:
+        if type(key) not in (str, int, bool, float, type(None)):
+            raise UnsupportedState(
+                f"a dict key must be a str, int, float, bool or None, not {type(key).__qualname__}",
+                path=path,
+                type_name=type(key).__qualname__,
+                state="nothing was written",
+            )
+        children.append(_walk(value[key], prefix + escape(key), adapters, flat, depth + 1))
+    return Node(DICT, type_=type(value), keys=keys, children=children)
+
+
+def _plain(value: Any, path: str, flat: Flat) -> Node:
+    if type(value) is str:
+        _check_name(value, path=path)
+    flat.plain.append(value)
+    flat.plain_paths.append(path)
+    return Node(PLAIN, type_=type(value), index=len(flat.plain) - 1)
+
+
+def _inner_state(value: Any, adapters: Sequence[StateAdapter]) -> tuple[object] | None:
+    """The tree inside an object, in a tuple since that tree may itself be None."""
+    for adapter in adapters:
+        inner = adapter.state_of(value)
+        if inner is not None:
+            return (inner,)
+    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+        return (value.state_dict(),)
+    return None
+
+
+def _check_name(name: str, path: str | None = None) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedState(
+            "text with a lone surrogate has no UTF-8 form",
+            path=ascii(name if path is None else path),
+            state="nothing was written",
+        ) from error
+    if name == "__metadata__" and path is None:
+        raise UnsupportedState(
+            "a leaf cannot be called __metadata__: safetensors keeps that name for itself",
+            path=name,
+            state="nothing was written",
+        )
+
+
+def refill(
+    node: Node,
+    value: Any,
+    adapters: Sequence[StateAdapter],
+    arrays: list[Any],
+    plain: list[Any],
+) -> bool:
+    """Collect the leaves of ``value`` along ``node``; False as soon as the structure differs."""
+    kind = node.kind
+    if kind == ARRAY:
+        arrays.append(value)
+        return type(value) is node.type
+    if kind == PLAIN:
+        plain.append(value)
+        return type(value) in PLAIN_TYPES or type(value) is node.type
+    if type(value) is not node.type:
+        return False
+    if kind == OBJECT:
+        inner = _inner_state(value, adapters)
+        return inner is not None and refill(node.children[0], inner[0], adapters, arrays, plain)
+    if kind == CODEC:
+        return refill(
+            node.children[0], _codecs[type(value)].encode(value), adapters, arrays, plain
+        )
+    if kind == DICT:
+        if list(value) != node.keys:
+            return False
+        items: Iterable[Any] = value.values()
+    else:
+        if len(value) != len(node.children):
+            return False
+        items = value
+    if node.types is not None:
+        found = list(items)
+        arrays.extend(found)
+        return [type(item) for item in found] == node.types
+    return all(
+        refill(child, item, adapters, arrays, plain)
+        for child, item in zip(node.children, items, strict=True)
+    )
+
+
+def encode_plain(value: Any) -> Any:
+    """JSON for one plain value; what JSON lacks is an object with a single key."""
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, bool) or value is None:
+        return bool(value) if value is not None else None
+    if isinstance(value, int):
+        number = int(value)
+        return number if -(2**63) <= number < 2**63 else {"int": str(number)}
+    if isinstance(value, float):
+        number_f = float(value)
+        return number_f if math.isfinite(number_f) else {"float": repr(number_f)}
+    if isinstance(value, str):
+        return str.__str__(value)
+    raise UnsupportedState(
+        f"not a plain value: {type(value).__qualname__}",
+        path="",
+        type_name=type(value).__qualname__,
+    )
+
+
+def decode_plain(value: Any) -> Any:
+    """The opposite of ``encode_plain``. Raises FormatError for anything else."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict) and len(value) == 1:
+        ((tag, text),) = value.items()
+        if isinstance(text, str):
+            try:
+                if tag == "bytes":
+                    return base64.b64decode(text, validate=True)
+                if tag == "float" and text in ("nan", "inf", "-inf"):
+                    return float(text)
+                if tag == "int" and len(text) <= 4096:
+                    return int(text)
+            except ValueError as error:
+                raise FormatError(f"not a plain value: {text[:60]!r}") from error
+    raise FormatError(f"not a plain value: {str(value)[:60]!r}")
+
+
+def node_to_json(node: Node) -> Any:
+    """The structure as JSON: every place is an object with a single key, its kind."""
+    if node.kind in (ARRAY, PLAIN):
+        return {node.kind: node.index}
+    if node.kind == OBJECT:
+        return node_to_json(node.children[0])
+    if node.kind == DICT:
+        keys = node.keys or []
+        return {
+            DICT: [
+                [encode_plain(key), node_to_json(child)]
+                for key, child in zip(keys, node.children, strict=True)
+            ]
+        }
+    if node.kind == CODEC:
+        return {CODEC: [node.name, node_to_json(node.children[0])]}
+    return {node.kind: [node_to_json(child) for child in node.children]}
+
+
+def node_from_json(tree: Any, num_arrays: int, num_plain: int, depth: int = 0) -> Node:
+    """Read a structure. Raises FormatError for anything that ``node_to_json`` would not write."""
+    if depth > 2 * MAX_DEPTH or not isinstance(tree, dict) or len(tree) != 1:
+        raise FormatError("not a structure of a state")
+    ((kind, body),) = tree.items()
+    if kind in (ARRAY, PLAIN):
+        limit = num_arrays if kind == ARRAY else num_plain
+        if type(body) is not int or not 0 <= body < limit:
+            raise FormatError(f"{kind} index out of range")
+        return Node(kind, index=body)
+    if not isinstance(body, list):
+        raise FormatError("not a structure of a state")
+    if kind == DICT:
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in body):
+            raise FormatError("not a structure of a state")
+        children = [node_from_json(pair[1], num_arrays, num_plain, depth + 1) for pair in body]
+        return Node(DICT, keys=[decode_plain(pair[0]) for pair in body], children=children)
+    if kind == CODEC:
+        if len(body) != 2 or not isinstance(body[0], str):
+            raise FormatError("not a structure of a state")
+        child = node_from_json(body[1], num_arrays, num_plain, depth + 1)
+        return Node(CODEC, children=[child], name=body[0])
+    if kind in (LIST, TUPLE):
+        return Node(
+            kind,
+            children=[node_from_json(item, num_arrays, num_plain, depth + 1) for item in body],
+        )
+    raise FormatError(f"not a structure of a state: {kind[:40]!r}")
+
+
+def codec_named(name: str, path: str) -> Codec:
+    """The codec that a checkpoint names. Raises UnsupportedState where none is registered."""
+    try:
+        return _codec_names[name]
+    except KeyError:
+        raise UnsupportedState(
+            f"the checkpoint uses the codec {name!r}, and this process has not registered it",
+            path=path,
+            state="live state unchanged",
+            actions=("call mtckpt.register_codec with that name before restore",),
+        ) from None
+
+
+def check_dtype(name: str, path: str) -> str:
+    """``name`` if it can be stored. Raises UnsupportedState."""
+    if name not in DTYPES:
+        raise UnsupportedState(
+            f"arrays of type {name} cannot be stored",
+            path=path,
+            type_name=name,
+            state="nothing was written",
+        )
+    return name
