@@ -1,0 +1,27 @@
+"""Places that keep bytes under keys: the protocol, the local directory, and the wrappers."""
+
+from __future__ import annotations
+
+from mtckpt.tiers.base import (
+    BytesSource,
+    ObjectInfo,
+    PutResult,
+    Source,
+    Survives,
+    Tier,
+    check_key,
+    read_all,
+)
+from mtckpt.tiers.local import LocalTier
+
+__all__ = [
+    "BytesSource",
+    "LocalTier",
+    "ObjectInfo",
+    "PutResult",
+    "Source",
+    "Survives",
+    "Tier",
+    "check_key",
+    "read_all",
+]
