@@ -1,0 +1,345 @@
+"""Records, manifests and incarnations: the small files that say what a save is.
+
+Knows their fields, versions and names (``docs/format.md``) and the one commit rule: a save is
+complete in a tier when every record that its plan names is there and parses. A manifest is that
+fact cached: its absence hides nothing, its presence vouches for nothing. Does not read or write
+files. Every file is sealed: JSON with the digest of its own body, so that no flipped bit in it
+goes unseen.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
+
+from mtckpt.errors import Damaged, FormatTooNew, UsageError
+
+__all__ = [
+    "Incarnation",
+    "Manifest",
+    "Record",
+    "SaveName",
+    "decode_sealed",
+    "encode_sealed",
+    "newest_line",
+    "run_key",
+    "save_id",
+]
+
+FORMAT_VERSION = 1
+MAX_RECORD_BYTES = 256 * 1024 * 1024
+MAX_SMALL_BYTES = 16 * 1024 * 1024
+MAX_STEP = 10**12
+
+
+class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True):
+    """One leaf, in the order of the walk. ``same_as`` is the entry whose bytes a tied leaf has."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    framework: str
+    offsets: tuple[int, ...] | None = None
+    global_shape: tuple[int, ...] | None = None
+    same_as: int | None = None
+
+
+class ShardEntry(msgspec.Struct, frozen=True):
+    """The shard file that a record belongs to; ``table_digest`` is the XXH3-128 of its table."""
+
+    size_bytes: int
+    data_start: int
+    header_digest: str
+    table_digest: str
+    chunk_bytes: int
+
+
+class Record(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one rank saved at one step. ``roots`` is base64 of 16 bytes a stored tensor.
+
+    ``due`` names the slower tiers that this save is to reach, so that the next agent knows what an
+    agent that died still owed. ``aborted`` says why a save was called off.
+    """
+
+    version: int
+    run: str
+    step: int
+    incarnation: int
+    incarnation_id: str
+    save_id: str
+    rank: int
+    world_size: int
+    plan_digest: str
+    shard: ShardEntry
+    roots: str
+    arrays: msgspec.Raw
+    structure: msgspec.Raw
+    plain: msgspec.Raw
+    writer: str = ""
+    host: str = ""
+    metrics: dict[str, float] = {}
+    due: tuple[str, ...] = ()
+    aborted: str = ""
+
+    def array_entries(self) -> list[ArrayEntry]:
+        """Decoded on demand: listing a thousand saves does not need a million leaves."""
+        try:
+            entries = msgspec.json.decode(self.arrays, type=list[ArrayEntry])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise Damaged(f"record does not parse: {error}", step=self.step) from error
+        for index, entry in enumerate(entries):
+            if entry.same_as is not None and not 0 <= entry.same_as < len(entries):
+                raise Damaged("record has a tied leaf without its twin", leaf=entry.path, at=index)
+        return entries
+
+    def root_bytes(self) -> bytes:
+        try:
+            return base64.b64decode(self.roots, validate=True)
+        except ValueError as error:
+            raise Damaged("record has roots that are not base64", step=self.step) from error
+
+
+class ManifestEntry(msgspec.Struct, frozen=True):
+    """One shard of a complete save."""
+
+    rank: int
+    size_bytes: int
+    record_digest: str
+
+
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A complete save, cached. Derived from the records, and never believed without them."""
+
+    version: int
+    run: str
+    step: int
+    incarnation: int
+    save_id: str
+    world_size: int
+    shards: list[ManifestEntry]
+    metrics: dict[str, float] = {}
+
+
+class Incarnation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One start of the job. ``parent`` is the (incarnation number, step) it went on from."""
+
+    version: int
+    run: str
+    number: int
+    id: str
+    parent: tuple[int, int] | None = None
+    host: str = ""
+    pid: int = 0
+
+
+class Metrics(msgspec.Struct, frozen=True):
+    """Metrics reported after the save."""
+
+    version: int
+    step: int
+    save_id: str
+    metrics: dict[str, float]
+
+
+class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
+    kind: str
+    digest: str
+    body: msgspec.Raw
+
+
+_T = TypeVar("_T", Record, Manifest, Incarnation, Metrics)
+
+
+def encode_sealed(value: Record | Manifest | Incarnation | Metrics) -> bytes:
+    """JSON of ``value`` with its kind and the XXH3-128 of its body."""
+    body = msgspec.json.encode(value)
+    kind = type(value).__name__.lower()
+    digest = xxh3_128_hexdigest(kind.encode() + body)
+    return msgspec.json.encode(_Sealed(kind, digest, msgspec.Raw(body))) + b"\n"
+
+
+def decode_sealed(data: bytes | memoryview, type_: type[_T]) -> _T:
+    """Read what ``encode_sealed`` wrote. Raises Damaged, or FormatTooNew for a later version."""
+    try:
+        sealed = msgspec.json.decode(data, type=_Sealed)
+        body = bytes(sealed.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Damaged(f"{type_.__name__.lower()} does not parse: {error}") from error
+    kind = type_.__name__.lower()
+    if sealed.kind != kind or sealed.digest != xxh3_128_hexdigest(kind.encode() + body):
+        raise Damaged(f"{kind} does not match its digest")
+    try:
+        version = msgspec.json.decode(body, type=_Version).version
+        if version > FORMAT_VERSION:
+            raise FormatTooNew(
+                f"{kind} of a later version of mtckpt", version=version, supported=FORMAT_VERSION
+            )
+        return msgspec.json.decode(body, type=type_)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Damaged(f"{kind} does not parse: {error}") from error
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
+# -- names --------------------------------------------------------------------------------------
+
+_PLAIN_RUN = re.compile(r"[a-z0-9][a-z0-9_.=-]{0,99}")
+
+
+def run_key(run: str) -> str:
+    """The directory of a run: its name if that is one, else a slug with the name's digest."""
+    if not run or len(run) > 1000:
+        raise UsageError("a run needs a name of 1 to 1000 characters", state="nothing was done")
+    if _PLAIN_RUN.fullmatch(run) and run != "." and not run.endswith("."):
+        return run
+    slug = re.sub(r"[^a-z0-9_=-]+", "-", run.lower()).strip("-")[:60] or "run"
+    return f"{slug}-{xxh3_64_hexdigest(run.encode(errors='surrogatepass'))}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SaveName:
+    """The directory of one save; sorts by step, then incarnation."""
+
+    step: int
+    incarnation: int
+    short_id: str
+
+    def __str__(self) -> str:
+        return f"step-{self.step:012d}.{self.incarnation:06d}.{self.short_id}"
+
+    @staticmethod
+    def parse(name: str) -> SaveName | None:
+        match = re.fullmatch(r"step-(\d{12,13})\.(\d{6,9})\.([0-9a-f]{12})", name)
+        return SaveName(int(match[1]), int(match[2]), match[3]) if match else None
+
+
+def save_name(step: int, incarnation: int, save_id_: str) -> SaveName:
+    return SaveName(step, incarnation, save_id_.replace("-", "")[:12])
+
+
+def save_id(incarnation_id: str, step: int, attempt: int) -> str:
+    """Derived, so that every rank has it without a message: UUIDv5 of incarnation and step."""
+    return str(uuid.uuid5(uuid.UUID(incarnation_id), f"{step}:{attempt}"))
+
+
+def generation_of(save_id_: str) -> int:
+    """The word that ties a digest table to its save: 64 bits of the id, never 0."""
+    return int(uuid.UUID(save_id_)) & 0xFFFF_FFFF_FFFF_FFFF or 1
+
+
+def shard_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def table_file(rank: int) -> str:
+    return f"rank-{rank:05d}.xxh3"
+
+
+def record_file(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+MANIFEST_FILE = "manifest.json"
+
+
+def incarnation_file(number: int, id_: str) -> str:
+    return f"incarnation-{number:06d}.{id_.replace('-', '')[:12]}.json"
+
+
+def parse_record_file(name: str) -> int | None:
+    match = re.fullmatch(r"rank-(\d{5})\.json", name)
+    return int(match[1]) if match else None
+
+
+def parse_incarnation_file(name: str) -> int | None:
+    match = re.fullmatch(r"incarnation-(\d{6,9})\.[0-9a-f]{12}\.json", name)
+    return int(match[1]) if match else None
+
+
+# -- pure decisions about saves and incarnations ---------------------------------------------------
+
+
+@dataclass(slots=True)
+class SaveEntry:
+    """One save as one tier has it. ``records`` by rank; ``problems`` says what is wrong with it."""
+
+    name: SaveName
+    tier: str
+    records: dict[int, Record] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """The commit rule. Only the records themselves count."""
+        return is_complete(self.records)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(record.shard.size_bytes for record in self.records.values())
+
+    @property
+    def aborted(self) -> str:
+        return next((r.aborted for r in self.records.values() if r.aborted), "")
+
+
+def is_complete(records: Mapping[int, Record]) -> bool:
+    """Every record that the plan names is there, and all are of one save."""
+    if not records:
+        return False
+    first = next(iter(records.values()))
+    return sorted(records) == list(range(first.world_size)) and all(
+        (r.save_id, r.world_size, r.step, r.incarnation)
+        == (first.save_id, first.world_size, first.step, first.incarnation)
+        for r in records.values()
+    )
+
+
+def newest_line(incarnations: Iterable[Incarnation]) -> list[tuple[int, int | None]]:
+    """From the latest incarnation back through its parents: ``(number, last step that counts)``.
+
+    The latest one counts whole (None). A rolled-back branch is not on the line, so it never comes
+    back by itself. Two incarnations of one number (two tiers were apart) are both followed by the
+    higher id, which every reader decides alike.
+    """
+    by_number: dict[int, Incarnation] = {}
+    for incarnation in sorted(incarnations, key=lambda i: (i.number, i.id)):
+        by_number[incarnation.number] = incarnation
+    if not by_number:
+        return []
+    line: list[tuple[int, int | None]] = []
+    number: int | None = max(by_number)
+    limit: int | None = None
+    while number is not None and number in by_number and len(line) <= len(by_number):
+        line.append((number, limit))
+        parent = by_number[number].parent
+        if parent is None:
+            break
+        number, step = parent
+        limit = step if limit is None else min(step, limit)
+    else:
+        if number is not None and len(line) <= len(by_number):
+            line.append((number, limit))  # its record is lost; its saves still count
+    return line
+
+
+def on_line(name: SaveName, line: Sequence[tuple[int, int | None]]) -> bool:
+    """True if a save is on the line; one off it is abandoned."""
+    return any(
+        name.incarnation == number and (limit is None or name.step <= limit)
+        for number, limit in line
+    )
+
+
+def describe(value: Any) -> str:
+    """A record or save in a few words, for messages."""
+    return f"step {value.step} (incarnation {value.incarnation})"

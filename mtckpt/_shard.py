@@ -1,0 +1,300 @@
+"""The shard: one rank's tensors of one save, as a safetensors file and a table of digests.
+
+Knows the layout of both files byte for byte (``docs/format.md``), plans it before anything is
+copied, and checks bytes against it. Does not know where a shard lies, which step it belongs to,
+or what a leaf means. A digest guards against accidents (bit rot, torn pages, bad memory), not
+against somebody who can recompute it.
+
+File: ``u64 header length | JSON header, padded with spaces | data``, data from a multiple of 4096.
+Tensors stand by descending element size, then by name, so all are aligned without holes.
+Table: a header of 64 bytes, then the XXH3-64 of every 256 KiB of every tensor, counted from that
+tensor's start, so that two ranks that hold the same bytes at other offsets can compare.
+XXH3: https://github.com/Cyan4973/xxHash. safetensors: https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import msgspec
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
+
+from mtckpt._dtypes import DTYPES, size_bytes_of
+from mtckpt.errors import Damaged, FormatError, FormatTooNew, UnsupportedState
+
+__all__ = [
+    "CHUNK_BYTES",
+    "ShardLayout",
+    "StoredTensor",
+    "Table",
+    "check_chunks",
+    "parse_layout",
+    "plan_layout",
+    "root_digests",
+]
+
+CHUNK_BYTES = 256 * 1024
+DATA_ALIGNMENT_BYTES = 4096
+MAX_HEADER_BYTES = 64 * 1024 * 1024
+MAX_SHARD_BYTES = 2**46
+TABLE_VERSION = 1
+TABLE_MAGIC = b"MTCKXXH3"
+# magic, version, chunk bytes, tensors, chunks, header digest, generation, two words reserved
+TABLE_HEADER = struct.Struct("<8sIIQQQQQQ")
+GENERATION_OFFSET = 40
+_CODES = {dtype.stored_code: dtype for dtype in DTYPES.values() if dtype.code}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of the file. ``start`` is its offset in the file; its chunks are numbered on."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    size_bytes: int
+    first_chunk: int
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.size_bytes // CHUNK_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """Where everything lies. ``tensors`` is in file order; ``header`` is ``[0, data_start)``."""
+
+    tensors: tuple[StoredTensor, ...]
+    header: bytes
+    size_bytes: int
+    num_chunks: int
+
+    @property
+    def data_start(self) -> int:
+        return len(self.header)
+
+    @property
+    def header_digest(self) -> int:
+        return xxh3_64_intdigest(self.header)
+
+    @property
+    def table_bytes(self) -> int:
+        return TABLE_HEADER.size + 8 * self.num_chunks
+
+    def by_name(self) -> dict[str, StoredTensor]:
+        return {tensor.name: tensor for tensor in self.tensors}
+
+
+def plan_layout(arrays: Iterable[tuple[str, str, tuple[int, ...]]]) -> ShardLayout:
+    """Plan the file of arrays given as ``(name, dtype name, shape)``, names unique.
+
+    Raises UnsupportedState if the header would pass 64 MiB.
+    """
+    rows = []
+    for name, dtype_name, shape in arrays:
+        dtype = DTYPES[dtype_name]
+        rows.append((-dtype.stored_item_bytes, name, dtype, shape))
+    rows.sort(key=lambda row: (row[0], row[1]))
+    entries: dict[str, object] = {"__metadata__": {"format": "mtckpt", "version": "1"}}
+    spans = []
+    offset = 0
+    for _, name, dtype, shape in rows:
+        size_bytes = size_bytes_of(dtype.name, shape)
+        stored_shape = dtype.stored_shape(shape)
+        entries[name] = {
+            "dtype": dtype.stored_code,
+            "shape": stored_shape,
+            "data_offsets": (offset, offset + size_bytes),
+        }
+        spans.append((name, dtype.stored_code, stored_shape, offset, size_bytes))
+        offset += size_bytes
+    text = msgspec.json.encode(entries)
+    data_start = -(-(8 + len(text)) // DATA_ALIGNMENT_BYTES) * DATA_ALIGNMENT_BYTES
+    if data_start > MAX_HEADER_BYTES:
+        raise UnsupportedState(
+            f"{len(spans):,} tensors in one shard need a header of {data_start:,} bytes",
+            path="",
+            limit_bytes=MAX_HEADER_BYTES,
+            state="nothing was written",
+            actions=("save fewer, larger tensors on each rank",),
+        )
+    header = struct.pack("<Q", data_start - 8) + text.ljust(data_start - 8)
+    return _layout(spans, header)
+
+
+def _layout(
+    spans: Sequence[tuple[str, str, tuple[int, ...], int, int]], header: bytes
+) -> ShardLayout:
+    tensors = []
+    first_chunk = 0
+    size_bytes = len(header)
+    for name, code, shape, offset, tensor_bytes in spans:
+        tensor = StoredTensor(name, code, shape, len(header) + offset, tensor_bytes, first_chunk)
+        tensors.append(tensor)
+        first_chunk += tensor.num_chunks
+        size_bytes = tensor.start + tensor_bytes
+    return ShardLayout(tuple(tensors), header, size_bytes, first_chunk)
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=False):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def header_length(prefix: bytes, file_bytes: int) -> int:
+    """Bytes up to the data, from the first 8 bytes; refused before anything is allocated."""
+    if len(prefix) < 8:
+        raise Damaged("shard is shorter than its first word", got_bytes=len(prefix))
+    length = 8 + int(struct.unpack("<Q", prefix[:8])[0])
+    if length > min(MAX_HEADER_BYTES, file_bytes):
+        raise Damaged(
+            "shard header is longer than it can be", header_bytes=length, file_bytes=file_bytes
+        )
+    return length
+
+
+def parse_layout(header: bytes, file_bytes: int) -> ShardLayout:
+    """Read ``[0, header_length)`` of a shard file. Raises Damaged for anything inconsistent.
+
+    Offsets must cover the data exactly: no hole, no overlap, no byte behind the last tensor.
+    """
+    if header_length(header, file_bytes) != len(header):
+        raise Damaged("shard header is cut short", got_bytes=len(header))
+    try:
+        raw = msgspec.json.decode(header[8:], type=dict[str, msgspec.Raw])
+        raw.pop("__metadata__", None)
+        entries = {name: msgspec.json.decode(body, type=_Entry) for name, body in raw.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Damaged(f"shard header does not parse: {error}") from error
+    ordered = sorted(entries.items(), key=lambda item: item[1].data_offsets)
+    end = 0
+    spans = []
+    for name, entry in ordered:
+        start, stop = entry.data_offsets
+        dtype = _CODES.get(entry.dtype)
+        if dtype is None:
+            raise FormatTooNew(f"shard has a tensor of unknown type {entry.dtype[:20]!r}")
+        if any(not 0 <= size < 2**48 for size in entry.shape) or len(entry.shape) > 64:
+            raise Damaged("shard header has an impossible shape", tensor=name[:200])
+        size_bytes = size_bytes_of(dtype.name, entry.shape)
+        if start != end or stop - start != size_bytes or stop > file_bytes:
+            raise Damaged("shard header has offsets that do not fit", tensor=name[:200])
+        end = stop
+        spans.append((name, entry.dtype, entry.shape, start, size_bytes))
+    if len(header) + end != file_bytes:
+        raise Damaged(
+            "shard file has another size than its header says",
+            wanted_bytes=len(header) + end,
+            got_bytes=file_bytes,
+        )
+    return _layout(spans, bytes(header))
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The digests of one shard. ``digests`` is little-endian u64, a chunk each, in file order."""
+
+    header_digest: int
+    generation: int
+    digests: memoryview
+
+    @staticmethod
+    def header(layout: ShardLayout, generation: int) -> bytes:
+        return TABLE_HEADER.pack(
+            TABLE_MAGIC,
+            TABLE_VERSION,
+            CHUNK_BYTES,
+            len(layout.tensors),
+            layout.num_chunks,
+            layout.header_digest,
+            generation,
+            0,
+            0,
+        )
+
+    @staticmethod
+    def parse(data: bytes | memoryview, layout: ShardLayout | None = None) -> Table:
+        """Read a table; with a layout, also check that it is of that shard."""
+        view = memoryview(data).cast("B")
+        if len(view) < TABLE_HEADER.size:
+            raise Damaged("digest table is cut short", got_bytes=len(view))
+        magic, version, chunk, tensors, chunks, header_digest, generation, *_ = (
+            TABLE_HEADER.unpack_from(view)
+        )
+        if magic != TABLE_MAGIC or chunk != CHUNK_BYTES:
+            raise Damaged("not a digest table")
+        if version > TABLE_VERSION:
+            raise FormatTooNew(
+                "digest table of a later version", version=version, supported=TABLE_VERSION
+            )
+        if len(view) != TABLE_HEADER.size + 8 * chunks:
+            raise Damaged("digest table has another size than it says", got_bytes=len(view))
+        if layout is not None and (
+            (tensors, chunks) != (len(layout.tensors), layout.num_chunks)
+            or header_digest != layout.header_digest
+        ):
+            raise Damaged("digest table is not of this shard, or the shard's header is damaged")
+        return Table(header_digest, generation, view[TABLE_HEADER.size :].cast("Q"))
+
+
+def root_digests(layout: ShardLayout, digests: memoryview) -> bytes:
+    """XXH3-128 over the chunk digests of every tensor, 16 bytes a tensor, in file order."""
+    data = memoryview(digests).cast("B")
+    edges = [tensor.first_chunk * 8 for tensor in layout.tensors] + [layout.num_chunks * 8]
+    return b"".join([xxh3_128_digest(data[a:b]) for a, b in pairwise(edges)])
+
+
+def check_chunks(
+    tensor: StoredTensor,
+    digests: memoryview,
+    view: memoryview,
+    first: int = 0,
+    last: int | None = None,
+) -> None:
+    """Compare chunks ``[first, last)`` of a tensor with the table; ``view`` is the whole tensor.
+
+    Raises Damaged naming tensor, chunk and offset in the file.
+    """
+    end = tensor.num_chunks if last is None else last
+    for chunk in range(first, end):
+        begin = chunk * CHUNK_BYTES
+        found = xxh3_64_intdigest(view[begin : begin + CHUNK_BYTES])
+        if found != digests[tensor.first_chunk + chunk]:
+            raise Damaged(
+                "bytes differ from their digest",
+                tensor=tensor.name[:200],
+                chunk=chunk,
+                offset=tensor.start + begin,
+            )
+
+
+def chunk_spans(
+    layout: ShardLayout, start: int, stop: int
+) -> Iterator[tuple[StoredTensor, int, int]]:
+    """The chunks that begin in file range ``[start, stop)``, as ``(tensor, first, last)``."""
+    low, high = 0, len(layout.tensors)
+    while low < high:
+        middle = (low + high) // 2
+        tensor = layout.tensors[middle]
+        if tensor.start + tensor.size_bytes <= start:
+            low = middle + 1
+        else:
+            high = middle
+    for tensor in layout.tensors[low:]:
+        if tensor.start >= stop:
+            return
+        first = max(0, -(-(start - tensor.start) // CHUNK_BYTES))
+        last = min(tensor.num_chunks, -(-(stop - tensor.start) // CHUNK_BYTES))
+        if first < last:
+            yield tensor, first, last
+
+
+def check_header(layout: ShardLayout, table: Table) -> None:
+    """Raise FormatError unless the table was made for this header."""
+    if table.header_digest != layout.header_digest:
+        raise FormatError("digest table is not of this shard")

@@ -1,0 +1,339 @@
+"""What trainers and the node agent say to each other: typed JSON over HTTP on a unix socket.
+
+Every message is a struct below; unknown fields are ignored, missing ones refused, sizes capped
+(``MAX_MESSAGE_BYTES``). One version number for all: an agent refuses what is newer than itself and
+says which one it speaks. Payload bytes never travel here; they lie in slot files.
+
+    POST /v1/runs/{key}/open           Open        -> Opened      409 RunLocked: a live owner
+    POST /v1/runs/{key}/incarnation    Begin       -> Begun       409 RunLocked: a higher number is known
+    POST /v1/runs/{key}/slots          WantSlots   -> Slots       TierFull with the arithmetic
+    POST /v1/runs/{key}/seal           Seal        -> Sealed      Damaged, RunLocked (fenced), StepExists
+    POST /v1/runs/{key}/release        Release     -> Done        a capture that did not happen
+    POST /v1/runs/{key}/report         Report      -> Done        metrics known later
+    POST /v1/runs/{key}/damage         Damage      -> Done        a reader met a bad copy
+    POST /v1/runs/{key}/flush          Flush       -> Done        send the newest staged save everywhere
+    POST /v1/runs/{key}/close          Close       -> Done        nothing more will come
+    POST /v1/runs/{key}/rm             Remove      -> Removed
+    GET  /v1/runs/{key}/changes?since=N&timeout_s=T  -> Changes   long poll
+    GET  /status  /metrics  /events    POST /v1/stop  Stop -> Done
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeVar
+
+import msgspec
+
+from mtckpt import errors
+
+__all__ = ["PROTOCOL_VERSION", "decode", "encode", "error_from_wire", "error_to_wire"]
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+SOCKET_NAME = "agent.sock"
+PID_NAME = "agent.pid"
+LOG_NAME = "agent.log"
+
+
+class TierConfig(msgspec.Struct, frozen=True):
+    """One slower tier of a run. ``label`` is unique in the run ("disk", "disk-2").
+
+    ``keep`` is a list of retention rules: ``{"last": n}``, ``{"every": n}``, ``{"every_s": s,
+    "within_s": s}``, ``{"best": n, "metric": m, "mode": "min"}``; empty keeps everything.
+    """
+
+    label: str
+    kind: str
+    path: str
+    keep: list[dict[str, Any]] = []
+
+
+class Open(msgspec.Struct, frozen=True):
+    """A Checkpointer comes. ``start_ticks`` is field 22 of /proc/pid/stat (a pid alone recurs).
+
+    ``holder`` is drawn per Checkpointer: a new holder in the same process fences the older one.
+    A process that lost its agent opens again with the same holder, its ``incarnation``, and the
+    slots it has mapped (``held``: slot id -> inode).
+    """
+
+    protocol: int
+    run: str
+    holder: str
+    rank: int
+    world_size: int
+    pid: int
+    start_ticks: int
+    parent_pid: int
+    ram_path: str
+    tiers: list[TierConfig]
+    incarnation: int = 0
+    held: dict[str, int] = {}
+    token: str = ""
+
+
+class Opened(msgspec.Struct, frozen=True):
+    """``finished`` names the saves that the agent sealed for an owner that died."""
+
+    protocol: int
+    agent_id: str
+    boot_id: str
+    pid: int
+    ram_root: str
+    finished: list[str] = []
+    fenced_pid: int = 0
+
+
+class Begin(msgspec.Struct, frozen=True):
+    """Start an incarnation; the agent writes it to every tier before it answers."""
+
+    holder: str
+    number: int
+    id: str
+    parent: tuple[int, int] | None = None
+
+
+class Begun(msgspec.Struct, frozen=True):
+    """``owed`` maps the tiers that could not be written to the reason."""
+
+    owed: dict[str, str] = {}
+
+
+class WantSlots(msgspec.Struct, frozen=True):
+    """``count`` slots are the ring wanted; what is there counts. ``wait_s`` for a free one."""
+
+    holder: str
+    shard_bytes: int
+    table_bytes: int
+    count: int
+    wait_s: float = 0.0
+
+
+class SlotGrant(msgspec.Struct, frozen=True):
+    """One slot in state CAPTURING, of this holder. Paths are of the data, table and record file."""
+
+    slot_id: str
+    inode: int
+    data_path: str
+    table_path: str
+    record_path: str
+
+
+class Slots(msgspec.Struct, frozen=True):
+    """``grant`` is None when all are in use; ``reason`` then says by what, in one sentence."""
+
+    grant: SlotGrant | None
+    reason: str = ""
+
+
+class Seal(msgspec.Struct, frozen=True):
+    """The trainer has written data, table (generation word last) and the record into the slot."""
+
+    holder: str
+    slot_id: str
+    inode: int
+    save_id: str
+    step: int
+    due: list[str] = []
+
+
+class Sealed(msgspec.Struct, frozen=True):
+    """``next_slot`` spares the next save() a call; None when no slot is free now."""
+
+    save: str
+    next_slot: SlotGrant | None = None
+
+
+class Release(msgspec.Struct, frozen=True):
+    """A slot handed back unused."""
+
+    holder: str
+    slot_id: str
+
+
+class Report(msgspec.Struct, frozen=True):
+    holder: str
+    step: int
+    metrics: dict[str, float]
+
+
+class Damage(msgspec.Struct, frozen=True):
+    """A reader found ``key`` of ``tier`` (its label) damaged."""
+
+    tier: str
+    key: str
+    reason: str
+
+
+class Flush(msgspec.Struct, frozen=True):
+    """Make the newest staged save due in every tier."""
+
+    holder: str
+
+
+class Close(msgspec.Struct, frozen=True):
+    """The holder leaves. ``free_ram``: free slots and RAM saves once a slower tier has the newest."""
+
+    holder: str
+    free_ram: bool = True
+
+
+class Remove(msgspec.Struct, frozen=True):
+    """Delete saves of a run: one step, or all of it; ``tiers`` are labels, empty means all."""
+
+    step: int | None = None
+    tiers: list[str] = []
+
+
+class Removed(msgspec.Struct, frozen=True):
+    removed: list[str]
+    kept: list[str] = []
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """``drain`` finishes what is owed first."""
+
+    drain: bool = False
+    timeout_s: float = 60.0
+
+
+class Done(msgspec.Struct, frozen=True):
+    detail: str = ""
+
+
+class WireError(msgspec.Struct, frozen=True):
+    """A typed error as it travels; the class is looked up in a fixed table, never imported."""
+
+    error: str
+    what: str
+    state: str = ""
+    actions: list[str] = []
+    details: dict[str, Any] = {}
+
+
+class SaveChange(msgspec.Struct, frozen=True):
+    """Where a save stands. ``stages`` only grows. ``failed`` maps tier labels to their errors;
+    ``owed`` maps labels that are retried to the reason; ``superseded`` lists labels that took a
+    newer save instead."""
+
+    save_id: str
+    step: int
+    stages: list[str]
+    failed: dict[str, WireError] = {}
+    owed: dict[str, str] = {}
+    superseded: list[str] = []
+
+
+class Changes(msgspec.Struct, frozen=True):
+    """All saves of the holder's incarnation that changed since ``since``."""
+
+    seq: int
+    saves: list[SaveChange] = []
+    fenced: WireError | None = None
+
+
+class TierStatus(msgspec.Struct, frozen=True):
+    """What one tier holds and owes. ``newest_age_s`` is None when it holds nothing."""
+
+    label: str
+    kind: str
+    path: str
+    steps: list[int] = []
+    newest_step: int | None = None
+    newest_age_s: float | None = None
+    size_bytes: int = 0
+    owed: list[int] = []
+    problem: str = ""
+    bytes_per_s: float = 0.0
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+class SlotStatus(msgspec.Struct, frozen=True):
+    slot_id: str
+    state: str
+    size_bytes: int
+    step: int | None = None
+
+
+class RunStatus(msgspec.Struct, frozen=True):
+    run: str
+    incarnation: int
+    owner_pid: int
+    owner_alive: bool
+    tiers: list[TierStatus] = []
+    slots: list[SlotStatus] = []
+    counters: dict[str, int] = {}
+
+
+class AgentStatus(msgspec.Struct, frozen=True):
+    """``bounded_by`` says what may end the agent before the node does."""
+
+    version: int
+    mtckpt: str
+    agent_id: str
+    boot_id: str
+    pid: int
+    mode: str
+    host: str
+    uptime_s: float
+    bounded_by: str = ""
+    runs: list[RunStatus] = []
+
+
+_T = TypeVar("_T")
+_ERRORS = {name: getattr(errors, name) for name in errors.__all__}
+
+
+def encode(message: Any) -> bytes:
+    return msgspec.json.encode(message)
+
+
+def decode(data: bytes, type_: type[_T]) -> _T:
+    """Read a message. Raises FormatError; never more than MAX_MESSAGE_BYTES."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise errors.FormatError("message is larger than any can be", got_bytes=len(data))
+    try:
+        return msgspec.json.decode(data, type=type_)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise errors.FormatError(f"message does not parse: {error}") from error
+
+
+def error_to_wire(error: BaseException) -> WireError:
+    """Any error as it travels; a foreign one becomes a CheckpointError that names its type."""
+    if isinstance(error, errors.CheckpointError):
+        details = {
+            name: value if isinstance(value, (str, int, float, bool)) else str(value)
+            for name, value in error.details.items()
+        }
+        name = type(error).__name__
+        return WireError(name, error.what, error.state, list(error.actions), details)
+    return WireError("CheckpointError", f"{type(error).__name__}: {error}")
+
+
+def error_from_wire(wire: WireError) -> errors.CheckpointError:
+    """The typed error. A name that this version does not know is a plain CheckpointError."""
+    cls = _ERRORS.get(wire.error, errors.CheckpointError)
+    details = {name: value for name, value in wire.details.items() if name.isidentifier()}
+    for reserved in ("what", "state", "actions"):
+        details.pop(reserved, None)
+    return cls(wire.what, state=wire.state, actions=wire.actions, **details)  # type: ignore[no-any-return]
+
+
+def runtime_dir() -> str:
+    """Where the agent's socket, pid file and log lie: MTCKPT_RUNTIME_DIR, else one of this user."""
+    chosen = os.environ.get("MTCKPT_RUNTIME_DIR")
+    if chosen:
+        return chosen
+    uid = os.getuid()
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and os.path.isdir(base):
+        return os.path.join(base, "mtckpt")
+    if uid == 0 and os.path.isdir("/run"):
+        return "/run/mtckpt/0"
+    return f"/tmp/mtckpt-{uid}"
+
+
+def ram_base() -> str:
+    """The tmpfs that slots live in: MTCKPT_RAM_DIR, else /dev/shm, in a directory of this user."""
+    return os.path.join(os.environ.get("MTCKPT_RAM_DIR") or "/dev/shm", f"mtckpt-{os.getuid()}")
