@@ -1,18 +1,21 @@
-"""A Markdown extension: what follows the language of a code block is for the tests, not the page.
+"""A Markdown extension: words behind the language of a code block are for the tests.
 
-The blocks of the documentation are run by ``tests/test_docs.py``, and a block that is not run, or not
-on its own, says so behind its language: ``python no-run: needs a GPU``. GitHub shows such a block as
-any other; the Markdown parser of the documentation takes it for text. So these words are removed
-before that parser sees them.
+The blocks of the documentation are run by ``tests/test_docs.py``. One that is not run, or not on
+its own, says so behind its language: ``python no-run: needs a GPU``. GitHub shows such a block as
+any other, but the Markdown parser of the documentation takes it for text. So these words are
+removed before that parser sees them.
 """
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.preprocessors import Preprocessor
+
+if TYPE_CHECKING:
+    from markdown import Markdown
 
 _FENCE = re.compile(r"^(\s*(?:`{3,}|~{3,})\w+) +(?:no-run|continues|raises)\b.*$")
 

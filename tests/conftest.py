@@ -1,0 +1,133 @@
+"""What every test has: directories of its own, a seed, skips with a reason, a budget of time."""
+
+from __future__ import annotations
+
+import ctypes.util
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import _isolation
+import hypothesis
+import pytest
+from _budget import Budget, limit_from_environment
+
+hypothesis.settings.register_profile(
+    "default",
+    # Two cores shared with other tests: how long one example takes says nothing.
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    print_blob=True,
+)
+hypothesis.settings.register_profile(
+    "torture", hypothesis.settings.get_profile("default"), max_examples=20_000
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed", type=int, help="replay the random choices of a run (default: MTCKPT_SEED, or new)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seed = config.getoption("--seed")
+    if seed is not None:
+        os.environ["MTCKPT_SEED"] = str(seed)
+    # Workers of xdist are started with this environment, so all of them have the same seed.
+    os.environ.setdefault("MTCKPT_SEED", str(int.from_bytes(os.urandom(4), "little")))
+    if not hasattr(config, "workerinput"):
+        _isolation.sweep_dead()
+        config.pluginmanager.register(Budget(limit_from_environment()), "mtckpt-budget")
+
+
+def pytest_report_header() -> str:
+    return f"mtckpt: --seed={os.environ['MTCKPT_SEED']}"
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A number for this test, the same whenever the session's seed is, in whatever order."""
+    session = os.environ["MTCKPT_SEED"]
+    digest = hashlib.sha256(f"{session}:{request.node.nodeid}".encode()).digest()
+    print(f"replay with --seed={session}")
+    return int.from_bytes(digest[:4], "little")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_process() -> Iterator[None]:
+    """An agent that a test starts without saying where is this test process's own."""
+    places = _isolation.make_places()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in places.environment().items():
+            monkeypatch.setenv(name, value)
+        try:
+            yield
+        finally:
+            _isolation.sweep(places)
+
+
+@pytest.fixture
+def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """MTCKPT_RUNTIME_DIR, and MTCKPT_RAM_DIR with it, for this test alone: an agent of its own."""
+    places = _isolation.make_places()
+    for name, value in places.environment().items():
+        monkeypatch.setenv(name, value)
+    try:
+        yield places.runtime
+    finally:
+        _isolation.sweep(places)
+
+
+@pytest.fixture
+def ram_dir(runtime_dir: Path) -> Path:
+    """The RAM directory of this test's own agent; it is on tmpfs where there is one."""
+    return Path(os.environ["MTCKPT_RAM_DIR"])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for name, why_not in _NEEDS.items():
+        if item.get_closest_marker(name) and (reason := why_not()):
+            pytest.skip(reason)
+
+
+@functools.cache
+def _why_no_root() -> str:
+    return "" if os.geteuid() == 0 else "needs root"
+
+
+@functools.cache
+def _why_no_strace() -> str:
+    if shutil.which("strace") is None:
+        return "needs strace"
+    tried = subprocess.run(["strace", "-f", "true"], capture_output=True, timeout=20, check=False)
+    return "" if tried.returncode == 0 else "strace is here but may not trace"
+
+
+@functools.cache
+def _why_no_fuse() -> str:
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "needs /dev/fuse"
+    if not (ctypes.util.find_library("fuse") or ctypes.util.find_library("fuse3")):
+        return "needs libfuse"
+    return ""
+
+
+@functools.cache
+def _why_no_gpu() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "needs a CUDA device"
+
+
+_NEEDS = {
+    "root": _why_no_root,
+    "strace": _why_no_strace,
+    "fuse": _why_no_fuse,
+    "gpu": _why_no_gpu,
+}
