@@ -1,29 +1,266 @@
-"""What the user gets back about saves.
+"""What the user gets back: Save, Restored, Step, Status.
 
-Knows values only: nothing here reads a file, asks an agent or waits.
+Knows stages and how they lie above one another. Does not talk to anybody: a ``Save`` is told what
+happened to it and wakes whoever waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
-__all__ = ["Step"]
+from mtckpt.errors import CheckpointError, SaveFailed, StageNotPlanned, WaitTimeout
+
+__all__ = ["Restored", "Save", "Stage", "Status", "Step", "stage_of_tier"]
+
+Stage = Literal["captured", "staged", "local", "replicated", "durable"]
+
+# A stage is reached with any of these: the diamond of guarantees, staged < local, replicated < durable.
+_AT_OR_ABOVE: dict[str, frozenset[str]] = {
+    "captured": frozenset({"captured", "staged", "local", "replicated", "durable"}),
+    "staged": frozenset({"staged", "local", "replicated", "durable"}),
+    "local": frozenset({"local", "durable"}),
+    "replicated": frozenset({"replicated", "durable"}),
+    "durable": frozenset({"durable"}),
+}
+_STAGE_OF_KIND = {"ram": "staged", "disk": "local", "peers": "replicated", "store": "durable"}
+
+
+def stage_of_tier(kind: str) -> str:
+    """The stage that a save reaches with this kind of tier."""
+    return _STAGE_OF_KIND[kind]
+
+
+class Save:
+    """One call of ``save()``. Its set of stages only grows; an error never takes one back.
+
+    ``due`` is False when no tier wanted this step; ``skipped`` says in one sentence why a save
+    that was due was called off on every rank.
+    """
+
+    def __init__(
+        self, step: int, id_: str = "", *, planned: Mapping[str, str] | None = None
+    ) -> None:
+        self.step = step
+        self.id = id_
+        self.due = planned is not None
+        self.skipped: str | None = None
+        # label of a tier -> stage that it gives
+        self._planned = dict(planned or {})
+        self._condition = threading.Condition()
+        self._reached: frozenset[str] = frozenset()
+        self._failed: dict[str, CheckpointError] = {}
+        self._superseded: frozenset[str] = frozenset()
+        self._owed: dict[str, str] = {}
+
+    @property
+    def reached(self) -> frozenset[str]:
+        """Stages reached so far."""
+        return self._reached
+
+    def wait(self, stage: Stage = "staged", *, timeout_s: float = 600.0) -> None:
+        """Return when ``stage``, or one above it, is reached.
+
+        Raises:
+            StageNotPlanned: at once, when no tier due at this step gives it.
+            SaveFailed: it cannot be reached; the tier's error is the cause.
+            WaitTimeout: not reached within ``timeout_s``; the work goes on.
+        """
+        wanted = _AT_OR_ABOVE.get(stage)
+        if wanted is None:
+            raise StageNotPlanned(f"no such stage: {stage!r}", stage=stage, step=self.step)
+        deadline = time.monotonic() + timeout_s
+        with self._condition:
+            while not (self._reached & wanted):
+                self._raise_if_hopeless(stage, wanted)
+                remaining_s = deadline - time.monotonic()
+                if remaining_s <= 0:
+                    owed = "; ".join(f"{label}: {why}" for label, why in self._owed.items())
+                    raise WaitTimeout(
+                        f"step {self.step} is not {stage} yet" + (f" ({owed})" if owed else ""),
+                        stage=stage,
+                        step=self.step,
+                        timeout_s=timeout_s,
+                        state="the work goes on",
+                        actions=("wait longer, or look at `mtckpt status`",),
+                    )
+                self._condition.wait(min(remaining_s, 1.0))
+
+    def done(self) -> bool:
+        """True once nothing more will happen to this save: all reached, failed or superseded."""
+        with self._condition:
+            return self._settled()
+
+    def exception(self) -> CheckpointError | None:
+        """The error of a tier that this save failed to reach, or None (so far)."""
+        with self._condition:
+            return next(iter(self._failed.values()), None)
+
+    def __repr__(self) -> str:
+        if not self.due:
+            return f"Save(step={self.step}, not due)"
+        if self.skipped:
+            return f"Save(step={self.step}, skipped: {self.skipped})"
+        stages = ", ".join(s for s in _AT_OR_ABOVE if s in self._reached) or "nothing yet"
+        return f"Save(step={self.step}, {stages})"
+
+    # -- told by the pipeline -------------------------------------------------------------------
+
+    def _advance(
+        self,
+        stages: Iterable[str] = (),
+        *,
+        failed: Mapping[str, CheckpointError] | None = None,
+        owed: Mapping[str, str] | None = None,
+        superseded: Iterable[str] = (),
+        skipped: str | None = None,
+    ) -> list[CheckpointError]:
+        """Take in news; returns the errors that are new."""
+        with self._condition:
+            self._reached |= frozenset(stages)
+            self._superseded |= frozenset(superseded)
+            self._owed = dict(owed or {})
+            self.skipped = skipped or self.skipped
+            fresh = [e for label, e in (failed or {}).items() if label not in self._failed]
+            self._failed.update(failed or {})
+            self._condition.notify_all()
+            return fresh
+
+    def _settled(self) -> bool:
+        if not self.due or self.skipped or "ram" in self._failed:
+            return True
+        open_labels = self._planned.keys() - self._failed.keys() - self._superseded
+        return all(_AT_OR_ABOVE[self._planned[label]] & self._reached for label in open_labels)
+
+    def _raise_if_hopeless(self, stage: str, wanted: frozenset[str]) -> None:
+        if self.skipped:
+            raise SaveFailed(
+                f"the save of step {self.step} was called off: {self.skipped}",
+                stage=stage,
+                step=self.step,
+                state="earlier steps are unchanged",
+            )
+        labels = [label for label, gives in self._planned.items() if gives in wanted]
+        if not labels:
+            raise StageNotPlanned(
+                f"no tier that is due at step {self.step} gives {stage!r}",
+                stage=stage,
+                step=self.step,
+                actions=(
+                    "save(..., tiers='all') makes every tier due",
+                    "or wait for a step at which that tier is due",
+                ),
+            )
+        errors = [self._failed[label] for label in labels if label in self._failed]
+        if "ram" in self._failed:
+            errors = [self._failed["ram"]]
+        if errors and ("ram" in self._failed or len(errors) == len(labels)):
+            raise SaveFailed(
+                f"step {self.step} cannot become {stage}: {errors[0].what}",
+                stage=stage,
+                step=self.step,
+                tier=getattr(errors[0], "tier", None),
+                state="earlier steps are unchanged",
+            ) from errors[0]
+        if all(label in self._superseded or label in self._failed for label in labels):
+            raise StageNotPlanned(
+                f"step {self.step} was superseded: a newer step took its place on the way to "
+                f"{', '.join(labels)}",
+                stage=stage,
+                step=self.step,
+            )
+
+
+class Restored:
+    """What a restore did. ``bool()`` says whether a step was restored; step 0 is one.
+
+    ``step`` is None and ``next_step`` 0 when there was nothing. ``sources`` counts bytes by tier;
+    ``skipped`` maps newer unusable steps and silent tiers to the reason.
+    """
+
+    def __init__(
+        self,
+        step: int | None,
+        state: Any,
+        *,
+        sources: Mapping[str, int] | None = None,
+        skipped: Mapping[str, str] | None = None,
+        elapsed_s: float = 0.0,
+        id_: str = "",
+    ) -> None:
+        self.step = step
+        self.next_step = 0 if step is None else step + 1
+        self.sources = dict(sources or {})
+        self.skipped = dict(skipped or {})
+        self.elapsed_s = elapsed_s
+        self.id = id_
+        self._state = state
+        self._on_read: Callable[[], None] = _nothing
+
+    @property
+    def state(self) -> Any:
+        """The restored state. Live objects are the ones given; functional state is new."""
+        self._on_read()
+        return self._state
+
+    def __bool__(self) -> bool:
+        return self.step is not None
+
+    def __repr__(self) -> str:
+        if self.step is None:
+            return "Restored(nothing)"
+        return f"Restored(step={self.step}, {self._origin()}, {self.elapsed_s:.2f} s)"
+
+    def __str__(self) -> str:
+        if self.step is None:
+            lines = ["nothing to restore: starting at step 0"]
+        else:
+            lines = [f"restored step {self.step} from {self._origin()} in {self.elapsed_s:.2f} s"]
+        lines += [f"  passed over {what}: {why}" for what, why in self.skipped.items()]
+        return "\n".join(lines)
+
+    def _origin(self) -> str:
+        parts = [f"{tier} ({size_text(size)})" for tier, size in self.sources.items()]
+        return ", ".join(parts) or "no bytes"
+
+
+def _nothing() -> None:
+    return None
+
+
+def size_text(size_bytes: float) -> str:
+    """A size for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} TiB"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One save that exists somewhere.
-
-    ``tiers`` are the names of those that hold it, ``stages`` what that is worth, ``size_bytes`` the
-    size of its shards in one tier. ``damaged`` has one line a fault; it is empty for a save that
-    can be restored as far as its records tell.
-    """
+    """One saved step. ``damaged`` has one line for every problem that is known of it."""
 
     step: int
     id: str
-    tiers: tuple[str, ...] = ()
-    stages: frozenset[str] = frozenset()
-    size_bytes: int = 0
+    tiers: tuple[str, ...]
+    stages: tuple[str, ...]
+    size_bytes: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     damaged: tuple[str, ...] = ()
+    incarnation: int = 0
+    abandoned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What each tier of a run holds and owes, as the agent told it."""
+
+    run: str
+    incarnation: int
+    tiers: tuple[Mapping[str, Any], ...] = ()
+    counters: Mapping[str, int] = field(default_factory=dict)
+    every: int | None = None

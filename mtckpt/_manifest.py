@@ -65,7 +65,8 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one rank saved at one step. ``roots`` is base64 of 16 bytes a stored tensor.
 
     ``due`` names the slower tiers that this save is to reach, so that the next agent knows what an
-    agent that died still owed. ``aborted`` says why a save was called off.
+    agent that died still owed. ``aborted`` says why a save was called off. ``saved_at_s`` (Unix
+    time) is for people to read; nothing is ordered by it. ``every`` carries the automatic interval.
     """
 
     version: int
@@ -84,6 +85,8 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     plain: msgspec.Raw
     writer: str = ""
     host: str = ""
+    saved_at_s: float = 0.0
+    every: int = 0
     metrics: dict[str, float] = {}
     due: tuple[str, ...] = ()
     aborted: str = ""

@@ -1,0 +1,156 @@
+"""When a tier is due: the user's tier settings, and pure decisions about steps.
+
+Knows step numbers, intervals and measured times. Does not save anything. Times only ever make a
+step that is captured anyway due elsewhere too; clocks never order steps.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mtckpt.errors import UsageError
+
+__all__ = ["Disk", "DueTier", "Ram", "Schedule", "auto_interval", "parse_every"]
+
+AUTO_START_STEPS = 10
+AUTO_LOSS = 0.01
+_TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|m|h)\s*")
+_SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Ram:
+    """Slots in memory of the node: tmpfs files that outlive the training process.
+
+    Args:
+        path: a directory on a tmpfs; by default one of this user in /dev/shm.
+        every: steps between saves, or "auto": the fewest for which saving costs under 1 % of
+            training time, starting at 10.
+        slots: saves that fit in memory at once (2 or more); "auto" takes 3 where there is room.
+    """
+
+    path: str | os.PathLike[str] | None = None
+    every: int | Literal["auto"] = "auto"
+    slots: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.every != "auto":
+            parse_every(self.every, times=False)
+        if self.slots != "auto" and (not isinstance(self.slots, int) or self.slots < 2):
+            raise UsageError(
+                f"Ram(slots={self.slots!r}): one slot is written while the newest save is in "
+                "another, so 2 are the least",
+                state="nothing was done",
+            )
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Files on a local disk, flushed to it by the node agent.
+
+    Args:
+        path: a directory; each run gets one of its own inside it.
+        every: steps, or a time such as "10min"; 1 takes every step that is staged.
+        keep: how many of the newest to keep, or a sequence of KeepLast, KeepEvery, KeepBest.
+    """
+
+    path: str | os.PathLike[str]
+    every: int | str = 1
+    keep: Any = 3
+
+    def __post_init__(self) -> None:
+        parse_every(self.every, times=True)
+
+
+def parse_every(every: int | str, *, times: bool) -> tuple[int | None, float | None]:
+    """``(steps, None)`` or ``(None, seconds)``. Raises UsageError."""
+    if isinstance(every, int) and not isinstance(every, bool) and every >= 1:
+        return every, None
+    match = _TIME.fullmatch(every) if isinstance(every, str) else None
+    if match and times and float(match[1]) > 0:
+        return None, float(match[1]) * _SECONDS[match[2]]
+    allowed = 'steps (1 or more) or a time such as "10min"' if times else "steps (1 or more)"
+    raise UsageError(f"every={every!r}: must be {allowed}", state="nothing was done")
+
+
+@dataclass(slots=True)
+class DueTier:
+    """One tier's schedule. ``last_step`` is when it was last due in this run."""
+
+    label: str
+    every_steps: int | None
+    every_s: float | None
+    last_step: int = 0
+    last_s: float = 0.0
+
+    def due_at(self, step: int) -> bool:
+        every = self.every_steps
+        return every is not None and step // every > self.last_step // every
+
+
+@dataclass(slots=True)
+class Schedule:
+    """All tiers of a run, the capturing one first.
+
+    The first tier decides which steps are captured. A slower tier with ``every=1`` takes each of
+    those; with more steps it has a rhythm of its own and is captured for; with a time it takes the
+    first captured step after that time has passed.
+    """
+
+    tiers: list[DueTier] = field(default_factory=list)
+    auto: bool = False
+
+    def due(self, step: int, now_s: float) -> list[str]:
+        """Labels of the tiers due at ``step``; empty when there is nothing to do."""
+        first = self.tiers[0]
+        captured = first.due_at(step)
+        own = [
+            tier
+            for tier in self.tiers[1:]
+            if tier.every_steps is not None and tier.every_steps > 1 and tier.due_at(step)
+        ]
+        if not captured and not own:
+            return []
+        timed = [
+            tier
+            for tier in self.tiers[1:]
+            if (tier.every_s is not None and now_s - tier.last_s >= tier.every_s)
+            or (tier.every_steps == 1 and tier.due_at(step) and captured)
+        ]
+        chosen = ([first] if captured else []) + own + timed
+        return [tier.label for tier in self.tiers if tier in chosen]
+
+    def is_due(self, step: int, now_s: float) -> bool:
+        """The quick question of every step: no list, no allocation."""
+        for tier in self.tiers:
+            every = tier.every_steps
+            if every is None or step // every <= tier.last_step // every:
+                continue
+            if tier is self.tiers[0] or every > 1:
+                return True
+        return False
+
+    def done(self, step: int, labels: Sequence[str], now_s: float) -> None:
+        """Note that ``labels`` were due at ``step``."""
+        for tier in self.tiers:
+            if tier.label in labels:
+                tier.last_step = step
+                tier.last_s = now_s
+
+    def resumed(self, step: int, now_s: float) -> None:
+        """Go on from a restored step: due again at the steps at which it would have been."""
+        for tier in self.tiers:
+            tier.last_step = step
+            tier.last_s = now_s
+
+
+def auto_interval(stall_s: float, step_s: float) -> int:
+    """The fewest steps between saves for which ``stall_s`` a save stays under 1 % of training."""
+    if step_s <= 0 or stall_s <= 0:
+        return 1
+    return max(1, min(10_000, math.ceil(stall_s / (AUTO_LOSS * step_s))))

@@ -1,0 +1,1 @@
+"""Copying bytes between live memory and slots, with their digests. Addresses, no frameworks."""

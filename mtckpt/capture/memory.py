@@ -1,0 +1,115 @@
+"""Memory by address: mapped files, anonymous staging, views over what lies at an address.
+
+Uses libc through ctypes, since ``mmap.mmap`` holds the interpreter lock while it populates, keeps
+a second descriptor that lets a forked child pin a slot, and cannot be closed while a view exists.
+Whoever holds a ``Mapping`` keeps its bytes; nothing here checks what a caller does with an address.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+from mtckpt.errors import CaptureFailed, TierFull
+
+__all__ = ["Mapping", "anonymous", "map_file", "view_at"]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+# Linux 5.14; not in the mmap module of Python 3.11.
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
+_MADV_DONTFORK = 10
+_MADV_HUGEPAGE = 14
+
+
+def view_at(address: int, size_bytes: int) -> memoryview:
+    """A byte view over memory that the caller keeps alive."""
+    return memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
+
+
+class Mapping:
+    """``size_bytes`` of mapped memory at ``address``, until closed or collected."""
+
+    __slots__ = ("address", "size_bytes", "writable")
+
+    def __init__(self, address: int, size_bytes: int, *, writable: bool) -> None:
+        self.address = address
+        self.size_bytes = size_bytes
+        self.writable = writable
+
+    @property
+    def view(self) -> memoryview:
+        """All of it. Not to be used after ``close``."""
+        view = view_at(self.address, self.size_bytes)
+        return view if self.writable else view.toreadonly()
+
+    def populate(self) -> None:
+        """Fault the pages in now, with the interpreter lock released.
+
+        Raises TierFull where the file system has no room for them: an error instead of a SIGBUS.
+        """
+        advice = _MADV_POPULATE_WRITE if self.writable else _MADV_POPULATE_READ
+        if self.size_bytes and _libc.madvise(self.address, self.size_bytes, advice) != 0:
+            error = ctypes.get_errno()
+            if error in (14, 28):  # EFAULT, ENOSPC
+                raise TierFull(
+                    "no room for the pages of a slot", tier="ram", needed_bytes=self.size_bytes
+                )
+            # EINVAL: a kernel before 5.14. The pages then fault in during the first copy.
+
+    def close(self) -> None:
+        if self.address:
+            _libc.munmap(self.address, self.size_bytes)
+            self.address = 0
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _map(size_bytes: int, prot: int, flags: int, fd: int) -> int:
+    address = _libc.mmap(None, size_bytes, prot, flags, fd, 0)
+    if address is None or address == _MAP_FAILED:
+        error = ctypes.get_errno()
+        raise CaptureFailed(
+            f"cannot map {size_bytes:,} bytes: {os.strerror(error)}",
+            stage="captured",
+            needed_bytes=size_bytes,
+        )
+    return int(address)
+
+
+def map_file(fd: int, size_bytes: int, *, writable: bool) -> Mapping:
+    """Map an open file, shared. The descriptor may be closed afterwards.
+
+    A forked child does not inherit the mapping, so it keeps no slot alive.
+    """
+    if size_bytes == 0:
+        return Mapping(0, 0, writable=writable)
+    prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    address = _map(size_bytes, prot, mmap.MAP_SHARED, fd)
+    _libc.madvise(address, size_bytes, _MADV_DONTFORK)
+    return Mapping(address, size_bytes, writable=writable)
+
+
+def anonymous(size_bytes: int) -> Mapping:
+    """Fresh private memory, page aligned, in huge pages where the kernel gives them."""
+    if size_bytes == 0:
+        return Mapping(0, 0, writable=True)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    address = _map(size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1)
+    _libc.madvise(address, size_bytes, _MADV_HUGEPAGE)
+    return Mapping(address, size_bytes, writable=True)
