@@ -13,14 +13,19 @@ from mtckpt.tiers.base import (
     read_all,
 )
 from mtckpt.tiers.local import LocalTier
+from mtckpt.tiers.wrappers import DeadlineTier, MeteredTier, RetryingTier, ThrottledTier
 
 __all__ = [
     "BytesSource",
+    "DeadlineTier",
     "LocalTier",
+    "MeteredTier",
     "ObjectInfo",
     "PutResult",
+    "RetryingTier",
     "Source",
     "Survives",
+    "ThrottledTier",
     "Tier",
     "check_key",
     "read_all",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 import sys
 import time
@@ -114,7 +113,7 @@ class Put:
         raise self.root.taken(self.key)
 
     def _new_temporary(self) -> int:
-        self.temporary = TEMPORARY + secrets.token_hex(8)
+        self.temporary = TEMPORARY + os.urandom(8).hex()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | FILE_FLAGS
         mode = 0o660 if self.root.group_access else 0o600
         fd = os.open(self.temporary, flags, mode, dir_fd=self.fds[-1])

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import os
 import re
-import secrets
 import stat
 import sys
 import time
@@ -237,7 +236,7 @@ class LocalTier:
         """Set a damaged object aside, atomically; the key is free afterwards."""
         parts = check_key(key).split("/")
         slug = re.sub(r"[^a-z0-9]+", "-", reason.lower()).strip("-")[:24].rstrip("-") or "damaged"
-        hidden = f"{QUARANTINE}{secrets.token_hex(4)}.{slug}.{parts[-1]}"
+        hidden = f"{QUARANTINE}{os.urandom(4).hex()}.{slug}.{parts[-1]}"
         with self._below(parts[:-1], key, "quarantine", writing=True) as fds:
             info = os.lstat(parts[-1], dir_fd=fds[-1])
             self._root.check_file(info, key)
