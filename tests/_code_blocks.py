@@ -63,7 +63,7 @@ def blocks(text: str) -> Iterator[Block]:
 
 
 def _until(lines: Iterator[tuple[int, str]], start: int, end: str) -> str:
-    body = []
+    body: list[str] = []
     for _, line in lines:
         if line.strip() == end:
             return "".join(f"{line}\n" for line in body)
