@@ -14,7 +14,7 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
@@ -37,6 +37,18 @@ FORMAT_VERSION = 1
 MAX_RECORD_BYTES = 256 * 1024 * 1024
 MAX_SMALL_BYTES = 16 * 1024 * 1024
 MAX_STEP = 10**12
+MAX_INCARNATION = 10**9 - 1
+MAX_WORLD_SIZE = 100_000
+
+# Checked while decoding, so that nothing further on meets a number or an id that cannot be.
+_Step = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
+_IncarnationNumber = Annotated[int, msgspec.Meta(ge=0, le=MAX_INCARNATION)]
+_Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_WORLD_SIZE)]
+_WorldSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_WORLD_SIZE)]
+_Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**46)]
+_Uuid = Annotated[
+    str, msgspec.Meta(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
+]
 
 
 class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True):
@@ -54,8 +66,8 @@ class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True):
 class ShardEntry(msgspec.Struct, frozen=True):
     """The shard file that a record belongs to; ``table_digest`` is the XXH3-128 of its table."""
 
-    size_bytes: int
-    data_start: int
+    size_bytes: _Bytes
+    data_start: _Bytes
     header_digest: str
     table_digest: str
     chunk_bytes: int
@@ -71,12 +83,12 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
 
     version: int
     run: str
-    step: int
-    incarnation: int
+    step: _Step
+    incarnation: _IncarnationNumber
     incarnation_id: str
-    save_id: str
-    rank: int
-    world_size: int
+    save_id: _Uuid
+    rank: _Rank
+    world_size: _WorldSize
     plan_digest: str
     shard: ShardEntry
     roots: str
@@ -112,8 +124,8 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
 class ManifestEntry(msgspec.Struct, frozen=True):
     """One shard of a complete save."""
 
-    rank: int
-    size_bytes: int
+    rank: _Rank
+    size_bytes: _Bytes
     record_digest: str
 
 
@@ -122,10 +134,10 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
 
     version: int
     run: str
-    step: int
-    incarnation: int
-    save_id: str
-    world_size: int
+    step: _Step
+    incarnation: _IncarnationNumber
+    save_id: _Uuid
+    world_size: _WorldSize
     shards: list[ManifestEntry]
     metrics: dict[str, float] = {}
 
@@ -135,9 +147,9 @@ class Incarnation(msgspec.Struct, frozen=True, omit_defaults=True):
 
     version: int
     run: str
-    number: int
+    number: _IncarnationNumber
     id: str
-    parent: tuple[int, int] | None = None
+    parent: tuple[_IncarnationNumber, _Step] | None = None
     host: str = ""
     pid: int = 0
 
@@ -146,7 +158,7 @@ class Metrics(msgspec.Struct, frozen=True):
     """Metrics reported after the save."""
 
     version: int
-    step: int
+    step: _Step
     save_id: str
     metrics: dict[str, float]
 
@@ -300,9 +312,9 @@ def is_complete(records: Mapping[int, Record]) -> bool:
     if not records:
         return False
     first = next(iter(records.values()))
-    return sorted(records) == list(range(first.world_size)) and all(
+    return sorted(records) == list(range(len(records))) and all(
         (r.save_id, r.world_size, r.step, r.incarnation)
-        == (first.save_id, first.world_size, first.step, first.incarnation)
+        == (first.save_id, len(records), first.step, first.incarnation)
         for r in records.values()
     )
 

@@ -14,16 +14,18 @@ XXH3: https://github.com/Cyan4973/xxHash. safetensors: https://github.com/huggin
 
 from __future__ import annotations
 
+import itertools
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import msgspec
-from xxhash import xxh3_64_intdigest, xxh3_128_digest
+from xxhash import xxh3_64_intdigest, xxh3_128_digest, xxh3_128_hexdigest
 
 from mtckpt._dtypes import DTYPES, size_bytes_of
-from mtckpt.errors import Damaged, FormatError, FormatTooNew, UnsupportedState
+from mtckpt.errors import Damaged, FormatTooNew, UnsupportedState
 
 __all__ = [
     "CHUNK_BYTES",
@@ -31,13 +33,19 @@ __all__ = [
     "StoredTensor",
     "Table",
     "check_chunks",
+    "check_range",
+    "header_length",
     "parse_layout",
     "plan_layout",
     "root_digests",
+    "table_digest",
+    "verify_mapped",
 ]
 
 CHUNK_BYTES = 256 * 1024
 DATA_ALIGNMENT_BYTES = 4096
+# A thread's share of a verification: small enough to end soon after the other has failed.
+VERIFY_BLOCK_BYTES = 8 * 1024 * 1024
 MAX_HEADER_BYTES = 64 * 1024 * 1024
 MAX_SHARD_BYTES = 2**46
 TABLE_VERSION = 1
@@ -82,6 +90,11 @@ class ShardLayout:
         return xxh3_64_intdigest(self.header)
 
     @property
+    def header_digest_hex(self) -> str:
+        """As a record has it."""
+        return f"{self.header_digest:016x}"
+
+    @property
     def table_bytes(self) -> int:
         return TABLE_HEADER.size + 8 * self.num_chunks
 
@@ -90,12 +103,15 @@ class ShardLayout:
 
 
 def plan_layout(arrays: Iterable[tuple[str, str, tuple[int, ...]]]) -> ShardLayout:
-    """Plan the file of arrays given as ``(name, dtype name, shape)``, names unique.
+    """Plan the file of arrays given as ``(name, dtype name, shape)``.
 
-    Raises UnsupportedState if the header would pass 64 MiB.
+    Raises UnsupportedState for a name that the format cannot hold or that comes twice, and if the
+    header would pass 64 MiB or the file 64 TiB.
     """
     rows = []
+    taken = {"__metadata__"}
     for name, dtype_name, shape in arrays:
+        _check_name(name, taken)
         dtype = DTYPES[dtype_name]
         rows.append((-dtype.stored_item_bytes, name, dtype, shape))
     rows.sort(key=lambda row: (row[0], row[1]))
@@ -113,6 +129,14 @@ def plan_layout(arrays: Iterable[tuple[str, str, tuple[int, ...]]]) -> ShardLayo
         spans.append((name, dtype.stored_code, stored_shape, offset, size_bytes))
         offset += size_bytes
     text = msgspec.json.encode(entries)
+    if offset > MAX_SHARD_BYTES:
+        raise UnsupportedState(
+            f"one shard cannot have {offset:,} bytes",
+            path="",
+            limit_bytes=MAX_SHARD_BYTES,
+            state="nothing was written",
+            actions=("spread the state over more ranks",),
+        )
     data_start = -(-(8 + len(text)) // DATA_ALIGNMENT_BYTES) * DATA_ALIGNMENT_BYTES
     if data_start > MAX_HEADER_BYTES:
         raise UnsupportedState(
@@ -124,6 +148,23 @@ def plan_layout(arrays: Iterable[tuple[str, str, tuple[int, ...]]]) -> ShardLayo
         )
     header = struct.pack("<Q", data_start - 8) + text.ljust(data_start - 8)
     return _layout(spans, header)
+
+
+def _check_name(name: str, taken: set[str]) -> None:
+    """Refuse what a reader would refuse later: a reserved or repeated name, half a character."""
+    try:
+        name.encode()
+        why = "comes twice, or is reserved by the file format" if name in taken else ""
+    except UnicodeEncodeError:
+        why = "is not valid Unicode (a lone surrogate)"
+    if why:
+        raise UnsupportedState(
+            f"a tensor's name {why}: {ascii(name)[:200]}",
+            path=ascii(name)[1:201],
+            state="nothing was written",
+            actions=("rename that entry of the state",),
+        )
+    taken.add(name)
 
 
 def _layout(
@@ -242,6 +283,11 @@ class Table:
         return Table(header_digest, generation, view[TABLE_HEADER.size :].cast("Q"))
 
 
+def table_digest(data: bytes | memoryview) -> str:
+    """What a record says of its table: the XXH3-128 of all its bytes, generation included."""
+    return xxh3_128_hexdigest(data)
+
+
 def root_digests(layout: ShardLayout, digests: memoryview) -> bytes:
     """XXH3-128 over the chunk digests of every tensor, 16 bytes a tensor, in file order."""
     data = memoryview(digests).cast("B")
@@ -294,7 +340,60 @@ def chunk_spans(
             yield tensor, first, last
 
 
-def check_header(layout: ShardLayout, table: Table) -> None:
-    """Raise FormatError unless the table was made for this header."""
-    if table.header_digest != layout.header_digest:
-        raise FormatError("digest table is not of this shard")
+def check_range(
+    layout: ShardLayout, digests: memoryview, window: memoryview, start: int, stop: int
+) -> None:
+    """Compare the chunks that begin in file range ``[start, stop)``, and the header's bytes there.
+
+    ``window`` is the file from ``start`` on; the last chunk may need CHUNK_BYTES behind ``stop``.
+    Raises Damaged naming tensor, chunk and offset in the file.
+    """
+    if start < layout.data_start:
+        header = layout.header[start:stop]
+        if window[: len(header)] != header:
+            raise Damaged("shard header changed while it was read", offset=start)
+    for tensor, first, last in chunk_spans(layout, start, stop):
+        for chunk in range(first, last):
+            begin = chunk * CHUNK_BYTES
+            at = tensor.start + begin - start
+            end = at + min(CHUNK_BYTES, tensor.size_bytes - begin)
+            found = xxh3_64_intdigest(window[at:end])
+            if found != digests[tensor.first_chunk + chunk]:
+                raise Damaged(
+                    "bytes differ from their digest",
+                    tensor=tensor.name[:200],
+                    chunk=chunk,
+                    offset=tensor.start + begin,
+                )
+
+
+def verify_mapped(
+    layout: ShardLayout, table: Table, view: memoryview, *, num_threads: int = 2
+) -> None:
+    """Check every byte of a whole shard in memory. Raises Damaged for the first bad chunk found."""
+    if len(view) != layout.size_bytes:
+        raise Damaged("shard has another size", wanted_bytes=layout.size_bytes, got_bytes=len(view))
+    starts = itertools.count(0, VERIFY_BLOCK_BYTES)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for start in iter(lambda: next(starts), None):
+                if start >= len(view) or failed:
+                    return
+                stop = min(start + VERIFY_BLOCK_BYTES, len(view))
+                check_range(layout, table.digests, view[start:], start, stop)
+        except BaseException as error:  # noqa: BLE001  (raised below, in the caller's thread)
+            failed.append(error)
+
+    wanted = min(num_threads, -(-len(view) // VERIFY_BLOCK_BYTES)) - 1
+    others = [
+        threading.Thread(target=work, name="mtckpt-verify", daemon=True) for _ in range(wanted)
+    ]
+    for other in others:
+        other.start()
+    work()
+    for other in others:
+        other.join()
+    if failed:
+        raise failed[0]
