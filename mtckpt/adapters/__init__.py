@@ -1,0 +1,39 @@
+"""The frameworks whose arrays can be saved, and which of them this process uses.
+
+Knows where each adapter lives. Does not import a framework: an adapter is active once the user's
+own import has put its framework into ``sys.modules``. NumPy's is always active and imports NumPy
+only when there is an array to look at.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from mtckpt._state import StateAdapter
+
+__all__ = ["active_adapters"]
+
+# Asked in this order which of them owns a leaf. NumPy is last: it is the most general.
+_TABLE = (
+    ("torch", "mtckpt.adapters.torch", "TorchAdapter"),
+    ("", "mtckpt.adapters.numpy", "NumpyAdapter"),
+)
+
+_made: dict[str, StateAdapter] = {}
+
+
+def active_adapters() -> list[StateAdapter]:
+    """The adapters of the frameworks that this process has imported. Called at every save."""
+    return [
+        _made.get(module) or _make(module, name)
+        for framework, module, name in _TABLE
+        if not framework or framework in sys.modules
+    ]
+
+
+def _make(module: str, name: str) -> StateAdapter:
+    adapter = cast("StateAdapter", getattr(importlib.import_module(module), name)())
+    return _made.setdefault(module, adapter)

@@ -1,0 +1,163 @@
+"""NumPy arrays and scalars as leaves, with the small float types of ml_dtypes.
+
+Knows ``numpy.ndarray``, ``numpy.memmap``, ``numpy.matrix`` and NumPy's scalars. Does not know
+objects, strings, dates, records or masked arrays: they are refused with their path. Byte order is
+not kept, values are: what was stored big-endian comes back the same number.
+
+NumPy is imported by the first call that needs it, so a process without arrays never pays for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mtckpt._state import ArraySpec, check_dtype
+from mtckpt.errors import UnsupportedState
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mtckpt._state import Node
+
+__all__ = ["NumpyAdapter"]
+
+SCALAR = "numpy.scalar"  # what ArraySpec.framework says for a numpy.generic
+
+
+class NumpyAdapter:
+    """``StateAdapter`` of NumPy; where a torch dtype has no NumPy twin, its nearest plain form."""
+
+    framework = "numpy"
+
+    def is_array(self, value: object) -> bool:
+        """True for arrays and for NumPy's scalars (``numpy.float64`` is a Python float too)."""
+        numpy = sys.modules.get("numpy")
+        return numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic))
+
+    def spec(self, value: Any, path: str, *, template: bool = False) -> ArraySpec:
+        """Raises UnsupportedState for masked arrays, unknown subclasses and types without bytes."""
+        import numpy as np
+
+        if isinstance(value, np.ndarray) and type(value) not in (np.ndarray, np.memmap, np.matrix):
+            raise UnsupportedState(
+                f"cannot save an array of type {type(value).__qualname__}: what it has besides "
+                "its numbers would be lost",
+                path=path,
+                type_name=type(value).__qualname__,
+                state="live state unchanged" if template else "nothing was written",
+                actions=("save its parts as plain arrays, for a masked array .data and .mask",),
+            )
+        name = check_dtype(value.dtype.name, path)
+        kind = self.framework if isinstance(value, np.ndarray) else SCALAR
+        return ArraySpec(name, tuple(value.shape), kind)
+
+    def fingerprint(self, values: Sequence[Any]) -> object:
+        """Types, shapes and strides; the byte order is part of the type."""
+        return [
+            [type(value) for value in values],
+            [value.dtype for value in values],
+            [value.shape for value in values],
+            [value.strides for value in values],
+        ]
+
+    def host_addresses(
+        self, values: Sequence[Any], paths: Sequence[str] = (), fingerprint: object = None
+    ) -> tuple[list[int], object]:
+        """The array's own memory where it is C-contiguous and native, else that of a copy."""
+        import numpy as np
+
+        del paths, fingerprint  # nothing can fail here, and flags are cheap to ask
+        addresses = []
+        copies = []
+        for value in values:
+            if isinstance(value, np.ndarray) and value.flags.c_contiguous and value.dtype.isnative:
+                array = value
+            else:
+                array = np.array(value, dtype=value.dtype.newbyteorder("="), order="C", subok=False)
+                copies.append(array)
+            addresses.append(_address(array))
+        return addresses, copies
+
+    def identity(self, value: Any) -> object | None:
+        """Two arrays over the same bytes; a scalar is never the same as another."""
+        import numpy as np
+
+        if not isinstance(value, np.ndarray) or not value.nbytes:
+            return None
+        return (_address(value), value.shape, value.strides, value.dtype.str, value.dtype.name)
+
+    def state_of(self, value: object) -> object | None:
+        """None: NumPy has no objects that carry a tree."""
+        del value
+
+    def writable_address(self, value: Any) -> int | None:
+        """The address of a writable, C-contiguous array of native byte order."""
+        import numpy as np
+
+        if not isinstance(value, np.ndarray):
+            return None
+        flags = value.flags
+        plain = flags.c_contiguous and flags.writeable and value.dtype.isnative
+        return _address(value) if plain else None
+
+    def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int]:
+        """An empty ndarray. Types that NumPy lacks get their bytes under the nearest type."""
+        import numpy as np
+
+        del like
+        array: np.ndarray[Any, Any]
+        if spec.dtype == "complex32":
+            array = np.empty((*spec.shape, 2), np.float16)
+        elif spec.dtype == "float4_e2m1fn_x2":
+            array = np.empty(spec.shape, np.uint8)
+        else:
+            array = np.empty(spec.shape, _dtype(spec.dtype))
+        return array, _address(array)
+
+    def finished(self, fresh: Any, spec: ArraySpec) -> Any:
+        """A filled array as the user gets it: scalars are scalars again."""
+        return fresh[()] if spec.framework == SCALAR else fresh
+
+    def assign(self, live: Any, fresh: Any) -> Any:
+        """Into a live array where it is writable; a scalar or read-only array is replaced."""
+        import numpy as np
+
+        if not isinstance(live, np.ndarray):
+            return fresh[()]
+        if live.flags.writeable and not _overlaps_itself(live):
+            live[...] = fresh
+            return live
+        fresh.flags.writeable = live.flags.writeable
+        return fresh
+
+    def written(self, lives: Sequence[Any]) -> None:
+        """Nothing: NumPy keeps no record of writes."""
+
+    def place_object(self, live: Any, node: Node, path: str, placing: Any) -> bool:
+        """False: NumPy has no objects that carry a tree."""
+        del live, node, path, placing
+        return False
+
+
+def _dtype(name: str) -> Any:
+    import numpy as np
+
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, name))
+
+
+def _address(array: Any) -> int:
+    return int(array.__array_interface__["data"][0]) if array.nbytes else 0
+
+
+def _overlaps_itself(array: Any) -> bool:
+    """True for broadcast views, where one element stands at several places."""
+    return any(
+        stride == 0 and size > 1 for stride, size in zip(array.strides, array.shape, strict=True)
+    )
