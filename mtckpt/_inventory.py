@@ -10,12 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from mtckpt import _manifest
+from mtckpt import _manifest, _shard
 from mtckpt._manifest import Incarnation, Metrics, Record, SaveEntry, SaveName
-from mtckpt.errors import FormatError, ObjectNotFound, ShortRead
+from mtckpt._shard import ShardLayout, Table
+from mtckpt.errors import Damaged, FormatError, ObjectNotFound, ShortRead
 from mtckpt.tiers.base import Tier, read_all
 
-__all__ = ["Inventory", "incarnation_key", "save_key", "scan", "shard_keys"]
+__all__ = [
+    "Inventory",
+    "check_identity",
+    "check_record",
+    "incarnation_key",
+    "save_key",
+    "scan",
+    "scan_save",
+    "shard_keys",
+]
 
 
 @dataclass(slots=True)
@@ -47,24 +57,71 @@ def incarnation_key(run_key: str, incarnation: Incarnation) -> str:
 
 def scan(tier: Tier, run_key: str, *, label: str | None = None) -> Inventory:
     """Read every record of a run. Damaged ones are listed as problems; TierError is the tier's."""
+    return _collect(tier, f"{run_key}/", label)
+
+
+def scan_save(tier: Tier, run_key: str, name: SaveName) -> SaveEntry:
+    """One save, read like ``scan`` does. One that is not there at all has no records."""
+    found = _collect(tier, f"{run_key}/{name}/", None).saves
+    return found.get(name) or SaveEntry(name, tier.name)
+
+
+def _collect(tier: Tier, prefix: str, label: str | None) -> Inventory:
     inventory = Inventory(label or tier.name)
     sizes: dict[tuple[SaveName, str], int] = {}
     records: list[tuple[SaveName, int, str]] = []
-    for info in tier.list(f"{run_key}/"):
+    for info in tier.list(prefix):
         parts = info.key.split("/")
         if len(parts) == 2 and _manifest.parse_incarnation_file(parts[1]) is not None:
             _read_incarnation(tier, info.key, inventory)
         if len(parts) != 3 or (name := SaveName.parse(parts[1])) is None:
             continue
         sizes[name, parts[2]] = info.size_bytes
-        inventory.saves.setdefault(name, SaveEntry(name, inventory.tier))
+        save = inventory.saves.setdefault(name, SaveEntry(name, inventory.tier))
         if (rank := _manifest.parse_record_file(parts[2])) is not None:
             records.append((name, rank, info.key))
         elif parts[2].startswith("metrics-"):
-            _read_metrics(tier, info.key, inventory.saves[name])
+            _read_metrics(tier, info.key, save)
     for name, rank, key in records:
         _read_record(tier, key, rank, inventory.saves[name], sizes)
     return inventory
+
+
+def check_record(record: Record, name: SaveName, rank: int) -> None:
+    """Raise Damaged unless the record is of this save and rank, whatever its file is called."""
+    said = _manifest.save_name(record.step, record.incarnation, record.save_id)
+    if said != name or record.rank != rank:
+        raise Damaged(
+            f"the record is of {said} rank {record.rank}", save=str(name), rank=rank, kind="record"
+        )
+
+
+def check_identity(
+    record: Record, header: bytes, file_bytes: int, table_data: bytes
+) -> tuple[ShardLayout, Table]:
+    """Layout and table of a shard whose three files are of one save. The data is not looked at.
+
+    Raises Damaged; its ``kind`` says which file is at odds with the record: "table" or "data".
+    """
+    if _shard.table_digest(table_data) != record.shard.table_digest:
+        raise Damaged("digest table is not the one of the record", kind="table")
+    if file_bytes != record.shard.size_bytes or len(header) != record.shard.data_start:
+        raise Damaged(
+            "shard has another size than its record says",
+            wanted_bytes=record.shard.size_bytes,
+            got_bytes=file_bytes,
+            kind="data",
+        )
+    try:
+        layout = _shard.parse_layout(header, file_bytes)
+        if layout.header_digest_hex != record.shard.header_digest:
+            raise Damaged("shard header is not the one of the record")
+    except Damaged as error:
+        raise Damaged(error.what, **(error.details | {"kind": "data"})) from error
+    table = Table.parse(table_data, layout)
+    if table.generation != _manifest.generation_of(record.save_id):
+        raise Damaged("digest table is of another save", kind="table")
+    return layout, table
 
 
 def _read_incarnation(tier: Tier, key: str, inventory: Inventory) -> None:
@@ -102,11 +159,12 @@ def _read_record(
     except (FormatError, ShortRead) as error:
         save.problems.append(f"{key}: {error.what}")
         return
-    name = _manifest.save_name(record.step, record.incarnation, record.save_id)
-    if name != save.name or record.rank != rank:
-        save.problems.append(f"{key}: the record is of {name} rank {record.rank}")
+    try:
+        check_record(record, save.name, rank)
+    except Damaged as error:
+        save.problems.append(f"{key}: {error.what}")
         return
-    size_bytes = sizes.get((name, _manifest.shard_file(rank)))
+    size_bytes = sizes.get((save.name, _manifest.shard_file(rank)))
     if not record.aborted and size_bytes != record.shard.size_bytes:
         save.problems.append(
             f"{key}: shard has {size_bytes} bytes where the record says {record.shard.size_bytes}"

@@ -44,14 +44,17 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
 
 
 class Allocate(msgspec.Struct, frozen=True, tag=True):
-    """-> SlotFiles, or TierFull with nothing left behind. ``populate`` faults all pages in."""
+    """-> SlotFiles, or TierFull with nothing left behind.
+
+    The pages are reserved and charged to the agent, not faulted in: measured, that does not shorten
+    the trainer's first capture, whose own page tables are what costs.
+    """
 
     tier: TierRef
     run_key: str
     slot_id: str
     shard_bytes: int
     table_bytes: int
-    populate: bool = False
 
 
 class SealSlot(msgspec.Struct, frozen=True, tag=True):
@@ -90,7 +93,9 @@ class Free(msgspec.Struct, frozen=True, tag=True):
 
 
 class Scan(msgspec.Struct, frozen=True, tag=True):
-    """-> Scanned: every run, or one. ``repair`` undoes what a crash left (for the owner only).
+    """-> Scanned: every run, or one. ``repair`` undoes what a crash left.
+
+    Only for the owner, at its start: nothing else may be under way in that tier meanwhile.
 
     A half-sealed slot becomes a finished slot again, a half-recycled one is freed, temporaries of
     dead writers go. Finished slots are reported, not sealed; a save directory without any record
@@ -284,7 +289,7 @@ class Freed(msgspec.Struct, frozen=True, tag=True):
 class SaveScan(msgspec.Struct, frozen=True):
     """One save in one tier. No ranks: a directory without a record, no save (yet, or any more).
 
-    ``age_s`` is by the file's clock: for a rule in hours and for people, never for order.
+    ``saved_at_s`` is the writer's clock: for a rule in hours and for people, never for order.
     """
 
     save: str
@@ -300,7 +305,7 @@ class SaveScan(msgspec.Struct, frozen=True):
     metrics: dict[str, float] = {}
     problems: list[str] = []
     aborted: str = ""
-    age_s: float = 0.0
+    saved_at_s: float = 0.0
 
 
 class SlotScan(msgspec.Struct, frozen=True):
