@@ -1,0 +1,75 @@
+"""PyTorch: tensors, modules, optimizers and generators. Imported only once torch has been."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mtckpt.adapters.torch import leaves, objects
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mtckpt._placing import Placing
+    from mtckpt._state import ArraySpec, Node
+
+__all__ = ["TorchAdapter"]
+
+
+class TorchAdapter:
+    """``StateAdapter`` of PyTorch. Holds nothing: each method is a function of its arguments."""
+
+    framework = "torch"
+
+    def is_array(self, value: object) -> bool:
+        """True for every tensor, those that cannot be saved too: ``spec`` says why not."""
+        return isinstance(value, torch.Tensor)
+
+    def spec(self, value: Any, path: str, *, template: bool = False) -> ArraySpec:
+        """Raises UnsupportedState for tensors that are not dense bytes."""
+        return leaves.spec_of(value, path, template=template)
+
+    def fingerprint(self, values: Sequence[Any]) -> object:
+        """By columns, for speed."""
+        return leaves.fingerprint(values)
+
+    def host_addresses(
+        self, values: Sequence[Any], paths: Sequence[str] = (), fingerprint: object = None
+    ) -> tuple[list[int], object]:
+        """The live memory of plain host tensors, and of copies for all others."""
+        return leaves.host_addresses(values, paths, fingerprint)
+
+    def identity(self, value: Any) -> object | None:
+        """The same memory seen with the same type, shape and strides."""
+        return leaves.identity(value)
+
+    def state_of(self, value: object) -> object | None:
+        """The state of modules, optimizers and generators."""
+        return objects.state_of(value)
+
+    def writable_address(self, value: Any) -> int | None:
+        """The address of a plain host tensor."""
+        return leaves.writable_address(value)
+
+    def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int]:
+        """An empty host tensor."""
+        del like
+        return leaves.new_tensor(spec)
+
+    def finished(self, fresh: Any, spec: ArraySpec) -> Any:
+        """The tensor itself."""
+        del spec
+        return fresh
+
+    def assign(self, live: Any, fresh: Any) -> Any:
+        """Copy into a live tensor of any layout and device."""
+        return leaves.assign(live, fresh)
+
+    def written(self, lives: Sequence[Any]) -> None:
+        """Bump autograd's version counters."""
+        leaves.bump_versions(lives)
+
+    def place_object(self, live: Any, node: Node, path: str, placing: Placing) -> bool:
+        """Modules, optimizers and generators; False for everything else."""
+        return objects.place_object(live, node, path, placing)

@@ -1,0 +1,284 @@
+"""Tensors as leaves: what they are, where their bytes lie, and how bytes come back.
+
+Knows dense tensors, parameters and buffers on any device, as views, expanded, with lazy
+conjugation or negation. Does not know modules or optimizers (``objects``), nor tensors that are
+sharded, sparse, quantised or nested: those are refused with their path. Does not promise speed for
+other devices than the CPU: their bytes come through pageable host memory.
+
+Everything that a save calls works on lists and keeps to calls that create no Python object where
+it can: 20,000 tensors are looked at in some 20 ms.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.parameter import UninitializedTensorMixin
+
+from mtckpt._dtypes import DTYPES
+from mtckpt._state import ArraySpec
+from mtckpt.errors import UnsupportedState
+
+__all__ = [
+    "Layouts",
+    "assign",
+    "bump_versions",
+    "fingerprint",
+    "host_addresses",
+    "identity",
+    "is_plain",
+    "new_tensor",
+    "spec_of",
+    "writable_address",
+]
+
+NAME_OF: dict[torch.dtype, str] = {
+    getattr(torch, name): name for name in DTYPES if hasattr(torch, name)
+}
+DTYPE_OF = {name: dtype for dtype, name in NAME_OF.items()}
+COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+# Moving bytes as integers asks no kernel for a type that has none (int4, float4) and leaves the
+# payload of every NaN alone.
+BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(slots=True)
+class Layouts:
+    """The fingerprint of a list of tensors, by column; ``odd`` are those that are not plain.
+
+    A plain tensor is a dense one in host memory whose bytes are its elements in C order. ``details``
+    says of the others what the columns do not.
+    """
+
+    dtypes: list[Any]
+    shapes: list[Any]
+    odd: list[int]
+    details: list[object]
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """True if the tensor's bytes in host memory are its elements in C order."""
+    return bool(
+        tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and not tensor.is_conj()
+    )
+
+
+def fingerprint(values: Sequence[torch.Tensor]) -> Layouts:
+    """Compares equal exactly when dtype, shape, layout and device of all do. Never raises."""
+    # Without this, torch.set_default_device and the like add microseconds to every call.
+    with torch._C.DisableTorchFunction():
+        try:
+            dtypes = [tensor.dtype for tensor in values]
+            shapes: list[Any] = [tensor.shape for tensor in values]
+            contiguous = [tensor.is_contiguous() for tensor in values]
+        except RuntimeError:  # sparse and nested tensors have no strides, nested ones no shape
+            return Layouts([], [], [], [_details(tensor) for tensor in values])
+        plain = (
+            all(contiguous)
+            and all([tensor.is_cpu for tensor in values])
+            and not any([tensor.is_neg() for tensor in values])
+            and COMPLEX.isdisjoint(set(dtypes))
+        )
+        if plain:
+            return Layouts(dtypes, shapes, [], [])
+        odd = [i for i, tensor in enumerate(values) if not is_plain(tensor)]
+        return Layouts(dtypes, shapes, odd, [_details(values[i]) for i in odd])
+
+
+def _details(tensor: torch.Tensor) -> object:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return (tensor.dtype, tensor.device, tensor.layout, tensor.is_nested)
+    shape = tuple(tensor.shape)
+    return (
+        *(tensor.dtype, shape, tensor.stride(), tensor.device),
+        *(tensor.is_conj(), tensor.is_neg()),
+    )
+
+
+def host_addresses(
+    values: Sequence[torch.Tensor], paths: Sequence[str], known: object
+) -> tuple[list[int], object]:
+    """Where the bytes lie. ``known`` is the fingerprint of these very values, or anything else."""
+    layouts = known if isinstance(known, Layouts) else fingerprint(values)
+    if layouts.details and not layouts.odd:
+        layouts = Layouts([], [], list(range(len(values))), [])
+    copies: list[torch.Tensor] = []
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        _check_storages(values, paths)
+        if not layouts.odd:
+            return [tensor.data_ptr() for tensor in values], copies
+        odd = set(layouts.odd)
+        addresses = [0 if i in odd else tensor.data_ptr() for i, tensor in enumerate(values)]
+        for i in layouts.odd:
+            copy = _host_copy(values[i])
+            copies.append(copy)
+            addresses[i] = copy.data_ptr()
+    return addresses, copies
+
+
+def _check_storages(values: Sequence[torch.Tensor], paths: Sequence[str]) -> None:
+    """Raise for a tensor whose memory was given back or is shorter than the tensor.
+
+    FSDP and donated buffers resize a storage to nothing and keep the tensor; its address then is
+    its offset, and reading there kills the process.
+    """
+    sizes = [tensor.nbytes for tensor in values]
+    held = [tensor.untyped_storage().nbytes() for tensor in values]
+    if sizes == held and not any([tensor.storage_offset() for tensor in values]):
+        return
+    for i, tensor in enumerate(values):
+        if tensor.numel() and _end_bytes(tensor) > held[i]:
+            raise UnsupportedState(
+                "the memory of this tensor was given back (its storage was resized)",
+                path=paths[i] if paths else "",
+                wanted_bytes=_end_bytes(tensor),
+                storage_bytes=held[i],
+                state="nothing was written",
+                actions=("save it while it has its memory, or leave it out of the state",),
+            )
+
+
+def _end_bytes(tensor: torch.Tensor) -> int:
+    """Where the last element ends in its storage."""
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements in C order in host memory; waits for the device's current stream."""
+    with warnings.catch_warnings():
+        # complex32 warns that it is experimental; moving its bytes is not.
+        warnings.simplefilter("ignore", UserWarning)
+        real = tensor.detach().resolve_conj().resolve_neg()
+        # A blocking copy on the current stream: it comes after what that stream still has to do.
+        host = _bits(real).contiguous().cpu()
+        # .cpu() and .contiguous() hand back what already fits; a copy is never the live tensor.
+        return host.clone() if host.data_ptr() == tensor.data_ptr() else host
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers of the same size; complex128 stays what it is."""
+    bits = BITS_OF.get(tensor.element_size())
+    return tensor if bits is None else tensor.view(bits)
+
+
+def identity(tensor: torch.Tensor) -> object | None:
+    """Equal for two tensors that are the same bytes with the same shape."""
+    if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel():
+        return None
+    return (
+        tensor.data_ptr(),
+        tensor.device,
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def spec_of(tensor: torch.Tensor, path: str, *, template: bool = False) -> ArraySpec:
+    """Type and shape. A template may be on the meta device; what is saved must have bytes."""
+    what, action = _refusal(tensor, template)
+    if what:
+        raise UnsupportedState(
+            f"cannot save {what}",
+            path=path,
+            type_name=type(tensor).__qualname__,
+            state="live state unchanged" if template else "nothing was written",
+            actions=(action,),
+        )
+    return ArraySpec(NAME_OF[tensor.dtype], tuple(tensor.shape), "torch")
+
+
+def _refusal(tensor: torch.Tensor, template: bool) -> tuple[str, str]:
+    """What kind of tensor this is and what to do instead; two empty strings if it can be saved."""
+    kind = type(tensor)
+    if isinstance(tensor, UninitializedTensorMixin):
+        return "a parameter of a lazy module before it has a shape", "run one forward pass first"
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return (
+            f"a tensor of type {kind.__module__}.{kind.__qualname__}, which is more than its bytes",
+            "save the plain tensors it is made of (a DTensor's .to_local()), "
+            "or describe it once with mtckpt.register_codec",
+        )
+    if tensor.is_nested:
+        return "a nested tensor", "save the tensors of .unbind(), or .values() and .offsets()"
+    if tensor.layout is not torch.strided:
+        return f"a sparse tensor ({tensor.layout})", "save its indices and values, or .to_dense()"
+    if tensor.is_quantized:
+        return "a quantised tensor", "save .int_repr(), .q_scale() and .q_zero_point()"
+    if tensor.dtype not in NAME_OF:
+        return f"a tensor of type {tensor.dtype}", "save it as another type, or leave it out"
+    if tensor.is_meta and not template:
+        return "a tensor on the meta device: it has no bytes", "give it memory with .to_empty()"
+    return "", ""
+
+
+def writable_address(tensor: torch.Tensor) -> int | None:
+    """The address of a plain tensor whose storage holds all of it."""
+    if not is_plain(tensor):
+        return None
+    if tensor.numel() and _end_bytes(tensor) > tensor.untyped_storage().nbytes():
+        return None
+    return tensor.data_ptr()
+
+
+def new_tensor(spec: ArraySpec, path: str = "") -> tuple[torch.Tensor, int]:
+    """An empty host tensor in memory of its own, whatever default device is set."""
+    dtype = DTYPE_OF.get(spec.dtype)
+    if dtype is None:
+        raise UnsupportedState(
+            f"torch {torch.__version__} has no type {spec.dtype}",
+            path=path,
+            type_name=spec.dtype,
+            state="live state unchanged",
+            actions=("restore with a torch that has it, or read it with mtckpt.load",),
+        )
+    if dtype is torch.complex32:  # its own constructor warns that it is experimental
+        pairs = torch.empty((*spec.shape, 2), dtype=torch.float16, device="cpu")
+        tensor = torch.view_as_complex(pairs)
+    else:
+        tensor = torch.empty(spec.shape, dtype=dtype, device="cpu")
+    return tensor, tensor.data_ptr()
+
+
+def assign(live: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
+    """Copy into a live tensor; returns ``live``, or ``fresh`` where the live one has no memory."""
+    if live.is_meta:
+        return fresh.requires_grad_(live.requires_grad)
+    with torch.inference_mode(live.is_inference()), torch.no_grad():
+        target = live.detach()
+        source = fresh
+        for dim, (size, stride) in enumerate(zip(live.shape, live.stride(), strict=True)):
+            if size > 1 and stride == 0:  # expanded: one element of memory for the whole dimension
+                target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+        if source.shape != fresh.shape and not _same_bits(source.expand_as(fresh), fresh):
+            live.data = fresh  # what was one element when expanded is several in the checkpoint
+        elif target.is_conj() or target.is_neg():
+            target.copy_(source)
+        else:
+            _bits(target).copy_(_bits(source))
+    return live
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(_bits(one), _bits(other))
+
+
+def bump_versions(tensors: Sequence[torch.Tensor]) -> None:
+    """Tell autograd that bytes were written behind its back, as an in-place operation would."""
+    torch.autograd.graph.increment_version(
+        [tensor for tensor in tensors if not tensor.is_inference()]
+    )
