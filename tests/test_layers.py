@@ -40,6 +40,7 @@ def test_contracts_hold() -> None:
         ("_state.py", "def late():\n    import jax", "frameworks are imported by adapters"),
         ("_state.py", "import numpy", "numpy is imported by adapters"),
         ("agent/protocol.py", "import torch", "the agent knows no framework"),
+        ("_handle.py", "import mtckpt.adapters.numpy", "adapters are imported by their registry"),
         ("_drawer.py", "", "imports point downwards"),
     ],
 )
