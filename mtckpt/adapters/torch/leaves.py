@@ -32,6 +32,7 @@ __all__ = [
     "identity",
     "is_plain",
     "new_tensor",
+    "same_bits",
     "spec_of",
     "writable_address",
 ]
@@ -264,7 +265,7 @@ def assign(live: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
         for dim, (size, stride) in enumerate(zip(live.shape, live.stride(), strict=True)):
             if size > 1 and stride == 0:  # expanded: one element of memory for the whole dimension
                 target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
-        if source.shape != fresh.shape and not _same_bits(source.expand_as(fresh), fresh):
+        if source.shape != fresh.shape and not same_bits(source.expand_as(fresh), fresh):
             live.data = fresh  # what was one element when expanded is several in the checkpoint
         elif target.is_conj() or target.is_neg():
             target.copy_(source)
@@ -273,7 +274,8 @@ def assign(live: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
     return live
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if two tensors of one type and shape have the same bits, whatever they mean."""
     return torch.equal(_bits(one), _bits(other))
 
 
