@@ -129,6 +129,17 @@ class Save:
             self._condition.notify_all()
             return fresh
 
+    def _plan(self, more: Mapping[str, str]) -> None:
+        """Tiers that this save is to reach after all (``close()``)."""
+        with self._condition:
+            self._planned.update(more)
+            self._superseded -= more.keys()
+
+    def _pause(self, seconds: float) -> None:
+        """Until something is told, or ``seconds``."""
+        with self._condition:
+            self._condition.wait(seconds)
+
     def _settled(self) -> bool:
         if not self.due or self.skipped or "ram" in self._failed:
             return True
@@ -198,6 +209,7 @@ class Restored:
         self.elapsed_s = elapsed_s
         self.id = id_
         self._state = state
+        self._incarnation = 0
         self._on_read: Callable[[], None] = _nothing
 
     @property

@@ -6,33 +6,41 @@ Knows addresses and chunks. Does not know frameworks, files or steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-__all__ = ["Engine", "Move"]
+__all__ = ["Engine", "Move", "Span"]
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """``size_bytes`` from ``source`` to ``target`` (addresses); its digests start at ``chunk``."""
+class Span(NamedTuple):
+    """One tensor's place in a shard: offset in the file, size, and its first chunk."""
+
+    start: int
+    size_bytes: int
+    chunk: int
+
+
+class Move(NamedTuple):
+    """Bytes to copy from one address to another."""
 
     source: int
     target: int
     size_bytes: int
-    chunk: int
 
 
 class Engine(Protocol):
     """Moves bytes by its own threads, with the interpreter lock released."""
 
-    def capture(self, moves: Sequence[Move], digests: memoryview) -> None:
-        """Copy every move and write the XXH3-64 of each 256 KiB of its *source* to ``digests``.
+    def capture(
+        self, sources: Sequence[int], spans: Sequence[Span], base: int, digests: memoryview
+    ) -> None:
+        """Copy ``sources[i]`` to ``base + spans[i].start`` for all i, and digest it.
 
-        The digest is of what the state held, taken before the copy: a copy that went wrong shows.
+        ``digests`` (u64 a chunk) gets the XXH3-64 of each 256 KiB of the *source*, taken before
+        the copy: a copy that went wrong shows.
         """
 
-    def verify(self, moves: Sequence[Move], digests: memoryview) -> set[int]:
-        """Indexes of the moves whose *source* does not match ``digests``; copies nothing."""
+    def verify(self, base: int, spans: Sequence[Span], digests: memoryview) -> list[int]:
+        """Indexes of the spans whose bytes at ``base + start`` do not match ``digests``."""
 
     def copy(self, moves: Sequence[Move]) -> None:
         """Copy every move, without digests."""

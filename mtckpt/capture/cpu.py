@@ -12,24 +12,30 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
 from mtckpt._shard import CHUNK_BYTES
-from mtckpt.capture.base import Move
+from mtckpt.capture.base import Move, Span
 from mtckpt.capture.memory import view_at
 
 __all__ = ["CpuEngine"]
 
-_UNIT_CHUNKS = 32  # what a thread takes at a time: 8 MiB
+_UNIT_BYTES = 32 * CHUNK_BYTES  # what a thread takes at a time
+_BYTES_A_THREAD = _UNIT_BYTES
 _chunk_at = (ctypes.c_char * CHUNK_BYTES).from_address
 _copy = ctypes.memmove
 
 
-def _threads_for(size_bytes: int, limit: int) -> int:
-    """Two threads fill the memory bus of a small machine, four that of a large one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(limit, cores or 1, size_bytes // (8 * 1024 * 1024)))
+class _Unit(NamedTuple):
+    """A piece of one large array: whose it is, where it is, where it goes, its first chunk."""
+
+    index: int
+    source: int
+    target: int
+    size_bytes: int
+    chunk: int
 
 
 class CpuEngine:
@@ -37,83 +43,79 @@ class CpuEngine:
 
     def __init__(self, max_threads: int = 4) -> None:
         self.max_threads = max_threads
-        self._views: dict[int, memoryview] = {}
-        self._addresses: list[int] = []
+        self._small_sources: list[tuple[int, int]] = []
+        self._small_views: list[memoryview] = []
 
-    def capture(self, moves: Sequence[Move], digests: memoryview) -> None:
-        large = [move for move in moves if move.size_bytes > CHUNK_BYTES]
-        self._run(large, lambda unit: _capture_unit(unit, digests))
-        views = self._source_views(moves)
-        for move in moves:
-            if move.size_bytes <= CHUNK_BYTES and move.size_bytes:
-                digests[move.chunk] = xxh3_64_intdigest(views[move.source])
-                _copy(move.target, move.source, move.size_bytes)
+    def capture(
+        self, sources: Sequence[int], spans: Sequence[Span], base: int, digests: memoryview
+    ) -> None:
+        units: list[_Unit] = []
+        small: list[Span] = []
+        small_sources: list[tuple[int, int]] = []
+        for index, (source, span) in enumerate(zip(sources, spans, strict=True)):
+            size_bytes = span[1]
+            if size_bytes > CHUNK_BYTES:
+                units += _units(index, source, base + span.start, size_bytes, span.chunk)
+            elif size_bytes:
+                small.append(span)
+                small_sources.append((source, size_bytes))
+        self._run(units, lambda unit: _capture_unit(unit, digests))
+        if not small:
+            return
+        end = small[-1].start + small[-1].size_bytes
+        target = view_at(base, max(end, max(s.start + s.size_bytes for s in small)))
+        for (start, size_bytes, chunk), view in zip(
+            small, self._views(small_sources), strict=True
+        ):
+            digests[chunk] = xxh3_64_intdigest(view)
+            target[start : start + size_bytes] = view
 
-    def verify(self, moves: Sequence[Move], digests: memoryview) -> set[int]:
+    def verify(self, base: int, spans: Sequence[Span], digests: memoryview) -> list[int]:
         bad: set[int] = set()
+        units: list[_Unit] = []
+        small: list[tuple[int, Span]] = []
+        for index, span in enumerate(spans):
+            if span.size_bytes > CHUNK_BYTES:
+                units += _units(index, base + span.start, 0, span.size_bytes, span.chunk)
+            elif span.size_bytes:
+                small.append((index, span))
 
-        def check(unit: tuple[int, int, int, int, int]) -> None:
-            index, source, _, size_bytes, chunk = unit
-            full, rest = divmod(size_bytes, CHUNK_BYTES)
-            for _ in range(full):
-                if xxh3_64_intdigest(_chunk_at(source)) != digests[chunk]:
+        def check(unit: _Unit) -> None:
+            if not _matches(unit, digests):
+                bad.add(unit.index)
+
+        self._run(units, check)
+        if small:
+            view = view_at(base, max(s.start + s.size_bytes for _, s in small))
+            for index, (start, size_bytes, chunk) in small:
+                if xxh3_64_intdigest(view[start : start + size_bytes]) != digests[chunk]:
                     bad.add(index)
-                source += CHUNK_BYTES
-                chunk += 1
-            if rest and xxh3_64_intdigest(view_at(source, rest)) != digests[chunk]:
-                bad.add(index)
-
-        large = [(i, move) for i, move in enumerate(moves) if move.size_bytes > CHUNK_BYTES]
-        self._run([move for _, move in large], check, [i for i, _ in large])
-        for index, move in enumerate(moves):
-            size_bytes = move.size_bytes
-            if 0 < size_bytes <= CHUNK_BYTES and (
-                xxh3_64_intdigest((ctypes.c_char * size_bytes).from_address(move.source))
-                != digests[move.chunk]
-            ):
-                bad.add(index)
-        return bad
+        return sorted(bad)
 
     def copy(self, moves: Sequence[Move]) -> None:
-        def unit_copy(unit: tuple[int, int, int, int, int]) -> None:
-            _, source, target, size_bytes, _ = unit
-            _copy(target, source, size_bytes)
+        units: list[_Unit] = []
+        for source, target, size_bytes in moves:
+            if size_bytes > CHUNK_BYTES:
+                units += _units(0, source, target, size_bytes, 0)
+            else:
+                _copy(target, source, size_bytes)
+        self._run(units, _copy_unit)
 
-        self._run([move for move in moves if move.size_bytes > CHUNK_BYTES], unit_copy)
-        for move in moves:
-            if move.size_bytes <= CHUNK_BYTES:
-                _copy(move.target, move.source, move.size_bytes)
+    def _views(self, sources: list[tuple[int, int]]) -> list[memoryview]:
+        """Views over small sources, kept for the next save at the same addresses.
 
-    def _source_views(self, moves: Sequence[Move]) -> dict[int, memoryview]:
-        """Views over the small sources, kept while the addresses stay the same.
-
-        A view costs as much as a digest. It is used only in a call that was given its address.
+        Making a view costs as much as the digest. One is only ever used in a call that was handed
+        its address and size, so it cannot outlive what it shows.
         """
-        addresses = [move.source for move in moves]
-        if addresses != self._addresses or any(
-            move.size_bytes != len(self._views.get(move.source, b""))
-            for move in moves
-            if 0 < move.size_bytes <= CHUNK_BYTES
-        ):
-            self._views = {
-                move.source: view_at(move.source, move.size_bytes)
-                for move in moves
-                if 0 < move.size_bytes <= CHUNK_BYTES
-            }
-            self._addresses = addresses
-        return self._views
+        if sources != self._small_sources:
+            self._small_views = [view_at(address, size_bytes) for address, size_bytes in sources]
+            self._small_sources = sources
+        return self._small_views
 
-    def _run(
-        self,
-        moves: Sequence[Move],
-        work: Callable[[tuple[int, int, int, int, int]], None],
-        indexes: Sequence[int] | None = None,
-    ) -> None:
-        """Split large moves into units and let several threads, the caller among them, take them."""
-        if not moves:
+    def _run(self, units: Sequence[_Unit], work: Callable[[_Unit], None]) -> None:
+        """Let several threads, the caller among them, take the units one by one."""
+        if not units:
             return
-        units = _units(moves, indexes or range(len(moves)))
-        total = sum(move.size_bytes for move in moves)
         taken = iter(units)
         lock = threading.Lock()
         failures: list[BaseException] = []
@@ -126,12 +128,13 @@ class CpuEngine:
                     if unit is None:
                         return
                     work(unit)
-            except BaseException as error:  # carried to the caller, who raises it
+            except BaseException as error:  # noqa: BLE001 - carried to the caller, who raises it
                 failures.append(error)
 
+        total_bytes = sum(unit.size_bytes for unit in units)
         threads = [
             threading.Thread(target=loop, name="mtckpt-copy", daemon=True)
-            for _ in range(_threads_for(total, self.max_threads) - 1)
+            for _ in range(_num_threads(total_bytes, self.max_threads) - 1)
         ]
         for thread in threads:
             thread.start()
@@ -142,25 +145,26 @@ class CpuEngine:
             raise failures[0]
 
 
-def _units(
-    moves: Sequence[Move], indexes: Sequence[int]
-) -> list[tuple[int, int, int, int, int]]:
-    """``(index, source, target, size_bytes, first chunk)``, at most 8 MiB each."""
-    step = _UNIT_CHUNKS * CHUNK_BYTES
+def _num_threads(size_bytes: int, limit: int) -> int:
+    """Two threads fill the memory bus of a small machine, four that of a large one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(limit, cores or 1, size_bytes // _BYTES_A_THREAD))
+
+
+def _units(index: int, source: int, target: int, size_bytes: int, chunk: int) -> list[_Unit]:
     return [
-        (
+        _Unit(
             index,
-            move.source + begin,
-            move.target + begin,
-            min(step, move.size_bytes - begin),
-            move.chunk + begin // CHUNK_BYTES,
+            source + begin,
+            target + begin,
+            min(_UNIT_BYTES, size_bytes - begin),
+            chunk + begin // CHUNK_BYTES,
         )
-        for index, move in zip(indexes, moves, strict=True)
-        for begin in range(0, move.size_bytes, step)
+        for begin in range(0, size_bytes, _UNIT_BYTES)
     ]
 
 
-def _capture_unit(unit: tuple[int, int, int, int, int], digests: memoryview) -> None:
+def _capture_unit(unit: _Unit, digests: memoryview) -> None:
     _, source, target, size_bytes, chunk = unit
     full, rest = divmod(size_bytes, CHUNK_BYTES)
     for _ in range(full):
@@ -172,3 +176,18 @@ def _capture_unit(unit: tuple[int, int, int, int, int], digests: memoryview) -> 
     if rest:
         digests[chunk] = xxh3_64_intdigest(view_at(source, rest))
         _copy(target, source, rest)
+
+
+def _matches(unit: _Unit, digests: memoryview) -> bool:
+    _, source, _, size_bytes, chunk = unit
+    full, rest = divmod(size_bytes, CHUNK_BYTES)
+    for _ in range(full):
+        if xxh3_64_intdigest(_chunk_at(source)) != digests[chunk]:
+            return False
+        source += CHUNK_BYTES
+        chunk += 1
+    return not rest or xxh3_64_intdigest(view_at(source, rest)) == digests[chunk]
+
+
+def _copy_unit(unit: _Unit) -> None:
+    _copy(unit.target, unit.source, unit.size_bytes)

@@ -1,0 +1,396 @@
+"""The save pipeline: state -> plan -> slot, and the files of a captured shard.
+
+Knows how a state becomes the bytes of a shard in a slot that the agent granted. Does not know
+when a save is due or what becomes of it afterwards. A capture that fails leaves the slot without
+its generation word, which makes it garbage; the previous save is in another slot.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from xxhash import xxh3_128
+
+from mtckpt import _manifest, _shard, _state
+from mtckpt._manifest import ArrayEntry, Record, ShardEntry
+from mtckpt._shard import ShardLayout, Table
+from mtckpt._state import ArraySpec, Node, StateAdapter
+from mtckpt.agent.protocol import SlotGrant
+from mtckpt.capture.base import Engine, Span
+from mtckpt.capture.memory import Mapping as MemoryMapping
+from mtckpt.capture.memory import map_file
+from mtckpt.errors import CaptureFailed, CheckpointError, TierFull, UnsupportedState
+
+__all__ = ["Captured", "Identity", "Plan", "Planner", "SlotRing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which save this is."""
+
+    run: str
+    step: int
+    incarnation: int
+    incarnation_id: str
+    save_id: str
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(slots=True)
+class Plan:
+    """Where every leaf of one structure lies in the shard. Valid while ``fingerprint`` holds.
+
+    ``stored`` has the index of the leaf behind each tensor of the file, in file order.
+    """
+
+    root: Node
+    layout: ShardLayout
+    owners: list[StateAdapter]
+    stored: list[int]
+    spans: list[Span]
+    same_as: dict[int, int]
+    fingerprint: object
+    arrays_json: msgspec.Raw
+    structure_json: msgspec.Raw
+    digest: str
+    sources: list[int]
+
+
+@dataclass(slots=True)
+class Captured:
+    """The leaves of one state, ready to be copied. ``keep`` holds host copies alive."""
+
+    plan: Plan
+    sources: list[int]
+    plain: list[Any]
+    keep: object
+
+
+class Planner:
+    """Turns states into plans, and keeps the last one for as long as it fits exactly."""
+
+    def __init__(self) -> None:
+        self._plan: Plan | None = None
+
+    def prepare(self, state: Any, adapters: Sequence[StateAdapter]) -> Captured:
+        """Take ``state`` apart by the kept plan, or by a new one if anything about it changed.
+
+        Raises UnsupportedState with the path of what cannot be saved.
+        """
+        plan = self._plan
+        if plan is not None:
+            arrays: list[Any] = []
+            plain: list[Any] = []
+            if _state.refill(plan.root, state, adapters, arrays, plain):
+                captured = self._by_plan(plan, arrays, plain)
+                if captured is not None:
+                    return captured
+        return self._by_new_plan(state, adapters)
+
+    def _by_plan(self, plan: Plan, arrays: list[Any], plain: list[Any]) -> Captured | None:
+        if _fingerprint(plan.owners, arrays) != plan.fingerprint:
+            return None
+        addresses, keep = _addresses(plan.owners, arrays)
+        if addresses != plan.sources:
+            # Other memory than last time: the same leaves may be tied differently now.
+            if _ties(plan.owners, arrays, plan_paths(plan)) != plan.same_as:
+                return None
+            plan.sources = addresses
+        return Captured(plan, [addresses[i] for i in plan.stored], plain, keep)
+
+    def _by_new_plan(self, state: Any, adapters: Sequence[StateAdapter]) -> Captured:
+        flat = _state.flatten(state, adapters)
+        specs = [
+            owner.spec(array, path)
+            for owner, array, path in zip(flat.owners, flat.arrays, flat.paths, strict=True)
+        ]
+        for spec, path in zip(specs, flat.paths, strict=True):
+            _state.check_dtype(spec.dtype, path)
+        plan = make_plan(flat, specs)
+        addresses, keep = _addresses(flat.owners, flat.arrays)
+        plan.sources = addresses
+        self._plan = plan
+        return Captured(plan, [addresses[i] for i in plan.stored], flat.plain, keep)
+
+
+def make_plan(flat: _state.Flat, specs: Sequence[ArraySpec]) -> Plan:
+    """Lay out the leaves of ``flat``; tied ones once, under the first path in sorted order."""
+    same_as = _ties(flat.owners, flat.arrays, flat.paths)
+    own = [i for i in range(len(specs)) if i not in same_as]
+    layout = _shard.plan_layout(
+        (_stored_name(flat.paths[i], specs[i]), specs[i].dtype, specs[i].shape) for i in own
+    )
+    index_of = {_stored_name(flat.paths[i], specs[i]): i for i in own}
+    entries = [
+        ArrayEntry(
+            path=path,
+            dtype=spec.dtype,
+            shape=spec.shape,
+            framework=spec.framework,
+            offsets=spec.offsets,
+            global_shape=spec.global_shape,
+            same_as=same_as.get(i),
+        )
+        for i, (path, spec) in enumerate(zip(flat.paths, specs, strict=True))
+    ]
+    arrays_json = msgspec.json.encode(entries)
+    return Plan(
+        root=flat.root,
+        layout=layout,
+        owners=flat.owners,
+        stored=[index_of[tensor.name] for tensor in layout.tensors],
+        spans=[Span(t.start, t.size_bytes, t.first_chunk) for t in layout.tensors],
+        same_as=same_as,
+        fingerprint=_fingerprint(flat.owners, flat.arrays),
+        arrays_json=msgspec.Raw(arrays_json),
+        structure_json=msgspec.Raw(msgspec.json.encode(_state.node_to_json(flat.root))),
+        digest=xxh3_128(arrays_json).hexdigest(),
+        sources=[],
+    )
+
+
+def _stored_name(path: str, spec: ArraySpec) -> str:
+    if spec.offsets is None:
+        return path
+    return f"{path}@{','.join(map(str, spec.offsets))}"
+
+
+def plan_paths(plan: Plan) -> list[str]:
+    return [entry.path for entry in msgspec.json.decode(plan.arrays_json, type=list[ArrayEntry])]
+
+
+def _groups(owners: Sequence[StateAdapter]) -> list[tuple[StateAdapter, list[int] | None]]:
+    """The leaves of each adapter; None stands for all of them, the common case."""
+    distinct = list(dict.fromkeys(map(id, owners)))
+    if len(distinct) <= 1:
+        return [(owners[0], None)] if owners else []
+    by_id = {id(owner): owner for owner in owners}
+    return [
+        (by_id[key], [i for i, owner in enumerate(owners) if id(owner) == key]) for key in distinct
+    ]
+
+
+def _fingerprint(owners: Sequence[StateAdapter], arrays: list[Any]) -> object:
+    return [
+        adapter.fingerprint(arrays if indexes is None else [arrays[i] for i in indexes])
+        for adapter, indexes in _groups(owners)
+    ]
+
+
+def _addresses(owners: Sequence[StateAdapter], arrays: list[Any]) -> tuple[list[int], object]:
+    addresses = [0] * len(arrays)
+    kept = []
+    for adapter, indexes in _groups(owners):
+        if indexes is None:
+            return adapter.host_addresses(arrays)
+        found, keep = adapter.host_addresses([arrays[i] for i in indexes])
+        kept.append(keep)
+        for index, address in zip(indexes, found, strict=True):
+            addresses[index] = address
+    return addresses, kept
+
+
+def _ties(
+    owners: Sequence[StateAdapter], arrays: Sequence[Any], paths: Sequence[str]
+) -> dict[int, int]:
+    """Leaf -> the leaf whose bytes it has: the first path in sorted order of those tied."""
+    groups: dict[object, list[int]] = {}
+    for i, (owner, array) in enumerate(zip(owners, arrays, strict=True)):
+        identity = owner.identity(array)
+        if identity is not None:
+            groups.setdefault(identity, []).append(i)
+    ties = {}
+    for group in groups.values():
+        if len(group) > 1:
+            first = min(group, key=lambda i: paths[i])
+            ties.update({i: first for i in group if i != first})
+    return ties
+
+
+# -- slots ---------------------------------------------------------------------------------------
+
+
+class _HeldSlot:
+    """A slot of the agent's, mapped into this process."""
+
+    def __init__(self, grant: SlotGrant, layout: ShardLayout) -> None:
+        self.grant = grant
+        self.data = _map(grant.data_path, grant.inode, layout.size_bytes)
+        self.table = _map(grant.table_path, None, layout.table_bytes)
+        self.header: bytes = b""
+
+
+class SlotRing:
+    """The slots this process has mapped, by inode; an inode keeps its mapping over recycling."""
+
+    def __init__(self) -> None:
+        self._slots: dict[int, _HeldSlot] = {}
+        self._size: tuple[int, int] = (0, 0)
+
+    def held(self) -> dict[str, int]:
+        """Slot id -> inode, for an agent that has started anew."""
+        return {slot.grant.slot_id: inode for inode, slot in self._slots.items()}
+
+    def adopt(self, grant: SlotGrant, layout: ShardLayout) -> _HeldSlot:
+        """Map a granted slot, or find it mapped already; its pages are faulted in."""
+        size = (layout.size_bytes, layout.table_bytes)
+        if size != self._size:
+            self._slots.clear()
+            self._size = size
+        slot = self._slots.get(grant.inode)
+        if slot is None:
+            slot = self._slots[grant.inode] = _HeldSlot(grant, layout)
+            slot.data.populate()
+            slot.table.populate()
+        slot.grant = grant
+        return slot
+
+    def fits(self, grant: SlotGrant, layout: ShardLayout) -> bool:
+        """True if a slot that was granted ahead of time is of the size needed now."""
+        return self._size == (layout.size_bytes, layout.table_bytes) and grant.inode in self._slots
+
+    def clear(self) -> None:
+        self._slots.clear()
+
+
+def _map(path: str, inode: int | None, size_bytes: int) -> MemoryMapping:
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        if found.st_size != size_bytes or (inode is not None and found.st_ino != inode):
+            raise CaptureFailed(
+                "the slot on disk is not the one the agent granted",
+                stage="captured",
+                tier="ram",
+                path=path,
+                state="nothing was written",
+            )
+        return map_file(fd, size_bytes, writable=True)
+    finally:
+        os.close(fd)
+
+
+def write_shard(
+    captured: Captured,
+    slot: _HeldSlot,
+    identity: Identity,
+    engine: Engine,
+    *,
+    due: Sequence[str],
+    metrics: Mapping[str, float],
+    every: int,
+) -> None:
+    """Fill a slot: header, data with digests, record, and last the generation word.
+
+    The order is the promise: without the word the slot is garbage, with it everything is there.
+    """
+    plan = captured.plan
+    layout = plan.layout
+    table = slot.table.view
+    generation_at = _shard.GENERATION_OFFSET
+    table[generation_at : generation_at + 8] = bytes(8)
+    if slot.header != layout.header:
+        slot.data.view[: layout.data_start] = layout.header
+        slot.header = layout.header
+    digests = table[_shard.TABLE_HEADER.size :].cast("Q")
+    engine.capture(captured.sources, plan.spans, slot.data.address, digests)
+
+    header = Table.header(layout, _manifest.generation_of(identity.save_id))
+    table_digest = xxh3_128(header)
+    table_digest.update(digests)
+    record = _record(captured, identity, table_digest.hexdigest(), digests, due, metrics, every)
+    _write_record(slot.grant.record_path, record)
+    table[: len(header)] = header[:generation_at] + bytes(8) + header[generation_at + 8 :]
+    table[generation_at : generation_at + 8] = header[generation_at : generation_at + 8]
+
+
+def _record(
+    captured: Captured,
+    identity: Identity,
+    table_digest: str,
+    digests: memoryview,
+    due: Sequence[str],
+    metrics: Mapping[str, float],
+    every: int,
+) -> bytes:
+    plan = captured.plan
+    plain = msgspec.json.encode([_state.encode_plain(value) for value in captured.plain])
+    record = Record(
+        version=_manifest.FORMAT_VERSION,
+        run=identity.run,
+        step=identity.step,
+        incarnation=identity.incarnation,
+        incarnation_id=identity.incarnation_id,
+        save_id=identity.save_id,
+        rank=identity.rank,
+        world_size=identity.world_size,
+        plan_digest=plan.digest,
+        shard=ShardEntry(
+            size_bytes=plan.layout.size_bytes,
+            data_start=plan.layout.data_start,
+            header_digest=f"{plan.layout.header_digest:016x}",
+            table_digest=table_digest,
+            chunk_bytes=_shard.CHUNK_BYTES,
+        ),
+        roots=base64.b64encode(_shard.root_digests(plan.layout, digests)).decode(),
+        arrays=plan.arrays_json,
+        structure=plan.structure_json,
+        plain=msgspec.Raw(plain),
+        writer="mtckpt",
+        host=socket.gethostname(),
+        saved_at_s=round(time.time(), 3),
+        every=every,
+        metrics={name: float(value) for name, value in metrics.items()},
+        due=tuple(due),
+    )
+    data = _manifest.encode_sealed(record)
+    if len(data) > _manifest.MAX_RECORD_BYTES:
+        raise UnsupportedState(
+            f"plain values and names need a record of {len(data):,} bytes",
+            path="",
+            limit_bytes=_manifest.MAX_RECORD_BYTES,
+            state="nothing was saved",
+            actions=("hold large data in arrays instead of lists, strings and bytes",),
+        )
+    return data
+
+
+def _write_record(path: str, data: bytes) -> None:
+    temporary = f"{path}.new"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(temporary, flags, 0o660)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+    except OSError as error:
+        raise TierFull(
+            f"the record could not be written: {error.strerror}",
+            tier="ram",
+            needed_bytes=len(data),
+            state="the step was not saved; earlier steps are unchanged",
+        ) from error
+
+
+def capture_error(step: int, error: Exception) -> CheckpointError:
+    """What a failed capture raises: our own errors as they are, a user's or a framework's wrapped."""
+    if isinstance(error, CheckpointError):
+        return error
+    return CaptureFailed(
+        f"the state of step {step} could not be read: {type(error).__name__}: {error}",
+        stage="captured",
+        step=step,
+        state="the step was not started; earlier steps are unchanged; the next save works",
+    )

@@ -1,0 +1,250 @@
+"""One Checkpointer's conversation with the node agent.
+
+Knows the agent's client, one thread that hands over captured slots (the courier) and one that
+hears what became of them (the listener). Does not know state or tiers' contents. An agent that
+goes away is started again and told what this process holds; what it had sealed lies in files.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from mtckpt._handle import Save
+from mtckpt.agent import protocol
+from mtckpt.agent.client import AgentClient
+from mtckpt.agent.spawn import ensure_agent
+from mtckpt.errors import AgentUnavailable, CheckpointError, RunLocked
+
+__all__ = ["Session", "start_ticks"]
+
+logger = logging.getLogger(__name__)
+
+_LISTEN_S = 20.0
+_RETRY_S = 0.5
+_T = TypeVar("_T")
+
+
+def start_ticks(pid: int) -> int:
+    """Field 22 of /proc/pid/stat; with the pid it names a process for good. 0 if unknown."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+class Session:
+    """See the module. ``on_error`` is told each error that no call of the user's will raise."""
+
+    def __init__(
+        self,
+        run: str,
+        run_key: str,
+        tiers: Sequence[protocol.TierConfig],
+        ram_path: str,
+        *,
+        timeout_s: float,
+        on_error: Callable[[Save, CheckpointError], None],
+    ) -> None:
+        self.run = run
+        self.run_key = run_key
+        self.tiers = list(tiers)
+        self.ram_path = ram_path
+        self.timeout_s = timeout_s
+        self.holder = os.urandom(16).hex()
+        self.pid = os.getpid()
+        self.incarnation = 0
+        self.opened: protocol.Opened | None = None
+        self.fenced: RunLocked | None = None
+        self.next_slot: protocol.SlotGrant | None = None
+        self.held: Callable[[], dict[str, int]] = dict
+        self._on_error = on_error
+        self._client: AgentClient | None = None
+        self._lock = threading.Lock()
+        self._saves: dict[str, Save] = {}
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._threads: list[threading.Thread] = []
+        self._closing = threading.Event()
+
+    # -- connection ------------------------------------------------------------------------------
+
+    def open(self) -> protocol.Opened:
+        """Reach the agent, starting one if there is none, and open the run there."""
+        with self._lock:
+            if self.opened is None:
+                self.opened = self._open()
+            return self.opened
+
+    def _open(self) -> protocol.Opened:
+        client = AgentClient(ensure_agent(self.timeout_s), self.timeout_s)
+        message = protocol.Open(
+            protocol=protocol.PROTOCOL_VERSION,
+            run=self.run,
+            holder=self.holder,
+            rank=0,
+            world_size=1,
+            pid=self.pid,
+            start_ticks=start_ticks(self.pid),
+            parent_pid=os.getppid(),
+            ram_path=self.ram_path,
+            tiers=self.tiers,
+            incarnation=self.incarnation,
+            held=self.held(),
+            token=os.environ.get("MTCKPT_TOKEN", ""),
+        )
+        opened = client.call(f"/v1/runs/{self.run_key}/open", message, protocol.Opened)
+        self._client = client
+        return opened
+
+    def move_slots(self, ram_path: str) -> protocol.Opened:
+        """Open again with slots in another directory (nothing has been captured yet)."""
+        with self._lock:
+            self.ram_path = ram_path
+            self.opened = self._open()
+            return self.opened
+
+    def call(
+        self, verb: str, message: Any, reply_type: type[_T], timeout_s: float | None = None
+    ) -> _T:
+        """One call about this run. An agent that has gone is started again, once a call."""
+        path = f"/v1/runs/{self.run_key}/{verb}"
+        deadline_s = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        self.open()
+        client = self._client
+        assert client is not None
+        try:
+            return client.call(path, message, reply_type, max(0.1, deadline_s - time.monotonic()))
+        except AgentUnavailable:
+            if deadline_s - time.monotonic() < _RETRY_S or self._closing.is_set():
+                raise
+        self._reopen(client)
+        client = self._client
+        return client.call(path, message, reply_type, max(0.1, deadline_s - time.monotonic()))
+
+    def status(self) -> protocol.AgentStatus:
+        """The whole agent's status."""
+        self.open()
+        client = self._client
+        assert client is not None
+        return client.call("/status", None, protocol.AgentStatus)
+
+    def watch(self, save: Save) -> None:
+        """Hear about ``save`` again, though it had been done with."""
+        self._saves[save.id] = save
+
+    def stop_listening(self) -> None:
+        """No error of the agent's matters any more; the listener ends with its next answer."""
+        self._closing.set()
+
+    def _reopen(self, failed: AgentClient) -> None:
+        with self._lock:
+            if self._client is failed:
+                logger.warning("run %s: the node agent went away, starting another", self.run)
+                self.opened = self._open()
+                failed.close()
+
+    # -- saves -----------------------------------------------------------------------------------
+
+    def submit(self, seal: protocol.Seal, save: Save, after: Callable[[], None]) -> None:
+        """Hand a captured slot over, in the background. ``after`` runs once a next slot is known."""
+        self._saves[save.id] = save
+        self._start_threads()
+        self._idle.clear()
+        self._jobs.put(lambda: self._seal(seal, save, after))
+
+    def _seal(self, seal: protocol.Seal, save: Save, after: Callable[[], None]) -> None:
+        try:
+            sealed = self.call("seal", seal, protocol.Sealed)
+        except CheckpointError as error:
+            self._tell(save, failed={"ram": error})
+            return
+        self._tell(save, stages=("captured", "staged"))
+        self.next_slot = sealed.next_slot
+        after()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """True once the courier has handed over everything."""
+        return self._idle.wait(timeout_s)
+
+    def saves(self) -> list[Save]:
+        """Saves that something may still happen to."""
+        return list(self._saves.values())
+
+    def _start_threads(self) -> None:
+        if not self._threads:
+            self._threads = [
+                threading.Thread(target=self._courier, name="mtckpt-courier", daemon=True),
+                threading.Thread(target=self._listener, name="mtckpt-listener", daemon=True),
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def _courier(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            finally:
+                if self._jobs.empty():
+                    self._idle.set()
+
+    def _listener(self) -> None:
+        since = 0
+        while not self._closing.is_set():
+            try:
+                changes = self.call(
+                    f"changes?since={since}&timeout_s={_LISTEN_S:.0f}&holder={self.holder}",
+                    None,
+                    protocol.Changes,
+                    _LISTEN_S + self.timeout_s,
+                )
+            except CheckpointError as error:
+                # The loop must live: what is owed is reported when an agent answers again.
+                logger.debug("listening to the agent: %s", error)
+                self._closing.wait(_RETRY_S)
+                since = 0
+                continue
+            since = changes.seq
+            if changes.fenced is not None:
+                error = protocol.error_from_wire(changes.fenced)
+                self.fenced = error if isinstance(error, RunLocked) else RunLocked(error.what)
+            for change in changes.saves:
+                self._take_in(change)
+
+    def _take_in(self, change: protocol.SaveChange) -> None:
+        save = self._saves.get(change.save_id)
+        if save is not None:
+            self._tell(
+                save,
+                stages=change.stages,
+                failed={
+                    label: protocol.error_from_wire(wire) for label, wire in change.failed.items()
+                },
+                owed=change.owed,
+                superseded=change.superseded,
+            )
+
+    def _tell(self, save: Save, **news: Any) -> None:
+        for error in save._advance(**news):
+            self._on_error(save, error)
+        if save.done():
+            self._saves.pop(save.id, None)
+
+    # -- end -------------------------------------------------------------------------------------
+
+    def close(self, timeout_s: float) -> None:
+        """Stop both threads and drop the connections. What is under way goes on in the agent."""
+        self._closing.set()
+        self._jobs.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout_s)
+        if self._client is not None:
+            self._client.close()
