@@ -12,16 +12,41 @@ never be written: what does not match is flattened anew.
 
 from __future__ import annotations
 
-import base64
-import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mtckpt._dtypes import DTYPES, size_bytes_of
-from mtckpt.errors import FormatError, UnsupportedState
+from mtckpt._node import (
+    ARRAY,
+    CODEC,
+    DICT,
+    DROPPED,
+    LIST,
+    MAX_DEPTH,
+    OBJECT,
+    PLAIN,
+    PLAIN_TYPES,
+    TUPLE,
+    Node,
+    decode_plain,
+    encode_plain,
+    node_from_json,
+    node_to_json,
+)
+from mtckpt.errors import UnsupportedState
 
 __all__ = [
+    "ARRAY",
+    "CODEC",
+    "DICT",
+    "DROPPED",
+    "LIST",
+    "OBJECT",
+    "PLAIN",
+    "PLAIN_TYPES",
+    "TUPLE",
     "ArraySpec",
     "Flat",
     "Node",
@@ -36,19 +61,6 @@ __all__ = [
     "refill",
     "register_codec",
 ]
-
-MAX_DEPTH = 64
-
-ARRAY, PLAIN, DICT, LIST, TUPLE, CODEC, OBJECT = (
-    "array",
-    "plain",
-    "dict",
-    "list",
-    "tuple",
-    "codec",
-    "object",
-)
-PLAIN_TYPES = frozenset({int, float, str, bool, type(None), bytes})
 
 
 class Stateful(Protocol):
@@ -78,31 +90,38 @@ class ArraySpec:
 
 
 class StateAdapter(Protocol):
-    """What mtckpt needs from a framework. Everything works on lists, since a call a leaf is dear."""
+    """What mtckpt needs from a framework. Lists where it can be: a call a leaf is dear."""
 
     framework: str
 
     def is_array(self, value: object) -> bool:
         """True for a leaf that this adapter owns."""
 
-    def spec(self, value: Any, path: str) -> ArraySpec:
-        """Type and shape. Raises UnsupportedState for what cannot be stored (sparse, quantised)."""
+    def spec(self, value: Any, path: str, *, template: bool = False) -> ArraySpec:
+        """Type and shape. Raises UnsupportedState for what cannot be stored (sparse, quantised).
+
+        With ``template`` also for a leaf that has no memory yet (torch's meta device).
+        """
 
     def fingerprint(self, values: Sequence[Any]) -> object:
         """A value that compares equal exactly when dtype, shape, layout and device of all do."""
 
-    def host_addresses(self, values: Sequence[Any]) -> tuple[list[int], object]:
+    def host_addresses(
+        self, values: Sequence[Any], paths: Sequence[str] = (), fingerprint: object = None
+    ) -> tuple[list[int], object]:
         """Where the bytes of each array lie in host memory, contiguous, in C order.
 
         What lies elsewhere (another device) or otherwise (strides, lazy conjugation) is copied
         first; the second result keeps those copies alive. The address of an empty array is 0.
+        ``fingerprint``, if it was just taken of these very values, saves looking at them again;
+        ``paths`` are for errors: UnsupportedState for an array whose memory is gone.
         """
 
     def identity(self, value: Any) -> object | None:
         """Equal for two arrays that are the same bytes with the same shape; None if unknown."""
 
     def state_of(self, value: object) -> object | None:
-        """The tree inside an object that this adapter knows better than ``state_dict()``, or None."""
+        """The tree inside an object that this adapter knows better than ``state_dict()``."""
 
     def writable_address(self, value: Any) -> int | None:
         """Where bytes can be written straight into this live array, or None."""
@@ -110,41 +129,21 @@ class StateAdapter(Protocol):
     def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int]:
         """A fresh host array in memory of its own, and its address. ``like`` gives the kind."""
 
+    def finished(self, fresh: Any, spec: ArraySpec) -> Any:
+        """What the user gets for a fresh array of this spec, once its bytes are there."""
+
     def assign(self, live: Any, fresh: Any) -> Any:
         """Copy a fresh host array into a live one; returns what stands in its place."""
+
+    def written(self, lives: Sequence[Any]) -> None:
+        """Told, in ``finish``, which live arrays had bytes put straight into them."""
 
     def place_object(self, live: Any, node: Node, path: str, placing: Any) -> bool:
         """Match an object this adapter knows (a module, an optimizer) with its saved tree.
 
-        ``placing`` is a ``Placing``: wants go to ``into``, ``fresh`` and ``tree``, differences to
+        ``placing`` is a ``Placing``: wants go to ``array_into`` and ``tree``, differences to
         ``missing``, ``unused`` and ``diff``, work for later to ``finish``. False: not its object.
         """
-
-
-class Node:
-    """One place in a tree. ``index`` counts arrays or plain values in the order of the walk."""
-
-    __slots__ = ("children", "index", "keys", "kind", "name", "type", "types")
-
-    def __init__(
-        self,
-        kind: str,
-        *,
-        type_: type = object,
-        keys: list[Any] | None = None,
-        children: list[Node] | None = None,
-        index: int = -1,
-        name: str = "",
-    ) -> None:
-        self.kind = kind
-        self.type = type_
-        self.keys = keys
-        self.children = children or []
-        self.index = index
-        self.name = name
-        # A container of nothing but arrays is compared in one go; None for any other.
-        arrays = bool(self.children) and all(child.kind == ARRAY for child in self.children)
-        self.types = [child.type for child in self.children] if arrays else None
 
 
 @dataclass(slots=True)
@@ -203,17 +202,17 @@ def flatten(state: object, adapters: Sequence[StateAdapter]) -> Flat:
     flat = Flat(root=Node(PLAIN))
     flat.root = _walk(state, "", adapters, flat, 0)
     if len(set(flat.paths)) != len(flat.paths):
-        seen: set[str] = set()
-        path = next(p for p in flat.paths if p in seen or seen.add(p))  # type: ignore[func-returns-value]
+        path, count = Counter(flat.paths).most_common(1)[0]
         raise UnsupportedState(
-            "two leaves have the same path", path=path, state="nothing was written"
+            f"{count} leaves have the same path",
+            path=path,
+            state="nothing was written",
+            actions=("give the keys of that dict different texts: 1 and '1' have the same",),
         )
     return flat
 
 
-def _walk(
-    value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, depth: int
-) -> Node:
+def _walk(value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, depth: int) -> Node:
     kind = type(value)
     if depth > MAX_DEPTH:
         raise UnsupportedState(
@@ -224,6 +223,10 @@ def _walk(
         )
     if kind in PLAIN_TYPES:
         return _plain(value, path, flat)
+    if kind in _codecs:  # before the adapters: a codec may speak for a kind of array they refuse
+        codec = _codecs[kind]
+        child = _walk(codec.encode(value), path, adapters, flat, depth + 1)
+        return Node(CODEC, type_=kind, children=[child], name=codec.name)
     for adapter in adapters:
         if adapter.is_array(value):
             _check_name(path)
@@ -231,15 +234,9 @@ def _walk(
             flat.owners.append(adapter)
             flat.paths.append(path)
             return Node(ARRAY, type_=kind, index=len(flat.arrays) - 1, name=adapter.framework)
-    if kind in _codecs:
-        codec = _codecs[kind]
-        child = _walk(codec.encode(value), path, adapters, flat, depth + 1)
-        return Node(CODEC, type_=kind, children=[child], name=codec.name)
     inner = _inner_state(value, adapters)
     if inner is not None:
-        return Node(
-            OBJECT, type_=kind, children=[_walk(inner[0], path, adapters, flat, depth + 1)]
-        )
+        return Node(OBJECT, type_=kind, children=[_walk(inner[0], path, adapters, flat, depth + 1)])
     if isinstance(value, Mapping):
         return _walk_dict(value, path, adapters, flat, depth)
     if isinstance(value, (list, tuple)):
@@ -247,22 +244,27 @@ def _walk(
         children = [
             _walk(item, f"{prefix}{i}", adapters, flat, depth + 1) for i, item in enumerate(value)
         ]
-        return Node(
-            LIST if isinstance(value, list) else TUPLE, type_=kind, children=children
-        )
+        return Node(LIST if isinstance(value, list) else TUPLE, type_=kind, children=children)
     if isinstance(value, (bool, int, float, str, bytes)):
         # A subclass (an IntEnum, numpy.float64) would come back as its base: said, not guessed.
         return _plain(value, path, flat)
-    raise UnsupportedState(
+    raise _refused(kind, path)
+
+
+def _refused(kind: type, path: str) -> UnsupportedState:
+    actions = (
+        "leave it out of the state if it can be built again",
+        "give it state_dict() and load_state_dict()",
+        "or describe it once with mtckpt.register_codec(type, name=, encode=, decode=)",
+    )
+    if kind.__module__.partition(".")[0] in ("jax", "jaxlib"):
+        actions = ("save numpy.asarray(array): arrays of JAX cannot be saved yet",)
+    return UnsupportedState(
         f"cannot save a value of type {kind.__module__}.{kind.__qualname__}",
         path=path,
         type_name=kind.__qualname__,
         state="nothing was written",
-        actions=(
-            "leave it out of the state if it can be built again",
-            "give it state_dict() and load_state_dict()",
-            "or describe it once with mtckpt.register_codec(type, name=, encode=, decode=)",
-        ),
+        actions=actions,
     )
 
 
@@ -338,18 +340,18 @@ def refill(
         return type(value) is node.type
     if kind == PLAIN:
         plain.append(value)
-        return type(value) in PLAIN_TYPES or type(value) is node.type
+        return _is_plain_now(value, node)
     if type(value) is not node.type:
         return False
     if kind == OBJECT:
         inner = _inner_state(value, adapters)
         return inner is not None and refill(node.children[0], inner[0], adapters, arrays, plain)
     if kind == CODEC:
-        return refill(
-            node.children[0], _codecs[type(value)].encode(value), adapters, arrays, plain
-        )
+        return refill(node.children[0], _codecs[type(value)].encode(value), adapters, arrays, plain)
     if kind == DICT:
         if list(value) != node.keys:
+            return False
+        if node.key_types is not None and list(map(type, value)) != node.key_types:
             return False
         items: Iterable[Any] = value.values()
     else:
@@ -360,99 +362,28 @@ def refill(
         found = list(items)
         arrays.extend(found)
         return [type(item) for item in found] == node.types
-    return all(
-        refill(child, item, adapters, arrays, plain)
-        for child, item in zip(node.children, items, strict=True)
-    )
+    if node.all_plain:
+        found = list(items)
+        plain.extend(found)
+        return all(map(_is_plain_now, found, node.children))
+    for child, item in zip(node.children, items, strict=True):
+        if not refill(child, item, adapters, arrays, plain):
+            return False
+    return True
 
 
-def encode_plain(value: Any) -> Any:
-    """JSON for one plain value; what JSON lacks is an object with a single key."""
-    if isinstance(value, bytes):
-        return {"bytes": base64.b64encode(value).decode()}
-    if isinstance(value, bool) or value is None:
-        return bool(value) if value is not None else None
-    if isinstance(value, int):
-        number = int(value)
-        return number if -(2**63) <= number < 2**63 else {"int": str(number)}
-    if isinstance(value, float):
-        number_f = float(value)
-        return number_f if math.isfinite(number_f) else {"float": repr(number_f)}
-    if isinstance(value, str):
-        return str.__str__(value)
-    raise UnsupportedState(
-        f"not a plain value: {type(value).__qualname__}",
-        path="",
-        type_name=type(value).__qualname__,
-    )
-
-
-def decode_plain(value: Any) -> Any:
-    """The opposite of ``encode_plain``. Raises FormatError for anything else."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, dict) and len(value) == 1:
-        ((tag, text),) = value.items()
-        if isinstance(text, str):
-            try:
-                if tag == "bytes":
-                    return base64.b64decode(text, validate=True)
-                if tag == "float" and text in ("nan", "inf", "-inf"):
-                    return float(text)
-                if tag == "int" and len(text) <= 4096:
-                    return int(text)
-            except ValueError as error:
-                raise FormatError(f"not a plain value: {text[:60]!r}") from error
-    raise FormatError(f"not a plain value: {str(value)[:60]!r}")
-
-
-def node_to_json(node: Node) -> Any:
-    """The structure as JSON: every place is an object with a single key, its kind."""
-    if node.kind in (ARRAY, PLAIN):
-        return {node.kind: node.index}
-    if node.kind == OBJECT:
-        return node_to_json(node.children[0])
-    if node.kind == DICT:
-        keys = node.keys or []
-        return {
-            DICT: [
-                [encode_plain(key), node_to_json(child)]
-                for key, child in zip(keys, node.children, strict=True)
-            ]
-        }
-    if node.kind == CODEC:
-        return {CODEC: [node.name, node_to_json(node.children[0])]}
-    return {node.kind: [node_to_json(child) for child in node.children]}
-
-
-def node_from_json(tree: Any, num_arrays: int, num_plain: int, depth: int = 0) -> Node:
-    """Read a structure. Raises FormatError for anything that ``node_to_json`` would not write."""
-    if depth > 2 * MAX_DEPTH or not isinstance(tree, dict) or len(tree) != 1:
-        raise FormatError("not a structure of a state")
-    ((kind, body),) = tree.items()
-    if kind in (ARRAY, PLAIN):
-        limit = num_arrays if kind == ARRAY else num_plain
-        if type(body) is not int or not 0 <= body < limit:
-            raise FormatError(f"{kind} index out of range")
-        return Node(kind, index=body)
-    if not isinstance(body, list):
-        raise FormatError("not a structure of a state")
-    if kind == DICT:
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in body):
-            raise FormatError("not a structure of a state")
-        children = [node_from_json(pair[1], num_arrays, num_plain, depth + 1) for pair in body]
-        return Node(DICT, keys=[decode_plain(pair[0]) for pair in body], children=children)
-    if kind == CODEC:
-        if len(body) != 2 or not isinstance(body[0], str):
-            raise FormatError("not a structure of a state")
-        child = node_from_json(body[1], num_arrays, num_plain, depth + 1)
-        return Node(CODEC, children=[child], name=body[0])
-    if kind in (LIST, TUPLE):
-        return Node(
-            kind,
-            children=[node_from_json(item, num_arrays, num_plain, depth + 1) for item in body],
-        )
-    raise FormatError(f"not a structure of a state: {kind[:40]!r}")
+def _is_plain_now(value: Any, node: Node) -> bool:
+    """True if ``flatten`` would take this value without a word."""
+    kind = type(value)
+    if kind is str:
+        if value.isascii():
+            return True
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+        return True
+    return kind in PLAIN_TYPES or kind is node.type
 
 
 def codec_named(name: str, path: str) -> Codec:

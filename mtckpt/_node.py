@@ -1,0 +1,171 @@
+"""The shape of a state: nodes, and the JSON that a record keeps them in.
+
+Knows kinds of places, keys and indexes. Does not know values, arrays or frameworks. Reading JSON
+never builds anything but nodes and plain values, whatever the JSON says.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from typing import Any
+
+from mtckpt.errors import FormatError, UnsupportedState
+
+__all__ = [
+    "ARRAY",
+    "CODEC",
+    "DICT",
+    "DROPPED",
+    "LIST",
+    "MAX_DEPTH",
+    "OBJECT",
+    "PLAIN",
+    "PLAIN_TYPES",
+    "TUPLE",
+    "Node",
+    "decode_plain",
+    "encode_plain",
+    "node_from_json",
+    "node_to_json",
+]
+
+MAX_DEPTH = 64
+
+ARRAY, PLAIN, DICT, LIST, TUPLE, CODEC, OBJECT = (
+    "array",
+    "plain",
+    "dict",
+    "list",
+    "tuple",
+    "codec",
+    "object",
+)
+DROPPED = "dropped"  # a gap in a list, made by rename and never saved
+PLAIN_TYPES = frozenset({int, float, str, bool, type(None), bytes})
+
+
+class Node:
+    """One place in a tree. ``index`` counts arrays or plain values in the order of the walk."""
+
+    __slots__ = (
+        *("all_plain", "children", "index", "key_types", "keys"),
+        *("kind", "name", "type", "types"),
+    )
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        type_: type = object,
+        keys: list[Any] | None = None,
+        children: list[Node] | None = None,
+        index: int = -1,
+        name: str = "",
+    ) -> None:
+        self.kind = kind
+        self.type: Any = type_
+        self.keys = keys
+        # 1, 1.0 and True are equal keys and not the same; texts are equal only to texts.
+        key_types = [type(key) for key in keys or []]
+        self.key_types = None if all(kind is str for kind in key_types) else key_types
+        self.children = children or []
+        self.index = index
+        self.name = name
+        # A container of nothing but arrays, or of nothing but plain values, is walked in one go.
+        self.types: list[type] | None = None
+        self.all_plain = False
+        if self.children:
+            if all(child.kind == ARRAY for child in self.children):
+                self.types = [child.type for child in self.children]
+            else:
+                self.all_plain = all(child.kind == PLAIN for child in self.children)
+
+
+def encode_plain(value: Any) -> Any:
+    """JSON for one plain value; what JSON lacks is an object with a single key."""
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, bool) or value is None:
+        return bool(value) if value is not None else None
+    if isinstance(value, int):
+        number = int(value)
+        return number if -(2**63) <= number < 2**63 else {"int": str(number)}
+    if isinstance(value, float):
+        number_f = float(value)
+        return number_f if math.isfinite(number_f) else {"float": repr(number_f)}
+    if isinstance(value, str):
+        return str.__str__(value)
+    raise UnsupportedState(
+        f"not a plain value: {type(value).__qualname__}",
+        path="",
+        type_name=type(value).__qualname__,
+    )
+
+
+def decode_plain(value: Any) -> Any:
+    """The opposite of ``encode_plain``. Raises FormatError for anything else."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict) and len(value) == 1:
+        ((tag, text),) = value.items()
+        if isinstance(text, str):
+            try:
+                if tag == "bytes":
+                    return base64.b64decode(text, validate=True)
+                if tag == "float" and text in ("nan", "inf", "-inf"):
+                    return float(text)
+                if tag == "int" and len(text) <= 4096:
+                    return int(text)
+            except ValueError as error:
+                raise FormatError(f"not a plain value: {text[:60]!r}") from error
+    raise FormatError(f"not a plain value: {str(value)[:60]!r}")
+
+
+def node_to_json(node: Node) -> Any:
+    """The structure as JSON: every place is an object with a single key, its kind."""
+    if node.kind in (ARRAY, PLAIN):
+        return {node.kind: node.index}
+    if node.kind == OBJECT:
+        return node_to_json(node.children[0])
+    if node.kind == DICT:
+        keys = node.keys or []
+        return {
+            DICT: [
+                [encode_plain(key), node_to_json(child)]
+                for key, child in zip(keys, node.children, strict=True)
+            ]
+        }
+    if node.kind == CODEC:
+        return {CODEC: [node.name, node_to_json(node.children[0])]}
+    return {node.kind: [node_to_json(child) for child in node.children]}
+
+
+def node_from_json(tree: Any, num_arrays: int, num_plain: int, depth: int = 0) -> Node:
+    """Read a structure. Raises FormatError for anything that ``node_to_json`` would not write."""
+    if depth > 2 * MAX_DEPTH or not isinstance(tree, dict) or len(tree) != 1:
+        raise FormatError("not a structure of a state")
+    ((kind, body),) = tree.items()
+    if kind in (ARRAY, PLAIN):
+        limit = num_arrays if kind == ARRAY else num_plain
+        if type(body) is not int or not 0 <= body < limit:
+            raise FormatError(f"{kind} index out of range")
+        return Node(kind, index=body)
+    if not isinstance(body, list):
+        raise FormatError("not a structure of a state")
+    if kind == DICT:
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in body):
+            raise FormatError("not a structure of a state")
+        children = [node_from_json(pair[1], num_arrays, num_plain, depth + 1) for pair in body]
+        return Node(DICT, keys=[decode_plain(pair[0]) for pair in body], children=children)
+    if kind == CODEC:
+        if len(body) != 2 or not isinstance(body[0], str):
+            raise FormatError("not a structure of a state")
+        child = node_from_json(body[1], num_arrays, num_plain, depth + 1)
+        return Node(CODEC, children=[child], name=body[0])
+    if kind in (LIST, TUPLE):
+        return Node(
+            kind,
+            children=[node_from_json(item, num_arrays, num_plain, depth + 1) for item in body],
+        )
+    raise FormatError(f"not a structure of a state: {kind[:40]!r}")

@@ -1,0 +1,181 @@
+"""A checkpoint's tree with its leaves moved to other paths, before it meets a template.
+
+Knows nodes and paths. Does not know what the paths mean to anyone. A moved leaf keeps the kinds of
+containers that it came from for as much of its path, counted from the end, as stayed the same: a
+prefix can be exchanged, and lists, tuples, codecs and keys that are numbers stay what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mtckpt import _state
+from mtckpt._state import ArraySpec, Node, escape
+from mtckpt.errors import UsageError
+
+__all__ = ["Stored", "rename_tree"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One array of a checkpoint: its path, what it is, and whose bytes it has.
+
+    ``bytes_of`` is the index of the array whose stored bytes these are: its own, or that of the
+    first path for a tied one.
+    """
+
+    path: str
+    spec: ArraySpec
+    bytes_of: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """From a container of ``kind`` down to what stands at ``key``, through codecs, outermost first."""
+
+    kind: str
+    key: object
+    codecs: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A container that is being put together; ``leaf`` makes it a leaf."""
+
+    kind: str = ""
+    codecs: tuple[str, ...] = ()
+    entries: dict[object, _Draft] = field(default_factory=dict)
+    leaf: Node | None = None
+
+
+def rename_tree(
+    root: Node,
+    arrays: Sequence[Stored],
+    plain_paths: Sequence[str],
+    rename: Callable[[str], str | None],
+) -> tuple[Node, list[Stored]]:
+    """The tree with every leaf where ``rename`` says; None drops it. Empty containers are leaves.
+
+    An item dropped from a list leaves a gap, so that those after it keep their places. Raises
+    UsageError if two leaves land on one path, or a leaf where a container has to be.
+    """
+    del plain_paths  # the walk knows them
+    stored = list(arrays)
+    draft = _Draft()
+    codecs, top = _unwrapped(root)
+    draft.codecs = codecs
+    for path, steps, leaf in _leaves(top, "", ()):
+        new = rename(path)
+        if new is None:
+            continue
+        if leaf.kind == _state.ARRAY and new != path:
+            old = stored[leaf.index]
+            stored[leaf.index] = Stored(new, old.spec, old.bytes_of)
+        _insert(draft, steps if new == path else _moved(steps, new), leaf, new)
+    if not draft.kind and draft.leaf is None:
+        draft.kind = _state.DICT
+    return _built(draft), stored
+
+
+def _unwrapped(node: Node) -> tuple[tuple[str, ...], Node]:
+    """The codecs around a node, outermost first, and what is inside them."""
+    codecs = []
+    while node.kind in (_state.CODEC, _state.OBJECT):
+        if node.kind == _state.CODEC:
+            codecs.append(node.name)
+        node = node.children[0]
+    return tuple(codecs), node
+
+
+def _leaves(
+    node: Node, path: str, steps: tuple[_Step, ...]
+) -> list[tuple[str, tuple[_Step, ...], Node]]:
+    """Every leaf with its path and the way to it, in order."""
+    if not node.children:
+        return [(path, steps, node)]
+    prefix = f"{path}/" if path else ""
+    keys = node.keys if node.kind == _state.DICT else list(range(len(node.children)))
+    found = []
+    for key, child in zip(keys or [], node.children, strict=True):
+        codecs, inner = _unwrapped(child)
+        step = _Step(node.kind, key, codecs)
+        found += _leaves(inner, prefix + escape(key), (*steps, step))
+    return found
+
+
+def _moved(steps: tuple[_Step, ...], path: str) -> tuple[_Step, ...]:
+    """The way to a new path, along the old steps counted from the end while they agree."""
+    moved: list[_Step] = []
+    agree = True
+    components = path.split("/")
+    for back, component in enumerate(reversed(components), 1):
+        old = steps[-back] if back <= len(steps) else None
+        if agree and old is not None and escape(old.key) == component:
+            moved.append(old)
+            continue
+        codecs = old.codecs if agree and old is not None else ()
+        in_list = agree and old is not None and old.kind in (_state.LIST, _state.TUPLE)
+        if in_list and old is not None and component.isdecimal():
+            moved.append(_Step(old.kind, int(component), codecs))
+        else:
+            text = component.replace("%40", "@").replace("%2F", "/").replace("%25", "%")
+            moved.append(_Step(_state.DICT, text, codecs))
+        agree = False
+    return tuple(reversed(moved))
+
+
+def _insert(draft: _Draft, steps: tuple[_Step, ...], leaf: Node, path: str) -> None:
+    for step in steps:
+        if draft.leaf is not None:
+            raise _taken(path)
+        key = step.key
+        if not draft.kind:
+            draft.kind = step.kind
+        elif draft.kind != step.kind:
+            # It lands beside leaves that came another way: the container that is there counts.
+            key = _key_in(draft, key, path)
+        draft = draft.entries.setdefault(key, _Draft())
+        draft.codecs = draft.codecs or step.codecs
+    if draft.leaf is not None or draft.kind:
+        raise _taken(path)
+    draft.leaf = leaf
+
+
+def _key_in(draft: _Draft, key: object, path: str) -> object:
+    if draft.kind == _state.DICT:
+        text = escape(key)
+        return next((known for known in draft.entries if escape(known) == text), key)
+    if isinstance(key, int) or (isinstance(key, str) and key.isdecimal()):
+        return int(key)
+    raise _taken(path)
+
+
+def _taken(path: str) -> UsageError:
+    return UsageError(
+        "rename gives a path that another leaf has, or needs for a container",
+        path=path,
+        state="live state unchanged",
+        actions=("give every leaf of the checkpoint a path of its own, or None to drop it",),
+    )
+
+
+def _built(draft: _Draft) -> Node:
+    if draft.leaf is not None:
+        node = draft.leaf
+    elif draft.kind == _state.DICT:
+        node = Node(
+            _state.DICT,
+            keys=list(draft.entries),
+            children=[_built(child) for child in draft.entries.values()],
+        )
+    else:
+        length = max(key for key in draft.entries if isinstance(key, int)) + 1
+        if length > 2 * len(draft.entries) + 1_000_000:
+            raise UsageError("rename gives a list an index far beyond its length", index=length - 1)
+        gap = _Draft(leaf=Node(_state.DROPPED))
+        children = [_built(draft.entries.get(i, gap)) for i in range(length)]
+        node = Node(draft.kind, children=children)
+    for name in reversed(draft.codecs):
+        node = Node(_state.CODEC, children=[node], name=name)
+    return node
