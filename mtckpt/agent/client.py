@@ -11,7 +11,6 @@ import contextlib
 import http.client
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -176,7 +175,7 @@ class AgentClient:
 
     def _read(self, connection: _UnixConnection, response: http.client.HTTPResponse) -> bytes:
         """The body, refused above what any message can be; every piece within the deadline."""
-        pieces = []
+        pieces: list[bytes] = []
         left_bytes = protocol.MAX_MESSAGE_BYTES
         while True:
             connection.limit()

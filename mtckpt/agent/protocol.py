@@ -4,14 +4,14 @@ Every message is a struct below; unknown fields are ignored, missing ones refuse
 (``MAX_MESSAGE_BYTES``). One version number for all: an agent refuses what is newer than itself and
 says which one it speaks. Payload bytes never travel here; they lie in slot files.
 
-    POST /v1/runs/{key}/open           Open        -> Opened      409 RunLocked: a live owner
-    POST /v1/runs/{key}/incarnation    Begin       -> Begun       409 RunLocked: a higher number is known
+    POST /v1/runs/{key}/open           Open        -> Opened      RunLocked: a live owner (409)
+    POST /v1/runs/{key}/incarnation    Begin -> Begun  RunLocked: a higher number is known (409)
     POST /v1/runs/{key}/slots          WantSlots   -> Slots       TierFull with the arithmetic
-    POST /v1/runs/{key}/seal           Seal        -> Sealed      Damaged, RunLocked (fenced), StepExists
+    POST /v1/runs/{key}/seal           Seal        -> Sealed      Damaged, RunLocked, StepExists
     POST /v1/runs/{key}/release        Release     -> Done        a capture that did not happen
     POST /v1/runs/{key}/report         Report      -> Done        metrics known later
     POST /v1/runs/{key}/damage         Damage      -> Done        a reader met a bad copy
-    POST /v1/runs/{key}/flush          Flush       -> Done        send the newest staged save everywhere
+    POST /v1/runs/{key}/flush          Flush       -> Done        the newest staged save, everywhere
     POST /v1/runs/{key}/close          Close       -> Done        nothing more will come
     POST /v1/runs/{key}/rm             Remove      -> Removed
     GET  /v1/runs/{key}/changes?since=N&timeout_s=T  -> Changes   long poll
@@ -172,7 +172,7 @@ class Flush(msgspec.Struct, frozen=True):
 
 
 class Close(msgspec.Struct, frozen=True):
-    """The holder leaves. ``free_ram``: free slots and RAM saves once a slower tier has the newest."""
+    """The holder leaves. ``free_ram``: slots and RAM saves go once a slower tier has the newest."""
 
     holder: str
     free_ram: bool = True

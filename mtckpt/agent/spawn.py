@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping
 
 from mtckpt.agent import address
-from mtckpt.agent.address import Address
 from mtckpt.errors import AgentUnavailable
 
 __all__ = ["child_environment", "ensure_agent", "shed_inheritance"]
@@ -73,7 +72,7 @@ def ensure_agent(timeout_s: float = 10.0) -> str:
     return where.socket_path
 
 
-def _start(where: Address) -> subprocess.Popen[bytes]:
+def _start(where: address.Address) -> subprocess.Popen[bytes]:
     """Bind, listen, and hand the listening descriptor to a fresh program."""
     if not sys.executable:
         raise AgentUnavailable(
@@ -113,7 +112,7 @@ def _start(where: Address) -> subprocess.Popen[bytes]:
             ) from error
 
 
-def _reap(process: subprocess.Popen[bytes], where: Address, timeout_s: float) -> None:
+def _reap(process: subprocess.Popen[bytes], where: address.Address, timeout_s: float) -> None:
     """Wait for the program's first process, which forks and exits at once: no zombie is left."""
     try:
         code = process.wait(timeout_s)
@@ -136,7 +135,7 @@ def _reap(process: subprocess.Popen[bytes], where: Address, timeout_s: float) ->
         )
 
 
-def log_tail(where: Address) -> str:
+def log_tail(where: address.Address) -> str:
     """The last lines of the agent's log, for an error's text."""
     try:
         with open(where.log_path, "rb") as log:

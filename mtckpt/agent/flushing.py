@@ -1,0 +1,258 @@
+"""Brings staged saves to the slower tiers of a run, keeps them by its rules, reports what failed.
+
+One task a tier and run: scan it once, then the newest owed save, read it back, delete what the
+rules let go. Knows what is retried and what is reported. Does not copy: data processes do, and a
+disk that hangs holds up its own task only. Nothing is deleted before its successor was read back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+
+from mtckpt import _manifest
+from mtckpt.agent import protocol, queue, work
+from mtckpt.agent.runs import RAM, RunState, SaveState, TierState, describe_failure
+from mtckpt.errors import CheckpointError, Damaged
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtckpt.agent.tools import Tools
+    from mtckpt.agent.ring import Ring
+    from mtckpt.agent.healing import Healer
+
+__all__ = ["Flusher"]
+
+logger = logging.getLogger(__name__)
+
+MAX_HEALS = 3
+
+
+class Flusher:
+    """What is done for slower tiers; one for the agent, the state is the run's."""
+
+    def __init__(self, tools: Tools, ring: Ring, healer: Healer) -> None:
+        self._tools = tools
+        self._ring = ring
+        self._healer = healer
+        self.stopping = False
+
+    def start(self, run: RunState) -> None:
+        """See that every tier of the run has its task."""
+        for tier in run.tiers.values():
+            if tier.task is None or tier.task.done():
+                tier.task = self._tools.start(
+                    self._serve(run, tier), f"flush {run.key} to {tier.label}"
+                )
+
+    async def stop(self, timeout_s: float) -> None:
+        """Start nothing new; what is being written may end within the time."""
+        self.stopping = True
+
+    async def _serve(self, run: RunState, tier: TierState) -> None:
+        while not run.gone and not self.stopping:
+            tier.wake.clear()
+            try:
+                if not tier.scanned:
+                    await self._scan(run, tier)
+                await self._store_small(run, tier)
+                worked = await self._flush_next(run, tier)
+            except CheckpointError as error:
+                await self._wait_after(run, tier, error)
+                continue
+            if not worked:
+                await tier.wake.wait()
+
+    async def _scan(self, run: RunState, tier: TierState) -> None:
+        scanned = await self._tools.call(work.Scan(tier.ref, run.key), work.Scanned)
+        tier.scanned = True
+        self._answered(run, tier)
+        for found in scanned.runs:
+            if found.run_key == run.key:
+                run.note_scan(tier.label, found)
+                return
+        run.note_scan(tier.label, work.RunScan(run.key))
+
+    async def _store_small(self, run: RunState, tier: TierState) -> None:
+        """Incarnations and metrics that this tier could not take before."""
+        for key, data in list(tier.small_owed.items()):
+            await self._tools.call(work.PutSmall(tier.ref, key, data), work.Stored)
+            tier.small_owed.pop(key, None)
+
+    # -- one save --------------------------------------------------------------------------------
+
+    async def _flush_next(self, run: RunState, tier: TierState) -> bool:
+        pick = queue.pick_flush(tier.label, run.facts())
+        if pick is None:
+            return False
+        for name in pick.superseded:
+            self._ring.supersede(run, run.saves[name], tier.label)
+            run.touch(run.saves[name])
+        save = run.saves[pick.name]
+        save.writing.add(tier.label)
+        started_s = time.monotonic()
+        try:
+            with run.reading(save):
+                async with run.lock(save, tier.label):
+                    copied_bytes = await self._copy(run, tier, save)
+        except CheckpointError as error:
+            save.writing.discard(tier.label)
+            if queue.is_owed(error):
+                raise
+            await self._failed(run, tier, save, error)
+            return True
+        finally:
+            save.writing.discard(tier.label)
+            tier.done_bytes = tier.total_bytes = 0
+            run.touch(save)
+        elapsed_s = max(time.monotonic() - started_s, 1e-6)
+        tier.bytes_per_s = copied_bytes / elapsed_s
+        self._answered(run, tier)
+        self._arrived(run, tier, save, copied_bytes, elapsed_s)
+        tier.to_keep += 1
+        self._tools.start(self._keep(run, tier, save), f"retention of {run.key} in {tier.label}")
+        return True
+
+    async def _copy(self, run: RunState, tier: TierState, save: SaveState) -> int:
+        tier.total_bytes, tier.done_bytes = save.size_bytes, 0
+        before_bytes = 0
+
+        def progress(news: work.Progress) -> None:
+            tier.done_bytes = before_bytes + news.done_bytes
+
+        for rank in sorted(save.ranks.get(RAM, ())):
+            command = work.Flush(run.key, str(save.name), rank, run.ram, tier.ref)
+            flushed = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
+            save.ranks.setdefault(tier.label, set()).add(rank)
+            before_bytes += flushed.copied_bytes
+        if save.reported:
+            key, data = metrics_file(run, save)
+            await self._tools.call(work.PutSmall(tier.ref, key, data), work.Stored)
+        return before_bytes
+
+    def _arrived(
+        self, run: RunState, tier: TierState, save: SaveState, size_bytes: int, elapsed_s: float
+    ) -> None:
+        save.owed_why.pop(tier.label, None)
+        save.damaged.discard(tier.label)
+        run.counters["flushed"] += 1
+        self._tools.count("save_flushed", tier.label)
+        self._tools.count("bytes", tier.label, size_bytes)
+        if save.is_complete(tier.label):
+            run.reach(save, tier.stage)
+        self._tools.events.emit(
+            "save.flushed",
+            run=run.run,
+            step=save.name.step,
+            tier=tier.label,
+            bytes=size_bytes,
+            seconds=round(elapsed_s, 4),
+        )
+        run.touch(save)
+
+    # -- failures --------------------------------------------------------------------------------
+
+    def _answered(self, run: RunState, tier: TierState) -> None:
+        if tier.problem:
+            logger.info("run %s: %s answers again", run.key, tier.label)
+            self._tools.events.emit("tier.answers", run=run.run, tier=tier.label)
+        tier.problem, tier.attempts, tier.owed_since_s = "", 0, None
+
+    async def _wait_after(self, run: RunState, tier: TierState, error: CheckpointError) -> None:
+        """Owed: told once a change, tried again later; what is owed for too long has failed."""
+        now_s = time.monotonic()
+        owed = [save for save in run.saves.values() if tier.label in save.owed]
+        if not queue.is_owed(error):
+            for save in owed:
+                await self._failed(run, tier, save, error)
+        elif (
+            tier.owed_since_s is not None and now_s - tier.owed_since_s > self._tools.limits.owed_s
+        ):
+            for save in owed:
+                await self._failed(run, tier, save, error)
+            tier.owed_since_s = now_s
+        else:
+            tier.owed_since_s = tier.owed_since_s or now_s
+            for save in owed:
+                save.owed_why[tier.label] = describe_failure(error)
+                run.touch(save)
+        if not tier.problem:
+            logger.warning("run %s: %s: %s; tried again", run.key, tier.label, error.what)
+            self._tools.events.emit(
+                "tier.owed", run=run.run, tier=tier.label, reason=describe_failure(error)
+            )
+        tier.problem = describe_failure(error)
+        tier.attempts += 1
+        run.counters["retries"] += 1
+        pause_s = queue.backoff_s(tier.attempts, random.random())
+        await asyncio.sleep(pause_s)
+
+    async def _failed(
+        self, run: RunState, tier: TierState, save: SaveState, error: CheckpointError
+    ) -> None:
+        """Reported once, with this save; a later save tries again."""
+        if isinstance(error, Damaged):
+            # The source, which is RAM: another tier may have a good copy to heal it from.
+            save.damaged.add(RAM)
+            save.heals += 1
+            if save.heals <= MAX_HEALS and await self._healer.heal_save(run, save, RAM):
+                return
+        save.failed[tier.label] = protocol.error_to_wire(error)
+        save.owed_why.pop(tier.label, None)
+        tier.problem = describe_failure(error)
+        run.counters["failed"] += 1
+        self._tools.count("save_failed", tier.label)
+        logger.warning(
+            "run %s: step %d did not reach %s: %s", run.key, save.name.step, tier.label, error.what
+        )
+        self._tools.events.emit(
+            "save.failed",
+            run=run.run,
+            step=save.name.step,
+            tier=tier.label,
+            reason=describe_failure(error),
+        )
+        run.touch(save)
+
+    # -- retention -------------------------------------------------------------------------------
+
+    async def _keep(self, run: RunState, tier: TierState, save: SaveState) -> None:
+        """Read the new save back, and only then let older ones go."""
+        try:
+            async with tier.keeping:
+                if self.stopping or not await self._healer.verify_save(run, save, tier.label):
+                    return
+                for name in self._healer.not_kept(run, tier):
+                    if self.stopping:
+                        return
+                    await self._delete(run, tier, run.saves[name])
+        finally:
+            tier.to_keep -= 1
+            run.touch()
+
+    async def _delete(self, run: RunState, tier: TierState, save: SaveState) -> None:
+        async with run.lock(save, tier.label):
+            command = work.Delete(tier.ref, run.key, str(save.name))
+            deleted = await self._tools.call(command, work.Deleted)
+        if deleted.busy:
+            return  # a reader has it; it goes after a later flush
+        run.drop_copy(save, tier.label)
+        run.counters["deleted"] += 1
+        self._tools.count("save_deleted", tier.label)
+        self._tools.events.emit("save.deleted", run=run.run, step=save.name.step, tier=tier.label)
+        run.touch()
+
+
+def metrics_file(run: RunState, save: SaveState) -> tuple[str, bytes]:
+    """Key and bytes of the metrics that were reported after a save."""
+    from xxhash import xxh3_64_hexdigest
+
+    from mtckpt._inventory import save_key
+
+    value = _manifest.Metrics(
+        _manifest.FORMAT_VERSION, save.name.step, save.save_id, dict(save.metrics)
+    )
+    data = _manifest.encode_sealed(value)
+    return save_key(run.key, save.name, f"metrics-{xxh3_64_hexdigest(data)}.json"), data

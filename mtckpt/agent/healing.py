@@ -1,0 +1,139 @@
+"""Reads saves back, replaces damaged copies by good ones, and looks over everything now and then.
+
+Knows which copies of a save there are and which may be a source. Does not blame: the digest table
+was written while the save was captured, so a copy either is that or it is not. A save with no good
+copy left is named, never repaired from a guess.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+from mtckpt._manifest import SaveName, parse_record_file
+from mtckpt.agent import work
+from mtckpt.agent.runs import RAM, RunState, SaveState, TierState
+from mtckpt.errors import CheckpointError, Damaged
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtckpt.agent.work import TierRef
+    from mtckpt.agent.tools import Tools
+
+__all__ = ["Healer"]
+
+logger = logging.getLogger(__name__)
+
+
+class Healer:
+    """What is done about damage; one for the agent, the state is the run's."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+
+    async def verify_save(self, run: RunState, save: SaveState, label: str) -> bool:
+        """Read a save back, heal it if need be; True if it is good there in the end."""
+        for rank in sorted(save.ranks.get(label, ())):
+            command = work.Verify(_ref(run, label), run.key, str(save.name), rank)
+            with _held(run, save, label):
+                verified = await self._tools.call(command, work.Verified, save.size_bytes)
+            if str(save.name) not in run.saves or label not in save.ranks:
+                return False
+            if verified.damaged:
+                await self.damaged(run, save, label, verified.damaged[0].reason)
+                if not await self._heal(run, save, label, rank):
+                    return False
+        save.verified.add(label)
+        return True
+
+    async def damaged(self, run: RunState, save: SaveState, label: str, reason: str) -> None:
+        """Note a damaged copy: counted, told, and never counted as a good one again."""
+        save.damaged.add(label)
+        save.verified.discard(label)
+        run.counters["damaged"] += 1
+        self._tools.count("save_damaged", label)
+        logger.warning("run %s: step %d in %s: %s", run.key, save.name.step, label, reason)
+        self._tools.events.emit(
+            "save.damaged", run=run.run, step=save.name.step, tier=label, reason=reason
+        )
+
+    async def heal_save(self, run: RunState, save: SaveState, label: str) -> bool:
+        """Replace every damaged shard of a save in one tier; True if all are good now."""
+        healed = [
+            await self._heal(run, save, label, rank) for rank in sorted(save.ranks.get(label, ()))
+        ]
+        return bool(healed) and all(healed)
+
+    async def _heal(self, run: RunState, save: SaveState, label: str, rank: int) -> bool:
+        for source in [RAM, *run.tiers]:
+            if source == label or rank not in save.ranks.get(source, ()):
+                continue
+            command = work.Heal(run.key, str(save.name), rank, _ref(run, label), _ref(run, source))
+            try:
+                with _held(run, save, label, source):
+                    async with run.lock(save, label):
+                        healed = await self._tools.call(command, work.Healed, 3 * save.size_bytes)
+            except Damaged as error:
+                if source not in save.damaged:
+                    await self.damaged(run, save, source, error.what)
+                continue
+            except CheckpointError as error:
+                logger.warning("run %s: %s cannot heal %s: %s", run.key, source, label, error.what)
+                continue
+            save.damaged.discard(label)
+            run.counters["healed"] += 1
+            self._tools.count("save_healed", label)
+            self._tools.events.emit(
+                "save.healed",
+                run=run.run,
+                step=save.name.step,
+                tier=label,
+                source=source,
+                files=len(healed.replaced),
+            )
+            run.touch(save)
+            return True
+        self._tools.events.emit(
+            "save.unhealed", run=run.run, step=save.name.step, tier=label, rank=rank
+        )
+        return False
+
+    async def reported(self, run: RunState, label: str, key: str, reason: str) -> None:
+        """A reader met a bad copy. The key is from a message: it names a save we know, or nothing."""
+        parts = key.split("/")
+        name = SaveName.parse(parts[1]) if len(parts) == 3 else None
+        save = run.saves.get(str(name)) if name else None
+        if save is None or label not in save.ranks:
+            return
+        rank = parse_record_file(parts[2].rpartition(".")[0] + ".json")
+        if rank is None or rank not in save.ranks[label]:
+            return
+        if await self.verify_save(run, save, label):
+            logger.info("run %s: step %d in %s is good: %s", run.key, save.name.step, label, reason)
+
+    async def scrub(self, run: RunState) -> None:
+        """Read every copy of every save once."""
+        run.scrubbed_s = time.monotonic()
+        for save in sorted(run.saves.values(), key=lambda s: s.order, reverse=True):
+            for label in sorted(save.ranks):
+                if run.gone or str(save.name) not in run.saves or label in save.writing:
+                    continue
+                try:
+                    await self.verify_save(run, save, label)
+                except CheckpointError as error:
+                    logger.info("run %s: %s is not scrubbed: %s", run.key, label, error.what)
+        self._tools.count("scrubs")
+
+    def not_kept(self, run: RunState, tier: TierState) -> list[str]:
+        """Saves that the tier's rules let go, oldest first."""
+        return []
+
+
+def _held(run: RunState, save: SaveState, *labels: str) -> AbstractContextManager[None]:
+    """Keeps the slot from being recycled while RAM is one of the tiers that are read."""
+    return run.reading(save) if RAM in labels else nullcontext()
+
+
+def _ref(run: RunState, label: str) -> TierRef:
+    return run.ram if label == RAM else run.tiers[label].ref

@@ -1,0 +1,344 @@
+"""All runs of this node: found in the RAM tiers at start, followed while owners live, let go of.
+
+Knows which directories hold runs, which process owns what, and when nothing is left to do. What an
+agent before this one left undone is in files; it is read here and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import time
+
+from mtckpt.agent import owners, protocol, queue, work
+from mtckpt.agent.flushing import Flusher
+from mtckpt.agent.healing import Healer
+from mtckpt.agent.owners import Owner
+from mtckpt.agent.ring import Ring
+from mtckpt.agent.runs import RAM, RunState, TierState
+from mtckpt.agent.work import TierRef
+from mtckpt.errors import CheckpointError, UsageError
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtckpt.agent.tools import Tools
+    from mtckpt.agent.protocol import TierConfig
+
+__all__ = ["Registry"]
+
+logger = logging.getLogger(__name__)
+
+ROOTS_NAME = "ram-roots.json"
+MAX_ROOTS = 64
+
+
+class Registry:
+    """See the module. One for the agent."""
+
+    def __init__(self, tools: Tools, directory: str, *, service: bool) -> None:
+        self.tools = tools
+        self.service = service
+        self.ring = Ring(tools)
+        self.healer = Healer(tools)
+        self.flusher = Flusher(tools, self.ring, self.healer)
+        self.runs: dict[str, RunState] = {}
+        self.agent_id = os.urandom(8).hex()
+        self.boot_id = _boot_id()
+        self.host = socket.gethostname()
+        self.ready = asyncio.Event()
+        self._roots_path = os.path.join(directory, ROOTS_NAME)
+        self._roots: list[str] = []
+        self._loading = asyncio.Lock()
+
+    # -- finding runs ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Find what earlier agents of this directory left."""
+        known = [protocol.ram_base()]
+        with contextlib.suppress(OSError, ValueError), open(self._roots_path, "rb") as file:
+            known += [p for p in json.load(file)[:MAX_ROOTS] if isinstance(p, str)]
+        for root in dict.fromkeys(known):
+            try:
+                if os.path.isdir(root):
+                    await self._load_root(root)
+            except CheckpointError as error:
+                logger.warning("RAM tier %s is not usable: %s", root, error)
+        self.ready.set()
+
+    async def _load_root(self, root: str) -> None:
+        """Take in every run of a RAM tier that was not looked at before."""
+        self._roots.append(root)
+        ram = self._ram_ref(root)
+        configs = await self.tools.call(work.ReadRunConfigs(ram), work.RunConfigs)
+        scanned = await self.tools.call(work.Scan(ram), work.Scanned)
+        for problem in configs.problems:
+            logger.warning("RAM tier %s: %s", root, problem)
+        by_key = {config.run_key: config for config in configs.configs}
+        scans = {scan.run_key: scan for scan in scanned.runs}
+        for key in sorted({*by_key, *scans} - self.runs.keys()):
+            config = by_key.get(key) or work.RunConfig(key, key)
+            await self._adopt(ram, config, scans.get(key) or work.RunScan(key))
+
+    async def _adopt(self, ram: TierRef, config: work.RunConfig, scan: work.RunScan) -> None:
+        """One run as another agent left it: living owners are watched, dead ones settled."""
+        run = RunState(config.run, config.run_key, ram)
+        self.set_tiers(run, config.tiers)
+        run.note_scan(RAM, scan)
+        extra = config.extra
+        run.left_at = float(extra.get("left_at") or time.time())
+        run.closing = bool(extra.get("closing"))
+        run.token = str(extra.get("token") or "")
+        run.creator_uid = int(extra.get("uid", -1))
+        known = [self._owner_from_config(run, owner) for owner in config.owners]
+        dead = [o for o in known if o.pidfd < 0]
+        alive = [o for o in known if o.pidfd >= 0]
+        if not known:  # it died before it was noted: finished captures are of the last incarnation
+            dead = [Owner("", 0, 0, 0, 0, self.host, incarnation=config.incarnation)]
+        # Who was given which slot is not in a file. With a living owner none is touched until it
+        # comes back and says which are its own, or dies.
+        self.ring.adopt(run, scan.slots, (alive or dead)[0].holder)
+        self.runs[run.key] = run
+        for owner in alive:
+            run.owners[owner.rank] = owner
+            self.watch(run, owner)
+        if not alive:
+            for owner in dead:
+                run.finished += await self.ring.settle(run, owner)
+            await self.write_config(run)
+        self.tools.events.emit(
+            "run.found", run=run.run, saves=len(run.saves), finished=len(run.finished)
+        )
+        self.flusher.start(run)
+
+    def _owner_from_config(self, run: RunState, noted: work.Owner) -> Owner:
+        pidfd = owners.open_pidfd(noted.pid, noted.start_ticks)
+        return Owner(
+            noted.holder,
+            noted.rank,
+            noted.pid,
+            noted.start_ticks,
+            noted.parent_pid,
+            self.host,
+            run.creator_uid,
+            noted.world_size,
+            noted.incarnation,
+            pidfd=-1 if pidfd is None else pidfd,
+            absent=True,
+        )
+
+    async def run_for(self, key: str, message: protocol.Open) -> RunState:
+        """The run that is opened, known or new. Raises UsageError if its RAM lies elsewhere."""
+        root = os.path.abspath(message.ram_path or protocol.ram_base())
+        async with self._loading:
+            if root not in self._roots:
+                if len(self._roots) >= MAX_ROOTS:
+                    raise UsageError(f"this agent has {MAX_ROOTS} RAM directories already")
+                self._note_root(root)
+                await self._load_root(root)
+            run = self.runs.get(key)
+            if run is not None and run.ram.path != root:
+                await self._move(run, root)
+                run = None
+            if run is None:
+                run = self.runs[key] = RunState(message.run, key, self._ram_ref(root))
+        return run
+
+    async def _move(self, run: RunState, root: str) -> None:
+        """RAM was configured elsewhere before: that goes, unless it has what no other tier has."""
+        newest = run.newest_staged()
+        if newest is not None and not any(newest.is_complete(label) for label in run.tiers):
+            raise UsageError(
+                f"the newest save of this run is in {run.ram.path} and nowhere else",
+                state="nothing was done",
+                actions=[f"use Ram({run.ram.path!r}) once more", "or: mtckpt rm of the run"],
+                run=run.run,
+                path=root,
+            )
+        await self.wipe(run)
+
+    def _note_root(self, root: str) -> None:
+        kept = [*self._roots, root]
+        temporary = f"{self._roots_path}.{os.getpid()}"
+        with contextlib.suppress(OSError):  # the default directory is always looked at
+            with open(temporary, "w") as file:
+                json.dump(kept, file)
+            os.replace(temporary, self._roots_path)
+
+    def _ram_ref(self, root: str) -> TierRef:
+        return TierRef("ram", root, self.service, RAM)
+
+    def set_tiers(self, run: RunState, configs: list[TierConfig]) -> None:
+        """Take over what the newest owner says of its slower tiers."""
+        for label in run.tiers.keys() - {config.label for config in configs}:
+            tier = run.tiers.pop(label)
+            if tier.task is not None:
+                tier.task.cancel()
+            for save in run.saves.values():
+                save.ranks.pop(label, None)
+                save.due.discard(label)
+        for config in configs:
+            if config.kind != "disk":
+                raise UsageError(f"this agent knows no tier of kind {config.kind!r}")
+            old = run.tiers.get(config.label)
+            if old is not None and old.config.path == config.path:
+                old.config = config
+                continue
+            if old is not None and old.task is not None:
+                old.task.cancel()
+            ref = TierRef("disk", config.path, self.service, config.label)
+            run.tiers[config.label] = TierState(config.label, config, ref)
+        run.touch()
+
+    async def wait_scanned(self, run: RunState, timeout_s: float) -> None:
+        """Wait until every tier has said what it holds, or that it cannot; at most so long."""
+        deadline_s = time.monotonic() + timeout_s
+        while any(not tier.scanned and not tier.problem for tier in run.tiers.values()):
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(run.changed.wait(), min(left_s, 0.1))
+
+    async def write_config(self, run: RunState) -> None:
+        """Note what the next agent needs."""
+        if not run.gone:
+            await self.tools.call(work.WriteRunConfig(run.ram, run.config()), work.Stored)
+
+    # -- owners ----------------------------------------------------------------------------------
+
+    def watch(self, run: RunState, owner: Owner) -> None:
+        """Be told when the owner dies."""
+        if owner.pidfd >= 0:
+            loop = asyncio.get_running_loop()
+            loop.add_reader(owner.pidfd, self._died, run, owner)
+
+    def _died(self, run: RunState, owner: Owner) -> None:
+        if owner.dead:
+            return
+        self._unwatch(owner)
+        owner.dead = True
+        self.tools.events.emit("owner.died", run=run.run, pid=owner.pid, rank=owner.rank)
+        run.settling[owner.holder] = self.tools.start(
+            self._settle(run, owner), f"settle {run.key} after {owner.pid}"
+        )
+
+    def _unwatch(self, owner: Owner) -> None:
+        if owner.pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(owner.pidfd)
+        owner.close()
+
+    async def _settle(self, run: RunState, owner: Owner) -> None:
+        try:
+            run.finished += await self.ring.settle(run, owner)
+        finally:
+            run.fenced.pop(owner.holder, None)
+            if run.owners.get(owner.rank) is owner:
+                del run.owners[owner.rank]
+            run.settling.pop(owner.holder, None)
+            run.left_at = time.time()
+        await self.write_config(run)
+        run.touch()
+
+    async def settled(self, run: RunState, owner: Owner) -> None:
+        """Wait until what a dead owner left is settled."""
+        task = run.settling.get(owner.holder)
+        if task is not None:
+            await asyncio.wait([task])
+        elif run.owners.get(owner.rank) is owner:
+            del run.owners[owner.rank]
+
+    async def leave(self, run: RunState, owner: Owner) -> None:
+        """An owner closed the run: like its death, but for the event."""
+        self._unwatch(owner)
+        owner.dead = True
+        await self._settle(run, owner)
+        run.finished.clear()
+        self.tools.events.emit("run.closed", run=run.run, pid=owner.pid)
+        await self._let_go(run)
+
+    # -- letting go ------------------------------------------------------------------------------
+
+    async def housekeeping(self) -> None:
+        """Once a second or so: silent owners, old RAM, scrubs."""
+        now_s = time.monotonic()
+        for run in list(self.runs.values()):
+            for owner in run.living():
+                if owner.is_silent(now_s) and not owner.absent:
+                    self._died(run, owner)
+            try:
+                await self._let_go(run)
+            except CheckpointError as error:
+                logger.warning("run %s: RAM is not freed: %s", run.key, error)
+            if now_s - run.scrubbed_s > self.tools.limits.scrub_s:
+                run.scrubbed_s = now_s
+                self.tools.start(self.healer.scrub(run), f"scrub {run.key}")
+
+    async def _let_go(self, run: RunState) -> None:
+        """Free a run's RAM if nobody owns it, nothing is owed, and it is safe elsewhere."""
+        if run.gone or run.living() or run.settling or run.opening.locked() or is_busy(run):
+            return
+        newest = run.newest_staged()
+        safe = newest is None or any(
+            newest.is_complete(label) and label not in newest.damaged for label in run.tiers
+        )
+        in_ram = any(RAM in save.ranks for save in run.saves.values())
+        left_s = time.time() - run.left_at
+        if left_s > self.tools.limits.ram_ttl_s:
+            why = "nobody came back" if safe else "nobody came back; no other tier has the newest"
+        elif run.closing and safe:
+            why = "closed"
+        elif not in_ram and left_s > self.tools.limits.idle_s:
+            why = "nothing is in RAM"
+        else:
+            return
+        self.tools.events.emit("ram.freed", run=run.run, reason=why, lost=not safe or None)
+        await self.wipe(run)
+
+    async def wipe(self, run: RunState) -> None:
+        """Free all of a run's RAM and forget it; slower tiers keep what they have."""
+        run.gone = True
+        for tier in run.tiers.values():
+            tier.wake.set()
+        try:
+            await self.tools.call(work.Wipe(run.ram, run.key), work.Freed)
+        except BaseException:
+            run.gone = False
+            self.flusher.start(run)
+            raise
+        if self.runs.get(run.key) is run:
+            del self.runs[run.key]
+        run.touch()
+
+    def is_idle(self) -> bool:
+        """Nobody owns anything, nothing is owed, no RAM is held."""
+        return self.ready.is_set() and not self.runs
+
+    async def stop(self, drain_s: float) -> None:
+        """Let what is being written end within the time; the rest is in the records."""
+        await self.flusher.stop(drain_s)
+        deadline_s = time.monotonic() + drain_s
+        while time.monotonic() < deadline_s and any(
+            save.writing for run in self.runs.values() for save in run.saves.values()
+        ):
+            await asyncio.sleep(0.05)
+
+
+def is_busy(run: RunState) -> bool:
+    """Whether something is owed or under way."""
+    return (
+        any(tier.to_keep or tier.small_owed for tier in run.tiers.values())
+        or any(save.writing or save.readers or save.recycling for save in run.saves.values())
+        or any(queue.pick_flush(label, run.facts()) for label in run.tiers)
+    )
+
+
+def _boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,463 @@
+"""The slots of a run: handed out, sealed, recycled, freed; and what a dead owner left in them.
+
+Knows the states of a slot and in which order files and states change. Does not copy a byte. A slot
+is marked before anything is awaited, so that no two callers ever get the same one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+
+from mtckpt import _manifest
+from mtckpt.agent import protocol, queue, work
+from mtckpt.agent.queue import SlotState
+from mtckpt.agent.runs import RAM, Plan, RunState, SaveState, Slot
+from mtckpt.errors import CheckpointError, Damaged, StepExists, TierFull
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtckpt.agent.tools import Tools
+    from mtckpt.agent.owners import Owner
+
+__all__ = ["Ring"]
+
+logger = logging.getLogger(__name__)
+
+MIN_RING = 2
+MAX_WAIT_S = 60.0
+
+
+class Ring:
+    """What is done with slots; one for the agent, the state is the run's."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+
+    # -- handing out -----------------------------------------------------------------------------
+
+    async def want(
+        self, run: RunState, owner: Owner, message: protocol.WantSlots
+    ) -> protocol.Slots:
+        """A slot, now or within ``wait_s``. Raises TierFull where not even two fit."""
+        plan = Plan(message.shard_bytes, message.table_bytes)
+        run.plans[owner.holder] = (plan, max(1, message.count))
+        deadline_s = time.monotonic() + min(message.wait_s, MAX_WAIT_S)
+        looked_at_doubtful = False
+        while True:
+            run.owner_of(owner.holder)  # it may have been fenced while we waited
+            changed = run.changed
+            slot = await self._obtain(run, owner)
+            if slot is not None:
+                self._tools.start(self._fill_up(run, owner), f"slots of {run.key}")
+                return protocol.Slots(slot.grant())
+            if not looked_at_doubtful:
+                looked_at_doubtful = True
+                if await self._free_doubtful(run, owner):
+                    continue
+            left_s = deadline_s - time.monotonic()
+            if run.allocating:
+                left_s = max(left_s, self._tools.limits.call_timeout_s)
+            if left_s <= 0:
+                run.counters["no_slot"] += 1
+                return protocol.Slots(None, self.why_busy(run))
+            try:
+                # Leases of readers end without telling us, so it is tried again now and then.
+                await asyncio.wait_for(changed.wait(), min(left_s, 0.1))
+            except asyncio.TimeoutError:
+                continue
+
+    async def next_for(self, run: RunState, owner: Owner) -> protocol.SlotGrant | None:
+        """A slot for the reply to a seal, if there is one without waiting or allocating."""
+        if owner.holder not in run.plans:
+            return None
+        try:
+            slot = self._take_free(run, owner) or await self._recycle(run, owner)
+        except CheckpointError as error:
+            logger.warning("run %s: no slot for the next save: %s", run.key, error)
+            return None
+        return slot.grant() if slot else None
+
+    def _take_free(self, run: RunState, owner: Owner) -> Slot | None:
+        plan, _ = run.plans[owner.holder]
+        for slot in run.slots.values():
+            if slot.state is SlotState.FREE and slot.fits(plan):
+                slot.state, slot.holder, slot.rank = SlotState.CAPTURING, owner.holder, owner.rank
+                slot.doubtful = False
+                return slot
+        return None
+
+    async def _obtain(self, run: RunState, owner: Owner) -> Slot | None:
+        slot = self._take_free(run, owner)
+        if slot is None:
+            slot = await self._allocate(run, owner)
+        return slot or await self._recycle(run, owner)
+
+    async def _allocate(self, run: RunState, owner: Owner) -> Slot | None:
+        """A new slot, CAPTURING, if the ring is not full. None if it is, or memory is."""
+        plan, count = run.plans[owner.holder]
+        size = len(run.ring(owner.rank, plan)) + run.allocating
+        if size >= count:
+            return None
+        run.allocating += 1
+        try:
+            try:
+                files = await self._allocate_files(run, plan)
+            except TierFull:
+                if not await self._free_other_plans(run, plan, hard=True):
+                    raise
+                files = await self._allocate_files(run, plan)
+        except TierFull as error:
+            if size < MIN_RING:
+                raise
+            run.plans[owner.holder] = (plan, size)
+            logger.warning("run %s: no room for slot %d: %s", run.key, size + 1, error.what)
+            return None
+        finally:
+            run.allocating -= 1
+        slot = _slot_of(files, SlotState.CAPTURING)
+        slot.holder, slot.rank = owner.holder, owner.rank
+        run.slots[slot.slot_id] = slot
+        if run.gone or owner.dead:
+            await self._free(run, slot)
+            return None
+        return slot
+
+    async def _allocate_files(self, run: RunState, plan: Plan) -> work.SlotFiles:
+        command = work.Allocate(
+            run.ram, run.key, _new_id(), plan.shard_bytes, plan.table_bytes, populate=True
+        )
+        return await self._tools.call(command, work.SlotFiles, plan.shard_bytes)
+
+    async def _fill_up(self, run: RunState, owner: Owner) -> None:
+        """Allocate the rest of the ring while training goes on."""
+        while not owner.dead and owner.holder in run.plans and not run.allocating:
+            slot = await self._allocate(run, owner)
+            if slot is None:
+                return
+            slot.state, slot.holder = SlotState.FREE, ""
+            run.touch()
+
+    # -- recycling -------------------------------------------------------------------------------
+
+    async def _recycle(self, run: RunState, owner: Owner) -> Slot | None:
+        """Make a slot of the oldest save that RAM need not hold any more, CAPTURING."""
+        plan, _ = run.plans[owner.holder]
+        busy: set[str] = set()
+        while name := queue.pick_recycle(run.facts(), frozenset(busy)):
+            save = run.saves[name]
+            shard = next((s for s in run.slots.values() if s.save == name), None)
+            if shard is None or not shard.fits(plan) or shard.rank != owner.rank:
+                busy.add(name)  # of another shape or rank: tidy() frees it
+                continue
+            slot = await self._recycle_save(run, save, shard)
+            if slot is None:
+                busy.add(name)
+                continue
+            if slot.fits(plan):
+                slot.state, slot.holder = SlotState.CAPTURING, owner.holder
+                slot.rank = owner.rank
+                return slot
+            await self._free(run, slot)
+        return None
+
+    async def _recycle_save(self, run: RunState, save: SaveState, shard: Slot) -> Slot | None:
+        """None while somebody reads it. The slot is taken: no other caller sees it."""
+        save.recycling = True
+        try:
+            async with run.lock(save, RAM):
+                command = work.Recycle(run.ram, run.key, str(save.name), shard.rank, shard.slot_id)
+                files = (await self._tools.call(command, work.Recycled)).files
+        finally:
+            save.recycling = False
+        if files is None:
+            return None
+        self._note_superseded(run, save)
+        run.slots.pop(shard.slot_id, None)
+        run.drop_copy(save, RAM)
+        slot = _slot_of(files, SlotState.CAPTURING)
+        run.slots[slot.slot_id] = slot
+        run.touch(save)
+        return slot
+
+    def _note_superseded(self, run: RunState, save: SaveState) -> None:
+        for label in queue.superseded_by_recycling(save.facts()):
+            self.supersede(run, save, label)
+
+    def supersede(self, run: RunState, save: SaveState, label: str) -> None:
+        """A tier takes a newer save instead of this one: counted, no error."""
+        save.superseded.add(label)
+        save.owed_why.pop(label, None)
+        run.counters["superseded"] += 1
+        self._tools.count("saves_superseded", label)
+        self._tools.events.emit("save.superseded", run=run.run, step=save.name.step, tier=label)
+
+    def why_busy(self, run: RunState) -> str:
+        """One sentence that names what holds each slot."""
+        facts = {f.name: f for f in run.facts()}
+        parts = []
+        for slot in run.slots.values():
+            if slot.save in facts:
+                why = queue.blocks_recycling(facts[slot.save], list(facts.values()))
+                step = run.saves[slot.save].name.step
+                parts.append(f"step {step} {why or 'is held by a reader'}")
+            elif slot.state is SlotState.CAPTURING:
+                fenced = slot.holder in run.fenced
+                parts.append("one belongs to a fenced process" if fenced else "one is captured")
+        return f"no slot is free: {'; '.join(parts) or 'none could be allocated'}"
+
+    # -- sealing ---------------------------------------------------------------------------------
+
+    async def seal(self, run: RunState, owner: Owner, message: protocol.Seal) -> str:
+        """The captured slot becomes a save; its name. The caller asks for the next slot."""
+        name = _manifest.save_name(message.step, owner.incarnation, message.save_id)
+        async with run.sealing:
+            run.owner_of(owner.holder)
+            save = run.saves.get(str(name))
+            if save is not None and owner.rank in save.ranks.get(RAM, ()):
+                return str(name)  # the reply to the first try was lost
+            other = run.save_at(owner.incarnation, message.step)
+            if other is not None and other is not save:
+                raise StepExists(
+                    f"step {message.step} was saved before in this incarnation",
+                    state="nothing was sealed; the first save is unchanged",
+                    step=message.step,
+                    run=run.run,
+                )
+            slot = run.slots.get(message.slot_id)
+            if slot is None or slot.holder != owner.holder or slot.inode != message.inode:
+                raise Damaged(
+                    "the slot is not one that this process was given",
+                    state="nothing was sealed; earlier saves are unchanged",
+                    tier=RAM,
+                    slot_id=message.slot_id,
+                    inode=message.inode,
+                )
+            await self._seal_slot(run, slot, str(name), owner.rank, verify=False)
+        return str(name)
+
+    async def _seal_slot(
+        self, run: RunState, slot: Slot, name: str, rank: int, *, verify: bool
+    ) -> SaveState:
+        command = work.SealSlot(
+            run.ram, run.key, slot.slot_id, slot.inode, name, rank, verify=verify
+        )
+        try:
+            sealed = await self._tools.call(command, work.SealedSlot, slot.shard_bytes)
+        except Damaged:
+            run.slots.pop(slot.slot_id, None)  # the data process has freed it
+            run.counters["damaged"] += 1
+            run.touch()
+            raise
+        except CheckpointError:
+            slot.doubtful = True
+            raise
+        return self._note_sealed(run, slot, name, sealed)
+
+    def _note_sealed(
+        self, run: RunState, slot: Slot, name: str, sealed: work.SealedSlot
+    ) -> SaveState:
+        parsed = _manifest.SaveName.parse(name)
+        if parsed is None:
+            raise Damaged("not the name of a save", key=name)
+        save = run.saves.get(name)
+        if save is None:
+            save = run.saves[name] = SaveState(parsed, sealed.save_id)
+        save.incarnation_id, save.world_size = sealed.incarnation_id, sealed.world_size
+        save.size_bytes += sealed.size_bytes
+        save.metrics.update(sealed.metrics)
+        save.due |= set(sealed.due) & run.tiers.keys()
+        save.ranks.setdefault(RAM, set()).add(sealed.rank)
+        slot.state, slot.save, slot.rank, slot.holder = SlotState.SEALED, name, sealed.rank, ""
+        slot.shard_bytes = sealed.size_bytes
+        if save.is_complete(RAM):
+            for shard in run.slots.values():
+                if shard.save == name:
+                    shard.state = SlotState.COMMITTED
+            if run.reach(save, "staged"):
+                run.counters["staged"] += 1
+                self._tools.count("save_staged")
+                self._tools.count("bytes", RAM, save.size_bytes)
+                self._tools.events.emit(
+                    "save.staged", run=run.run, step=save.name.step, bytes=save.size_bytes
+                )
+            self._tools.start(self.tidy(run), f"tidy {run.key}")
+        run.touch(save)
+        return save
+
+    async def release(self, run: RunState, owner: Owner, slot_id: str) -> None:
+        """A capture that did not happen: its slot is free again."""
+        slot = run.slots.get(slot_id)
+        if slot is not None and slot.holder == owner.holder:
+            if slot.state is SlotState.CAPTURING:
+                slot.state, slot.holder = SlotState.FREE, ""
+            run.touch()
+
+    # -- what is left behind ---------------------------------------------------------------------
+
+    async def settle(self, run: RunState, owner: Owner) -> list[str]:
+        """An owner died: seal what it had finished, free what it had not. Names of the sealed."""
+        finished = []
+        async with run.sealing:
+            mine = [
+                s
+                for s in run.slots.values()
+                if s.state is SlotState.CAPTURING and s.holder == owner.holder
+            ]
+            scanned = {s.slot_id: s for s in await self._scan_slots(run)} if mine else {}
+            for slot in mine:
+                found = scanned.get(slot.slot_id)
+                if found is None:
+                    run.slots.pop(slot.slot_id, None)
+                elif await self._settle_slot(run, owner, slot, found):
+                    finished.append(found.save)
+            run.plans.pop(owner.holder, None)
+        run.touch()
+        return finished
+
+    async def give_up(self, run: RunState, owner: Owner) -> None:
+        """Unlink the slots that an owner was given: what it still writes there is nobody's."""
+        for slot in [s for s in run.slots.values() if s.holder == owner.holder]:
+            if slot.state is SlotState.CAPTURING:
+                await self._free(run, slot)
+        run.plans.pop(owner.holder, None)
+
+    async def _settle_slot(
+        self, run: RunState, owner: Owner, slot: Slot, found: work.SlotScan
+    ) -> bool:
+        if not found.save:
+            slot.state, slot.holder, slot.doubtful = SlotState.FREE, "", False
+            return False
+        if (
+            not owner.fenced_by
+            and found.incarnation == owner.incarnation >= run.incarnation
+            and run.save_at(found.incarnation, found.step) is None
+        ):
+            try:
+                save = await self._seal_slot(run, slot, found.save, found.rank, verify=True)
+            except CheckpointError as error:
+                logger.warning("run %s: %s was not whole: %s", run.key, found.save, error.what)
+                return False
+            self._tools.events.emit(
+                "save.finished", run=run.run, step=save.name.step, owner_pid=owner.pid
+            )
+            return True
+        # A finished capture that must never be offered: it goes, so that no later agent seals it.
+        await self._free(run, slot)
+        return False
+
+    async def _scan_slots(self, run: RunState) -> list[work.SlotScan]:
+        scan = await self._tools.call(work.Scan(run.ram, run.key, repair=False), work.Scanned)
+        return [slot for found in scan.runs if found.run_key == run.key for slot in found.slots]
+
+    async def _free_doubtful(self, run: RunState, owner: Owner) -> bool:
+        """Free slots that count as being captured, and are not; True if there was one."""
+        doubtful = [s for s in run.slots.values() if s.doubtful and s.holder == owner.holder]
+        if not doubtful:
+            return False
+        scanned = {s.slot_id: s for s in await self._scan_slots(run)}
+        sealed = [
+            s.name.step for s in run.saves.values() if s.name.incarnation == owner.incarnation
+        ]
+        freed = False
+        for slot in doubtful:
+            found = scanned.get(slot.slot_id)
+            if slot.state is not SlotState.CAPTURING or not slot.doubtful:
+                continue
+            if found is None:
+                run.slots.pop(slot.slot_id, None)
+            elif not found.save:
+                slot.state, slot.holder, slot.doubtful = SlotState.FREE, "", False
+            elif sealed and found.step <= max(sealed):
+                await self._free(run, slot)
+            else:
+                continue  # its seal is on its way
+            freed = True
+        return freed
+
+    async def tidy(self, run: RunState) -> None:
+        """Free slots and saves of an older shape, once a save of the new one is complete."""
+        for plan, _ in list(run.plans.values()):
+            newest = run.newest_staged()
+            if newest is None:
+                return
+            shards = [s for s in run.slots.values() if s.save == str(newest.name)]
+            if any(shard.fits(plan) for shard in shards):
+                await self._free_other_plans(run, plan)
+
+    async def _free_other_plans(self, run: RunState, plan: Plan, *, hard: bool = False) -> bool:
+        """``hard``: memory is short, so a FREE slot goes before the new plan's first save too."""
+        wanted = [p for p, _ in run.plans.values()] + [plan]
+        freed = False
+        for slot in list(run.slots.values()):
+            if any(slot.fits(p) for p in wanted) or slot.slot_id not in run.slots:
+                continue
+            if slot.state is SlotState.FREE:
+                await self._free(run, slot)
+                freed = True
+            elif slot.save:
+                freed |= await self.drop_from_ram(run, run.saves[slot.save])
+        if freed:
+            run.touch()
+        return freed
+
+    async def drop_from_ram(self, run: RunState, save: SaveState) -> bool:
+        """Delete a save from RAM if nothing needs it there; False if something does."""
+        facts = run.facts()
+        mine = next((f for f in facts if f.name == str(save.name)), None)
+        if mine is None or save.recycling or queue.blocks_recycling(mine, facts):
+            return False
+        save.recycling = True
+        try:
+            async with run.lock(save, RAM):
+                command = work.Delete(run.ram, run.key, str(save.name))
+                if (await self._tools.call(command, work.Deleted)).busy:
+                    return False
+        finally:
+            save.recycling = False
+        self._note_superseded(run, save)
+        run.drop_copy(save, RAM)
+        run.touch(save)
+        return True
+
+    async def _free(self, run: RunState, slot: Slot) -> None:
+        run.slots.pop(slot.slot_id, None)
+        await self._tools.call(work.Free(run.ram, run.key, slot.slot_id), work.Freed)
+
+    def adopt(self, run: RunState, found: list[work.SlotScan], holder: str) -> None:
+        """Take in the slots that another agent left; ``holder`` may still be writing to them."""
+        for scan in found:
+            run.slots[scan.slot_id] = Slot(
+                scan.slot_id,
+                SlotState.CAPTURING if holder or scan.save else SlotState.FREE,
+                scan.shard_bytes,
+                scan.table_bytes,
+                scan.inode,
+                holder=holder,
+                doubtful=True,
+            )
+        for save in run.saves.values():
+            for rank in save.ranks.get(RAM, ()):
+                shards = max(1, len(save.ranks[RAM]))
+                slot = Slot(_new_id(), SlotState.COMMITTED, save.size_bytes // shards)
+                slot.save, slot.rank = str(save.name), rank
+                run.slots[slot.slot_id] = slot
+
+
+def _slot_of(files: work.SlotFiles, state: SlotState) -> Slot:
+    return Slot(
+        files.slot_id,
+        state,
+        files.shard_bytes,
+        files.table_bytes,
+        files.inode,
+        files.data_path,
+        files.table_path,
+        files.record_path,
+    )
+
+
+def _new_id() -> str:
+    return os.urandom(6).hex()

@@ -1,0 +1,391 @@
+"""What the agent knows of a run: owners, slots, saves and where each stands, tiers.
+
+Plain state, kept consistent by small methods that never wait. Does not move bytes, does not talk,
+does not decide (``queue``). All of it can be found again by reading the tiers: an agent that dies
+takes nothing along that anybody was promised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from mtckpt import _manifest
+from mtckpt._manifest import Incarnation, SaveName
+from mtckpt.agent import protocol, work
+from mtckpt.agent.protocol import SaveChange, SlotGrant, TierConfig, WireError
+from mtckpt.agent.queue import SaveFacts, SlotState
+from mtckpt.errors import CheckpointError, RunLocked
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtckpt.agent.work import TierRef
+    from mtckpt.agent.owners import Owner
+
+__all__ = ["Plan", "RunState", "SaveState", "Slot", "TierState"]
+
+RAM = "ram"
+_STAGE_OF_KIND = {"disk": "local"}
+MAX_KEPT_CHANGES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The shape of a slot."""
+
+    shard_bytes: int
+    table_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A slot, or a shard in RAM whose files can become one. ``save`` is set once it is sealed.
+
+    ``doubtful``: CAPTURING as far as is known, and nobody may ever seal it (its agent restarted,
+    or its seal failed); looked at when slots run short.
+    """
+
+    slot_id: str
+    state: SlotState
+    shard_bytes: int
+    table_bytes: int = 0
+    inode: int = 0
+    data_path: str = ""
+    table_path: str = ""
+    record_path: str = ""
+    holder: str = ""
+    rank: int = 0
+    save: str = ""
+    doubtful: bool = False
+
+    def grant(self) -> SlotGrant:
+        return SlotGrant(
+            self.slot_id, self.inode, self.data_path, self.table_path, self.record_path
+        )
+
+    def fits(self, plan: Plan) -> bool:
+        """A shard that an earlier agent sealed has a table of a size not known before recycling."""
+        return self.shard_bytes == plan.shard_bytes and self.table_bytes in (0, plan.table_bytes)
+
+
+@dataclass(slots=True, eq=False)
+class SaveState:
+    """One save. ``ranks`` has, by tier label, the ranks whose records are there."""
+
+    name: SaveName
+    save_id: str
+    incarnation_id: str = ""
+    world_size: int = 1
+    size_bytes: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    reported: bool = False
+    due: set[str] = field(default_factory=set)
+    ranks: dict[str, set[int]] = field(default_factory=dict)
+    failed: dict[str, WireError] = field(default_factory=dict)
+    owed_why: dict[str, str] = field(default_factory=dict)
+    superseded: set[str] = field(default_factory=set)
+    writing: set[str] = field(default_factory=set)
+    verified: set[str] = field(default_factory=set)
+    damaged: set[str] = field(default_factory=set)
+    readers: int = 0
+    heals: int = 0
+    recycling: bool = False
+    stages: list[str] = field(default_factory=list)
+    seq: int = 0
+    seen_at: float = field(default_factory=time.time)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return (self.name.incarnation, self.name.step)
+
+    def is_complete(self, label: str) -> bool:
+        return len(self.ranks.get(label, ())) >= self.world_size
+
+    @property
+    def owed(self) -> frozenset[str]:
+        """Tiers that this save is to reach, and still may."""
+        return frozenset(
+            label
+            for label in self.due - self.failed.keys() - self.superseded
+            if not self.is_complete(label)
+        )
+
+    def facts(self) -> SaveFacts:
+        return SaveFacts(
+            str(self.name),
+            self.order,
+            RAM in self.ranks and self.is_complete(RAM) and not self.recycling,
+            self.owed,
+            frozenset(self.writing),
+            self.readers,
+        )
+
+    def change(self) -> SaveChange:
+        return SaveChange(
+            self.save_id,
+            self.name.step,
+            list(self.stages),
+            dict(self.failed),
+            {label: why for label, why in self.owed_why.items() if label in self.owed},
+            sorted(self.superseded),
+        )
+
+
+@dataclass(slots=True, eq=False)
+class TierState:
+    """A slower tier of a run. ``wake`` is set when there may be something to do for it."""
+
+    label: str
+    config: TierConfig
+    ref: TierRef
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    scanned: bool = False
+    problem: str = ""
+    attempts: int = 0
+    owed_since_s: float | None = None
+    bytes_per_s: float = 0.0
+    done_bytes: int = 0
+    total_bytes: int = 0
+    small_owed: dict[str, bytes] = field(default_factory=dict)
+    task: asyncio.Task[None] | None = None
+    to_keep: int = 0
+    keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def stage(self) -> str | None:
+        return _STAGE_OF_KIND.get(self.config.kind)
+
+
+@dataclass(eq=False)
+class RunState:
+    """All of one run on this node."""
+
+    run: str
+    key: str
+    ram: TierRef
+    tiers: dict[str, TierState] = field(default_factory=dict)
+    owners: dict[int, Owner] = field(default_factory=dict)
+    fenced: dict[str, Owner] = field(default_factory=dict)
+    slots: dict[str, Slot] = field(default_factory=dict)
+    saves: dict[str, SaveState] = field(default_factory=dict)
+    incarnations: dict[int, Incarnation] = field(default_factory=dict)
+    plans: dict[str, tuple[Plan, int]] = field(default_factory=dict)
+    counters: Counter[str] = field(default_factory=Counter)
+    finished: list[str] = field(default_factory=list)
+    token: str = ""
+    closing: bool = False
+    gone: bool = False
+    creator_uid: int = -1
+    settling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    left_at: float = field(default_factory=time.time)
+    scrubbed_s: float = field(default_factory=time.monotonic)
+    allocating: int = 0
+    seq: int = 0
+    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    sealing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _locks: dict[tuple[str, str], asyncio.Lock] = field(default_factory=dict)
+
+    # -- who -------------------------------------------------------------------------------------
+
+    @property
+    def incarnation(self) -> int:
+        return max(self.incarnations, default=0)
+
+    def living(self) -> list[Owner]:
+        return [o for o in (*self.owners.values(), *self.fenced.values()) if not o.dead]
+
+    def owner_of(self, holder: str) -> Owner:
+        """The owner with this holder. Raises RunLocked if it is fenced or was never here."""
+        for owner in self.owners.values():
+            if owner.holder == holder:
+                owner.heard_s = time.monotonic()
+                return owner
+        raise self.locked_out(holder)
+
+    def locked_out(self, holder: str) -> RunLocked:
+        """Why a holder may not speak for the run any more."""
+        old = self.fenced.get(holder)
+        current = next(iter(self.owners.values()), None)
+        what = (
+            "another process has taken this run over"
+            if old is not None
+            else "this process does not own the run; it may have been closed"
+        )
+        return RunLocked(
+            what,
+            state="saves of this process are refused; what it saved before is kept",
+            actions=["end this process, or open the run again in a new Checkpointer"],
+            run=self.run,
+            owner_pid=current.pid if current else 0,
+            owner_host=current.host if current else "",
+        )
+
+    # -- news ------------------------------------------------------------------------------------
+
+    def touch(self, save: SaveState | None = None) -> None:
+        """Something changed: long polls return, tiers look for work."""
+        self.seq += 1
+        if save is not None:
+            save.seq = self.seq
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+        for tier in self.tiers.values():
+            tier.wake.set()
+
+    def reach(self, save: SaveState, stage: str | None) -> bool:
+        """Add a stage; True if it is new."""
+        if stage is None or stage in save.stages:
+            return False
+        save.stages.append(stage)
+        return True
+
+    def changes(self, since: int, holder: str) -> protocol.Changes:
+        """What changed after ``since``, of the incarnation of that holder."""
+        owner = next((o for o in self.owners.values() if o.holder == holder), None)
+        fenced = None
+        if owner is None and holder:
+            fenced = protocol.error_to_wire(self.locked_out(holder))
+            owner = self.fenced.get(holder)
+        if since > self.seq:  # a number of the agent before this one
+            since = 0
+        saves = [
+            save.change()
+            for save in self.saves.values()
+            if save.seq > since and (owner is None or save.name.incarnation == owner.incarnation)
+        ]
+        return protocol.Changes(self.seq, saves, fenced)
+
+    # -- saves and slots -------------------------------------------------------------------------
+
+    def facts(self) -> list[SaveFacts]:
+        """Saves that are in RAM, whole or in part."""
+        return [save.facts() for save in self.saves.values() if save.ranks.get(RAM)]
+
+    def newest_staged(self) -> SaveState | None:
+        staged = [s for s in self.saves.values() if s.is_complete(RAM)]
+        return max(staged, key=lambda s: s.order, default=None)
+
+    def save_at(self, incarnation: int, step: int) -> SaveState | None:
+        for save in self.saves.values():
+            if (save.name.incarnation, save.name.step) == (incarnation, step):
+                return save
+        return None
+
+    def ring(self, rank: int, plan: Plan) -> list[Slot]:
+        """Slots of one rank that have or can get this shape."""
+        return [
+            s
+            for s in self.slots.values()
+            if s.fits(plan) and (s.state is SlotState.FREE or s.rank == rank)
+        ]
+
+    def drop_copy(self, save: SaveState, label: str) -> None:
+        """A save is not in a tier any more; forgotten once it is in none."""
+        save.ranks.pop(label, None)
+        save.verified.discard(label)
+        save.damaged.discard(label)
+        if label == RAM:
+            for slot in [s for s in self.slots.values() if s.save == str(save.name)]:
+                del self.slots[slot.slot_id]
+        self.forget_old()
+
+    def forget_old(self) -> None:
+        """Saves that lie nowhere are kept for a while, for whoever still asks what became of them."""
+        nowhere = [s for s in self.saves.values() if not s.ranks and not s.writing]
+        for save in sorted(nowhere, key=lambda s: s.seq)[:-MAX_KEPT_CHANGES]:
+            del self.saves[str(save.name)]
+
+    def lock(self, save: SaveState, label: str) -> asyncio.Lock:
+        """Held around everything that changes one save in one tier."""
+        return self._locks.setdefault((str(save.name), label), asyncio.Lock())
+
+    @contextlib.contextmanager
+    def reading(self, save: SaveState) -> Iterator[None]:
+        """While this is held the save's slot is not recycled."""
+        save.readers += 1
+        try:
+            yield
+        finally:
+            save.readers -= 1
+
+    def note_scan(self, label: str, scan: work.RunScan) -> None:
+        """Take in what a tier holds. Saves that it no longer has lose that copy."""
+        found = set()
+        for entry in scan.saves:
+            name = SaveName.parse(entry.save)
+            if name is None or not entry.ranks or entry.aborted:
+                continue
+            found.add(entry.save)
+            save = self.saves.get(entry.save)
+            if save is None:
+                save = self.saves[entry.save] = SaveState(
+                    name, entry.save_id, entry.incarnation_id, entry.world_size, entry.size_bytes
+                )
+                save.seen_at = time.time() - entry.age_s
+            save.world_size = entry.world_size or save.world_size
+            save.size_bytes = max(save.size_bytes, entry.size_bytes)
+            save.ranks[label] = set(entry.ranks)
+            save.metrics.update(entry.metrics)
+            if entry.problems:
+                save.damaged.add(label)
+            if label == RAM:
+                save.due |= set(entry.due) & self.tiers.keys()
+                if save.is_complete(RAM):
+                    self.reach(save, "staged")
+            elif save.is_complete(label):
+                self.reach(save, self.tiers[label].stage)
+        for save in list(self.saves.values()):
+            if label in save.ranks and str(save.name) not in found and not save.writing:
+                self.drop_copy(save, label)
+        for incarnation in scan.incarnations:
+            known = self.incarnations.get(incarnation.number)
+            if known is None or known.id < incarnation.id:
+                self.incarnations[incarnation.number] = incarnation
+        self.touch()
+
+    def config(self) -> work.RunConfig:
+        """What the next agent needs to know."""
+        owners = [
+            work.Owner(
+                o.holder, o.rank, o.pid, o.start_ticks, o.incarnation, o.world_size, o.parent_pid
+            )
+            for o in self.owners.values()
+            if not o.dead
+        ]
+        newest = self.incarnations.get(self.incarnation)
+        return work.RunConfig(
+            self.run,
+            self.key,
+            [tier.config for tier in self.tiers.values()],
+            owners,
+            self.incarnation,
+            newest.id if newest else "",
+            {
+                "left_at": self.left_at,
+                "closing": self.closing,
+                "token": self.token,
+                "uid": self.creator_uid,
+            },
+        )
+
+
+def describe_failure(error: CheckpointError) -> str:
+    """An error in one line, for status and warnings."""
+    return f"{type(error).__name__}: {error.what}"
+
+
+def incarnation_of(run: RunState, begin: protocol.Begin, owner: Owner) -> Incarnation:
+    return Incarnation(
+        _manifest.FORMAT_VERSION,
+        run.run,
+        begin.number,
+        begin.id,
+        begin.parent,
+        owner.host,
+        owner.pid,
+    )

@@ -1,0 +1,85 @@
+"""What the parts of the control process share: the data processes, deadlines, events, counters.
+
+Knows how a command is given a deadline and how an event is counted. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, cast, TYPE_CHECKING
+
+from mtckpt.agent import work
+from mtckpt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mtckpt.agent.queue import Limits
+    from mtckpt._events import EventStream
+
+__all__ = ["DataProcesses", "Tools"]
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+OnProgress = Callable[[work.Progress], None]
+
+
+class DataProcesses(Protocol):
+    """The pool of data processes, as the control process uses it."""
+
+    async def call(
+        self,
+        command: work.Command,
+        timeout_s: float,
+        on_progress: OnProgress | None = None,
+    ) -> work.Result:
+        """Carry a command out. Raises CheckpointError; TierUnavailable when time is up."""
+
+    async def close(self) -> None:
+        """End all data processes; one that hangs is left to the kernel."""
+
+
+@dataclass(eq=False)
+class Tools:
+    """See the module."""
+
+    pool: DataProcesses
+    limits: Limits
+    events: EventStream
+    totals: Counter[tuple[str, str]] = field(default_factory=Counter)
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    async def call(
+        self,
+        command: work.Command,
+        reply_type: type[_T],
+        size_bytes: int = 0,
+        on_progress: OnProgress | None = None,
+    ) -> _T:
+        """Have a data process do it, within a time that fits its size."""
+        result = await self.pool.call(command, self.limits.deadline_s(size_bytes), on_progress)
+        if not isinstance(result, reply_type):
+            raise CheckpointError(
+                f"a data process answered {type(command).__name__} with {type(result).__name__}"
+            )
+        return cast(_T, result)
+
+    def count(self, name: str, label: str = "", amount: int = 1) -> None:
+        """Add to a counter of ``/metrics``."""
+        self.totals[name, label] += amount
+
+    def start(self, work_: Coroutine[Any, Any, Any], what: str) -> asyncio.Task[Any]:
+        """Run something in the background; what it raises is logged, since nobody awaits it."""
+        task = asyncio.get_running_loop().create_task(work_, name=what)
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            level = logging.WARNING if isinstance(error, CheckpointError) else logging.ERROR
+            logger.log(level, "%s failed: %s", task.get_name(), error, exc_info=error)

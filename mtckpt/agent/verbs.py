@@ -1,0 +1,357 @@
+"""What a trainer can ask about a run, one method a message.
+
+Knows who may ask, and the order in which an answer and what it promises come: whatever the next
+agent would need is in a file before the reply is sent. Does not read requests (``server``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import time
+from dataclasses import dataclass
+from hmac import compare_digest
+
+from mtckpt import _inventory, _manifest
+from mtckpt._manifest import Incarnation
+from mtckpt.agent import owners, protocol, work
+from mtckpt.agent.flushing import metrics_file
+from mtckpt.agent.owners import Claim, Owner, Verdict
+from mtckpt.agent.queue import SlotState
+from mtckpt.agent.runs import RAM, RunState, SaveState, TierState, describe_failure
+from mtckpt.errors import AccessDenied, AgentTooOld, CheckpointError, RunLocked, UsageError
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtckpt.agent.work import TierRef
+    from mtckpt.agent.registry import Registry
+
+__all__ = ["Caller", "Verbs"]
+
+logger = logging.getLogger(__name__)
+
+SMALL_TIMEOUT_S = 5.0
+_CLAIM_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is at the other end of a connection. ``pidfd`` belongs to whoever handles the request."""
+
+    pid: int
+    uid: int
+    pidfd: int | None = None
+
+
+class Verbs:
+    """See the module."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._tools = registry.tools
+        self._ring = registry.ring
+
+    # -- opening ---------------------------------------------------------------------------------
+
+    async def open(self, caller: Caller, key: str, message: protocol.Open) -> protocol.Opened:
+        """A Checkpointer comes, or comes back. Raises RunLocked while somebody else has the run."""
+        if message.protocol > protocol.PROTOCOL_VERSION:
+            raise AgentTooOld(
+                "the node agent is older than this process",
+                state="nothing was done",
+                agent_version=protocol.PROTOCOL_VERSION,
+                wanted_version=message.protocol,
+            )
+        if _manifest.run_key(message.run) != key:
+            raise UsageError("the run's name and its key differ", state="nothing was done", key=key)
+        run = await self._registry.run_for(key, message)
+        async with run.opening:
+            self._admit(run, caller, message)
+            fenced_pid = await self._claim(run, caller, message)
+            owner = run.owners[message.rank]
+            run.closing = False
+            self._registry.set_tiers(run, message.tiers)
+            await self._registry.write_config(run)
+            self._registry.flusher.start(run)
+            finished, run.finished = run.finished, []
+        self._tools.events.emit(
+            "run.opened", run=run.run, pid=owner.pid, rank=owner.rank, fenced_pid=fenced_pid or None
+        )
+        return protocol.Opened(
+            protocol.PROTOCOL_VERSION,
+            self._registry.agent_id,
+            self._registry.boot_id,
+            os.getpid(),
+            run.ram.path,
+            finished,
+            fenced_pid,
+        )
+
+    def _admit(self, run: RunState, caller: Caller, message: protocol.Open) -> None:
+        """A service lets in who made the run, or knows its token. An own agent has one user."""
+        digest = hashlib.sha256(message.token.encode()).hexdigest() if message.token else ""
+        if run.creator_uid < 0:
+            run.creator_uid, run.token = caller.uid, digest
+            return
+        if not self._registry.service or caller.uid in (run.creator_uid, 0):
+            return
+        if not run.token or not compare_digest(run.token, digest):
+            raise AccessDenied(
+                "this run belongs to another user",
+                state="nothing was done",
+                actions=["set MTCKPT_TOKEN to the token that the run was started with"],
+                tier=RAM,
+                run=run.run,
+            )
+
+    async def _claim(self, run: RunState, caller: Caller, message: protocol.Open) -> int:
+        """Make the caller the owner of its rank; the pid of a living owner that was fenced, or 0."""
+        new = self._owner_from(caller, message)
+        claim = Claim(new.holder, new.pid, new.start_ticks)
+        started_s = time.monotonic()
+        while (old := run.owners.get(message.rank)) is not None:
+            if old.dead:
+                await self._registry.settled(run, old)
+                continue
+            verdict = owners.judge(
+                old, owners.read_process(old.pid), claim, time.monotonic() - started_s
+            )
+            if verdict is Verdict.REOPEN:
+                self._come_back(run, old, new, message)
+                return 0
+            if verdict is Verdict.FENCE:
+                await self._fence(run, old, new)
+                self._own(run, new, message)
+                return old.pid if old.pid != new.pid else 0
+            if verdict is Verdict.REFUSE:
+                new.close()
+                raise _locked(run, old)
+            await asyncio.sleep(_CLAIM_POLL_S)
+        self._own(run, new, message)
+        return 0
+
+    def _owner_from(self, caller: Caller, message: protocol.Open) -> Owner:
+        """Facts as this agent sees them; the message's where the process is of another namespace."""
+        process = owners.read_process(caller.pid)
+        pidfd = caller.pidfd
+        if pidfd is not None:
+            pidfd = os.dup(pidfd)
+        elif process is not None:
+            pidfd = owners.open_pidfd(process.pid, process.start_ticks)
+        return Owner(
+            message.holder,
+            message.rank,
+            process.pid if process else message.pid,
+            process.start_ticks if process else message.start_ticks,
+            process.parent_pid if process else message.parent_pid,
+            self._registry.host,
+            caller.uid,
+            message.world_size,
+            message.incarnation,
+            pidfd=-1 if pidfd is None else pidfd,
+        )
+
+    def _own(self, run: RunState, owner: Owner, message: protocol.Open) -> None:
+        run.owners[owner.rank] = owner
+        self._hold(run, owner, message)
+        self._registry.watch(run, owner)
+
+    def _come_back(self, run: RunState, old: Owner, new: Owner, message: protocol.Open) -> None:
+        """The same Checkpointer: after this agent was started, or a connection was lost."""
+        new.close()
+        old.absent = False
+        old.incarnation = max(old.incarnation, message.incarnation)
+        self._hold(run, old, message)
+
+    def _hold(self, run: RunState, owner: Owner, message: protocol.Open) -> None:
+        """Slots that an agent before this one gave to this Checkpointer are still its own."""
+        inodes = set(message.held.values())
+        for slot in run.slots.values():
+            if slot.doubtful and slot.inode in inodes and slot.state is not SlotState.COMMITTED:
+                slot.state, slot.holder, slot.rank = SlotState.CAPTURING, owner.holder, owner.rank
+
+    async def _fence(self, run: RunState, old: Owner, new: Owner) -> None:
+        old.fenced_by = new.pid
+        run.owners.pop(old.rank, None)
+        run.fenced[old.holder] = old
+        run.counters["fenced"] += 1
+        logger.warning("run %s: process %d is fenced by %d", run.key, old.pid, new.pid)
+        self._tools.events.emit("run.fenced", run=run.run, pid=old.pid, by_pid=new.pid)
+        run.touch()
+        if old.is_same(Claim("", new.pid, new.start_ticks)):
+            # An older Checkpointer of the same process: its files lose their names, so whatever it
+            # still writes is nobody's; waiting for the process to die would leak a slot a time.
+            await self._ring.give_up(run, old)
+
+    # -- incarnations ----------------------------------------------------------------------------
+
+    async def begin(self, run: RunState, message: protocol.Begin) -> protocol.Begun:
+        """Start an incarnation: its file is in every tier that answers before this returns."""
+        owner = run.owner_of(message.holder)
+        await self._registry.wait_scanned(run, SMALL_TIMEOUT_S)
+        run.owner_of(message.holder)
+        known = run.incarnations.get(message.number)
+        if known is None or known.id != message.id:
+            if message.number <= run.incarnation:
+                raise RunLocked(
+                    f"incarnation {run.incarnation} of this run is known already",
+                    state="nothing was written",
+                    actions=["restore again: the newest step may be another one now"],
+                    run=run.run,
+                    owner_pid=owner.pid,
+                    owner_host=owner.host,
+                    number=message.number,
+                    highest=run.incarnation,
+                )
+            known = Incarnation(
+                _manifest.FORMAT_VERSION,
+                run.run,
+                message.number,
+                message.id,
+                message.parent,
+                owner.host,
+                owner.pid,
+            )
+        run.incarnations[message.number] = known
+        owner.incarnation, owner.incarnation_id = message.number, message.id
+        key, data = _inventory.incarnation_key(run.key, known), _manifest.encode_sealed(known)
+        await self._tools.call(work.PutSmall(run.ram, key, data), work.Stored)
+        await self._registry.write_config(run)
+        owed = await self._put_everywhere(list(run.tiers.values()), key, data)
+        run.touch()
+        return protocol.Begun(owed)
+
+    async def _put_everywhere(
+        self, tiers: list[TierState], key: str, data: bytes
+    ) -> dict[str, str]:
+        """Write a small file to tiers; what does not answer is owed it. Label -> reason."""
+
+        async def put(tier: TierState) -> None:
+            await self._tools.pool.call(work.PutSmall(tier.ref, key, data), SMALL_TIMEOUT_S)
+
+        results = await asyncio.gather(*(put(tier) for tier in tiers), return_exceptions=True)
+        owed = {}
+        for tier, result in zip(tiers, results, strict=True):
+            if isinstance(result, CheckpointError):
+                owed[tier.label] = describe_failure(result)
+                tier.small_owed[key] = data
+                tier.wake.set()
+            elif isinstance(result, BaseException):
+                raise result
+        return owed
+
+    # -- saves -----------------------------------------------------------------------------------
+
+    async def want_slots(self, run: RunState, message: protocol.WantSlots) -> protocol.Slots:
+        return await self._ring.want(run, run.owner_of(message.holder), message)
+
+    async def seal(self, run: RunState, message: protocol.Seal) -> protocol.Sealed:
+        """The save is RAM's when this returns; slower tiers follow by themselves."""
+        owner = run.owner_of(message.holder)
+        name = await self._ring.seal(run, owner, message)
+        return protocol.Sealed(name, await self._ring.next_for(run, owner))
+
+    async def release(self, run: RunState, message: protocol.Release) -> protocol.Done:
+        await self._ring.release(run, run.owner_of(message.holder), message.slot_id)
+        return protocol.Done()
+
+    async def report(self, run: RunState, message: protocol.Report) -> protocol.Done:
+        """Metrics that became known after the save go beside it, in every tier that has it."""
+        owner = run.owner_of(message.holder)
+        save = run.save_at(owner.incarnation, message.step)
+        if save is None:
+            raise UsageError(
+                f"step {message.step} was not saved in this incarnation",
+                state="nothing was written",
+                step=message.step,
+                run=run.run,
+            )
+        save.metrics.update(message.metrics)
+        save.reported = True
+        key, data = metrics_file(run, save)
+        if RAM in save.ranks:
+            await self._tools.call(work.PutSmall(run.ram, key, data), work.Stored)
+        tiers = [tier for label, tier in run.tiers.items() if label in save.ranks]
+        owed = await self._put_everywhere(tiers, key, data)
+        return protocol.Done(", ".join(f"{label}: {why}" for label, why in owed.items()))
+
+    async def damage(self, run: RunState, message: protocol.Damage) -> protocol.Done:
+        """Looked into in the background; the reader goes on with another copy."""
+        self._tools.start(
+            self._registry.healer.reported(run, message.tier, message.key, message.reason),
+            f"damage in {message.tier}",
+        )
+        return protocol.Done()
+
+    async def flush(self, run: RunState, message: protocol.Flush) -> protocol.Done:
+        """Make the newest staged save due everywhere; a tier that refused it before tries again."""
+        run.owner_of(message.holder)
+        save = run.newest_staged()
+        if save is None:
+            return protocol.Done("nothing is staged")
+        for label in run.tiers:
+            save.due.add(label)
+            save.superseded.discard(label)
+            save.failed.pop(label, None)
+        run.touch(save)
+        return protocol.Done(str(save.name))
+
+    async def close(self, run: RunState, message: protocol.Close) -> protocol.Done:
+        """The holder is gone for good; what is owed goes on, then RAM is freed if it may be."""
+        owner = next((o for o in run.living() if o.holder == message.holder), None)
+        if owner is None:
+            return protocol.Done("was closed before")
+        if not owner.fenced_by:
+            run.closing = message.free_ram
+        await self._registry.leave(run, owner)
+        return protocol.Done()
+
+    # -- removing --------------------------------------------------------------------------------
+
+    async def remove(self, run: RunState, message: protocol.Remove) -> protocol.Removed:
+        """Delete one step or all of a run, from the tiers named or from all."""
+        living = [o for o in run.owners.values() if not o.dead]
+        if living and message.step is None:
+            raise _locked(run, living[0])
+        labels = [*run.tiers, RAM] if not message.tiers else message.tiers
+        removed: list[str] = []
+        kept: list[str] = []
+        for label in labels:
+            ref = run.ram if label == RAM else run.tiers[label].ref if label in run.tiers else None
+            if ref is None:
+                raise UsageError(f"the run has no tier {label!r}", state="nothing was removed")
+            for save in [s for s in run.saves.values() if label in s.ranks]:
+                if message.step in (None, save.name.step):
+                    why = await self._remove_one(run, save, label, ref)
+                    (kept if why else removed).append(f"{label}: {save.name}{why}")
+        if message.step is None and RAM in labels and not kept:
+            await self._registry.wipe(run)
+        return protocol.Removed(removed, kept)
+
+    async def _remove_one(self, run: RunState, save: SaveState, label: str, ref: TierRef) -> str:
+        if label == RAM and (save.recycling or save.writing or save.readers):
+            return " is in use"
+        save.due.discard(label)
+        async with run.lock(save, label):
+            command = work.Delete(ref, run.key, str(save.name))
+            if (await self._tools.call(command, work.Deleted)).busy:
+                return " is being read"
+        run.drop_copy(save, label)
+        run.touch(save)
+        return ""
+
+
+def _locked(run: RunState, owner: Owner) -> RunLocked:
+    return RunLocked(
+        f"process {owner.pid} on {owner.host} owns this run and is alive",
+        state="nothing was done",
+        actions=[
+            f"end it: kill {owner.pid}",
+            "or give this job another run name",
+        ],
+        run=run.run,
+        owner_pid=owner.pid,
+        owner_host=owner.host,
+    )
