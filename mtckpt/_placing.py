@@ -7,28 +7,17 @@ Matching changes nothing that lives; whatever differs is collected in ``diff`` a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mtckpt import _state
+from mtckpt._renaming import Stored, rename_tree
 from mtckpt._state import ArraySpec, Node, StateAdapter, codec_named, escape
 from mtckpt.errors import StateMismatch
 
-__all__ = ["Diff", "Fill", "Placing", "Stored", "rename_tree"]
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One array of a checkpoint: its path, what it is, and whose bytes it has.
-
-    ``bytes_of`` is the index of the array whose stored bytes these are: its own, or that of the
-    first path for a tied one.
-    """
-
-    path: str
-    spec: ArraySpec
-    bytes_of: int
+__all__ = ["Diff", "Fill", "Placing", "Stored", "rename_tree", "settle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +54,10 @@ class Placing:
         self.adapters = adapters
         self.partial = partial
         self.diff = Diff()
-        self.finish: list[Callable[[], None]] = []
-        self.assigned: list[str] = []
+        self.finish: list[Callable[[], object]] = []
         self._fills: dict[int, Fill] = {}
         self._fresh: dict[int, Any] = {}
+        self._in_place: dict[str, tuple[StateAdapter, list[Any]]] = {}
 
     @property
     def fills(self) -> list[Fill]:
@@ -78,7 +67,7 @@ class Placing:
     # -- what an adapter asks for -------------------------------------------------------------
 
     def into(self, index: int, address: int) -> None:
-        """Want the bytes of array ``index`` at ``address``, in live memory."""
+        """Want the bytes of array ``index`` at ``address``."""
         stored = self.arrays[index]
         if stored.spec.size_bytes:
             self._fills[address] = Fill(stored.bytes_of, address, stored.spec.size_bytes)
@@ -87,49 +76,65 @@ class Placing:
         """A new host array for ``index``, filled before ``finish`` runs; the same one if tied."""
         stored = self.arrays[index]
         array = self._fresh.get(stored.bytes_of)
-        if array is not None and stored.bytes_of != index:
-            return array
-        adapter = self._adapter_named(stored.spec.framework)
-        array, address = adapter.new(stored.spec, like)
-        self.into(index, address)
-        self._fresh[index] = array
+        if array is None:
+            array, address = self._adapter_named(stored.spec.framework).new(stored.spec, like)
+            self.into(index, address)
+            self._fresh[stored.bytes_of] = array
         return array
 
     def tree(self, node: Node, path: str = "") -> Any:
-        """The subtree as plain containers with fresh arrays: what ``load_state_dict`` takes."""
+        """The subtree as plain containers with fresh arrays: what ``load_state_dict`` takes.
+
+        Pass the result through ``settle`` in ``finish``: some of it exists only then.
+        """
         if node.kind == _state.ARRAY:
-            return self.fresh(node.index)
+            return self._fresh_leaf(node.index)
         if node.kind == _state.PLAIN:
             return self.plain[node.index]
         if node.kind == _state.CODEC:
             return self._decoded(node, path)
+        if node.kind == _state.OBJECT:
+            return self.tree(node.children[0], path)
+        if node.kind == _state.DROPPED:
+            self.missing(path)
+            return None
+        prefix = f"{path}/" if path else ""
         if node.kind == _state.DICT:
-            keys = node.keys or []
             return {
-                key: self.tree(child, f"{path}/{escape(key)}")
-                for key, child in zip(keys, node.children, strict=True)
+                key: self.tree(child, prefix + escape(key))
+                for key, child in zip(node.keys or [], node.children, strict=True)
             }
-        items = [self.tree(child, f"{path}/{i}") for i, child in enumerate(node.children)]
+        items = [self.tree(child, f"{prefix}{i}") for i, child in enumerate(node.children)]
         return items if node.kind == _state.LIST else tuple(items)
 
-    def array_into(self, live: Any, node: Node, path: str) -> Any:
-        """Place an array onto a live one; returns what stands in its place (``live`` if it can)."""
-        owner = next(adapter for adapter in self.adapters if adapter.is_array(live))
+    def fits(self, live: Any, node: Node, path: str, *, quiet: bool = False) -> bool:
+        """True if a saved array has the type and shape of a live one; else it is a difference."""
         if node.kind != _state.ARRAY:
-            self.diff.differing.append(f"{path}: an array here, {node.kind} in the checkpoint")
-            return live
-        stored = self.arrays[node.index].spec
-        wanted = owner.spec(live, path)
-        if (stored.shape, stored.dtype) != (wanted.shape, wanted.dtype):
-            self.diff.differing.append(
+            line = f"{path}: an array here, {node.kind} in the checkpoint"
+        else:
+            stored = self.arrays[node.index].spec
+            wanted = self._owner(live).spec(live, path, template=True)
+            if (stored.shape, stored.dtype) == (wanted.shape, wanted.dtype):
+                return True
+            line = (
                 f"{path}: {wanted.dtype}{list(wanted.shape)} here, "
                 f"{stored.dtype}{list(stored.shape)} in the checkpoint"
             )
+        if not quiet:
+            self.diff.differing.append(line)
+        return False
+
+    def array_into(self, live: Any, node: Node, path: str) -> Any:
+        """Place an array onto a live one; returns what stands in its place (``live`` if it can)."""
+        if not self.fits(live, node, path):
             return live
+        owner = self._owner(live)
         address = owner.writable_address(live)
         if address is not None:
             self.into(node.index, address)
+            self._note_in_place(owner, live)
             return live
+        stored = self.arrays[node.index].spec
         array, fresh_address = owner.new(
             ArraySpec(stored.dtype, stored.shape, owner.framework), live
         )
@@ -170,29 +175,40 @@ class Placing:
             differing=tuple(diff.differing),
         )
 
+    def differs(self, live: Any, node: Node, path: str) -> Any:
+        """The checkpoint has something else here than the template; returns ``live``."""
+        self.diff.differing.append(
+            f"{path}: {type(live).__qualname__} here, {node.kind} in the checkpoint"
+        )
+        return live
+
     # -- the walk over the template -----------------------------------------------------------
 
     def match(self, live: Any, node: Node, path: str = "", *, top: bool = True) -> Any:
-        """Match ``live`` with ``node``; returns what stands in its place once bytes have arrived.
+        """Match ``live`` with ``node``; what stands in its place is ``settle`` of the result.
 
-        The result is resolved by ``settle``: places that are rebuilt later are wrapped until then.
+        ``settle`` may be called once the bytes have arrived and ``finish`` has run, in order.
         """
-        if type(live) in _state.PLAIN_TYPES:
+        kind = type(live)
+        if node.kind == _state.DROPPED:
+            self.missing(path)
+            return live
+        if kind in _state.PLAIN_TYPES:
             if node.kind == _state.PLAIN:
                 return self.plain[node.index]
             if live is None:
                 return self.tree(node, path)  # the template leaves this place open
-            self.diff.differing.append(f"{path}: a plain value here, {node.kind} in the checkpoint")
-            return live
+            return self.differs(live, node, path)
+        if kind in _state._codecs:
+            same = node.kind == _state.CODEC and node.name == _state._codecs[kind].name
+            return self._decoded(node, path) if same else self.differs(live, node, path)
         if any(adapter.is_array(live) for adapter in self.adapters):
             return self.array_into(live, node, path)
-        if type(live) in _state._codecs:
-            return self._decoded(node, path) if node.kind == _state.CODEC else self._differs(live, node, path)
         if any(adapter.place_object(live, node, path, self) for adapter in self.adapters):
             return live
         if hasattr(live, "state_dict") and hasattr(live, "load_state_dict"):
             tree = self.tree(node, path)
-            self.finish.append(lambda: live.load_state_dict(tree))
+            self.finish.append(lambda: live.load_state_dict(settle(tree)))
             return live
         if isinstance(live, Mapping):
             return self._match_dict(live, node, path, top)
@@ -200,108 +216,143 @@ class Placing:
             return self._match_sequence(live, node, path)
         if node.kind == _state.PLAIN:
             return self.plain[node.index]
-        return self._differs(live, node, path)
+        return self.differs(live, node, path)
 
     def _match_dict(self, live: Mapping[Any, Any], node: Node, path: str, top: bool) -> Any:
         if node.kind != _state.DICT:
-            return self._differs(live, node, path)
-        saved = dict(zip(node.keys or [], node.children, strict=True))
+            return self.differs(live, node, path)
+        pairs = list(zip(node.keys or [], node.children, strict=True))
         prefix = f"{path}/" if path else ""
+        if not top and not _has_arrays(node) and not _has_objects(live, self.adapters):
+            # Nothing but plain values on both sides: what was saved is what is wanted.
+            return self._rebuilt(
+                live,
+                {key: self.tree(child, prefix + escape(key)) for key, child in pairs},
+                replace=True,
+            )
+        saved = {escape(key): child for key, child in pairs}
         changes: dict[Any, Any] = {}
-        if not _has_arrays(node) and not top and not _has_objects(live, self.adapters):
-            changes = {key: self.tree(child) for key, child in saved.items()}
-            return self._rebuilt(live, changes, replace=True)
         for key, value in live.items():
-            if key not in saved:
-                self.missing(f"{prefix}{escape(key)}")
-                continue
-            changes[key] = self.match(value, saved[key], f"{prefix}{escape(key)}", top=False)
-        for key in saved:
-            if key not in live and not top:
-                self.unused(f"{prefix}{escape(key)}")
+            child = saved.pop(escape(key), None)
+            if child is None:
+                self.missing(prefix + escape(key))
+            else:
+                changes[key] = self.match(value, child, prefix + escape(key), top=False)
+        if not top:
+            for text in saved:
+                self.unused(prefix + text)
         return self._rebuilt(live, changes, replace=False)
 
     def _match_sequence(self, live: Sequence[Any], node: Node, path: str) -> Any:
         if node.kind not in (_state.LIST, _state.TUPLE):
-            return self._differs(live, node, path)
+            return self.differs(live, node, path)
+        prefix = f"{path}/" if path else ""
+        children = list(enumerate(node.children))
         if not _has_arrays(node) and not _has_objects(live, self.adapters):
-            values = [self.tree(child) for child in node.children]
-        elif len(live) != len(node.children):
+            values = [self.tree(child, f"{prefix}{i}") for i, child in children]
+        elif len(live) != len(children):
             self.diff.differing.append(
-                f"{path}: {len(live)} items here, {len(node.children)} in the checkpoint"
+                f"{path}: {len(live)} items here, {len(children)} in the checkpoint"
             )
             return live
         else:
-            pairs = zip(live, node.children, strict=True)
             values = [
-                self.match(item, child, f"{path}/{i}" if path else str(i), top=False)
-                for i, (item, child) in enumerate(pairs)
+                self.match(live[i], child, f"{prefix}{i}", top=False) for i, child in children
             ]
         if isinstance(live, MutableSequence):
             self.finish.append(lambda: _assign_items(live, values))
             return live
-        make = type(live)
-        named = hasattr(live, "_fields")
-        return _Later(lambda: make(*map(settle, values)) if named else make(map(settle, values)))  # type: ignore[call-arg]
+        return _Later(lambda: _sequence_like(live, [settle(value) for value in values]))
 
     def _rebuilt(self, live: Mapping[Any, Any], changes: dict[Any, Any], *, replace: bool) -> Any:
-        if isinstance(live, MutableMapping):
-            target = live
+        if not isinstance(live, MutableMapping):
+            make: Any = type(live)
+            kept = {} if replace else dict(live)
+            return _Later(lambda: make({**kept, **settle(changes)}))
 
-            def write_back() -> None:
-                if replace:
-                    for key in [key for key in target if key not in changes]:
-                        del target[key]
-                for key, value in changes.items():
-                    settled = settle(value)
-                    if key not in target or target[key] is not settled:
-                        target[key] = settled
+        def write_back() -> None:
+            if replace:
+                for key in [key for key in live if key not in changes]:
+                    del live[key]
+            for key, value in changes.items():
+                settled = settle(value)
+                if key not in live or live[key] is not settled:
+                    live[key] = settled
 
-            self.finish.append(write_back)
-            return live
-        return _Later(lambda: {**live, **{key: settle(value) for key, value in changes.items()}})
+        self.finish.append(write_back)
+        return live
 
     def _decoded(self, node: Node, path: str) -> Any:
         codec = codec_named(node.name, path)
         tree = self.tree(node.children[0], path)
-        return _Later(lambda: codec.decode(tree))
+        return _Later(lambda: codec.decode(settle(tree)))
 
-    def _differs(self, live: Any, node: Node, path: str) -> Any:
-        self.diff.differing.append(
-            f"{path}: {type(live).__qualname__} here, {node.kind} in the checkpoint"
-        )
-        return live
+    def _fresh_leaf(self, index: int) -> Any:
+        """A fresh array that is handed out as what it was: a NumPy scalar is no array."""
+        spec = self.arrays[index].spec
+        array = self.fresh(index)
+        owner = self._adapter_named(spec.framework)
+        return _Later(lambda: owner.finished(array, spec))
+
+    def _note_in_place(self, owner: StateAdapter, live: Any) -> None:
+        known = self._in_place.get(owner.framework)
+        if known is None:
+            lives: list[Any] = []
+            known = self._in_place[owner.framework] = (owner, lives)
+            self.finish.insert(0, lambda: owner.written(lives))
+        known[1].append(live)
+
+    def _owner(self, live: Any) -> StateAdapter:
+        return next(adapter for adapter in self.adapters if adapter.is_array(live))
 
     def _adapter_named(self, framework: str) -> StateAdapter:
+        name = framework.partition(".")[0]
         for adapter in self.adapters:
-            if adapter.framework == framework:
+            if adapter.framework == name:
                 return adapter
         # Saved by a framework that this process does not use: NumPy is always there.
         return next(adapter for adapter in self.adapters if adapter.framework == "numpy")
 
 
 class _Later:
-    """A value that exists only once the bytes have arrived."""
+    """A value that exists only once the bytes have arrived; made at the first ``get``."""
 
-    __slots__ = ("make",)
+    __slots__ = ("_made", "_make")
 
     def __init__(self, make: Callable[[], Any]) -> None:
-        self.make = make
+        self._make: Callable[[], Any] | None = make
+        self._made: Any = None
+
+    def get(self) -> Any:
+        if self._make is not None:
+            self._made, self._make = self._make(), None
+        return self._made
 
 
 def settle(value: Any) -> Any:
-    """What stands in a place, after the bytes have arrived. Called once a place."""
-    if isinstance(value, _Later):
-        return value.make()
-    if type(value) is dict:
-        return {key: settle(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(settle(item) for item in value)
+    """``value`` with all that had to wait in its place. Containers without stay as they are."""
+    kind = type(value)
+    if kind is _Later:
+        return value.get()
+    if kind is dict:
+        settled = {key: settle(item) for key, item in value.items()}
+        return settled if any(settled[key] is not value[key] for key in value) else value
+    if kind in (list, tuple):
+        items = [settle(item) for item in value]
+        return kind(items) if any(map(operator.is_not, items, value)) else value
     return value
 
 
 def _assign_items(live: MutableSequence[Any], values: list[Any]) -> None:
     live[:] = [settle(value) for value in values]
+
+
+def _sequence_like(live: Sequence[Any], items: list[Any]) -> Any:
+    """A tuple of the same kind; the same one if nothing in it has changed."""
+    if not any(map(operator.is_not, items, live)) and len(items) == len(live):
+        return live
+    make: Any = type(live)
+    return make(*items) if hasattr(live, "_fields") else make(items)
 
 
 def _has_arrays(node: Node) -> bool:
@@ -320,64 +371,3 @@ def _has_objects(live: Any, adapters: Sequence[StateAdapter]) -> bool:
         else:
             return True
     return False
-
-
-def rename_tree(
-    root: Node,
-    arrays: Sequence[Stored],
-    plain_paths: Sequence[str],
-    rename: Callable[[str], str | None],
-) -> tuple[Node, list[Stored]]:
-    """The tree with every leaf moved to where ``rename`` says; None drops it.
-
-    A leaf that keeps its path keeps its place. A moved one lands in dicts whose keys are the
-    components of its new path.
-    """
-    moved: list[tuple[str, Node]] = []
-    stored = list(arrays)
-
-    def keep(node: Node, path: str) -> Node | None:
-        if node.kind in (_state.ARRAY, _state.PLAIN):
-            new = rename(path)
-            if new == path:
-                return node
-            if new is not None:
-                moved.append((new, node))
-            return None
-        prefix = f"{path}/" if path else ""
-        names = node.keys if node.kind == _state.DICT else list(range(len(node.children)))
-        kept = [
-            (key, keep(child, path if node.kind == _state.CODEC else prefix + escape(key)))
-            for key, child in zip(names or [], node.children, strict=True)
-        ]
-        alive = [(key, child) for key, child in kept if child is not None]
-        if node.children and not alive:
-            return None
-        return Node(
-            node.kind,
-            type_=node.type,
-            keys=[key for key, _ in alive] if node.kind == _state.DICT else None,
-            children=[child for _, child in alive],
-            name=node.name,
-        )
-
-    new_root = keep(root, "") or Node(_state.DICT, keys=[])
-    for path, node in moved:
-        new_root = _insert(new_root, path.split("/"), node)
-        if node.kind == _state.ARRAY:
-            old = stored[node.index]
-            stored[node.index] = Stored(path, old.spec, old.bytes_of)
-    return new_root, stored
-
-
-def _insert(node: Node, components: list[str], leaf: Node) -> Node:
-    keys = list(node.keys or []) if node.kind == _state.DICT else []
-    children = list(node.children) if node.kind == _state.DICT else []
-    head, rest = components[0], components[1:]
-    position = next((i for i, key in enumerate(keys) if escape(key) == head), None)
-    if position is None:
-        keys.append(head.replace("%40", "@").replace("%2F", "/").replace("%25", "%"))
-        children.append(leaf if not rest else _insert(Node(_state.DICT, keys=[]), rest, leaf))
-    else:
-        children[position] = leaf if not rest else _insert(children[position], rest, leaf)
-    return Node(_state.DICT, type_=dict, keys=keys, children=children)

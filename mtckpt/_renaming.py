@@ -16,6 +16,8 @@ from mtckpt.errors import UsageError
 
 __all__ = ["Stored", "rename_tree"]
 
+MAX_GAPS = 100_000
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -32,7 +34,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """From a container of ``kind`` down to what stands at ``key``, through codecs, outermost first."""
+    """From a container of ``kind`` to what stands at ``key``, through codecs, outermost first."""
 
     kind: str
     key: object
@@ -45,7 +47,7 @@ class _Draft:
 
     kind: str = ""
     codecs: tuple[str, ...] = ()
-    entries: dict[object, _Draft] = field(default_factory=dict)
+    entries: dict[str, tuple[object, _Draft]] = field(default_factory=dict)  # by path component
     leaf: Node | None = None
 
 
@@ -129,26 +131,16 @@ def _insert(draft: _Draft, steps: tuple[_Step, ...], leaf: Node, path: str) -> N
     for step in steps:
         if draft.leaf is not None:
             raise _taken(path)
-        key = step.key
-        if not draft.kind:
-            draft.kind = step.kind
-        elif draft.kind != step.kind:
-            # It lands beside leaves that came another way: the container that is there counts.
-            key = _key_in(draft, key, path)
-        draft = draft.entries.setdefault(key, _Draft())
+        draft.kind = draft.kind or step.kind
+        # Where leaves that came another way have made the container, its kind and keys count.
+        text = escape(step.key)
+        if draft.kind != _state.DICT and not text.isdecimal():
+            raise _taken(path)
+        draft = draft.entries.setdefault(text, (step.key, _Draft()))[1]
         draft.codecs = draft.codecs or step.codecs
     if draft.leaf is not None or draft.kind:
         raise _taken(path)
     draft.leaf = leaf
-
-
-def _key_in(draft: _Draft, key: object, path: str) -> object:
-    if draft.kind == _state.DICT:
-        text = escape(key)
-        return next((known for known in draft.entries if escape(known) == text), key)
-    if isinstance(key, int) or (isinstance(key, str) and key.isdecimal()):
-        return int(key)
-    raise _taken(path)
 
 
 def _taken(path: str) -> UsageError:
@@ -166,16 +158,16 @@ def _built(draft: _Draft) -> Node:
     elif draft.kind == _state.DICT:
         node = Node(
             _state.DICT,
-            keys=list(draft.entries),
-            children=[_built(child) for child in draft.entries.values()],
+            keys=[key for key, _ in draft.entries.values()],
+            children=[_built(child) for _, child in draft.entries.values()],
         )
     else:
-        length = max(key for key in draft.entries if isinstance(key, int)) + 1
-        if length > 2 * len(draft.entries) + 1_000_000:
-            raise UsageError("rename gives a list an index far beyond its length", index=length - 1)
+        items = {int(text): child for text, (_, child) in draft.entries.items()}
+        length = max(items) + 1
+        if length > MAX_GAPS + len(items):
+            raise UsageError("rename gives a list an index far beyond its end", index=length - 1)
         gap = _Draft(leaf=Node(_state.DROPPED))
-        children = [_built(draft.entries.get(i, gap)) for i in range(length)]
-        node = Node(draft.kind, children=children)
+        node = Node(draft.kind, children=[_built(items.get(i, gap)) for i in range(length)])
     for name in reversed(draft.codecs):
         node = Node(_state.CODEC, children=[node], name=name)
     return node

@@ -252,7 +252,7 @@ def _walk(value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, d
 
 
 def _refused(kind: type, path: str) -> UnsupportedState:
-    actions = (
+    actions: tuple[str, ...] = (
         "leave it out of the state if it can be built again",
         "give it state_dict() and load_state_dict()",
         "or describe it once with mtckpt.register_codec(type, name=, encode=, decode=)",

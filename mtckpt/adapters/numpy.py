@@ -91,6 +91,7 @@ class NumpyAdapter:
     def state_of(self, value: object) -> object | None:
         """None: NumPy has no objects that carry a tree."""
         del value
+        return None
 
     def writable_address(self, value: Any) -> int | None:
         """The address of a writable, C-contiguous array of native byte order."""

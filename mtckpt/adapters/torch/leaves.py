@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from mtckpt._dtypes import DTYPES
 from mtckpt._state import ArraySpec
@@ -51,8 +51,8 @@ BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Layouts:
     """The fingerprint of a list of tensors, by column; ``odd`` are those that are not plain.
 
-    A plain tensor is a dense one in host memory whose bytes are its elements in C order. ``details``
-    says of the others what the columns do not.
+    A plain tensor is a dense one in host memory whose bytes are its elements in C order.
+    ``details`` says of the others what the columns do not.
     """
 
     dtypes: list[Any]
@@ -81,12 +81,14 @@ def fingerprint(values: Sequence[torch.Tensor]) -> Layouts:
             dtypes = [tensor.dtype for tensor in values]
             shapes: list[Any] = [tensor.shape for tensor in values]
             contiguous = [tensor.is_contiguous() for tensor in values]
+            on_host = [tensor.is_cpu for tensor in values]
+            negative = [tensor.is_neg() for tensor in values]
         except RuntimeError:  # sparse and nested tensors have no strides, nested ones no shape
             return Layouts([], [], [], [_details(tensor) for tensor in values])
         plain = (
             all(contiguous)
-            and all([tensor.is_cpu for tensor in values])
-            and not any([tensor.is_neg() for tensor in values])
+            and all(on_host)
+            and not any(negative)
             and COMPLEX.isdisjoint(set(dtypes))
         )
         if plain:
@@ -134,7 +136,8 @@ def _check_storages(values: Sequence[torch.Tensor], paths: Sequence[str]) -> Non
     """
     sizes = [tensor.nbytes for tensor in values]
     held = [tensor.untyped_storage().nbytes() for tensor in values]
-    if sizes == held and not any([tensor.storage_offset() for tensor in values]):
+    offsets = [tensor.storage_offset() for tensor in values]
+    if sizes == held and not any(offsets):
         return
     for i, tensor in enumerate(values):
         if tensor.numel() and _end_bytes(tensor) > held[i]:
@@ -206,7 +209,7 @@ def spec_of(tensor: torch.Tensor, path: str, *, template: bool = False) -> Array
 def _refusal(tensor: torch.Tensor, template: bool) -> tuple[str, str]:
     """What kind of tensor this is and what to do instead; two empty strings if it can be saved."""
     kind = type(tensor)
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         return "a parameter of a lazy module before it has a shape", "run one forward pass first"
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return (

@@ -72,7 +72,7 @@ def place_object(live: Any, node: Node, path: str, placing: Placing) -> bool:
 
 
 def plain_state(module: Module) -> dict[str, torch.Tensor] | None:
-    """What ``state_dict(keep_vars=True)`` gives, faster; None if any part has its own idea of it."""
+    """What ``state_dict(keep_vars=True)`` gives, faster; None if a part has its own idea of it."""
     found: dict[str, torch.Tensor] = {}
     return found if _collect(module, "", found) else None
 
@@ -168,7 +168,7 @@ def _replace(module: Module, old: torch.Tensor, new: torch.Tensor) -> None:
     new.__class__ = type(old)
     new.__dict__.update(old.__dict__)
     try:
-        torch.utils.swap_tensors(old, new)
+        torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]  # torch's, untyped
     except RuntimeError:
         for part in module.modules():
             for table in (part._parameters, part._buffers):
@@ -178,7 +178,7 @@ def _replace(module: Module, old: torch.Tensor, new: torch.Tensor) -> None:
 
 
 def _place_custom_module(module: Module, node: Node, path: str, placing: Placing) -> None:
-    """A module with hooks or a ``load_state_dict`` of its own: it gets fresh tensors and decides."""
+    """A module with hooks or a ``load_state_dict`` of its own gets fresh tensors and decides."""
     expected = module.state_dict()
     saved = _children(node)
     names = list(expected) if isinstance(expected, Mapping) else []
@@ -272,13 +272,13 @@ def _place_entry(
             entry[name] = placing.tree(child, child_path)
             continue
         shape = placing.arrays[child.index].spec.shape
-        if name in _ELEMENTWISE and type(optimizer).__module__.startswith("torch.optim"):
-            if shape != tuple(parameter.shape):
-                placing.diff.differing.append(
-                    f"{child_path}: for a parameter of shape {list(parameter.shape)} here, "
-                    f"of shape {list(shape)} in the checkpoint"
-                )
-                continue
+        elementwise = name in _ELEMENTWISE and type(optimizer).__module__.startswith("torch.optim")
+        if elementwise and shape != tuple(parameter.shape):
+            placing.diff.differing.append(
+                f"{child_path}: for a parameter of shape {list(parameter.shape)} here, "
+                f"of shape {list(shape)} in the checkpoint"
+            )
+            continue
         tensor = live.get(name)
         if isinstance(tensor, torch.Tensor) and placing.fits(tensor, child, child_path, quiet=True):
             entry[name] = placing.array_into(tensor, child, child_path)
@@ -310,7 +310,8 @@ def _load_optimizer(
         or optimizer._optimizer_load_state_dict_post_hooks
     )
     for key, entry in state.items():
-        loaded = optimizer.state.get(parameters.get(str(key)))  # type: ignore[call-overload]  # None is no key
+        parameter = parameters.get(str(key))
+        loaded = None if parameter is None else optimizer.state.get(parameter)
         if loaded is None or not isinstance(entry, dict):
             continue
         for name, value in entry.items():
@@ -320,9 +321,9 @@ def _load_optimizer(
         for name, tensor in live.items():
             value = group.get(name)
             # A learning rate that is a tensor is read by a captured graph: the object stays.
-            if isinstance(value, torch.Tensor) and value.shape == tensor.shape:
-                if value.dtype == tensor.dtype:
-                    group[name] = leaves.assign(tensor, value)
+            fits = isinstance(value, torch.Tensor) and value.shape == tensor.shape
+            if fits and value.dtype == tensor.dtype:
+                group[name] = leaves.assign(tensor, value)
 
 
 def _as_saved(loaded: Any, saved: Any, hooked: bool) -> Any:
@@ -337,10 +338,10 @@ def _as_saved(loaded: Any, saved: Any, hooked: bool) -> Any:
         if hooked and not leaves.same_bits(loaded, saved.to(loaded.device, loaded.dtype)):
             return loaded
         return saved.to(loaded.device)
-    if type(saved) in (list, tuple) and isinstance(loaded, type(saved)):
-        if len(saved) == len(loaded):
-            pairs = zip(loaded, saved, strict=True)
-            return type(saved)(_as_saved(here, there, hooked) for here, there in pairs)
+    alike = type(saved) in (list, tuple) and isinstance(loaded, type(saved))
+    if alike and len(saved) == len(loaded):
+        pairs = zip(loaded, saved, strict=True)
+        return type(saved)(_as_saved(here, there, hooked) for here, there in pairs)
     return loaded
 
 
@@ -363,12 +364,10 @@ def _laid_out(value: Any, parameter: torch.Tensor) -> Any:
 # -- generators ----------------------------------------------------------------------------------
 
 
-def _place_generator(
-    generator: torch.Generator, node: Node, path: str, placing: Placing
-) -> None:
+def _place_generator(generator: torch.Generator, node: Node, path: str, placing: Placing) -> None:
     child = _children(node).get("state") if node.kind == _state.DICT else None
     if child is None:
         placing.differs(generator, node, path)
     elif placing.fits(generator.get_state(), child, f"{path}/state"):
         tree = placing.tree(child, f"{path}/state")
-        placing.finish.append(lambda: generator.set_state(settle(tree)))  # type: ignore[func-returns-value]
+        placing.finish.append(lambda: generator.set_state(settle(tree)))
