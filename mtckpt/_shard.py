@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import msgspec
-from xxhash import xxh3_64_intdigest, xxh3_128_digest, xxh3_128_hexdigest
+from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128_digest, xxh3_128_hexdigest
 
 from mtckpt._dtypes import DTYPES, size_bytes_of
 from mtckpt.errors import Damaged, FormatTooNew, UnsupportedState
@@ -34,6 +34,7 @@ __all__ = [
     "Table",
     "check_chunks",
     "check_range",
+    "header_digest",
     "header_length",
     "parse_layout",
     "plan_layout",
@@ -92,7 +93,7 @@ class ShardLayout:
     @property
     def header_digest_hex(self) -> str:
         """As a record has it."""
-        return f"{self.header_digest:016x}"
+        return header_digest(self.header)
 
     @property
     def table_bytes(self) -> int:
@@ -281,6 +282,11 @@ class Table:
         ):
             raise Damaged("digest table is not of this shard, or the shard's header is damaged")
         return Table(header_digest, generation, view[TABLE_HEADER.size :].cast("Q"))
+
+
+def header_digest(header: bytes) -> str:
+    """What a record says of its shard's header: the XXH3-64 of all bytes up to the data."""
+    return xxh3_64_hexdigest(header)
 
 
 def table_digest(data: bytes | memoryview) -> str:
