@@ -321,8 +321,9 @@ def _load_optimizer(
         for name, tensor in live.items():
             value = group.get(name)
             # A learning rate that is a tensor is read by a captured graph: the object stays.
-            fits = isinstance(value, torch.Tensor) and value.shape == tensor.shape
-            if fits and value.dtype == tensor.dtype:
+            if not isinstance(value, torch.Tensor):
+                continue
+            if (value.shape, value.dtype) == (tensor.shape, tensor.dtype):
                 group[name] = leaves.assign(tensor, value)
 
 
