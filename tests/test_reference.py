@@ -1,4 +1,4 @@
-"""Reference pages say what the code says: types, fields, variables, commands, what survives what."""
+"""Reference pages say what the code says: types, fields, variables, and what survives what."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def table(text: str, heading: str, *, nth: int = 0) -> list[list[str]]:
     ]
 
 
-# ---------------------------------------------------------------------------------------- guarantees
+# --------------------------------------------------------------------------------------- guarantees
 
 
 def test_the_table_of_guarantees_is_what_the_tiers_say(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_table_of_guarantees_is_what_the_tiers_say(tmp_path: Path) -> None:
         tier.close()
 
 
-# -------------------------------------------------------------------------------------------- format
+# ------------------------------------------------------------------------------------------- format
 
 
 def test_the_table_of_types_is_the_codes() -> None:
@@ -107,7 +107,7 @@ def test_the_example_of_names_parses() -> None:
     assert names[2:] == [*files, _manifest.MANIFEST_FILE]
 
 
-# ------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 
 def test_every_variable_has_a_line() -> None:
