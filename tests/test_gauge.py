@@ -37,7 +37,7 @@ BANNED_MODULES = frozenset(
 BANNED_CALLS = frozenset({"eval", "exec", "compile", "__import__"})
 BANNED_METHODS = frozenset({("torch", "load"), ("torch", "save"), ("yaml", "load")})
 # Who imports a module whose name is not written in the call: the name is one of a fixed table.
-MAY_IMPORT_BY_NAME = frozenset({"mtckpt/__init__.py", "mtckpt/_adapters.py"})
+MAY_IMPORT_BY_NAME = frozenset({"mtckpt/__init__.py", "mtckpt/adapters/__init__.py"})
 
 
 @functools.cache
