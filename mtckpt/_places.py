@@ -1,0 +1,226 @@
+"""Runs and saves in a directory that somebody names: a tier, a run in it, or one save, or a copy.
+
+Knows how to tell these apart, and gives each the keys of a tier, so that one way of reading serves
+all. Does not read shards and writes nothing. What a directory is called is not believed: a copied
+save may lie anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtckpt import _inventory, _manifest
+from mtckpt._inventory import Inventory
+from mtckpt._manifest import Incarnation, Record, SaveEntry, SaveName
+from mtckpt.errors import FormatError, TierReadOnly, UsageError
+from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives
+from mtckpt.tiers.local import Lease, LocalTier
+
+__all__ = ["Location", "Place", "incarnation_line", "is_location", "open_places", "unusable"]
+
+Location = str | os.PathLike[str]
+# A run that was copied on its own has no key of its own: any will do, it never leaves this process.
+_ANY_RUN = "run"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One run as it lies in one directory; ``tier`` has it under ``run_key``."""
+
+    tier: View
+    run_key: str
+    path: Path
+
+    @property
+    def label(self) -> str:
+        return self.tier.name
+
+    def path_of(self, key: str) -> Path:
+        """Where an object of this place lies."""
+        return self.tier.path_of(key)
+
+    def scan(self) -> Inventory:
+        """Read all records, now."""
+        return _inventory.scan(self.tier, self.run_key)
+
+    def close(self) -> None:
+        self.tier.close()
+
+
+class View:
+    """A directory as if it lay under ``prefix`` in a tier; only for reading."""
+
+    def __init__(self, tier: LocalTier, prefix: str) -> None:
+        self.name = tier.name
+        self.survives: Survives = tier.survives
+        self._tier = tier
+        self._prefix = prefix
+
+    def put(self, key: str, source: Source) -> PutResult:
+        raise self._refused(key)
+
+    def delete(self, key: str) -> None:
+        raise self._refused(key)
+
+    def read_into(self, key: str, out: memoryview, offset: int = 0) -> None:
+        """See ``Tier.read_into``."""
+        self._tier.read_into(self._inner(key), out, offset)
+
+    def stat(self, key: str) -> ObjectInfo:
+        """See ``Tier.stat``."""
+        return ObjectInfo(key, self._tier.stat(self._inner(key)).size_bytes)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See ``Tier.list``; everything of a view lies under its prefix."""
+        inner = self._inner(prefix) if prefix.startswith(self._prefix) else ""
+        for info in self._tier.list(inner):
+            key = self._prefix + info.key
+            if key.startswith(prefix):
+                yield ObjectInfo(key, info.size_bytes)
+
+    def lease(self, key: str) -> Lease:
+        """See ``LocalTier.lease``."""
+        return self._tier.lease(self._inner(key))
+
+    def path_of(self, key: str) -> Path:
+        """Where the object is."""
+        return self._tier.path_of(self._inner(key))
+
+    def close(self) -> None:
+        self._tier.close()
+
+    def _inner(self, key: str) -> str:
+        return key.removeprefix(self._prefix)
+
+    def _refused(self, key: str) -> TierReadOnly:
+        return TierReadOnly(
+            f"{key} was opened for reading only", state="nothing was changed", tier=self.name
+        )
+
+
+def is_location(target: str) -> bool:
+    """Whether a word of the user's is a place; else it is the name of a run."""
+    return "/" in target or os.sep in target or target in (".", "..")
+
+
+def open_places(location: Location, label: str) -> list[Place]:
+    """The runs at ``location``, by name; several only where a tier holds several.
+
+    Raises UsageError where there is no directory, and TierError where it may not be read.
+    """
+    path = _directory(location)
+    kind = _kind(path)
+    if kind == "save":
+        return [_one_save(path, label)]
+    if kind == "run":
+        tier = LocalTier(path, name=label, read_only=True)
+        return [Place(View(tier, f"{_ANY_RUN}/"), _ANY_RUN, path)]
+    return [
+        Place(View(LocalTier(run, name=label, read_only=True), f"{_ANY_RUN}/"), _ANY_RUN, run)
+        for run in sorted(_subdirectories(path))
+        if _kind(run) == "run"
+    ]
+
+
+def _directory(location: Location) -> Path:
+    text = os.fspath(location)
+    if "://" in text:
+        raise UsageError(
+            f"{text} is not a local directory, and only those can be read",
+            state="nothing was read",
+            actions=("copy the checkpoint to a local directory, then load that",),
+        )
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        # A run whose name is no file name lies in a directory that is called otherwise.
+        by_key = path.parent / _manifest.run_key(path.name or "run")
+        if by_key.is_dir():
+            return by_key
+        what = "is a file, not a directory" if path.is_file() else "does not exist"
+        raise UsageError(
+            f"{path} {what}",
+            state="nothing was read",
+            actions=("give a tier's directory, a run in it, or one save of that",),
+            path=str(path),
+        )
+    return path
+
+
+def _kind(path: Path) -> str:
+    """What a directory is, from the names in it: "save", "run", or "" for anything else."""
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if _manifest.parse_record_file(entry.name) is not None:
+                    return "save"
+                if SaveName.parse(entry.name) or (
+                    _manifest.parse_incarnation_file(entry.name) is not None
+                ):
+                    return "run"
+    except PermissionError:
+        return "run"  # Opening it as one will say what is the matter.
+    return "save" if SaveName.parse(path.name) else ""
+
+
+def _subdirectories(path: Path) -> Iterator[Path]:
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                yield Path(entry.path)
+
+
+def _one_save(path: Path, label: str) -> Place:
+    tier = LocalTier(path, name=label, read_only=True)
+    name = _name_in_records(path, tier) or SaveName.parse(path.name) or SaveName(0, 0, "0" * 12)
+    return Place(View(tier, f"{_ANY_RUN}/{name}/"), _ANY_RUN, path)
+
+
+def _name_in_records(path: Path, tier: LocalTier) -> SaveName | None:
+    from mtckpt.tiers.base import read_all
+
+    for info in tier.list():
+        if _manifest.parse_record_file(info.key) is None:
+            continue
+        try:
+            data = read_all(tier, info.key, max_bytes=_manifest.MAX_RECORD_BYTES)
+            record = _manifest.decode_sealed(data, Record)
+        except FormatError:
+            continue  # Another rank's record may be sound; the scan reports this one.
+        return _manifest.save_name(record.step, record.incarnation, record.save_id)
+    return None
+
+
+def incarnation_line(inventory: Inventory) -> list[tuple[int, int | None]]:
+    """The line of ``newest_line``, also where incarnation files were not copied along.
+
+    An incarnation that only saves tell of is taken to go on from the one before it.
+    """
+    known = {i.number: i for i in inventory.incarnations}
+    numbers = sorted({*known, *(name.incarnation for name in inventory.saves)})
+    everything = list(inventory.incarnations)
+    for before, number in zip([None, *numbers], numbers, strict=False):
+        if number not in known:
+            parent = None if before is None else (before, _manifest.MAX_STEP)
+            everything.append(Incarnation(_manifest.FORMAT_VERSION, "", number, "", parent))
+    return _manifest.newest_line(everything)
+
+
+def unusable(save: SaveEntry) -> list[str]:
+    """Why a save cannot be read, one line a fault; nothing for one that can, as records tell."""
+    lines = list(save.problems)
+    if save.aborted:
+        lines.append(f"called off: {save.aborted}")
+    elif not save.records:
+        lines.append("no record is there")
+    elif not save.complete:
+        wanted = next(iter(save.records.values())).world_size
+        lacking = [rank for rank in range(wanted) if rank not in save.records]
+        if lacking:
+            some = ", ".join(map(str, lacking[:8])) + (", ..." if len(lacking) > 8 else "")
+            lines.append(f"records of {len(lacking)} of {wanted} ranks are missing: {some}")
+        else:
+            lines.append("records of different saves lie together")
+    return lines

@@ -1,0 +1,204 @@
+"""One rank's shard, opened for reading: description checked first, every byte when it is read.
+
+Knows the three files of a shard and what they say of one another. Does not know how shards join
+into arrays, nor which save is wanted. A lease is held until ``close``, so the bytes stay the
+ones that were described.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xxhash import xxh3_64_intdigest
+
+from mtckpt import _inventory, _manifest, _shard
+from mtckpt._dtypes import DTYPES
+from mtckpt._manifest import ArrayEntry, Record, SaveName
+from mtckpt._shard import CHUNK_BYTES, ShardLayout, StoredTensor, Table
+from mtckpt.errors import Damaged, FormatError, FormatTooNew, ShortRead, TierUnavailable
+from mtckpt.tiers.base import read_all
+
+if TYPE_CHECKING:
+    from mtckpt._places import Place
+    from mtckpt.tiers.local import Lease
+
+__all__ = ["OpenShard", "open_shard", "stored_name"]
+
+_BLOCK_CHUNKS = 16
+MAX_TABLE_BYTES = _shard.TABLE_HEADER.size + 8 * (_shard.MAX_SHARD_BYTES // CHUNK_BYTES)
+
+
+def stored_name(entry: ArrayEntry) -> str:
+    """The tensor's name in the file: its path, with the offsets of a box."""
+    if entry.offsets is None:
+        return entry.path
+    return f"{entry.path}@{','.join(map(str, entry.offsets))}"
+
+
+@dataclass(slots=True)
+class OpenShard:
+    """Made by ``open_shard``. ``tensors`` goes with ``entries``, tied ones share one."""
+
+    record: Record
+    layout: ShardLayout
+    table: Table
+    entries: list[ArrayEntry]
+    tensors: list[StoredTensor]
+    key: str
+    tier: str
+    lease: Lease
+
+    def read(self, tensor: StoredTensor, out: memoryview | None = None) -> None:
+        """Read and verify a tensor, into ``out`` if it is wanted. Raises Damaged with the key."""
+        block_bytes = _BLOCK_CHUNKS * CHUNK_BYTES
+        scratch = memoryview(bytearray(min(block_bytes, tensor.size_bytes) if out is None else 0))
+        digests = self.table.digests
+        for start in range(0, tensor.size_bytes, block_bytes):
+            stop = min(start + block_bytes, tensor.size_bytes)
+            view = scratch[: stop - start] if out is None else out[start:stop]
+            self._fill(view, tensor.start + start)
+            for begin in range(start, stop, CHUNK_BYTES):
+                chunk = tensor.first_chunk + begin // CHUNK_BYTES
+                piece = view[begin - start : begin - start + CHUNK_BYTES]
+                if xxh3_64_intdigest(piece) != digests[chunk]:
+                    raise Damaged(
+                        "bytes differ from their digest",
+                        tensor=tensor.name[:200],
+                        chunk=begin // CHUNK_BYTES,
+                        offset=tensor.start + begin,
+                        tier=self.tier,
+                        key=self.key,
+                        step=self.record.step,
+                        state="nothing of this tensor was handed out",
+                    )
+
+    def close(self) -> None:
+        """Give the lease back. Idempotent."""
+        self.lease.close()
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(self.lease.fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise TierUnavailable(
+                    f"{self.key} could not be read: {error.strerror}", tier=self.tier, key=self.key
+                ) from error
+            if not got:
+                raise ShortRead(
+                    f"{self.key} ends early",
+                    tier=self.tier,
+                    key=self.key,
+                    offset=offset + done,
+                    wanted_bytes=len(view),
+                    got_bytes=done,
+                )
+            done += got
+
+
+def open_shard(place: Place, name: SaveName, record: Record) -> OpenShard:
+    """Take the lease, then check header, digest table and record against one another.
+
+    Raises:
+        ObjectNotFound: the save went away.
+        FormatError: something does not fit, with the file's key.
+    """
+    data_key, table_key, record_key = _inventory.shard_keys(place.run_key, name, record.rank)
+    lease = place.tier.lease(data_key)
+    try:
+        layout = _read_layout(place, data_key, lease, record)
+        table = _read_table(place, table_key, layout, record)
+        entries, tensors = _match(layout, table, record, place.label, record_key)
+        return OpenShard(record, layout, table, entries, tensors, data_key, place.label, lease)
+    except BaseException:
+        lease.close()
+        raise
+
+
+def _read_layout(place: Place, key: str, lease: Lease, record: Record) -> ShardLayout:
+    with _located(place.label, key):
+        if lease.size_bytes != record.shard.size_bytes:
+            raise Damaged(
+                "shard has another size than its record says",
+                wanted_bytes=record.shard.size_bytes,
+                got_bytes=lease.size_bytes,
+            )
+        prefix = os.pread(lease.fd, 8, 0)
+        wanted_bytes = _shard.header_length(prefix, lease.size_bytes)
+        header = os.pread(lease.fd, wanted_bytes, 0)
+        layout = _shard.parse_layout(header, lease.size_bytes)
+        if f"{layout.header_digest:016x}" != record.shard.header_digest:
+            raise Damaged("shard header does not match its digest")
+        return layout
+
+
+def _read_table(place: Place, key: str, layout: ShardLayout, record: Record) -> Table:
+    data = read_all(place.tier, key, max_bytes=min(MAX_TABLE_BYTES, layout.table_bytes + CHUNK_BYTES))
+    with _located(place.label, key):
+        table = Table.parse(data, layout)
+        if table.generation != _manifest.generation_of(record.save_id):
+            raise Damaged("digest table is of another save")
+        if _shard.table_digest(data) != record.shard.table_digest:
+            raise Damaged("digest table does not match its digest")
+        return table
+
+
+def _match(
+    layout: ShardLayout, table: Table, record: Record, tier: str, key: str
+) -> tuple[list[ArrayEntry], list[StoredTensor]]:
+    """The record's entries and their tensors. Raises FormatError where the two disagree."""
+    with _located(tier, key):
+        entries = record.array_entries()
+        if _shard.root_digests(layout, table.digests) != record.root_bytes():
+            raise Damaged("roots do not match the digest table")
+        by_name = layout.by_name()
+        tensors = []
+        for entry in entries:
+            dtype = DTYPES.get(entry.dtype)
+            if dtype is None:
+                raise FormatTooNew(f"leaf of unknown type {entry.dtype[:40]!r}", leaf=entry.path)
+            _check_box(entry)
+            twin = entry if entry.same_as is None else entries[entry.same_as]
+            tensor = by_name.get(stored_name(twin))
+            if (
+                tensor is None
+                or twin.same_as is not None
+                or (entry.dtype, entry.shape) != (twin.dtype, twin.shape)
+                or (tensor.code, tensor.shape)
+                != (dtype.stored_code, dtype.stored_shape(entry.shape))
+            ):
+                raise Damaged("record and shard header disagree", leaf=entry.path[:200])
+            tensors.append(tensor)
+        return entries, tensors
+
+
+def _check_box(entry: ArrayEntry) -> None:
+    if entry.offsets is None and entry.global_shape is None:
+        return
+    offsets, whole = entry.offsets or (), entry.global_shape or ()
+    if not len(offsets) == len(whole) == len(entry.shape) or any(
+        offset < 0 or offset + size > total
+        for offset, size, total in zip(offsets, entry.shape, whole, strict=True)
+    ):
+        raise Damaged("a box does not lie within its array", leaf=entry.path[:200])
+
+
+class _located:
+    """Adds tier and key to a format error of the block: what is wrong, and where."""
+
+    def __init__(self, tier: str, key: str) -> None:
+        self._tier = tier
+        self._key = key
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, FormatError):
+            facts = {"tier": self._tier, "key": self._key, **error.details}
+            raise type(error)(
+                error.what, state=error.state, actions=error.actions, **facts
+            ) from error
