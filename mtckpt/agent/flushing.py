@@ -11,17 +11,17 @@ import asyncio
 import logging
 import random
 import time
+from typing import TYPE_CHECKING
 
 from mtckpt import _manifest
 from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.runs import RAM, RunState, SaveState, TierState, describe_failure
 from mtckpt.errors import CheckpointError, Damaged
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mtckpt.agent.tools import Tools
-    from mtckpt.agent.ring import Ring
     from mtckpt.agent.healing import Healer
+    from mtckpt.agent.ring import Ring
+    from mtckpt.agent.tools import Tools
 
 __all__ = ["Flusher"]
 

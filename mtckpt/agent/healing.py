@@ -10,16 +10,17 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
-from mtckpt._manifest import SaveName, parse_record_file
+from mtckpt._manifest import SaveName, newest_line, on_line, parse_record_file
+from mtckpt._retention import Held, decide, keep_from_wire
 from mtckpt.agent import work
 from mtckpt.agent.runs import RAM, RunState, SaveState, TierState
 from mtckpt.errors import CheckpointError, Damaged
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mtckpt.agent.work import TierRef
     from mtckpt.agent.tools import Tools
+    from mtckpt.agent.work import TierRef
 
 __all__ = ["Healer"]
 
@@ -100,7 +101,7 @@ class Healer:
         return False
 
     async def reported(self, run: RunState, label: str, key: str, reason: str) -> None:
-        """A reader met a bad copy. The key is from a message: it names a save we know, or nothing."""
+        """A reader met a bad copy. The key comes from outside: it names a save we know, or none."""
         parts = key.split("/")
         name = SaveName.parse(parts[1]) if len(parts) == 3 else None
         save = run.saves.get(str(name)) if name else None
@@ -127,7 +128,24 @@ class Healer:
 
     def not_kept(self, run: RunState, tier: TierState) -> list[str]:
         """Saves that the tier's rules let go, oldest first."""
-        return []
+        line = newest_line(run.incarnations.values())
+        now = time.time()
+        held = [
+            Held(
+                save.name,
+                complete=save.is_complete(tier.label),
+                on_line=not line or on_line(save.name, line),
+                verified=tier.label in save.verified,
+                damaged=tier.label in save.damaged,
+                busy=bool(save.writing),
+                age_s=max(0.0, now - save.seen_at),
+                metrics=save.metrics,
+            )
+            for save in run.saves.values()
+            if tier.label in save.ranks
+        ]
+        decisions = decide(held, keep_from_wire(tier.config.keep))
+        return [str(name) for name in sorted(decisions) if decisions[name].delete]
 
 
 def _held(run: RunState, save: SaveState, *labels: str) -> AbstractContextManager[None]:

@@ -99,7 +99,7 @@ def superseded_by_recycling(save: SaveFacts) -> tuple[str, ...]:
 
 
 def is_owed(error: BaseException) -> bool:
-    """True for what is retried (no answer, or not in time), False for what is reported as failed."""
+    """True for what is retried (no answer, not in time), False for what is reported as failed."""
     if isinstance(error, (errors.TierFull, errors.TierReadOnly, errors.AccessDenied)):
         return False
     return isinstance(error, (errors.TierUnavailable, errors.ShortRead, TimeoutError))

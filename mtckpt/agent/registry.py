@@ -13,6 +13,9 @@ import logging
 import os
 import socket
 import time
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from mtckpt.agent import owners, protocol, queue, work
 from mtckpt.agent.flushing import Flusher
@@ -22,11 +25,10 @@ from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RAM, RunState, TierState
 from mtckpt.agent.work import TierRef
 from mtckpt.errors import CheckpointError, UsageError
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mtckpt.agent.tools import Tools
     from mtckpt.agent.protocol import TierConfig
+    from mtckpt.agent.tools import Tools
 
 __all__ = ["Registry"]
 
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 ROOTS_NAME = "ram-roots.json"
 MAX_ROOTS = 64
+# The holder of slots that an earlier agent gave to somebody.
+UNSURE = "?"
+_POLL_S = 0.05
 
 
 class Registry:
@@ -93,21 +98,23 @@ class Registry:
         run.closing = bool(extra.get("closing"))
         run.token = str(extra.get("token") or "")
         run.creator_uid = int(extra.get("uid", -1))
-        known = [self._owner_from_config(run, owner) for owner in config.owners]
-        dead = [o for o in known if o.pidfd < 0]
-        alive = [o for o in known if o.pidfd >= 0]
-        if not known:  # it died before it was noted: finished captures are of the last incarnation
-            dead = [Owner("", 0, 0, 0, 0, self.host, incarnation=config.incarnation)]
+        for noted in config.owners:
+            owner = self._owner_from_config(run, noted)
+            if owner.pidfd >= 0:
+                run.owners[owner.rank] = owner
+        for values in extra.get("fenced") or ():
+            owner = self._owner_from_config(run, msgspec.convert(values, work.Owner))
+            if owner.pidfd >= 0:
+                owner.fenced_by = 1
+                run.fenced[owner.holder] = owner
         # Who was given which slot is not in a file. With a living owner none is touched until it
         # comes back and says which are its own, or dies.
-        self.ring.adopt(run, scan.slots, (alive or dead)[0].holder)
+        self.ring.adopt(run, scan.slots, UNSURE)
         self.runs[run.key] = run
-        for owner in alive:
-            run.owners[owner.rank] = owner
+        for owner in run.living():
             self.watch(run, owner)
-        if not alive:
-            for owner in dead:
-                run.finished += await self.ring.settle(run, owner)
+        await self.resolve(run)
+        if not run.living():
             await self.write_config(run)
         self.tools.events.emit(
             "run.found", run=run.run, saves=len(run.saves), finished=len(run.finished)
@@ -129,6 +136,19 @@ class Registry:
             pidfd=-1 if pidfd is None else pidfd,
             absent=True,
         )
+
+    async def resolve(self, run: RunState) -> None:
+        """Settle slots of which nobody knew whose they are, once everybody has said so or died."""
+        if any(owner.absent and not owner.dead for owner in run.owners.values()):
+            return
+        fenced = next((owner for owner in run.fenced.values() if not owner.dead), None)
+        if fenced is not None:
+            for slot in run.slots.values():
+                if slot.holder == UNSURE:
+                    slot.holder = fenced.holder
+            return
+        nobody = Owner(UNSURE, 0, 0, 0, 0, self.host, incarnation=run.incarnation)
+        run.finished += await self.ring.settle(run, nobody)
 
     async def run_for(self, key: str, message: protocol.Open) -> RunState:
         """The run that is opened, known or new. Raises UsageError if its RAM lies elsewhere."""
@@ -234,6 +254,7 @@ class Registry:
     async def _settle(self, run: RunState, owner: Owner) -> None:
         try:
             run.finished += await self.ring.settle(run, owner)
+            await self.resolve(run)
         finally:
             run.fenced.pop(owner.holder, None)
             if run.owners.get(owner.rank) is owner:
@@ -317,6 +338,17 @@ class Registry:
         """Nobody owns anything, nothing is owed, no RAM is held."""
         return self.ready.is_set() and not self.runs
 
+    async def drain(self, timeout_s: float) -> int:
+        """Wait until nothing is owed; the number of saves that still are."""
+        deadline_s = time.monotonic() + timeout_s
+        while (owed := self._num_owed()) and time.monotonic() < deadline_s:  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)  # many things end it: flushes, failures, retention
+        return owed
+
+    def _num_owed(self) -> int:
+        saves = [save for run in self.runs.values() for save in run.saves.values()]
+        return sum(bool(save.owed and save.is_complete(RAM)) for save in saves)
+
     async def stop(self, drain_s: float) -> None:
         """Let what is being written end within the time; the rest is in the records."""
         await self.flusher.stop(drain_s)
@@ -324,7 +356,7 @@ class Registry:
         while time.monotonic() < deadline_s and any(
             save.writing for run in self.runs.values() for save in run.saves.values()
         ):
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(_POLL_S)
 
 
 def is_busy(run: RunState) -> bool:

@@ -10,17 +10,18 @@ import asyncio
 import logging
 import os
 import time
+from typing import TYPE_CHECKING
 
 from mtckpt import _manifest
+from mtckpt._slots import DIRECTORY
 from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.runs import RAM, Plan, RunState, SaveState, Slot
 from mtckpt.errors import CheckpointError, Damaged, StepExists, TierFull
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mtckpt.agent.tools import Tools
     from mtckpt.agent.owners import Owner
+    from mtckpt.agent.tools import Tools
 
 __all__ = ["Ring"]
 
@@ -126,9 +127,7 @@ class Ring:
         return slot
 
     async def _allocate_files(self, run: RunState, plan: Plan) -> work.SlotFiles:
-        command = work.Allocate(
-            run.ram, run.key, _new_id(), plan.shard_bytes, plan.table_bytes, populate=True
-        )
+        command = work.Allocate(run.ram, run.key, _new_id(), plan.shard_bytes, plan.table_bytes)
         return await self._tools.call(command, work.SlotFiles, plan.shard_bytes)
 
     async def _fill_up(self, run: RunState, owner: Owner) -> None:
@@ -428,13 +427,17 @@ class Ring:
 
     def adopt(self, run: RunState, found: list[work.SlotScan], holder: str) -> None:
         """Take in the slots that another agent left; ``holder`` may still be writing to them."""
+        base = os.path.join(run.ram.path, run.key, DIRECTORY)
         for scan in found:
             run.slots[scan.slot_id] = Slot(
                 scan.slot_id,
-                SlotState.CAPTURING if holder or scan.save else SlotState.FREE,
+                SlotState.CAPTURING,
                 scan.shard_bytes,
                 scan.table_bytes,
                 scan.inode,
+                os.path.join(base, f"{scan.slot_id}.safetensors"),
+                os.path.join(base, f"{scan.slot_id}.xxh3"),
+                os.path.join(base, f"{scan.slot_id}.json"),
                 holder=holder,
                 doubtful=True,
             )

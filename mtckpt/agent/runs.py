@@ -13,18 +13,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from mtckpt import _manifest
+import msgspec
+
 from mtckpt._manifest import Incarnation, SaveName
 from mtckpt.agent import protocol, work
 from mtckpt.agent.protocol import SaveChange, SlotGrant, TierConfig, WireError
 from mtckpt.agent.queue import SaveFacts, SlotState
-from mtckpt.errors import CheckpointError, RunLocked
-from typing import TYPE_CHECKING
+from mtckpt.errors import AgentUnavailable, CheckpointError, RunLocked
 
 if TYPE_CHECKING:
-    from mtckpt.agent.work import TierRef
     from mtckpt.agent.owners import Owner
+    from mtckpt.agent.work import TierRef
 
 __all__ = ["Plan", "RunState", "SaveState", "Slot", "TierState"]
 
@@ -200,11 +201,16 @@ class RunState:
         return [o for o in (*self.owners.values(), *self.fenced.values()) if not o.dead]
 
     def owner_of(self, holder: str) -> Owner:
-        """The owner with this holder. Raises RunLocked if it is fenced or was never here."""
+        """The owner with this holder. Raises RunLocked if it is fenced, AgentUnavailable if this
+        agent was never told of it: it opens the run again then."""
         for owner in self.owners.values():
             if owner.holder == holder:
                 owner.heard_s = time.monotonic()
                 return owner
+        if holder not in self.fenced and not any(not o.dead for o in self.owners.values()):
+            raise AgentUnavailable(
+                "this agent does not know who asks", actions=["open the run again"], run=self.run
+            )
         raise self.locked_out(holder)
 
     def locked_out(self, holder: str) -> RunLocked:
@@ -295,7 +301,7 @@ class RunState:
         self.forget_old()
 
     def forget_old(self) -> None:
-        """Saves that lie nowhere are kept for a while, for whoever still asks what became of them."""
+        """Saves that lie nowhere are kept for a while, for whoever asks what became of them."""
         nowhere = [s for s in self.saves.values() if not s.ranks and not s.writing]
         for save in sorted(nowhere, key=lambda s: s.seq)[:-MAX_KEPT_CHANGES]:
             del self.saves[str(save.name)]
@@ -326,7 +332,7 @@ class RunState:
                 save = self.saves[entry.save] = SaveState(
                     name, entry.save_id, entry.incarnation_id, entry.world_size, entry.size_bytes
                 )
-                save.seen_at = time.time() - entry.age_s
+                save.seen_at = entry.saved_at_s or save.seen_at
             save.world_size = entry.world_size or save.world_size
             save.size_bytes = max(save.size_bytes, entry.size_bytes)
             save.ranks[label] = set(entry.ranks)
@@ -350,13 +356,7 @@ class RunState:
 
     def config(self) -> work.RunConfig:
         """What the next agent needs to know."""
-        owners = [
-            work.Owner(
-                o.holder, o.rank, o.pid, o.start_ticks, o.incarnation, o.world_size, o.parent_pid
-            )
-            for o in self.owners.values()
-            if not o.dead
-        ]
+        owners = [_noted(o) for o in self.owners.values() if not o.dead]
         newest = self.incarnations.get(self.incarnation)
         return work.RunConfig(
             self.run,
@@ -370,22 +370,23 @@ class RunState:
                 "closing": self.closing,
                 "token": self.token,
                 "uid": self.creator_uid,
+                "fenced": msgspec.to_builtins([_noted(o) for o in self.fenced.values()]),
             },
         )
+
+
+def _noted(owner: Owner) -> work.Owner:
+    return work.Owner(
+        owner.holder,
+        owner.rank,
+        owner.pid,
+        owner.start_ticks,
+        owner.incarnation,
+        owner.world_size,
+        owner.parent_pid,
+    )
 
 
 def describe_failure(error: CheckpointError) -> str:
     """An error in one line, for status and warnings."""
     return f"{type(error).__name__}: {error.what}"
-
-
-def incarnation_of(run: RunState, begin: protocol.Begin, owner: Owner) -> Incarnation:
-    return Incarnation(
-        _manifest.FORMAT_VERSION,
-        run.run,
-        begin.number,
-        begin.id,
-        begin.parent,
-        owner.host,
-        owner.pid,
-    )

@@ -10,14 +10,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from mtckpt.agent import work
 from mtckpt.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from mtckpt.agent.queue import Limits
     from mtckpt._events import EventStream
+    from mtckpt.agent.queue import Limits
 
 __all__ = ["DataProcesses", "Tools"]
 

@@ -13,6 +13,7 @@ import os
 import time
 from dataclasses import dataclass
 from hmac import compare_digest
+from typing import TYPE_CHECKING
 
 from mtckpt import _inventory, _manifest
 from mtckpt._manifest import Incarnation
@@ -22,11 +23,10 @@ from mtckpt.agent.owners import Claim, Owner, Verdict
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.runs import RAM, RunState, SaveState, TierState, describe_failure
 from mtckpt.errors import AccessDenied, AgentTooOld, CheckpointError, RunLocked, UsageError
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mtckpt.agent.work import TierRef
     from mtckpt.agent.registry import Registry
+    from mtckpt.agent.work import TierRef
 
 __all__ = ["Caller", "Verbs"]
 
@@ -120,6 +120,7 @@ class Verbs:
             )
             if verdict is Verdict.REOPEN:
                 self._come_back(run, old, new, message)
+                await self._registry.resolve(run)
                 return 0
             if verdict is Verdict.FENCE:
                 await self._fence(run, old, new)
@@ -133,7 +134,7 @@ class Verbs:
         return 0
 
     def _owner_from(self, caller: Caller, message: protocol.Open) -> Owner:
-        """Facts as this agent sees them; the message's where the process is of another namespace."""
+        """Facts as this agent sees them; the message's for one of another namespace."""
         process = owners.read_process(caller.pid)
         pidfd = caller.pidfd
         if pidfd is not None:

@@ -1,0 +1,265 @@
+"""How an agent starts, when it leaves, and what it tidies up then.
+
+Knows the order: serve first, then look at what was left; leave only under the lock that a starting
+trainer takes, so that nobody is left with a dead socket. Does not know what the work is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mtckpt import _events
+from mtckpt.agent import address
+from mtckpt.agent.address import Address
+from mtckpt.agent.queue import Limits
+from mtckpt.errors import AccessDenied, AgentUnavailable
+
+if TYPE_CHECKING:
+    from mtckpt.agent.registry import Registry
+    from mtckpt.agent.server import AgentServer
+
+__all__ = ["run_own", "run_service"]
+
+logger = logging.getLogger(__name__)
+
+MAX_LOG_BYTES = 4 * 1024 * 1024
+DRAIN_S = 10.0
+_CLOSING_NAME = ".closing"
+
+
+class BoundedLog(logging.Handler):
+    """Appends to a file, which becomes ``.1`` when it is large. stderr follows."""
+
+    def __init__(self, path: str, max_bytes: int = MAX_LOG_BYTES) -> None:
+        super().__init__()
+        self._path = path
+        self._max_bytes = max_bytes
+        self._fd = -1
+        self._open()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(self._path, flags, 0o600)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = fd
+        os.dup2(fd, 2)  # what the interpreter itself has to say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            os.write(self._fd, f"{self.format(record)}\n".encode(errors="replace"))
+            if os.fstat(self._fd).st_size > self._max_bytes:
+                os.replace(self._path, f"{self._path}.1")
+                self._open()
+        except OSError:
+            return  # a full disk under the log must not stop the agent
+
+
+def run_own(fd: int, directory: str) -> int:
+    """The agent of one user, on the socket that the trainer bound. Returns the exit status."""
+    where = Address(directory)
+    _log_to(where)
+    listener = socket.socket(fileno=fd)
+    listener.set_inheritable(False)
+    return _run(listener, where, service=False, owns_socket=True)
+
+
+def run_service(directory: str | None = None, group: str | None = None) -> int:
+    """``mtckpt agent run``: on systemd's socket (LISTEN_FDS), or on one bound here.
+
+    With ``group`` its members may connect and share the RAM tier; else only this user and root.
+    """
+    if directory is None:
+        directory = os.environ.get("MTCKPT_RUNTIME_DIR") or address.SERVICE_DIRECTORY
+    where = Address(os.path.abspath(directory), service=True)
+    os.umask(0o007 if group else 0o077)
+    if group:
+        _join_group(where, group)
+    else:
+        address.make_directory(where.directory)
+    inherited = _systemd_socket()
+    if inherited is not None:
+        return _run(inherited, where, service=group is not None, owns_socket=False)
+    with address.locked(where, DRAIN_S):
+        if address.answers(where.socket_path, 1.0):
+            raise AgentUnavailable(
+                "another agent serves here already",
+                state="nothing was started",
+                actions=["stop it: mtckpt agent stop"],
+                socket=where.socket_path,
+            )
+        listener = address.bind(where.socket_path, 0o660 if group else 0o600)
+    return _run(listener, where, service=group is not None, owns_socket=True)
+
+
+def _join_group(where: Address, group: str) -> None:
+    """The directory is ours, may be entered by the group, and is written by us alone."""
+    import grp
+
+    try:
+        gid = grp.getgrnam(group).gr_gid
+        os.makedirs(where.directory, mode=0o750, exist_ok=True)
+        os.chown(where.directory, -1, gid)
+        os.chmod(where.directory, 0o2750)
+    except (KeyError, OSError) as error:
+        raise AccessDenied(
+            f"cannot serve group {group}: {error}",
+            state="nothing was started",
+            actions=[f"add this user to the group: usermod -aG {group} $USER"],
+            path=where.directory,
+        ) from error
+
+
+def _systemd_socket() -> socket.socket | None:
+    """The first socket that systemd passed to this process, if it did."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    if int(os.environ.get("LISTEN_FDS") or 0) < 1:
+        return None
+    listener = socket.socket(fileno=3)
+    listener.set_inheritable(False)
+    return listener
+
+
+def _log_to(where: Address) -> None:
+    root = logging.getLogger()
+    root.addHandler(BoundedLog(where.log_path))
+    level = os.environ.get("MTCKPT_LOG_LEVEL", "INFO").upper()
+    root.setLevel(level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "INFO")
+    sys.stdout = sys.stderr
+
+
+def _run(listener: socket.socket, where: Address, *, service: bool, owns_socket: bool) -> int:
+    life = Life(listener, where, service=service, owns_socket=owns_socket)
+    try:
+        asyncio.run(life.run())
+    except Exception:
+        # The last line of defence: the log names it, and the next trainer starts another agent.
+        logger.exception("the agent ends by an error")
+        return 1
+    return 0
+
+
+class Life:
+    """One agent from its first request to its last."""
+
+    def __init__(
+        self, listener: socket.socket, where: Address, *, service: bool, owns_socket: bool
+    ) -> None:
+        self._listener = listener
+        self._where = where
+        self._service = service
+        self._owns_socket = owns_socket
+        self._limits = Limits.from_environment()
+
+    async def run(self) -> None:
+        """Serve until there is nothing left to do, or somebody ends it."""
+        # aiohttp's client loads the system's certificates when it is imported, which takes longer
+        # than half of all our imports; this process never connects to anybody.
+        with _without_certificates():
+            from mtckpt.agent.server import AgentServer
+        from mtckpt.agent.pool import Pool
+        from mtckpt.agent.registry import Registry
+        from mtckpt.agent.tools import Tools
+        from mtckpt.agent.verbs import Verbs
+
+        tools = Tools(Pool(), self._limits, _events.events)
+        registry = Registry(tools, self._where.directory, service=self._service)
+        server = AgentServer(registry, Verbs(registry))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.stopped.set)
+        self._write_pid()
+        await server.start(self._listener)
+        tools.start(registry.start(), "reading what was left")
+        logger.info("agent %s serves at %s", registry.agent_id, self._where.socket_path)
+        tools.events.emit("agent.started", pid=os.getpid())
+        with contextlib.ExitStack() as lock:
+            await self._until_done(server, registry, lock)
+            await registry.stop(DRAIN_S)
+            self._leave()
+            await server.stop()
+        await tools.pool.close()
+        logger.info("agent %s ends", registry.agent_id)
+
+    async def _until_done(
+        self, server: AgentServer, registry: Registry, lock: contextlib.ExitStack
+    ) -> None:
+        idle_s = self._limits.idle_s
+        pause_s = min(1.0, idle_s / 4)
+        while not server.stopped.is_set():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(server.stopped.wait(), pause_s)
+            await registry.housekeeping()
+            server.close_idle()
+            if self._service or not registry.is_idle() or server.in_flight:
+                continue
+            if time.monotonic() - server.asked_s > idle_s and self._hide(lock):
+                return
+
+    def _hide(self, lock: contextlib.ExitStack) -> bool:
+        """Take the socket out of sight, unless somebody is starting or connecting just now.
+
+        From here on a trainer waits for the lock and then starts an agent of its own. One that had
+        connected before is still in the backlog: then the socket is put back, and we stay.
+        """
+        try:
+            lock.enter_context(address.locked(self._where, 0.0))
+        except (AgentUnavailable, OSError):
+            return False
+        hidden = self._where.socket_path + _CLOSING_NAME
+        try:
+            os.rename(self._where.socket_path, hidden)
+        except FileNotFoundError:
+            return True  # somebody removed the directory: nobody can reach us any more
+        if select.select([self._listener], [], [], 0)[0]:
+            os.rename(hidden, self._where.socket_path)
+            lock.close()
+            return False
+        return True
+
+    def _leave(self) -> None:
+        """Remove our files, if they are still ours."""
+        if not self._owns_socket:
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(self._where.socket_path + _CLOSING_NAME)
+        with contextlib.suppress(OSError, ValueError), open(self._where.pid_path) as file:
+            if int(file.read().split()[0]) != os.getpid():
+                return
+        for path in (self._where.pid_path, self._where.socket_path):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    def _write_pid(self) -> None:
+        """For people and tests; nothing is decided by it."""
+        try:
+            with open(self._where.pid_path, "w") as file:
+                file.write(f"{os.getpid()}\n")
+        except OSError as error:
+            logger.warning("no pid file: %s", error)
+
+
+@contextlib.contextmanager
+def _without_certificates() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR")}
+    os.environ.update(dict.fromkeys(before, "/dev/null"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
