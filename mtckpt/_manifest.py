@@ -275,6 +275,10 @@ def parse_record_file(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_record_file(name: str) -> bool:
+    return parse_record_file(name) is not None
+
+
 def parse_incarnation_file(name: str) -> int | None:
     match = re.fullmatch(r"incarnation-(\d{6,9})\.[0-9a-f]{12}\.json", name)
     return int(match[1]) if match else None

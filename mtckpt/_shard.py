@@ -15,6 +15,7 @@ XXH3: https://github.com/Cyan4973/xxHash. safetensors: https://github.com/huggin
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,10 +35,12 @@ __all__ = [
     "Table",
     "check_chunks",
     "check_range",
+    "generation_in",
     "header_digest",
     "header_length",
     "parse_layout",
     "plan_layout",
+    "read_header",
     "root_digests",
     "table_digest",
     "verify_mapped",
@@ -198,6 +201,20 @@ def header_length(prefix: bytes, file_bytes: int) -> int:
             "shard header is longer than it can be", header_bytes=length, file_bytes=file_bytes
         )
     return length
+
+
+def read_header(fd: int, file_bytes: int) -> bytes:
+    """Everything up to the data of a shard file. Raises Damaged."""
+    length = header_length(os.pread(fd, 8, 0), file_bytes)
+    header = os.pread(fd, length, 0)
+    if len(header) != length:
+        raise Damaged("shard header is cut short", wanted_bytes=length, got_bytes=len(header))
+    return header
+
+
+def generation_in(table: bytes | memoryview) -> int:
+    """The generation word of a table, whatever else is in it; 0 before a capture is finished."""
+    return int.from_bytes(table[GENERATION_OFFSET : GENERATION_OFFSET + 8], "little")
 
 
 def parse_layout(header: bytes, file_bytes: int) -> ShardLayout:

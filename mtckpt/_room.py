@@ -1,0 +1,119 @@
+"""Whether memory for a RAM slot is there, and what to say when it is not.
+
+It knows tmpfs sizes, available memory and the cgroup's limit, all as they are now: somebody else
+may take the room a moment later, so reserving can still fail, and then has the same words. It does
+not know what a slot is for.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mtckpt.errors import TierFull
+
+__all__ = ["check_room", "memory_left_bytes", "ram_full"]
+
+GIB = 1 << 30
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def check_room(path: str, needed_bytes: int) -> None:
+    """Raise TierFull unless the tmpfs at ``path`` and memory both have ``needed_bytes``."""
+    usage = os.statvfs(path)
+    if usage.f_blocks and usage.f_bavail * usage.f_frsize < needed_bytes:
+        raise ram_full(path, needed_bytes)
+    left_bytes, limit = memory_left_bytes()
+    if left_bytes is not None and left_bytes < needed_bytes:
+        # Said before trying: a tmpfs page over the limit ends in the out-of-memory killer.
+        raise TierFull(
+            f"{limit} has no room for a RAM slot: {_gib(needed_bytes)} needed,"
+            f" {_gib(left_bytes)} left",
+            state="nothing was allocated",
+            actions=[
+                f"raise the limit by {_gib(needed_bytes - left_bytes)} or more",
+                "use fewer slots: Ram(slots=2)",
+                "leave the RAM tier out: tiers=[Disk(path)]",
+            ],
+            tier="ram",
+            needed_bytes=needed_bytes,
+            free_bytes=left_bytes,
+        )
+
+
+def ram_full(path: str, needed_bytes: int) -> TierFull:
+    """The refusal, with the arithmetic and the commands that would make room."""
+    usage = os.statvfs(path)
+    free_bytes = usage.f_bavail * usage.f_frsize
+    total_bytes = usage.f_blocks * usage.f_frsize
+    mount = _mount_point(path)
+    # What is used stays used; room for a ring of three, so that the advice need not be taken twice.
+    wanted_gib = -(-(total_bytes - free_bytes + 3 * needed_bytes) // GIB)
+    return TierFull(
+        f"{mount} has no room for a RAM slot: {_gib(needed_bytes)} needed, {_gib(free_bytes)} free"
+        f" of {_gib(total_bytes)}, {_gib(max(0, needed_bytes - free_bytes))} short",
+        state="nothing was allocated",
+        actions=[
+            f"mount -o remount,size={wanted_gib}g {mount}",
+            f"in Docker: --shm-size={wanted_gib}g (the default is 64 MiB)",
+            "look for what dead jobs left there: mtckpt status, mtckpt rm RUN",
+            "use fewer slots: Ram(slots=2), or leave the RAM tier out: tiers=[Disk(path)]",
+        ],
+        tier="ram",
+        needed_bytes=needed_bytes,
+        free_bytes=free_bytes,
+        total_bytes=total_bytes,
+    )
+
+
+def memory_left_bytes() -> tuple[int | None, str]:
+    """Memory that can still be taken, and whose limit that is. None where nothing says."""
+    fields = _fields(Path("/proc/meminfo"))
+    left: list[tuple[int, str]] = []
+    if "MemAvailable:" in fields:
+        left.append((1024 * (fields["MemAvailable:"] + fields.get("SwapFree:", 0)), "this machine"))
+    for group in _own_cgroups():
+        limit_bytes = _number(group / "memory.max")
+        used_bytes = _number(group / "memory.current")
+        if limit_bytes is not None and used_bytes is not None:
+            cache_bytes = _fields(group / "memory.stat").get("inactive_file", 0)
+            left.append((limit_bytes - used_bytes + cache_bytes, f"cgroup {group}"))
+    return min(left) if left else (None, "")
+
+
+def _own_cgroups() -> list[Path]:
+    """This process's cgroup and those above it, version 2; a container's own is its root."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    path = next((line[3:] for line in lines if line.startswith("0::")), None)
+    if path is None:
+        return []
+    own = _CGROUPS / path.lstrip("/")
+    return [group for group in (own, *own.parents) if group.is_relative_to(_CGROUPS)]
+
+
+def _fields(path: Path) -> dict[str, int]:
+    try:
+        rows = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None  # Not there, or "max": no limit.
+
+
+def _mount_point(path: str) -> str:
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB // 10 else f"{size_bytes:,} bytes"

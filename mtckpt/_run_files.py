@@ -1,0 +1,170 @@
+"""The files of runs in a RAM root that are no objects of its tier: hidden ones, and whole runs.
+
+It knows how to open what a trainer wrote without being led astray, a run's configuration
+(``RUN/.run.json``, for the next agent), and how a run is wiped. It does not know what a slot is or
+what the configuration says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mtckpt import _manifest
+from mtckpt._crash import crash_point
+from mtckpt._manifest import SaveName
+from mtckpt.errors import Damaged, ObjectNotFound, UsageError
+from mtckpt.tiers._rooted import FILE_FLAGS, TEMPORARY, Root
+from mtckpt.tiers.base import check_key
+
+if TYPE_CHECKING:
+    from mtckpt.tiers.local import LocalTier
+
+__all__ = ["RunFiles", "is_there", "size_bytes_at", "unlink"]
+
+CONFIG_FILE = ".run.json"
+
+
+class RunFiles:
+    """Everything below the root of ``tier``, hidden files too. All calls block."""
+
+    def __init__(self, tier: LocalTier, *, group_access: bool = False) -> None:
+        self.path = tier.path_of("x").parent
+        self._mode = 0o660 if group_access else 0o600
+        self._root = Root(
+            self.path, tier=tier.name, sync=False, group_access=group_access, read_only=False
+        )
+
+    def close(self) -> None:
+        """Release the root. Idempotent."""
+        self._root.close()
+
+    # -- runs ------------------------------------------------------------------------------------
+
+    def run_keys(self) -> list[str]:
+        """Every run that has anything here, also one without a single save."""
+        with self._root.using() as root_fd, self._root.errors(None, "list"):
+            names = sorted(os.listdir(root_fd))
+            return [name for name in names if _is_directory(name, root_fd) and _is_key(name)]
+
+    def wipe(self, run_key: str) -> int:
+        """Delete everything of a run: records first, so that no save is ever offered by half."""
+        freed_bytes = 0
+        with contextlib.suppress(ObjectNotFound):
+            for name in self.save_names(run_key):
+                with self.directory(run_key, name) as save_fd:
+                    for file in filter(_manifest.is_record_file, os.listdir(save_fd)):
+                        freed_bytes += unlink(file, save_fd)
+            crash_point("wipe.records")
+            with self.directory(run_key) as run_fd:
+                for name in os.listdir(run_fd):
+                    if not _is_directory(name, run_fd):
+                        freed_bytes += unlink(name, run_fd)
+                        continue
+                    with self.directory(run_key, name) as fd:
+                        freed_bytes += sum(unlink(file, fd) for file in os.listdir(fd))
+                    os.rmdir(name, dir_fd=run_fd)
+            with self._root.using(writing=True) as root_fd, contextlib.suppress(OSError):
+                os.rmdir(run_key, dir_fd=root_fd)  # Somebody may have begun the run anew.
+        return freed_bytes
+
+    def write_config(self, run_key: str, data: bytes) -> None:
+        """Replace the run's configuration, whole or not at all."""
+        temporary = TEMPORARY + secrets.token_hex(8)
+        with self.directory(run_key, create=True) as run_fd:
+            fd = self.create(temporary, run_fd)
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    file.write(data)
+                crash_point("config.written")
+                os.rename(temporary, CONFIG_FILE, src_dir_fd=run_fd, dst_dir_fd=run_fd)
+            except BaseException:
+                unlink(temporary, run_fd)
+                raise
+
+    def read_config(self, run_key: str) -> bytes:
+        """The run's configuration. Raises ObjectNotFound."""
+        with self.directory(run_key) as run_fd:
+            return self.read(run_fd, CONFIG_FILE, _manifest.MAX_SMALL_BYTES)
+
+    # -- opening ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def directory(self, run_key: str, name: str = "", *, create: bool = False) -> Iterator[int]:
+        """A directory of a run; OSErrors of the block as errors of ours."""
+        check_key(run_key)
+        with (
+            self._root.using(writing=True) as root_fd,
+            self._root.errors(f"{run_key}/{name}", "change"),
+            self._root.directory(
+                root_fd, [run_key, name] if name else [run_key], run_key, create=create
+            ) as fds,
+        ):
+            yield fds[-1]
+
+    def save_names(self, run_key: str) -> list[str]:
+        try:
+            with self.directory(run_key) as run_fd:
+                return [name for name in sorted(os.listdir(run_fd)) if SaveName.parse(name)]
+        except ObjectNotFound:
+            return []
+
+    def create(self, name: str, dir_fd: int) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | FILE_FLAGS
+        fd = os.open(name, flags, self._mode, dir_fd=dir_fd)
+        os.fchmod(fd, self._mode)  # The umask may have taken the group's bits.
+        return fd
+
+    def open(self, dir_fd: int, name: str, *, writable: bool = False) -> int:
+        """A file that a trainer wrote, opened for reading: regular, with one name, never a link."""
+        access = os.O_RDWR if writable else os.O_RDONLY
+        fd = os.open(name, access | FILE_FLAGS, dir_fd=dir_fd)
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            os.close(fd)
+            raise self._root.unsafe(self.path / name, name, "is not a file with one name")
+        if info.st_uid == os.geteuid() and stat.S_IMODE(info.st_mode) != self._mode:
+            os.fchmod(fd, self._mode)  # A record is written under the trainer's umask.
+        return fd
+
+    def read(self, dir_fd: int, name: str, max_bytes: int) -> bytes:
+        fd = self.open(dir_fd, name)
+        with os.fdopen(fd, "rb") as file:
+            if (size_bytes := os.fstat(fd).st_size) > max_bytes:
+                raise Damaged(f"{name} is larger than any can be", got_bytes=size_bytes)
+            return file.read(size_bytes)
+
+
+def is_there(name: str, dir_fd: int) -> bool:
+    return size_bytes_at(name, dir_fd) >= 0
+
+
+def size_bytes_at(name: str, dir_fd: int) -> int:
+    """Size of a file, -1 if it is not there."""
+    try:
+        return os.lstat(name, dir_fd=dir_fd).st_size
+    except FileNotFoundError:
+        return -1
+
+
+def unlink(name: str, dir_fd: int) -> int:
+    """Delete a file that may not be there; the bytes that it had."""
+    size_bytes = size_bytes_at(name, dir_fd)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=dir_fd)
+    return max(size_bytes, 0)
+
+
+def _is_directory(name: str, dir_fd: int) -> bool:
+    return stat.S_ISDIR(os.lstat(name, dir_fd=dir_fd).st_mode)
+
+
+def _is_key(name: str) -> bool:
+    try:
+        return bool(check_key(name))
+    except UsageError:
+        return False
