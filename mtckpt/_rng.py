@@ -29,7 +29,7 @@ class Rng:
         state: dict[str, Any] = {"python": _python_state()}
         numpy_random = sys.modules.get("numpy.random")
         if numpy_random is not None:
-            # Whole numbers of any size, one array of words: the same for every bit generator.
+            # Numbers, texts and at most one array, whatever bit generator the user put there.
             state["numpy"] = numpy_random.get_state(legacy=False)
         torch = sys.modules.get("torch")
         if torch is not None:
@@ -40,7 +40,6 @@ class Rng:
         """Set every generator that the state has a part for."""
         _set_python_state(state["python"])
         if "numpy" in state:
-            # The words come as an array of whatever framework this process uses for arrays.
             importlib.import_module("numpy.random").set_state(state["numpy"])
         if "torch" in state:
             _set_torch_state(state["torch"])

@@ -1,0 +1,89 @@
+"""A save and a restore without files, slots or tiers: bytes in a list stand for the store."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mtckpt import _state
+from mtckpt._placing import Placing, Stored, rename_tree, settle
+from mtckpt.adapters import active_adapters
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint keeps of a state."""
+
+    structure: str
+    arrays: list[Stored]
+    data: list[bytes]
+    plain: str
+    plain_paths: list[str]
+
+    @property
+    def paths(self) -> list[str]:
+        return [array.path for array in self.arrays]
+
+    def bytes_at(self, path: str) -> bytes:
+        index = self.paths.index(path)
+        return self.data[self.arrays[index].bytes_of]
+
+
+def save(state: Any) -> Saved:
+    """Flatten a state and copy its bytes from where the adapters say that they lie."""
+    flat = _state.flatten(state, active_adapters())
+    first: dict[object, int] = {}
+    arrays, data = [], []
+    for i in sorted(range(len(flat.arrays)), key=lambda i: flat.paths[i]):
+        identity = flat.owners[i].identity(flat.arrays[i])
+        if identity is not None:
+            first.setdefault(identity, i)
+    for i, (owner, array, path) in enumerate(
+        zip(flat.owners, flat.arrays, flat.paths, strict=True)
+    ):
+        spec = owner.spec(array, path)
+        known = owner.fingerprint([array])
+        (address,), keep = owner.host_addresses([array], [path], known)
+        data.append(ctypes.string_at(address, spec.size_bytes) if spec.size_bytes else b"")
+        del keep
+        arrays.append(Stored(path, spec, first.get(owner.identity(array), i)))
+    return Saved(
+        json.dumps(_state.node_to_json(flat.root)),
+        arrays,
+        data,
+        json.dumps([_state.encode_plain(value) for value in flat.plain]),
+        flat.plain_paths,
+    )
+
+
+def plan(
+    saved: Saved,
+    live: Any,
+    *,
+    partial: bool = False,
+    rename: Callable[[str], str | None] | None = None,
+) -> tuple[Placing, Any]:
+    """Match, and raise if anything differs; nothing is written yet."""
+    plain = [_state.decode_plain(value) for value in json.loads(saved.plain)]
+    root = _state.node_from_json(json.loads(saved.structure), len(saved.arrays), len(plain))
+    arrays = saved.arrays
+    if rename is not None:
+        root, arrays = rename_tree(root, arrays, saved.plain_paths, rename)
+    placing = Placing(arrays, plain, active_adapters(), partial=partial)
+    result = placing.match(live, root)
+    placing.raise_diff(step=1)
+    return placing, result
+
+
+def restore(saved: Saved, live: Any, **options: Any) -> Any:
+    """Put a saved state into a live one; returns what stands in its place."""
+    placing, result = plan(saved, live, **options)
+    for fill in placing.fills:
+        assert fill.size_bytes == len(saved.data[fill.index])
+        ctypes.memmove(fill.address, saved.data[fill.index], fill.size_bytes)
+    for work in placing.finish:
+        work()
+    return settle(result)
