@@ -1,0 +1,507 @@
+"""Reading checkpoints where they lie: ``load()`` and ``steps()``, without a run and without an agent.
+
+Knows which save of a directory is meant and how the shards of all ranks join into whole arrays.
+Does not know live training state: ``Checkpointer.restore`` does. Writes nothing, and promises
+nothing about a directory that somebody changes while it is read, other than an error.
+
+Every byte is compared with its digest before it is handed out. A loaded save holds a lease on each
+of its shards, so that training, which goes on, does not recycle them meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from mtckpt import _node, _probe, _reading, _state
+from mtckpt._handle import Step, stage_of_tier
+from mtckpt._manifest import ArrayEntry, Record, SaveEntry, SaveName, on_line
+from mtckpt._places import Location, Place, incarnation_line, open_places, unusable
+from mtckpt.errors import (
+    Damaged,
+    FormatError,
+    NoHealthyStep,
+    ObjectNotFound,
+    StepNotFound,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mtckpt._inventory import Inventory
+    from mtckpt._node import Node
+    from mtckpt._reading import OpenShard
+
+__all__ = ["Checkpoint", "load", "steps"]
+
+logger = logging.getLogger(__name__)
+
+# A save may be recycled between listing and opening it; each further look needs a new race.
+_MAX_LOOKS = 5
+_MAX_REASONS = 20
+_MAX_CELLS = 10_000_000
+
+
+def load(
+    location: Location,
+    *,
+    step: int | str = "latest",
+    framework: Literal["numpy", "torch", "jax"] = "numpy",
+) -> Checkpoint:
+    """Open a saved step for reading, lazily, and hold it until it is closed.
+
+        with mtckpt.load("checkpoints/gpt-small") as checkpoint:
+            weight = checkpoint["model/wte.weight"]
+
+    Args:
+        location: a tier's directory that holds one run, a run's directory, one save, or a copy.
+        step: "latest" (the newest complete one on the line of incarnations), a number, or the id
+            of a save as ``mtckpt ls`` shows it.
+        framework: what arrays are: "numpy", "torch" or "jax", which is imported only then.
+
+    Raises:
+        UsageError: there is no such directory, or it holds several runs.
+        StepNotFound: no such step is there. NoHealthyStep: none can be read, a line a step.
+        FormatTooNew: a later version of mtckpt wrote it.
+    """
+    from mtckpt.adapters.from_bytes import maker
+
+    make = maker(framework)
+    place = _only_run(location)
+    try:
+        for look in range(_MAX_LOOKS):
+            shards, save, skipped = _open_newest(place, step, last=look == _MAX_LOOKS - 1)
+            if shards is not None:
+                for reason in skipped:
+                    logger.warning("passed over %s", reason)
+                return Checkpoint(place, save, shards, make, skipped)
+        raise AssertionError("the last look opens a save or raises")
+    except BaseException:
+        place.close()
+        raise
+
+
+def steps(location: Location) -> list[Step]:
+    """What is saved at ``location``, oldest first, damaged and abandoned saves too.
+
+    Reads records only: ``mtckpt verify`` reads the bytes. Raises UsageError as ``load`` does.
+    """
+    places = open_places(location, _probe.tier_label(os.fspath(location)))
+    try:
+        if len(places) > 1:
+            raise _several(location, places)
+        return list_steps(places[0].scan()) if places else []
+    finally:
+        for place in places:
+            place.close()
+
+
+def list_steps(inventory: Inventory) -> list[Step]:
+    """The saves of one place as steps, in order."""
+    line = incarnation_line(inventory)
+    found = []
+    for name in sorted(inventory.saves, key=_order):
+        save = inventory.saves[name]
+        faults = unusable(save)
+        kind = inventory.tier.partition("-")[0]
+        records = save.records.values()
+        found.append(
+            Step(
+                step=name.step,
+                id=next((record.save_id for record in records), name.short_id),
+                tiers=(inventory.tier,),
+                stages=() if faults else (stage_of_tier(kind),),
+                size_bytes=save.size_bytes,
+                metrics=dict(save.metrics),
+                damaged=tuple(faults),
+                incarnation=name.incarnation,
+                abandoned=not on_line(name, line),
+            )
+        )
+    return found
+
+
+def _only_run(location: Location) -> Place:
+    places = open_places(location, _probe.tier_label(os.fspath(location)))
+    if len(places) == 1:
+        return places[0]
+    for place in places:
+        place.close()
+    if places:
+        raise _several(location, places)
+    raise StepNotFound(
+        f"{os.fspath(location)} holds no run and no save",
+        state="nothing was read",
+        actions=("give a tier's directory, a run in it, or one save of that",),
+    )
+
+
+def _several(location: Location, places: Sequence[Place]) -> UsageError:
+    names = [place.path.name for place in places]
+    return UsageError(
+        f"{os.fspath(location)} holds {len(names)} runs",
+        state="nothing was read",
+        actions=[f"name one: {os.path.join(os.fspath(location), name)}" for name in names[:10]],
+    )
+
+
+# -- which save ------------------------------------------------------------------------------------
+
+
+def _order(name: SaveName) -> tuple[int, int]:
+    return name.incarnation, name.step
+
+
+def candidates(inventory: Inventory, step: int | str) -> list[SaveEntry]:
+    """The saves that ``step`` may mean, best first. Raises StepNotFound when there are none."""
+    line = incarnation_line(inventory)
+    saves = sorted(inventory.saves.values(), key=lambda save: _order(save.name), reverse=True)
+    if step == "latest":
+        chosen = [save for save in saves if on_line(save.name, line) and not save.aborted]
+    elif isinstance(step, str):
+        chosen = [save for save in saves if _is_named(save, step)]
+    else:
+        chosen = [save for save in saves if save.name.step == step and not save.aborted]
+        chosen.sort(key=lambda save: not on_line(save.name, line))
+    if not chosen:
+        there = sorted({save.name.step for save in saves})
+        raise StepNotFound(
+            "no step is there" if step == "latest" else f"step {step} is not there",
+            step=step,
+            state="nothing was read",
+            actions=[f"steps that are there: {', '.join(map(str, there[-20:]))}"] if there else (),
+        )
+    return chosen
+
+
+def _is_named(save: SaveEntry, text: str) -> bool:
+    """Whether ``text`` is the save's id, the first 12 digits of it, or its directory's name."""
+    if text == str(save.name):
+        return True
+    digits = text.replace("-", "").lower()
+    if not re.fullmatch(r"[0-9a-f]{12,32}", digits):
+        return False
+    ids = {record.save_id.replace("-", "") for record in save.records.values()}
+    return digits == save.name.short_id or any(id_.startswith(digits) for id_ in ids)
+
+
+def _open_newest(
+    place: Place, step: int | str, *, last: bool
+) -> tuple[list[OpenShard] | None, SaveEntry, tuple[str, ...]]:
+    """The best save that opens, with what was passed over. None: one vanished, so look again."""
+    reasons = []
+    chosen = candidates(place.scan(), step)
+    for save in chosen:
+        called = f"step {save.name.step} (incarnation {save.name.incarnation})"
+        by_name = isinstance(step, str) and step != "latest"
+        faults = unusable(save)
+        if by_name and save.aborted and save.complete:
+            faults = list(save.problems)  # A save called off is offered by its name.
+        if faults and not save.complete:
+            reasons.append(f"{called}: {'; '.join(faults[:3])}")
+            continue
+        try:
+            return open_shards(place, save), save, tuple(reasons)
+        except ObjectNotFound as error:
+            if not last:
+                return None, save, ()
+            reasons.append(f"{called}: {error.what}")
+        except FormatError as error:
+            where = f" ({error.details['key']})" if "key" in error.details else ""
+            reasons.append(f"{called}: {error.what}{where}")
+    raise NoHealthyStep(
+        f"no step at {place.path} can be read"
+        if step == "latest"
+        else f"step {step} at {place.path} cannot be read",
+        state="nothing was read",
+        actions=[f"know that {line}" for line in reasons[:_MAX_REASONS]],
+        reasons=tuple(reasons),
+    )
+
+
+def open_shards(place: Place, save: SaveEntry) -> list[OpenShard]:
+    """All shards of a complete save, by rank; all or none stay open."""
+    shards: list[OpenShard] = []
+    try:
+        for rank in sorted(save.records):
+            shards.append(_reading.open_shard(place, save.name, save.records[rank]))
+    except BaseException:
+        for shard in shards:
+            shard.close()
+        raise
+    return shards
+
+
+# -- a save that is open ---------------------------------------------------------------------------
+
+
+class Checkpoint(Mapping[str, Any]):
+    """One saved step: a mapping from path to array. Made by ``load``.
+
+    Arrays are whole, joined over all ranks, read and verified when they are asked for, each time
+    anew; they own their memory and outlive ``close``. A plain array that several ranks hold is the
+    one of the first of them; ``read`` and ``tree`` take another rank's.
+
+    complex32 comes as float16 with one more axis of 2 in NumPy, and packed types (two values in a
+    byte) as uint8.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        save: SaveEntry,
+        shards: Sequence[OpenShard],
+        make: Any,
+        skipped: Sequence[str] = (),
+    ) -> None:
+        self._place = place
+        self._shards = shards
+        self._make = make
+        self._closed = False
+        record = shards[0].record
+        self.run = record.run
+        self.step = record.step
+        self.id = record.save_id
+        self.incarnation = record.incarnation
+        self.metrics = MappingProxyType(dict(save.metrics))
+        self.size_bytes = save.size_bytes
+        # Newer saves that could not be read, each with the reason.
+        self.skipped = tuple(skipped)
+        self._where: dict[str, list[tuple[OpenShard, int]]] = {}
+        for shard in shards:
+            for index, entry in enumerate(shard.entries):
+                self._where.setdefault(entry.path, []).append((shard, index))
+
+    def __getitem__(self, path: str) -> Any:
+        return self.read(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._where
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({str(self._place.path)!r}, step={self.step},"
+            f" {len(self)} arrays{', closed' if self._closed else ''})"
+        )
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closed"):  # not set where __init__ was refused its arguments
+            self.close()
+
+    def close(self) -> None:
+        """Give all leases back. Arrays that were read stay valid. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            for shard in self._shards:
+                shard.close()
+            self._place.close()
+
+    def read(self, path: str, *, rank: int | None = None) -> Any:
+        """The array at ``path``, as the given rank has it where ranks may differ.
+
+        Raises:
+            KeyError: no such path. Damaged: its bytes differ from their digest.
+            UnsupportedState: the framework lacks its type.
+        """
+        if self._closed:
+            raise UsageError(
+                f"the checkpoint of step {self.step} is closed", actions=("load it again",)
+            )
+        parts = self._where[path]
+        shape, entry = self.shape(path), parts[0][0].entries[parts[0][1]]
+        if entry.global_shape is not None:
+            return self._make(_joined(parts, entry), entry.dtype, shape, path)
+        whole = [part for part in parts if rank is None or part[0].record.rank == rank]
+        if not whole:
+            raise KeyError(f"{path} of rank {rank}")
+        shard, index = whole[0]
+        entry = shard.entries[index]
+        return self._make(_bytes_of(shard, index), entry.dtype, entry.shape, path)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of the whole array, without reading it."""
+        shard, index = self._where[path][0]
+        entry = shard.entries[index]
+        return entry.shape if entry.global_shape is None else entry.global_shape
+
+    def dtype(self, path: str) -> str:
+        """Name of the element type, without reading the array."""
+        shard, index = self._where[path][0]
+        return shard.entries[index].dtype
+
+    def ranks(self, path: str) -> tuple[int, ...]:
+        """The ranks that hold a part of the array, or one of their own."""
+        return tuple(shard.record.rank for shard, _ in self._where[path])
+
+    @property
+    def plain(self) -> Mapping[str, Any]:
+        """Plain values by path, as rank 0 had them."""
+        values: dict[str, Any] = {}
+        _collect(*_tree_of(self._shards[0]), "", values)
+        return MappingProxyType(values)
+
+    def tree(self, *, rank: int = 0) -> Any:
+        """The whole state as it was nested, all arrays read; a tied array is one object.
+
+        Values of a type that ``register_codec`` described need it registered here as well.
+        """
+        shard = self._shard(rank)
+        root, plain = _tree_of(shard)
+        arrays: dict[int, Any] = {}
+
+        def array(index: int) -> Any:
+            entry = shard.entries[index]
+            first = index if entry.same_as is None else entry.same_as
+            if first not in arrays:
+                arrays[first] = self.read(shard.entries[first].path, rank=rank)
+            return arrays[first]
+
+        return _build(root, array, plain, "")
+
+    def _shard(self, rank: int) -> OpenShard:
+        if not 0 <= rank < len(self._shards):
+            raise UsageError(f"no rank {rank}: the save has {len(self._shards)}", rank=rank)
+        return self._shards[rank]
+
+
+# -- bytes of an array -----------------------------------------------------------------------------
+
+
+def _bytes_of(shard: OpenShard, index: int) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    tensor = shard.tensors[index]
+    raw = np.empty(tensor.size_bytes, np.uint8)
+    shard.read(tensor, memoryview(raw))
+    return raw
+
+
+def _joined(
+    parts: Iterable[tuple[OpenShard, int]], entry: ArrayEntry
+) -> np.ndarray[Any, Any]:
+    """The bytes of a global array, from the boxes of all ranks; equal boxes are read once."""
+    import numpy as np
+
+    from mtckpt._dtypes import DTYPES
+
+    whole = entry.global_shape or ()
+    boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[OpenShard, int]] = {}
+    for shard, index in parts:
+        box = shard.entries[index]
+        if (box.dtype, box.global_shape) != (entry.dtype, entry.global_shape):
+            raise Damaged("ranks disagree about an array", path=entry.path, step=shard.record.step)
+        boxes.setdefault((box.offsets or (), box.shape), (shard, index))
+    if not _covers(list(boxes), whole):
+        raise Damaged(
+            "the boxes of all ranks do not make up the whole array",
+            path=entry.path,
+            global_shape=whole,
+            num_boxes=len(boxes),
+        )
+    item_bytes = DTYPES[entry.dtype].item_bytes
+    if len(boxes) == 1:
+        return _bytes_of(*next(iter(boxes.values())))
+    raw = np.empty(math.prod(whole) * item_bytes, np.uint8)
+    view = raw.reshape((*whole, item_bytes))
+    for (offsets, shape), part in boxes.items():
+        place = tuple(slice(o, o + size) for o, size in zip(offsets, shape, strict=True))
+        view[place] = _bytes_of(*part).reshape((*shape, item_bytes))
+    return raw
+
+
+def _covers(
+    boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], whole: tuple[int, ...]
+) -> bool:
+    """Whether every element lies in a box: exact, on the grid that the boxes' edges make."""
+    import numpy as np
+
+    if not math.prod(whole):
+        return True
+    full = [box for box in boxes if math.prod(box[1])]
+    edges = []
+    for axis, size in enumerate(whole):
+        marks = {0, size}
+        for offsets, shape in full:
+            marks.update((offsets[axis], offsets[axis] + shape[axis]))
+        edges.append(sorted(marks))
+    if math.prod([len(marks) - 1 for marks in edges]) > _MAX_CELLS:
+        return False
+    covered = np.zeros([len(list(pairwise(marks))) for marks in edges], bool)
+    position = [{mark: i for i, mark in enumerate(marks)} for marks in edges]
+    for offsets, shape in full:
+        cells = tuple(
+            slice(at[o], at[o + size])
+            for at, o, size in zip(position, offsets, shape, strict=True)
+        )
+        covered[cells] = True
+    return bool(covered.all())
+
+
+# -- structure and plain values --------------------------------------------------------------------
+
+
+def _tree_of(shard: OpenShard) -> tuple[Node, list[Any]]:
+    record: Record = shard.record
+    try:
+        values = msgspec.json.decode(record.plain, type=list[Any])
+        structure = msgspec.json.decode(record.structure)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Damaged(f"record does not parse: {error}", step=record.step) from error
+    plain = [_node.decode_plain(value) for value in values]
+    return _node.node_from_json(structure, len(shard.entries), len(plain)), plain
+
+
+def _children(node: Node, path: str) -> Iterator[tuple[Any, Node, str]]:
+    keys = node.keys if node.kind == _node.DICT else range(len(node.children))
+    for key, child in zip(keys or (), node.children, strict=True):
+        yield key, child, f"{path}/{_state.escape(key)}" if path else _state.escape(key)
+
+
+def _collect(node: Node, plain: Sequence[Any], path: str, out: dict[str, Any]) -> None:
+    if node.kind == _node.PLAIN:
+        out[path] = plain[node.index]
+    elif node.kind == _node.CODEC:
+        _collect(node.children[0], plain, path, out)
+    else:
+        for _, child, child_path in _children(node, path):
+            _collect(child, plain, child_path, out)
+
+
+def _build(node: Node, array: Any, plain: Sequence[Any], path: str) -> Any:
+    if node.kind == _node.ARRAY:
+        return array(node.index)
+    if node.kind == _node.PLAIN:
+        return plain[node.index]
+    if node.kind == _node.CODEC:
+        codec = _state.codec_named(node.name, path)
+        return codec.decode(_build(node.children[0], array, plain, path))
+    built = [
+        (key, _build(child, array, plain, child_path))
+        for key, child, child_path in _children(node, path)
+    ]
+    if node.kind == _node.DICT:
+        return dict(built)
+    values = [value for _, value in built]
+    return tuple(values) if node.kind == _node.TUPLE else values
+
