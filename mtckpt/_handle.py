@@ -210,6 +210,7 @@ class Restored:
         self.id = id_
         self._state = state
         self._incarnation = 0
+        self._every = 0
         self._on_read: Callable[[], None] = _nothing
 
     @property

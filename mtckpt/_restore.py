@@ -7,17 +7,17 @@ byte changes. Does not know frameworks; what goes where is ``_placing``.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from mtckpt import _inventory, _manifest, _shard, _state
-from mtckpt._inventory import Inventory
-from mtckpt._manifest import ArrayEntry, Record, SaveEntry, SaveName
+from mtckpt._dtypes import DTYPES
 from mtckpt._placing import Placing, Stored, rename_tree, settle
 from mtckpt._shard import ShardLayout, Table
 from mtckpt._state import ArraySpec, StateAdapter
@@ -34,7 +34,11 @@ from mtckpt.errors import (
     StepNotFound,
     TierError,
 )
-from mtckpt.tiers import LocalTier
+
+if TYPE_CHECKING:
+    from mtckpt._inventory import Inventory
+    from mtckpt._manifest import ArrayEntry, Record, SaveEntry, SaveName
+    from mtckpt.tiers import LocalTier
 
 __all__ = ["Candidate", "Place", "RestorePlan", "plan_restore", "restore_from"]
 
@@ -172,7 +176,7 @@ def _describe(place: Place, keys: tuple[str, str, str], record: Record) -> _Load
         raise Damaged("digest table has another size than the shard needs", key=table_key)
     table_bytes = bytearray(table_size)
     place.tier.read_into(table_key, memoryview(table_bytes))
-    if _shard.xxh3_128_digest(bytes(table_bytes)).hex() != record.shard.table_digest:
+    if _shard.table_digest(bytes(table_bytes)) != record.shard.table_digest:
         raise Damaged("digest table is not the one the record names", key=table_key)
     table = Table.parse(memoryview(table_bytes), layout)
     entries = record.array_entries()
@@ -180,9 +184,14 @@ def _describe(place: Place, keys: tuple[str, str, str], record: Record) -> _Load
     for entry in entries:
         if entry.same_as is None:
             tensor = names.get(stored_name(entry))
-            dtype = _state.DTYPES.get(entry.dtype)
-            if tensor is None or dtype is None or (
-                tensor.code != dtype.stored_code or tensor.shape != dtype.stored_shape(entry.shape)
+            dtype = DTYPES.get(entry.dtype)
+            if (
+                tensor is None
+                or dtype is None
+                or (
+                    tensor.code != dtype.stored_code
+                    or tensor.shape != dtype.stored_shape(entry.shape)
+                )
             ):
                 raise Damaged("record and shard header disagree", key=data_key, leaf=entry.path)
     return _Loaded(record, layout, table, entries)
@@ -205,44 +214,26 @@ def _fetch(
             raise Damaged("shard has another size", key=key, tier=place.label)
         if place.mapped:
             memory = map_file(lease.fd, lease.size_bytes, writable=False)
-            out.keep.append((memory, lease))
+            # A mapping keeps the open file that it was made of, and with it the lease: these pages
+            # cannot be recycled under the copy, though the descriptor is closed below.
+            out.keep.append(memory)
             base = memory.address
         else:
             memory = _staged(place, key, layout, wanted)
             out.keep.append(memory)
             base = memory.address
         spans = [
-            Span(t.start, t.size_bytes, t.first_chunk)
-            for t in (layout.tensors[i] for i in wanted)
+            Span(t.start, t.size_bytes, t.first_chunk) for t in (layout.tensors[i] for i in wanted)
         ]
         bad = {wanted[i] for i in engine.verify(base, spans, loaded.table.digests)}
         for number, span in zip(wanted, spans, strict=True):
             if number not in bad:
                 out.address[number] = base + span.start
                 out.by_label[place.label] = out.by_label.get(place.label, 0) + span.size_bytes
-        if place.mapped:
-            # The lease must outlive the mapping: recycled pages would change under the copy.
-            out.keep.append(_detach(lease))
     return sorted(bad)
 
 
-class _detach:
-    """Keeps a duplicate of a lease's descriptor, and with it the shared lock, until collected."""
-
-    def __init__(self, lease: Any) -> None:
-        import os
-
-        self.fd = os.dup(lease.fd)
-
-    def __del__(self) -> None:
-        import os
-
-        os.close(self.fd)
-
-
-def _staged(
-    place: Place, key: str, layout: ShardLayout, wanted: Sequence[int]
-) -> MemoryMapping:
+def _staged(place: Place, key: str, layout: ShardLayout, wanted: Sequence[int]) -> MemoryMapping:
     """Read the wanted part of a shard into fresh memory, at the offsets of the file."""
     memory = anonymous(layout.size_bytes)
     tensors = [layout.tensors[i] for i in wanted if layout.tensors[i].size_bytes]
@@ -359,9 +350,7 @@ def _match(
     stored = [
         Stored(
             entry.path,
-            ArraySpec(
-                entry.dtype, entry.shape, entry.framework, entry.offsets, entry.global_shape
-            ),
+            ArraySpec(entry.dtype, entry.shape, entry.framework, entry.offsets, entry.global_shape),
             index if entry.same_as is None else entry.same_as,
         )
         for index, entry in enumerate(loaded.entries)
@@ -419,7 +408,7 @@ def scan_places(
         try:
             inventories[place.label] = within(
                 place.label,
-                lambda place=place: _inventory.scan(place.tier, run_key, label=place.label),
+                functools.partial(_inventory.scan, place.tier, run_key, label=place.label),
             )
         except CheckpointError as error:
             silent[place.label] = error.what

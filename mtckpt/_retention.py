@@ -212,7 +212,7 @@ def _kept_by(rule: Rule, counted: Sequence[Held]) -> Sequence[Held]:
     return kept
 
 
-Best = Callable[[Mapping[SaveName, Mapping[str, float]]], Union[SaveName, None]]
+Best = Callable[[Mapping[SaveName, Mapping[str, float]]], SaveName | None]
 
 
 def best_of(keeps: Sequence[Any]) -> Best | None:

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from xxhash import xxh3_128
@@ -21,12 +21,14 @@ from xxhash import xxh3_128
 from mtckpt import _manifest, _shard, _state
 from mtckpt._manifest import ArrayEntry, Record, ShardEntry
 from mtckpt._shard import ShardLayout, Table
-from mtckpt._state import ArraySpec, Node, StateAdapter
-from mtckpt.agent.protocol import SlotGrant
 from mtckpt.capture.base import Engine, Span
 from mtckpt.capture.memory import Mapping as MemoryMapping
 from mtckpt.capture.memory import map_file
 from mtckpt.errors import CaptureFailed, CheckpointError, TierFull, UnsupportedState
+
+if TYPE_CHECKING:
+    from mtckpt._state import ArraySpec, Node, StateAdapter
+    from mtckpt.agent.protocol import SlotGrant
 
 __all__ = ["Captured", "Identity", "Plan", "Planner", "SlotRing"]
 
@@ -66,7 +68,11 @@ class Plan:
 
 @dataclass(slots=True)
 class Captured:
-    """The leaves of one state, ready to be copied. ``keep`` holds host copies alive."""
+    """The leaves of one state, ready to be copied.
+
+    ``keep`` holds the arrays and host copies alive: many a ``state_dict()`` makes tensors anew, and
+    an address says nothing about who still owns it.
+    """
 
     plan: Plan
     sources: list[int]
@@ -104,7 +110,7 @@ class Planner:
             if _ties(plan.owners, arrays, plan_paths(plan)) != plan.same_as:
                 return None
             plan.sources = addresses
-        return Captured(plan, [addresses[i] for i in plan.stored], plain, keep)
+        return Captured(plan, [addresses[i] for i in plan.stored], plain, (keep, arrays))
 
     def _by_new_plan(self, state: Any, adapters: Sequence[StateAdapter]) -> Captured:
         flat = _state.flatten(state, adapters)
@@ -118,7 +124,7 @@ class Planner:
         addresses, keep = _addresses(flat.owners, flat.arrays)
         plan.sources = addresses
         self._plan = plan
-        return Captured(plan, [addresses[i] for i in plan.stored], flat.plain, keep)
+        return Captured(plan, [addresses[i] for i in plan.stored], flat.plain, (keep, flat.arrays))
 
 
 def make_plan(flat: _state.Flat, specs: Sequence[ArraySpec]) -> Plan:

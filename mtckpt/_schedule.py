@@ -7,15 +7,28 @@ step that is captured anyway due elsewhere too; clocks never order steps.
 from __future__ import annotations
 
 import math
-import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mtckpt.errors import UsageError
 
-__all__ = ["Disk", "DueTier", "Ram", "Schedule", "auto_interval", "parse_every"]
+if TYPE_CHECKING:
+    import os
+
+__all__ = [
+    "Disk",
+    "DueTier",
+    "Ram",
+    "Schedule",
+    "Tempo",
+    "auto_interval",
+    "labels_of",
+    "make_schedule",
+    "parse_every",
+]
 
 AUTO_START_STEPS = 10
 AUTO_LOSS = 0.01
@@ -154,3 +167,39 @@ def auto_interval(stall_s: float, step_s: float) -> int:
     if step_s <= 0 or stall_s <= 0:
         return 1
     return max(1, min(10_000, math.ceil(stall_s / (AUTO_LOSS * step_s))))
+
+
+class Tempo:
+    """Measures what saving costs against what a step takes."""
+
+    def __init__(self) -> None:
+        self._last_step: int | None = None
+        self._last_s = 0.0
+        self._stalls: list[float] = []
+
+    def note(self, step: int, stall_s: float) -> int | None:
+        """After a save: the interval that keeps the loss under 1 %, once it can be known."""
+        now_s = time.perf_counter()
+        wanted = None
+        if self._last_step is not None and step > self._last_step:
+            step_s = (now_s - stall_s - self._last_s) / (step - self._last_step)
+            # The first stall has the slots' first touch in it: the median of the last five counts.
+            self._stalls = [*self._stalls[-4:], stall_s]
+            wanted = auto_interval(sorted(self._stalls)[len(self._stalls) // 2], step_s)
+        self._last_step, self._last_s = step, now_s
+        return wanted
+
+
+def labels_of(disks: Sequence[Disk]) -> list[str]:
+    return ["disk" if i == 0 else f"disk-{i + 1}" for i in range(len(disks))]
+
+
+def make_schedule(ram: Ram, disks: Sequence[Disk], labels: Sequence[str]) -> Schedule:
+    auto = ram.every == "auto"
+    now_s = time.monotonic()
+    first = DueTier("ram", AUTO_START_STEPS if auto else int(ram.every), None, last_s=now_s)
+    slower = [
+        DueTier(label, *parse_every(disk.every, times=True), last_s=now_s)
+        for label, disk in zip(labels, disks, strict=True)
+    ]
+    return Schedule([first, *slower], auto=auto)

@@ -13,13 +13,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mtckpt._handle import Save
 from mtckpt.agent import protocol
 from mtckpt.agent.client import AgentClient
 from mtckpt.agent.spawn import ensure_agent
 from mtckpt.errors import AgentUnavailable, CheckpointError, RunLocked
+
+if TYPE_CHECKING:
+    from mtckpt._handle import Save
 
 __all__ = ["Session", "start_ticks"]
 
@@ -125,8 +127,7 @@ class Session:
         except AgentUnavailable:
             if deadline_s - time.monotonic() < _RETRY_S or self._closing.is_set():
                 raise
-        self._reopen(client)
-        client = self._client
+        client = self._reopen(client)
         return client.call(path, message, reply_type, max(0.1, deadline_s - time.monotonic()))
 
     def status(self) -> protocol.AgentStatus:
@@ -144,12 +145,14 @@ class Session:
         """No error of the agent's matters any more; the listener ends with its next answer."""
         self._closing.set()
 
-    def _reopen(self, failed: AgentClient) -> None:
+    def _reopen(self, failed: AgentClient) -> AgentClient:
         with self._lock:
             if self._client is failed:
                 logger.warning("run %s: the node agent went away, starting another", self.run)
                 self.opened = self._open()
                 failed.close()
+            assert self._client is not None
+            return self._client
 
     # -- saves -----------------------------------------------------------------------------------
 
@@ -213,8 +216,8 @@ class Session:
                 continue
             since = changes.seq
             if changes.fenced is not None:
-                error = protocol.error_from_wire(changes.fenced)
-                self.fenced = error if isinstance(error, RunLocked) else RunLocked(error.what)
+                told = protocol.error_from_wire(changes.fenced)
+                self.fenced = told if isinstance(told, RunLocked) else RunLocked(told.what)
             for change in changes.saves:
                 self._take_in(change)
 

@@ -27,9 +27,10 @@ from typing import Any
 
 import msgspec
 
-from mtckpt import _inventory, _manifest, _transfer
+from mtckpt import _inventory, _manifest
+from mtckpt.agent import shard_moves as _transfer
 from mtckpt._manifest import SaveName
-from mtckpt._slots import SlotStore
+from mtckpt.agent.slot_store import SlotStore
 from mtckpt.agent import work
 from mtckpt.agent.protocol import error_to_wire
 from mtckpt.errors import (

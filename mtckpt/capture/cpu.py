@@ -12,13 +12,15 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
 from mtckpt._shard import CHUNK_BYTES
-from mtckpt.capture.base import Move, Span
 from mtckpt.capture.memory import view_at
+
+if TYPE_CHECKING:
+    from mtckpt.capture.base import Move, Span
 
 __all__ = ["CpuEngine"]
 
@@ -31,7 +33,7 @@ _copy = ctypes.memmove
 class _Unit(NamedTuple):
     """A piece of one large array: whose it is, where it is, where it goes, its first chunk."""
 
-    index: int
+    which: int
     source: int
     target: int
     size_bytes: int
@@ -64,9 +66,7 @@ class CpuEngine:
             return
         end = small[-1].start + small[-1].size_bytes
         target = view_at(base, max(end, max(s.start + s.size_bytes for s in small)))
-        for (start, size_bytes, chunk), view in zip(
-            small, self._views(small_sources), strict=True
-        ):
+        for (start, size_bytes, chunk), view in zip(small, self._views(small_sources), strict=True):
             digests[chunk] = xxh3_64_intdigest(view)
             target[start : start + size_bytes] = view
 
@@ -82,7 +82,7 @@ class CpuEngine:
 
         def check(unit: _Unit) -> None:
             if not _matches(unit, digests):
-                bad.add(unit.index)
+                bad.add(unit.which)
 
         self._run(units, check)
         if small:

@@ -1,0 +1,132 @@
+"""One restore: look into every tier, choose a step, try its sources, fall back, say what happened.
+
+Knows what an unanswered or damaged tier means for the answer. The bytes are moved in ``_restore``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from mtckpt import _restore, _retention
+from mtckpt._handle import Restored
+from mtckpt._progress import progress
+from mtckpt.adapters import active_adapters
+from mtckpt.agent import protocol
+from mtckpt.errors import (
+    CheckpointError,
+    FormatError,
+    NoHealthyStep,
+    RestoreUnavailable,
+)
+
+if TYPE_CHECKING:
+    import os
+
+    from mtckpt._run import Run
+    from mtckpt.capture.base import Engine
+
+__all__ = ["restore"]
+
+logger = logging.getLogger(__name__)
+
+
+def restore(
+    run: Run,
+    engine: Engine,
+    state: Any,
+    step: int | Literal["latest", "best"],
+    source: str | os.PathLike[str] | None,
+    partial: bool,
+    rename: Callable[[str], str | None] | None,
+) -> Restored:
+    """See ``Checkpointer.restore``."""
+    places, run_key = run.places(), run.key
+    inventories, silent = run.scan(places)
+    if source is not None:
+        places, run_key = run.source(source, places)
+        inventories, silent = _restore.scan_places(places, run_key, run.within)
+    best = _retention.best_of([disk.keep for disk in run.disks])
+    plan = _restore.plan_restore(list(inventories.values()), step, best=best)
+    skipped = dict(plan.skipped)
+    if not plan.candidates:
+        if silent:
+            raise RestoreUnavailable(
+                "; ".join(f"{label}: {why}" for label, why in silent.items()),
+                tiers=", ".join(silent),
+                state="live state unchanged",
+                actions=("repair or leave out the tier, then restart",),
+            )
+        if skipped:
+            raise _no_healthy_step(skipped)
+        return Restored(None, state)
+    skipped.update({f"tier {label}": why for label, why in silent.items()})
+    by_label = {place.label: place for place in places}
+    for candidate in plan.candidates:
+        bad: list[tuple[str, str, str]] = []
+        size = sum(
+            record.shard.size_bytes
+            for record in inventories[candidate.sources[0]].saves[candidate.name].records.values()
+        )
+        try:
+            with progress(
+                "restore", total_bytes=size, run=run.name, step=candidate.name.step
+            ) as show:
+                outcome = run.within(
+                    candidate.sources[0],
+                    lambda c=candidate, b=bad, s=show: _restore.restore_from(
+                        c, by_label, inventories, run_key, state, active_adapters(),
+                        engine, partial=partial, rename=rename, bad=b, progress=s,
+                    ),
+                )  # fmt: skip
+        except (NoHealthyStep, FormatError) as error:
+            skipped[f"step {candidate.name.step}"] = error.what
+            continue
+        finally:
+            if source is None:
+                _report_damage(run, bad)
+        return _restored(run, outcome, skipped)
+    raise _no_healthy_step(skipped)
+
+
+def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> Restored:
+    record = outcome.record
+    age_s = max(0.0, time.time() - record.saved_at_s)
+    logger.info(
+        "run %s: step %d of incarnation %d, saved %.0f s ago on %s, from %s",
+        run.name, record.step, record.incarnation, age_s, record.host,
+        ", ".join(outcome.sources) or "no bytes",
+    )  # fmt: skip
+    restored = Restored(
+        record.step,
+        outcome.state,
+        sources=outcome.sources,
+        skipped=dict(skipped.items()),
+        id_=record.save_id,
+    )
+    restored._incarnation = record.incarnation
+    restored._every = record.every
+    return restored
+
+
+def _report_damage(run: Run, bad: Sequence[tuple[str, str, str]]) -> None:
+    for label, key, reason in bad:
+        logger.warning("run %s: %s of tier %s is damaged: %s", run.name, key, label, reason)
+        with contextlib.suppress(CheckpointError):
+            run.session.call("damage", protocol.Damage(label, key, reason), protocol.Done)
+
+
+def _no_healthy_step(skipped: Mapping[str, str]) -> NoHealthyStep:
+    lines = "\n".join(f"  {what}: {why}" for what, why in skipped.items())
+    return NoHealthyStep(
+        f"steps exist and none of them is usable:\n{lines}\n ",
+        reasons=tuple(f"{what}: {why}" for what, why in skipped.items()),
+        state="live state unchanged",
+        actions=(
+            "mtckpt verify --read-data shows every damaged file",
+            "start under another run name to begin again from nothing",
+        ),
+    )

@@ -1,0 +1,211 @@
+"""One save after another: begin, prepare, find a slot, capture, hand over.
+
+Knows the order and what happens when a step of it fails: a slot goes back, a save is called off
+with one sentence, the next one starts clean. Does not know when a save is due.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mtckpt import _manifest, _save
+from mtckpt._handle import Save, stage_of_tier
+from mtckpt.adapters import active_adapters
+from mtckpt.agent import protocol
+from mtckpt.errors import AgentUnavailable, CheckpointError, TierFull
+
+if TYPE_CHECKING:
+    from mtckpt._run import Run
+    from mtckpt._schedule import Ram
+    from mtckpt._shard import ShardLayout
+    from mtckpt.capture.base import Engine
+
+__all__ = ["Saver"]
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """See the module. ``insists``: RAM was asked for by name, so a full tmpfs is an error."""
+
+    def __init__(
+        self, run: Run, engine: Engine, ram: Ram, *, insists: bool, max_stall_s: float
+    ) -> None:
+        self.run = run
+        self.counters = {"saves": 0, "called_off": 0}
+        self.last: Save | None = None
+        self.steps: set[int] = set()
+        self.ring = _save.SlotRing()
+        self._session = run.session
+        self._session.held = self.ring.held
+        self._engine = engine
+        self._ram = ram
+        self._insists = insists
+        self._max_stall_s = max_stall_s
+        self._planner = _save.Planner()
+        self._skipping = False
+        self._ring_of = 0
+        self._ring_slots = 2
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, float],
+        labels: Sequence[str],
+        every: int,
+    ) -> Save:
+        """Save ``state`` as ``step``. ``every`` is the automatic interval to carry on, or 0."""
+        planned = {"ram": "staged"}
+        planned.update({label: stage_of_tier("disk") for label in labels if label != "ram"})
+        try:
+            self.run.begin()
+        except AgentUnavailable as error:
+            return self._call_off(Save(step, planned=planned), f"the node agent: {error.what}")
+        incarnation = self.run.incarnation
+        assert incarnation is not None
+        save_id = _manifest.save_id(incarnation.id, step, 0)
+        save = Save(step, save_id, planned=planned)
+        try:
+            if _is_producer(state):
+                state = state()
+            captured = self._planner.prepare(state, active_adapters())
+        except Exception as error:
+            # A user's state_dict or a framework may raise anything: it is named and wrapped.
+            raise _save.capture_error(step, error) from error
+        grant = self._slot(captured.plan.layout, save)
+        if grant is None:
+            return save
+        identity = _save.Identity(self.run.name, step, incarnation.number, incarnation.id, save_id)
+        due = [label for label in labels if label != "ram"]
+        try:
+            slot = self.ring.adopt(grant, captured.plan.layout)
+            _save.write_shard(
+                captured, slot, identity, self._engine,
+                due=due, metrics=metrics, every=every,
+            )  # fmt: skip
+        except Exception as error:
+            # Whatever went wrong, the slot goes back first; it has no generation word.
+            self._session.next_slot = None
+            with contextlib.suppress(CheckpointError):
+                release = protocol.Release(self._session.holder, grant.slot_id)
+                self._session.call("release", release, protocol.Done)
+            raise _save.capture_error(step, error) from error
+        save._advance(("captured",))
+        self.steps.add(step)
+        self.last = save
+        self.counters["saves"] += 1
+        if self._skipping:
+            self._skipping = False
+            logger.warning("run %s: saves go on with step %d", self.run.name, step)
+        seal = protocol.Seal(self._session.holder, grant.slot_id, grant.inode, save_id, step, due)
+        layout = captured.plan.layout
+        self._session.submit(seal, save, lambda: self._prepare_next(layout))
+        return save
+
+    def _slot(self, layout: ShardLayout, save: Save) -> protocol.SlotGrant | None:
+        """The next free slot, waited for ``max_stall_s`` at most; None calls the save off."""
+        deadline_s = time.monotonic() + self._max_stall_s
+        if not self._session.wait_idle(self._max_stall_s):
+            self._call_off(save, "the node agent has not taken the previous save yet")
+            return None
+        grant, self._session.next_slot = self._session.next_slot, None
+        if grant is not None and self.ring.fits(grant, layout):
+            return grant
+        want = protocol.WantSlots(
+            self._session.holder,
+            layout.size_bytes,
+            layout.table_bytes,
+            self._num_slots(layout),
+            max(0.0, deadline_s - time.monotonic()),
+        )
+        try:
+            slots = self._ask_slot(want)
+        except AgentUnavailable as error:
+            self._call_off(save, f"the node agent: {error.what}")
+            return None
+        if slots.grant is None:
+            self._call_off(save, slots.reason or "no slot is free")
+        return slots.grant
+
+    def _ask_slot(self, want: protocol.WantSlots) -> protocol.Slots:
+        try:
+            return self._session.call("slots", want, protocol.Slots)
+        except TierFull as error:
+            beside = os.path.join(self._disk_path() or "", ".mtckpt-slots")
+            if self._insists or not self.run.disks or self._session.ram_path == beside:
+                raise
+            logger.warning(
+                "run %s: %s; saves are captured on disk instead of in memory",
+                self.run.name,
+                error.what,
+            )
+            os.makedirs(beside, mode=0o700, exist_ok=True)
+            self._session.move_slots(beside)
+            assert self.run.incarnation is not None
+            self.run.send_begin(self.run.incarnation)
+            return self._session.call("slots", want, protocol.Slots)
+
+    def _num_slots(self, layout: ShardLayout) -> int:
+        """Slots in the ring: three where memory allows, else two; decided once for a layout."""
+        if self._ram.slots != "auto":
+            return int(self._ram.slots)
+        wanted = layout.size_bytes + layout.table_bytes
+        if self._ring_of != wanted:
+            self._ring_of = wanted
+            self._ring_slots = 3 if _free_bytes(self._session.ram_path) >= 4 * wanted else 2
+        return self._ring_slots
+
+    def _disk_path(self) -> str | None:
+        return os.path.abspath(self.run.disks[0].path) if self.run.disks else None
+
+    def _prepare_next(self, layout: ShardLayout) -> None:
+        """In the background, after a seal: map the next slot before the next save needs it."""
+        grant = self._session.next_slot
+        try:
+            if grant is None:
+                want = protocol.WantSlots(
+                    self._session.holder,
+                    layout.size_bytes,
+                    layout.table_bytes,
+                    self._num_slots(layout),
+                    0.0,
+                )
+                grant = self._session.call("slots", want, protocol.Slots).grant
+            if grant is not None:
+                self.ring.adopt(grant, layout)
+                self._session.next_slot = grant
+        except (CheckpointError, OSError) as error:
+            # Only a head start is lost: the next save asks for its slot itself and raises.
+            logger.debug("run %s: no slot ahead of time: %s", self.run.name, error)
+
+    def _call_off(self, save: Save, reason: str) -> Save:
+        save._advance(skipped=reason)
+        self.counters["called_off"] += 1
+        if not self._skipping:
+            self._skipping = True
+            logger.warning(
+                "run %s: the save of step %d was called off: %s", self.run.name, save.step, reason
+            )
+        return save
+
+
+def _free_bytes(path: str) -> int:
+    """What is left in the tmpfs and in memory, whichever is less; 0 where it cannot be known."""
+    try:
+        with open("/proc/meminfo", "rb") as file:
+            available = next(line for line in file if line.startswith(b"MemAvailable"))
+        fs = os.statvfs(path)
+    except (OSError, StopIteration):
+        return 0
+    return min(int(available.split()[1]) * 1024, fs.f_bavail * fs.f_frsize)
+
+
+def _is_producer(state: Any) -> bool:
+    """A callable that makes the state; a module is callable too, and is state itself."""
+    return callable(state) and not hasattr(state, "state_dict") and not isinstance(state, Mapping)
