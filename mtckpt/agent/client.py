@@ -181,6 +181,7 @@ class AgentClient:
             connection.limit()
             piece = response.read1(min(left_bytes + 1, 1 << 20))
             if not piece:
+                response.close()  # read1 leaves it open, and the connection busy
                 return b"".join(pieces)
             left_bytes -= len(piece)
             if left_bytes < 0:

@@ -140,6 +140,8 @@ class Flusher:
         run.counters["flushed"] += 1
         self._tools.count("save_flushed", tier.label)
         self._tools.count("bytes", tier.label, size_bytes)
+        # Discharged for good: what retention deletes later is not owed again.
+        save.due.discard(tier.label)
         if save.is_complete(tier.label):
             run.reach(save, tier.stage)
         self._tools.events.emit(

@@ -63,16 +63,19 @@ class Registry:
 
     async def start(self) -> None:
         """Find what earlier agents of this directory left."""
-        known = [protocol.ram_base()]
-        with contextlib.suppress(OSError, ValueError), open(self._roots_path, "rb") as file:
-            known += [p for p in json.load(file)[:MAX_ROOTS] if isinstance(p, str)]
-        for root in dict.fromkeys(known):
+        for root in self._known_roots():
             try:
-                if os.path.isdir(root):
-                    await self._load_root(root)
+                await self._load_root(root)
             except CheckpointError as error:
                 logger.warning("RAM tier %s is not usable: %s", root, error)
         self.ready.set()
+
+    def _known_roots(self) -> list[str]:
+        """RAM directories that are there; tmpfs, so looking at them does not wait for a disk."""
+        known = [protocol.ram_base()]
+        with contextlib.suppress(OSError, ValueError), open(self._roots_path, "rb") as file:
+            known += [path for path in json.load(file)[:MAX_ROOTS] if isinstance(path, str)]
+        return [path for path in dict.fromkeys(known) if os.path.isdir(path)]
 
     async def _load_root(self, root: str) -> None:
         """Take in every run of a RAM tier that was not looked at before."""
@@ -152,7 +155,7 @@ class Registry:
 
     async def run_for(self, key: str, message: protocol.Open) -> RunState:
         """The run that is opened, known or new. Raises UsageError if its RAM lies elsewhere."""
-        root = os.path.abspath(message.ram_path or protocol.ram_base())
+        root = _absolute(message.ram_path)
         async with self._loading:
             if root not in self._roots:
                 if len(self._roots) >= MAX_ROOTS:
@@ -353,10 +356,12 @@ class Registry:
         """Let what is being written end within the time; the rest is in the records."""
         await self.flusher.stop(drain_s)
         deadline_s = time.monotonic() + drain_s
-        while time.monotonic() < deadline_s and any(
-            save.writing for run in self.runs.values() for save in run.saves.values()
-        ):
+        while self._is_writing() and time.monotonic() < deadline_s:  # noqa: ASYNC110 - as in drain
             await asyncio.sleep(_POLL_S)
+
+    def _is_writing(self) -> bool:
+        saves = [save for run in self.runs.values() for save in run.saves.values()]
+        return any(save.writing for save in saves)
 
 
 def is_busy(run: RunState) -> bool:
@@ -366,6 +371,13 @@ def is_busy(run: RunState) -> bool:
         or any(save.writing or save.readers or save.recycling for save in run.saves.values())
         or any(queue.pick_flush(label, run.facts()) for label in run.tiers)
     )
+
+
+def _absolute(ram_path: str) -> str:
+    root = os.path.normpath(ram_path or protocol.ram_base())
+    if not os.path.isabs(root):
+        raise UsageError("the RAM directory must be an absolute path", path=root)
+    return root
 
 
 def _boot_id() -> str:

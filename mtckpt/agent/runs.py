@@ -348,11 +348,22 @@ class RunState:
         for save in list(self.saves.values()):
             if label in save.ranks and str(save.name) not in found and not save.writing:
                 self.drop_copy(save, label)
+        if label != RAM:
+            self._discharge(label)
         for incarnation in scan.incarnations:
             known = self.incarnations.get(incarnation.number)
             if known is None or known.id < incarnation.id:
                 self.incarnations[incarnation.number] = incarnation
         self.touch()
+
+    def _discharge(self, label: str) -> None:
+        """What a tier does not have and has a newer save than, it had or left out on purpose."""
+        held = [save.order for save in self.saves.values() if save.is_complete(label)]
+        for save in self.saves.values():
+            if save.is_complete(label):
+                save.due.discard(label)
+            elif label in save.owed and save.order < max(held, default=save.order):
+                save.superseded.add(label)
 
     def config(self) -> work.RunConfig:
         """What the next agent needs to know."""

@@ -5,6 +5,7 @@ Reads the state of the runs and this process's cgroup; changes nothing and waits
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import time
@@ -25,11 +26,9 @@ _STARTED_S = time.monotonic()
 
 def agent_status(registry: Registry) -> AgentStatus:
     """All that an operator asks for."""
-    from mtckpt import __version__
-
     return AgentStatus(
         protocol.PROTOCOL_VERSION,
-        str(__version__),
+        _version(),
         registry.agent_id,
         registry.boot_id,
         os.getpid(),
@@ -39,6 +38,17 @@ def agent_status(registry: Registry) -> AgentStatus:
         bounded_by(),
         [_run_status(run) for _, run in sorted(registry.runs.items())],
     )
+
+
+@functools.cache
+def _version() -> str:
+    """The installed version; "unknown" where mtckpt is on PYTHONPATH and not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("mtckpt")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _run_status(run: RunState) -> RunStatus:

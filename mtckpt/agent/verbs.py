@@ -107,7 +107,7 @@ class Verbs:
             )
 
     async def _claim(self, run: RunState, caller: Caller, message: protocol.Open) -> int:
-        """Make the caller the owner of its rank; the pid of a living owner that was fenced, or 0."""
+        """Make the caller the owner of its rank; the pid of another owner that was fenced, or 0."""
         new = self._owner_from(caller, message)
         claim = Claim(new.holder, new.pid, new.start_ticks)
         started_s = time.monotonic()
