@@ -142,9 +142,11 @@ class Put:
     @contextlib.contextmanager
     def _filled(self, fd: int) -> Iterator[int]:
         """Write, sync and close the file; a copy of its descriptor keeps it held meanwhile."""
-        keep_fd = os.dup(fd)
-        try:
+        with contextlib.ExitStack() as stack:
             try:
+                with self._mapped("open"):
+                    keep_fd = os.dup(fd)
+                stack.callback(os.close, keep_fd)
                 crash_point("put.created")
                 self._fill(fd)
             except BaseException:
@@ -154,8 +156,6 @@ class Put:
             with self._mapped("close"):
                 os.close(fd)
             yield keep_fd
-        finally:
-            os.close(keep_fd)
 
     def _fill(self, fd: int) -> None:
         self._reserve(fd)

@@ -1,0 +1,240 @@
+"""The order in which a put reaches the medium, and what is left when it is cut short."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtckpt.errors import AlreadyExists
+from mtckpt.testing import CrashPoint
+from mtckpt.tiers import BytesSource, LocalTier, read_all
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PUT = """
+import sys
+from mtckpt.tiers import BytesSource, LocalTier, PutResult
+from mtckpt import errors
+
+tier = LocalTier(sys.argv[1])
+try:
+    print(tier.put("run/1/a", BytesSource(bytes(5000))).atomic)
+except errors.TierUnavailable as error:
+    print("unavailable", error.details["os_error"])
+print(*[info.key for info in tier.list()])
+"""
+
+# Planted bugs: each drops one thing, and the check below must notice.
+NO_DIRECTORY_SYNC = (
+    "from mtckpt.tiers._rooted import Root\nRoot.sync_directories = lambda *_: None\n"
+)
+NO_PARENT_SYNC = """
+from mtckpt.tiers._rooted import Root
+whole = Root.sync_directories
+Root.sync_directories = lambda self, fds, key: whole(self, fds[-1:], key)
+"""
+NO_FILE_SYNC = "from mtckpt.tiers import _put\n_put.full_sync = lambda fd: None\n"
+LATE_FILE_SYNC = """
+from mtckpt.tiers import _put
+late, publish = [], _put.Put._publish
+import os
+_put.full_sync = lambda fd: None
+def published(self, keep_fd):
+    atomic = publish(self, keep_fd)
+    os.fsync(keep_fd)
+    return atomic
+_put.Put._publish = published
+"""
+
+
+def run_put(root: Path, *prefix: str, planted: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*prefix, sys.executable, "-c", planted + PUT, str(root)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+def traced_put(root: Path, planted: str = "") -> list[str]:
+    """The calls that matter, in order: "sync PATH" or "link PATH"."""
+    log = root.with_name("trace")
+    calls = "trace=fsync,fdatasync,linkat"
+    done = run_put(root, "strace", "-f", "-y", "-o", str(log), "-e", calls, planted=planted)
+    assert done.stdout.split() == ["True", "run/1/a"], done.stderr
+    events = []
+    for line in log.read_text().splitlines():
+        if found := re.search(r"f(?:data)?sync\(\d+<([^>]*)>\) += 0", line):
+            events.append(f"sync {found[1].removesuffix(' (deleted)')}")
+        elif re.search(r"linkat\(.*\) += 0", line):
+            events.append("link")
+    return events
+
+
+def missing_syncs(events: list[str], root: Path) -> list[str]:
+    """What a power cut right after the put could still undo."""
+    link = events.index("link")
+    before, after = events[:link], events[link:]
+    wrong = []
+    if not any(re.fullmatch(rf"sync {root}/run/1/\.tmp-\w+", event) for event in before):
+        wrong.append("file before link")
+    wrong += [
+        f"{directory} after link"
+        for directory in ("run/1", "run", "")
+        if f"sync {root / directory}" not in after
+    ]
+    if f"sync {root.parent}" not in events:
+        wrong.append("parent of the root")
+    return wrong
+
+
+@pytest.mark.strace
+def test_everything_is_synced_in_order(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    assert missing_syncs(traced_put(root), root) == []
+
+
+@pytest.mark.strace
+@pytest.mark.parametrize(
+    ("planted", "missed"),
+    [
+        (NO_DIRECTORY_SYNC, ["run/1 after link", "run after link", " after link"]),
+        (NO_PARENT_SYNC, ["run after link", " after link"]),
+        (NO_FILE_SYNC, ["file before link"]),
+        (LATE_FILE_SYNC, ["file before link"]),
+    ],
+    ids=["no-directory-sync", "no-parent-sync", "no-file-sync", "late-file-sync"],
+)
+def test_the_check_notices_what_is_dropped(tmp_path: Path, planted: str, missed: list[str]) -> None:
+    root = tmp_path / "root"
+    assert missing_syncs(traced_put(root, planted), root) == missed
+
+
+@pytest.mark.strace
+@pytest.mark.parametrize("nth", [2, 3, 4, 5])
+def test_a_failed_fsync_is_reported_and_not_tried_again(tmp_path: Path, nth: int) -> None:
+    """The first fsync is of the root's parent; then file, directory, its parent and the root."""
+    root = tmp_path / "root"
+    log = tmp_path / "trace"
+    fault = f"inject=fsync:error=EIO:when={nth}"
+    done = run_put(root, "strace", "-f", "-y", "-o", str(log), "-e", "trace=fsync", "-e", fault)
+    assert done.stdout.split() == ["unavailable", "EIO"], done.stderr
+    synced = re.findall(r"fsync\(\d+<([^>]*)>\)", log.read_text())
+    assert len(synced) == nth
+    assert len(set(synced)) == nth
+    assert os.listdir(root / "run" / "1") == []
+    assert run_put(root).stdout.split() == ["True", "run/1/a"]
+
+
+@pytest.mark.strace
+def test_a_root_whose_parent_cannot_be_synced_is_not_opened(tmp_path: Path) -> None:
+    done = run_put(tmp_path / "root", "strace", "-f", "-o", "/dev/null",
+                   "-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1")  # fmt: skip
+    assert "TierUnavailable" in done.stderr
+
+
+@pytest.mark.strace
+def test_an_error_of_close_is_not_lost(tmp_path: Path) -> None:
+    """The bytes may be gone although fsync liked them: NFS tells at close."""
+    planted = """
+import os
+close, dup, kept = os.close, os.dup, []
+os.dup = lambda fd: kept.append(fd) or dup(fd)
+def failing(fd):
+    close(fd)
+    if kept == [fd]:
+        kept.append(-1)
+        raise OSError(5, "Input/output error")
+os.close = failing
+"""
+    done = run_put(tmp_path / "root", planted=planted)
+    assert done.stdout.split() == ["unavailable", "EIO"], done.stderr
+    assert os.listdir(tmp_path / "root" / "run" / "1") == []
+
+
+@pytest.mark.parametrize(
+    ("point", "stored", "leftovers"),
+    [
+        ("put.created", False, 1),
+        ("put.written", False, 1),
+        ("put.synced", False, 1),
+        ("put.linked", True, 1),
+        ("put.unlinked", True, 0),
+        ("put.done", True, 0),
+    ],
+)
+def test_killed_anywhere_an_object_is_whole_or_not_there(
+    tmp_path: Path, point: str, stored: bool, leftovers: int
+) -> None:
+    root = tmp_path / "root"
+    killed = subprocess.run(
+        [sys.executable, "-c", PUT, str(root)],
+        env={**CrashPoint(point).environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=50,
+        check=False,
+    )
+    assert killed.returncode == -9
+    tier = LocalTier(root)
+    assert [info.key for info in tier.list()] == (["run/1/a"] if stored else [])
+    if stored:
+        assert read_all(tier, "run/1/a", max_bytes=5000) == bytes(5000)
+    assert tier.sweep_temporaries() == leftovers
+    assert tier.sweep_temporaries() == 0
+    if stored:
+        assert read_all(tier, "run/1/a", max_bytes=5000) == bytes(5000)
+        with pytest.raises(AlreadyExists):
+            tier.put("run/1/a", BytesSource(b"x"))
+    else:
+        tier.put("run/1/a", BytesSource(b"x"))
+
+
+def test_a_sweep_leaves_a_put_in_flight_alone(tmp_path: Path) -> None:
+    tier = LocalTier(tmp_path / "root")
+    swept = []
+
+    class Sweeping:
+        size_bytes = 10
+
+        def read(self, offset: int, size_bytes: int) -> memoryview:
+            swept.append(LocalTier(tmp_path / "root").sweep_temporaries())
+            return memoryview(bytes(size_bytes))
+
+    tier.put("run/a", Sweeping())
+    assert swept == [0]
+    assert tier.stat("run/a").size_bytes == 10
+
+
+@pytest.mark.torture
+@pytest.mark.strace
+def test_killed_before_every_syscall(tmp_path: Path) -> None:
+    """SIGKILL at the Nth call of the process, for every N from the opening of the root on."""
+    calls = "mkdir,mkdirat,openat,fsync,fallocate,pwrite64,linkat,unlink,unlinkat,close,flock,dup"
+    log = tmp_path / "trace"
+    run_put(tmp_path / "whole", "strace", "-f", "-o", str(log), "-e", f"trace={calls}")
+    lines = log.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if "/whole" in line)
+    names = [re.sub(r"^\d+ +(\w+)\(.*", r"\1", line) for line in lines]
+    tested = 0
+    for number in range(first, len(lines)):
+        name, nth = names[number], names[: number + 1].count(names[number])
+        root = tmp_path / f"{number}"
+        fault = f"inject={name}:signal=SIGKILL:when={nth}"
+        done = run_put(root, "strace", "-f", "-o", "/dev/null", "-e", f"trace={calls}", "-e", fault)
+        if done.returncode == 0:
+            continue  # Not a call of the form NAME(...): an exit line or a signal.
+        tier = LocalTier(root)
+        for info in tier.list():
+            assert read_all(tier, info.key, max_bytes=5000) == bytes(5000)
+        tier.sweep_temporaries()
+        hidden = [name for *_, files in os.walk(root) for name in files if name.startswith(".")]
+        assert hidden == []
+        tested += 1
+    assert tested > 20
