@@ -147,11 +147,17 @@ class Checkpointer:
             CaptureFailed: the state could not be read; the step was not started.
             RunLocked: another process took the run over.
         """
-        if tiers == "due" and not self._pending and self._session.fenced is None:
-            if self._pid == os.getpid() and not self._schedule.is_due(step, time.monotonic()):
-                if type(step) is not int or step < 0:
-                    raise UsageError(f"step must be an int of 0 or more, not {step!r}")
-                return Save(step)
+        if (
+            tiers == "due"
+            and type(step) is int
+            and step >= 0
+            and not self._schedule.is_due(step, time.monotonic())
+            and not self._pending
+            and self._session.fenced is None
+            and self._pid == os.getpid()
+            and not self._closed
+        ):
+            return Save(step)
         started_s = time.perf_counter()
         self._check_save(step)
         labels = self._due_labels(step, tiers)
@@ -447,4 +453,4 @@ def _close_at_exit(reference: weakref.ref[Checkpointer]) -> None:
             checkpointer.close(timeout_s=_EXIT_S)
         except CheckpointError as error:
             # At exit there is nobody left to raise to: the log and the agent's status have it.
-            logger.exception("run %s: while closing at exit: %s", checkpointer.run, error)
+            logger.warning("run %s: while closing at exit: %s", checkpointer.run, error)

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
@@ -43,6 +43,12 @@ if TYPE_CHECKING:
 __all__ = ["Candidate", "Place", "RestorePlan", "plan_restore", "restore_from"]
 
 logger = logging.getLogger(__name__)
+
+
+class Within(Protocol):
+    """Runs a look into a tier in bounded time; the more bytes it is about, the longer."""
+
+    def __call__(self, label: str, work: Callable[[], Any], size_bytes: int = 0) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +168,13 @@ class _Bytes:
         self.keep: list[Any] = []
         self.by_label: dict[str, int] = {}
 
+    def add(self, more: _Bytes) -> None:
+        """Take in what another source had."""
+        self.address.update(more.address)
+        self.keep += more.keep
+        for label, size_bytes in more.by_label.items():
+            self.by_label[label] = self.by_label.get(label, 0) + size_bytes
+
 
 def _describe(place: Place, keys: tuple[str, str, str], record: Record) -> _Loaded:
     data_key, table_key, _ = keys
@@ -205,10 +218,14 @@ def stored_name(entry: ArrayEntry) -> str:
 
 
 def _fetch(
-    place: Place, key: str, loaded: _Loaded, wanted: Sequence[int], engine: Engine, out: _Bytes
-) -> list[int]:
-    """Bring tensors ``wanted`` (numbers in file order) in and verify them; returns the bad ones."""
+    place: Place, key: str, loaded: _Loaded, wanted: Sequence[int], engine: Engine
+) -> tuple[list[int], _Bytes]:
+    """Bring tensors ``wanted`` (numbers in file order) in and verify them; the bad ones first.
+
+    Runs in a thread that may be given up: it touches nothing but what it returns.
+    """
     layout = loaded.layout
+    out = _Bytes()
     with place.tier.lease(key) as lease:
         if lease.size_bytes != layout.size_bytes:
             raise Damaged("shard has another size", key=key, tier=place.label)
@@ -230,7 +247,7 @@ def _fetch(
             if number not in bad:
                 out.address[number] = base + span.start
                 out.by_label[place.label] = out.by_label.get(place.label, 0) + span.size_bytes
-    return sorted(bad)
+    return sorted(bad), out
 
 
 def _staged(place: Place, key: str, layout: ShardLayout, wanted: Sequence[int]) -> MemoryMapping:
@@ -274,6 +291,7 @@ def restore_from(
     state: Any,
     adapters: Sequence[StateAdapter],
     engine: Engine,
+    within: Within,
     *,
     partial: bool,
     rename: Callable[[str], str | None] | None,
@@ -289,11 +307,15 @@ def restore_from(
     keys = _inventory.shard_keys(run_key, candidate.name, 0)
     reasons: list[str] = []
     loaded: _Loaded | None = None
+    found: Any
     usable: list[Place] = []
     for label in candidate.sources:
         place = places[label]
         try:
-            found = _describe(place, keys, inventories[label].saves[candidate.name].records[0])
+            record = inventories[label].saves[candidate.name].records[0]
+            found = within(
+                label, functools.partial(_describe, place, keys, record), record.shard.data_start
+            )
         except (FormatError, TierError) as error:
             bad.append((label, getattr(error, "key", None) or keys[0], error.what))
             reasons.append(f"{label}: {error.what}")
@@ -315,7 +337,9 @@ def restore_from(
         if not wanted:
             break
         try:
-            wanted_next = _fetch(place, keys[0], loaded, wanted, engine, brought)
+            fetch = functools.partial(_fetch, place, keys[0], loaded, wanted, engine)
+            wanted_next, found = within(place.label, fetch, loaded.layout.size_bytes)
+            brought.add(found)
         except (FormatError, TierError) as error:
             reasons.append(f"{place.label}: {error.what}")
             bad.append((place.label, keys[0], error.what))
@@ -398,7 +422,7 @@ def _place(
 
 
 def scan_places(
-    places: Iterable[Place], run_key: str, within: Callable[[str, Callable[[], Any]], Any]
+    places: Iterable[Place], run_key: str, within: Within
 ) -> tuple[dict[str, Inventory], dict[str, str]]:
     """Every place's inventory, and the places that did not answer with the reason."""
     inventories: dict[str, Inventory] = {}

@@ -75,12 +75,9 @@ def restore(
             with progress(
                 "restore", total_bytes=size, run=run.name, step=candidate.name.step
             ) as show:
-                outcome = run.within(
-                    candidate.sources[0],
-                    lambda c=candidate, b=bad, s=show: _restore.restore_from(
-                        c, by_label, inventories, run_key, state, active_adapters(),
-                        engine, partial=partial, rename=rename, bad=b, progress=s,
-                    ),
+                outcome = _restore.restore_from(
+                    candidate, by_label, inventories, run_key, state, active_adapters(), engine,
+                    run.within, partial=partial, rename=rename, bad=bad, progress=show,
                 )  # fmt: skip
         except (NoHealthyStep, FormatError) as error:
             skipped[f"step {candidate.name.step}"] = error.what

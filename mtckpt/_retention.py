@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 from mtckpt._manifest import SaveName
 from mtckpt._schedule import parse_every
@@ -71,7 +71,7 @@ class KeepBest:
             raise UsageError(f"{self!r}: n is 1 or more, mode min or max", state="nothing was done")
 
 
-Rule = Union[KeepLast, KeepEvery, KeepBest]
+Rule = KeepLast | KeepEvery | KeepBest
 
 
 def parse_keep(keep: Any) -> tuple[Rule, ...]:

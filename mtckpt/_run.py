@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Run"]
 
+_MIN_BYTES_PER_S = 20e6
+
 
 class Run:
     """See the module. ``parent`` is the (incarnation, step) that a restore went on from."""
@@ -69,8 +71,12 @@ class Run:
         self._scanned = True
         return inventories, silent
 
-    def within(self, label: str, work: Callable[[], Any]) -> Any:
-        """Run ``work`` in a thread that may be left behind, so that a stuck tier is an error."""
+    def within(self, label: str, work: Callable[[], Any], size_bytes: int = 0) -> Any:
+        """Run ``work`` in a thread that may be left behind, so that a stuck tier is an error.
+
+        It gets ``timeout_s``, and more for what it has to read at a rate that any disk has.
+        """
+        timeout_s = self.timeout_s + size_bytes / _MIN_BYTES_PER_S
         result: list[Any] = []
         failure: list[BaseException] = []
 
@@ -82,12 +88,12 @@ class Run:
 
         thread = threading.Thread(target=run, name=f"mtckpt-read-{label}", daemon=True)
         thread.start()
-        thread.join(self.timeout_s)
+        thread.join(timeout_s)
         if failure:
             raise failure[0]
         if not result:
             raise TierUnavailable(
-                f"tier {label} did not answer", tier=label, timeout_s=self.timeout_s
+                f"tier {label} did not answer", tier=label, timeout_s=round(timeout_s, 1)
             )
         return result[0]
 
