@@ -37,6 +37,10 @@ def save(state: Any) -> Saved:
     flat = _state.flatten(state, active_adapters())
     first: dict[object, int] = {}
     arrays, data = [], []
+    specs = [
+        owner.spec(array, path)
+        for owner, array, path in zip(flat.owners, flat.arrays, flat.paths, strict=True)
+    ]
     for i in sorted(range(len(flat.arrays)), key=lambda i: flat.paths[i]):
         identity = flat.owners[i].identity(flat.arrays[i])
         if identity is not None:
@@ -44,7 +48,7 @@ def save(state: Any) -> Saved:
     for i, (owner, array, path) in enumerate(
         zip(flat.owners, flat.arrays, flat.paths, strict=True)
     ):
-        spec = owner.spec(array, path)
+        spec = specs[i]
         known = owner.fingerprint([array])
         (address,), keep = owner.host_addresses([array], [path], known)
         data.append(ctypes.string_at(address, spec.size_bytes) if spec.size_bytes else b"")
