@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +121,21 @@ def test_every_variable_has_a_line() -> None:
     }
     rows = table(page("configuration.md"), "Environment")
     assert {row[0] for row in rows} == read
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def test_the_reference_of_commands_is_their_help() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import cli_page; print(cli_page.reference(), end='')"],
+        cwd=ROOT / "scripts",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    written = page("cli.md").split("scripts/cli_page.py. -->\n\n")[1]
+    assert done.stdout == written, "run scripts/cli_page.py"
+    assert written.count("\n## mtckpt ") >= 8
