@@ -89,7 +89,7 @@ def _collect(tier: Tier, prefix: str, label: str | None) -> Inventory:
 
 def check_record(record: Record, name: SaveName, rank: int) -> None:
     """Raise Damaged unless the record is of this save and rank, whatever its file is called."""
-    said = _manifest.save_name(record.step, record.incarnation, record.save_id)
+    said = record.name
     if said != name or record.rank != rank:
         raise Damaged(
             f"the record is of {said} rank {record.rank}", save=str(name), rank=rank, kind="record"

@@ -103,6 +103,10 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     due: tuple[str, ...] = ()
     aborted: str = ""
 
+    @property
+    def name(self) -> SaveName:
+        return save_name(self.step, self.incarnation, self.save_id)
+
     def array_entries(self) -> list[ArrayEntry]:
         """Decoded on demand: listing a thousand saves does not need a million leaves."""
         try:

@@ -216,18 +216,22 @@ class Slots:
         Slots that a live trainer is capturing into are whole and unfinished: they are left alone.
         """
         findings = SlotFindings()
-        try:
+        for slot_id in self._slot_ids(run_key):
             with self._files.directory(run_key, DIRECTORY) as slots_fd:
-                slot_ids = sorted({name.partition(".")[0] for name in os.listdir(slots_fd)})
-                for slot_id in filter(_SLOT_ID.fullmatch, slot_ids):
-                    self._scan_slot(run_key, slot_id, slots_fd, findings, repair)
-        except ObjectNotFound:
-            pass  # No slots were ever made for this run.
+                self._scan_slot(run_key, slot_id, slots_fd, findings, repair)
         if repair:
             for name in self._files.save_names(run_key):
                 with contextlib.suppress(ObjectNotFound):
                     findings.repaired += self._drop_remains(run_key, name, parts=True)
         return findings
+
+    def _slot_ids(self, run_key: str) -> list[str]:
+        try:
+            with self._files.directory(run_key, DIRECTORY) as slots_fd:
+                ids = {name.partition(".")[0] for name in os.listdir(slots_fd)}
+        except ObjectNotFound:
+            return []  # No slots were ever made for this run.
+        return sorted(filter(_SLOT_ID.fullmatch, ids))
 
     def _scan_slot(
         self, run_key: str, slot_id: str, slots_fd: int, findings: SlotFindings, repair: bool
@@ -245,7 +249,7 @@ class Slots:
         slot = self._slot(run_key, slot_id, slots_fd)
         table = self._files.read(slots_fd, _slot_file(slot_id, TABLE), MAX_TABLE_BYTES)
         record = None
-        with contextlib.suppress(FormatError, ObjectNotFound):
+        with contextlib.suppress(FormatError, FileNotFoundError):
             record = self._read_record(slots_fd, _slot_file(slot_id, RECORD))
         if record is not None and (
             _shard.table_digest(table) != record.shard.table_digest
@@ -268,7 +272,7 @@ class Slots:
             record = self._read_record(slots_fd, _slot_file(slot_id, RECORD))
         except FormatError:
             return False  # A record that was never finished: then nothing was sealed.
-        name = _manifest.save_name(record.step, record.incarnation, record.save_id)
+        name = record.name
         moved = False
         with (
             contextlib.suppress(ObjectNotFound),
@@ -347,7 +351,14 @@ class Slots:
         verify: bool,
     ) -> Record:
         """The record of a slot whose three files belong together and are that shard."""
-        fd = self._files.open(slots_fd, _slot_file(slot_id, DATA))
+        try:
+            fd = self._files.open(slots_fd, _slot_file(slot_id, DATA))
+        except FileNotFoundError as error:
+            raise ObjectNotFound(
+                f"no slot {slot_id}",
+                tier=self._tier.name,
+                key=f"{run_key}/{DIRECTORY}/{slot_id}",
+            ) from error
         try:
             info = os.fstat(fd)
             if info.st_ino != inode:

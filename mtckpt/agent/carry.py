@@ -1,0 +1,379 @@
+"""Carrying out one command: from a message to the functions that do it, and back.
+
+It knows which function does what, keeps the tiers that were named open, and lets calls for the
+slots of one run follow one another. It does not know sockets or threads. Errors are the typed ones;
+a foreign one is a bug, and travels as such.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from mtckpt import _inventory, _transfer
+from mtckpt._manifest import SaveEntry, SaveName
+from mtckpt._run_files import RunFiles
+from mtckpt._slots import Slot, SlotFinding, Slots
+from mtckpt._source import Place
+from mtckpt.agent import work
+from mtckpt.errors import AlreadyExists, FormatError, ObjectNotFound, TierUnavailable, UsageError
+from mtckpt.tiers.base import BytesSource, Survives, Tier, check_key, read_all
+from mtckpt.tiers.local import LocalTier
+
+__all__ = ["Carrier"]
+
+PROGRESS_INTERVAL_S = 0.1
+Report = Callable[[work.Progress], None]
+
+
+class Carrier:
+    """Carries out commands, any number at once. ``report`` may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._places: dict[work.TierRef, tuple[Place, RunFiles]] = {}
+        self._run_locks: dict[tuple[str, str], threading.Lock] = {}
+        self._table: dict[type, Callable[..., work.Result]] = {
+            work.Ping: lambda _: work.Pong(os.getpid()),
+            work.Allocate: self._allocate,
+            work.SealSlot: self._seal,
+            work.Recycle: self._recycle,
+            work.Free: self._free,
+            work.Scan: self._scan,
+            work.Flush: self._flush,
+            work.Verify: self._verify,
+            work.Delete: self._delete,
+            work.Heal: self._heal,
+            work.PutSmall: self._put_small,
+            work.WriteRunConfig: self._write_config,
+            work.ReadRunConfigs: self._read_configs,
+            work.Wipe: self._wipe,
+        }
+
+    def carry(self, command: work.Command, report: Report) -> work.Result:
+        """Do it and say what came of it. Raises the errors that the command's text names."""
+        carry = self._table[type(command)]
+        try:
+            if isinstance(command, (work.Flush, work.Heal)):
+                return carry(command, report)
+            return carry(command)
+        except TierUnavailable:
+            # Mounted anew, or made anew by somebody: the next call opens what is there then.
+            self._forget(command)
+            raise
+
+    def close(self) -> None:
+        """Close every tier. Idempotent."""
+        with self._lock:
+            for place, files in self._places.values():
+                place.through.close()
+                place.local.close()
+                files.close()
+            self._places.clear()
+
+    # -- places ----------------------------------------------------------------------------------
+
+    def _place(self, ref: work.TierRef) -> Place:
+        return self._opened(ref)[0]
+
+    def _slots(self, ref: work.TierRef) -> Slots:
+        place, files = self._opened(ref)
+        return Slots(place.local, files)
+
+    def _opened(self, ref: work.TierRef) -> tuple[Place, RunFiles]:
+        with self._lock:
+            if ref not in self._places:
+                self._places[ref] = _open(ref)
+            return self._places[ref]
+
+    def _forget(self, command: work.Command) -> None:
+        with self._lock:
+            for field in ("tier", "source", "target", "bad", "good"):
+                ref = getattr(command, field, None)
+                if ref in self._places:
+                    place, files = self._places.pop(ref)
+                    place.local.close()  # Calls of other commands that are under way end normally.
+                    files.close()
+
+    def _run_lock(self, ref: work.TierRef, run_key: str) -> threading.Lock:
+        with self._lock:
+            return self._run_locks.setdefault((ref.path, run_key), threading.Lock())
+
+    # -- slots -----------------------------------------------------------------------------------
+
+    def _allocate(self, command: work.Allocate) -> work.SlotFiles:
+        # Not under the run's lock: reserving many GiB takes seconds, and the id is new.
+        slots = self._slots(command.tier)
+        return _slot_files(
+            slots.allocate(
+                command.run_key, command.slot_id, command.shard_bytes, command.table_bytes
+            )
+        )
+
+    def _seal(self, command: work.SealSlot) -> work.SealedSlot:
+        name = _save_name(command.save)
+        with self._run_lock(command.tier, command.run_key):
+            record, again = self._slots(command.tier).seal(
+                command.run_key,
+                command.slot_id,
+                command.inode,
+                name,
+                command.rank,
+                verify=command.verify,
+            )
+        return work.SealedSlot(
+            save=command.save,
+            save_id=record.save_id,
+            step=record.step,
+            incarnation=record.incarnation,
+            incarnation_id=record.incarnation_id,
+            rank=record.rank,
+            world_size=record.world_size,
+            size_bytes=record.shard.size_bytes,
+            due=list(record.due),
+            metrics=dict(record.metrics),
+            aborted=record.aborted,
+            again=again,
+        )
+
+    def _recycle(self, command: work.Recycle) -> work.Recycled:
+        name = _save_name(command.save)
+        with self._run_lock(command.tier, command.run_key):
+            slot = self._slots(command.tier).recycle(
+                command.run_key, name, command.rank, command.slot_id
+            )
+        return work.Recycled(None if slot is None else _slot_files(slot))
+
+    def _free(self, command: work.Free) -> work.Freed:
+        with self._run_lock(command.tier, command.run_key):
+            return work.Freed(self._slots(command.tier).free(command.run_key, command.slot_id))
+
+    def _wipe(self, command: work.Wipe) -> work.Freed:
+        _, files = self._opened(command.tier)
+        with self._run_lock(command.tier, command.run_key):
+            return work.Freed(files.wipe(command.run_key))
+
+    # -- looking ---------------------------------------------------------------------------------
+
+    def _scan(self, command: work.Scan) -> work.Scanned:
+        place, files = self._opened(command.tier)
+        swept = place.local.sweep_temporaries() if command.repair else 0
+        keys = files.run_keys() if command.run_key is None else [check_key(command.run_key)]
+        usage = os.statvfs(command.tier.path)
+        return work.Scanned(
+            runs=[self._scan_run(command, place, key) for key in keys],
+            swept=swept,
+            quarantined=[item.key for item in place.local.quarantined()],
+            free_bytes=usage.f_bavail * usage.f_frsize,
+            total_bytes=usage.f_blocks * usage.f_frsize,
+        )
+
+    def _scan_run(self, command: work.Scan, place: Place, run_key: str) -> work.RunScan:
+        found: list[SlotFinding] = []
+        repaired: list[str] = []
+        if place.in_memory:
+            with self._run_lock(command.tier, run_key):
+                findings = self._slots(command.tier).scan(run_key, repair=command.repair)
+            found, repaired = findings.slots, findings.repaired
+        inventory = _inventory.scan(place.local, run_key, label=command.tier.label or None)
+        return work.RunScan(
+            run_key=run_key,
+            saves=[_save_scan(save) for _, save in sorted(inventory.saves.items())],
+            incarnations=inventory.incarnations,
+            slots=[_slot_scan(finding) for finding in found],
+            repaired=repaired,
+            problems=inventory.problems,
+        )
+
+    def _verify(self, command: work.Verify) -> work.Verified:
+        start_s = time.monotonic()
+        result = _transfer.verify_shard(
+            self._place(command.tier),
+            command.run_key,
+            _save_name(command.save),
+            command.rank,
+            read_data=command.read_data,
+        )
+        return work.Verified(
+            read_bytes=result.read_bytes,
+            elapsed_s=_since(start_s),
+            damaged=[work.DamagedKey(key, why) for key, why in result.damaged.items()],
+        )
+
+    # -- moving ----------------------------------------------------------------------------------
+
+    def _flush(self, command: work.Flush, report: Report) -> work.Flushed:
+        start_s = time.monotonic()
+        name = _save_name(command.save)
+        source, target = self._place(command.source), self._place(command.target)
+        key = _inventory.shard_keys(command.run_key, name, command.rank)[0]
+        meter = _Meter(source.local.stat(key).size_bytes, report)
+        result = _transfer.copy_shard(
+            source, target, command.run_key, name, command.rank, progress=meter.add
+        )
+        complete = _transfer.write_manifest(target, command.run_key, name)
+        return work.Flushed(result.copied_bytes, _since(start_s), complete, result.rewritten)
+
+    def _heal(self, command: work.Heal, report: Report) -> work.Healed:
+        name = _save_name(command.save)
+        bad, good = self._place(command.bad), self._place(command.good)
+        key = _inventory.shard_keys(command.run_key, name, command.rank)[0]
+        size_bytes = good.local.stat(key).size_bytes
+        meter = _Meter(size_bytes, report)
+        replaced = _transfer.heal_shard(
+            bad, good, command.run_key, name, command.rank, progress=meter.add
+        )
+        return work.Healed(replaced, size_bytes if key in replaced else 0)
+
+    def _delete(self, command: work.Delete) -> work.Deleted:
+        with self._run_lock(command.tier, command.run_key):
+            busy, freed_bytes = _transfer.delete_save(
+                self._place(command.tier), command.run_key, _save_name(command.save)
+            )
+        return work.Deleted(busy, freed_bytes)
+
+    def _put_small(self, command: work.PutSmall) -> work.Stored:
+        place = self._place(command.tier)
+        try:
+            place.local.put(command.key, BytesSource(command.data))
+        except AlreadyExists:
+            size_bytes = place.local.stat(command.key).size_bytes
+            if size_bytes != len(command.data) or (
+                read_all(place.local, command.key, max_bytes=size_bytes) != command.data
+            ):
+                raise
+            return work.Stored(already=True)
+        return work.Stored()
+
+    # -- configuration ---------------------------------------------------------------------------
+
+    def _write_config(self, command: work.WriteRunConfig) -> work.Stored:
+        _, files = self._opened(command.tier)
+        with self._run_lock(command.tier, command.config.run_key):
+            files.write_config(command.config.run_key, msgspec.json.encode(command.config))
+        return work.Stored()
+
+    def _read_configs(self, command: work.ReadRunConfigs) -> work.RunConfigs:
+        _, files = self._opened(command.tier)
+        configs: list[work.RunConfig] = []
+        problems: list[str] = []
+        for key in files.run_keys():
+            try:
+                config = msgspec.json.decode(files.read_config(key), type=work.RunConfig)
+                if config.run_key != key or config.version > work.RUN_CONFIG_VERSION:
+                    problems.append(f"{key}: not a configuration that this version can use")
+                else:
+                    configs.append(config)
+            except ObjectNotFound:
+                continue
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, FormatError) as error:
+                problems.append(f"{key}: {error}")
+        return work.RunConfigs(configs, problems)
+
+
+class _Meter:
+    """Adds up bytes from several threads and reports them, ten times a second at most."""
+
+    def __init__(self, total_bytes: int, report: Report) -> None:
+        self._total_bytes = total_bytes
+        self._report = report
+        self._lock = threading.Lock()
+        self._done_bytes = 0
+        self._next_s = 0.0
+
+    def add(self, size_bytes: int) -> None:
+        with self._lock:
+            self._done_bytes += size_bytes
+            now_s = time.monotonic()
+            if now_s < self._next_s:
+                return
+            self._next_s = now_s + PROGRESS_INTERVAL_S
+            done_bytes = min(self._done_bytes, self._total_bytes)
+        self._report(work.Progress(done_bytes, self._total_bytes))
+
+
+def _open(ref: work.TierRef) -> tuple[Place, RunFiles]:
+    in_memory = ref.kind == "ram"
+    local = LocalTier(
+        ref.path,
+        name=ref.label or ref.kind,
+        survives=Survives.PROCESS if in_memory else Survives.PROCESS | Survives.POWER,
+        sync=not in_memory,
+        group_access=ref.group_access,
+    )
+    through: Tier = local
+    if ref.bytes_per_s:
+        from mtckpt.tiers.wrappers import ThrottledTier
+
+        through = ThrottledTier(local, bytes_per_s=ref.bytes_per_s)
+    return Place(local, through, in_memory), RunFiles(local, group_access=ref.group_access)
+
+
+def _save_name(text: str) -> SaveName:
+    name = SaveName.parse(text)
+    if name is None:
+        raise UsageError(f"not the name of a save: {text[:80]!r}", state="nothing was done")
+    return name
+
+
+def _slot_files(slot: Slot) -> work.SlotFiles:
+    return work.SlotFiles(
+        slot_id=slot.slot_id,
+        inode=slot.inode,
+        data_path=slot.data_path,
+        table_path=slot.table_path,
+        record_path=slot.record_path,
+        shard_bytes=slot.shard_bytes,
+        table_bytes=slot.table_bytes,
+    )
+
+
+def _slot_scan(finding: SlotFinding) -> work.SlotScan:
+    slot, record = finding.slot, finding.record
+    scan = work.SlotScan(
+        slot.slot_id, slot.inode, slot.shard_bytes, slot.table_bytes, finding.generation
+    )
+    if record is None:
+        return scan
+    return msgspec.structs.replace(
+        scan,
+        save=str(record.name),
+        save_id=record.save_id,
+        rank=record.rank,
+        step=record.step,
+        incarnation=record.incarnation,
+        due=list(record.due),
+    )
+
+
+def _save_scan(save: SaveEntry) -> work.SaveScan:
+    scan = work.SaveScan(
+        save=str(save.name),
+        step=save.name.step,
+        incarnation=save.name.incarnation,
+        ranks=sorted(save.records),
+        complete=save.complete,
+        size_bytes=save.size_bytes,
+        metrics=save.metrics,
+        problems=save.problems,
+        aborted=save.aborted,
+    )
+    if not save.records:
+        return scan
+    first = save.records[min(save.records)]
+    return msgspec.structs.replace(
+        scan,
+        world_size=first.world_size,
+        save_id=first.save_id,
+        incarnation_id=first.incarnation_id,
+        due=list(first.due),
+        saved_at_s=first.saved_at_s,
+    )
+
+
+def _since(start_s: float) -> float:
+    return round(time.monotonic() - start_s, 6)
