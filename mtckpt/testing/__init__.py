@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from mtckpt.testing.faults import CrashPoint, Fault, FaultyTier, Injected
@@ -14,14 +15,14 @@ if TYPE_CHECKING:
 
 __all__ = ["CrashPoint", "Fault", "FaultyTier", "Injected", "TierSuite"]
 
+if "pytest" in sys.modules:
+    # Before its import: asserts of the suite then say what differed, as those of a test do.
+    sys.modules["pytest"].register_assert_rewrite("mtckpt.testing.tier_suite")
+
 
 def __getattr__(name: str) -> object:
     if name != "TierSuite":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import pytest
-
-    # Before the import: asserts of the suite then say what differed, as those of a test do.
-    pytest.register_assert_rewrite("mtckpt.testing.tier_suite")
     from mtckpt.testing.tier_suite import TierSuite
 
     return TierSuite
