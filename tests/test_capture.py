@@ -1,0 +1,92 @@
+"""The copy engine against plain copies and the digest library, for sizes around every edge."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
+
+from mtckpt._shard import CHUNK_BYTES
+from mtckpt.capture.base import Move, Span
+from mtckpt.capture.cpu import CpuEngine
+from mtckpt.capture.memory import anonymous, view_at
+
+EDGES = [0, 1, 7, 4095, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 5]
+
+
+def make(sizes: list[int]) -> tuple[list[ctypes.Array[ctypes.c_char]], list[int], list[Span], int]:
+    buffers, spans, start, chunk = [], [], 64, 0
+    for i, size in enumerate(sizes):
+        pattern = bytes((i + j) % 251 for j in range(min(size, 997)))
+        data = (pattern * (size // max(len(pattern), 1) + 1))[:size]
+        buffers.append(ctypes.create_string_buffer(data, max(size, 1)))
+        spans.append(Span(start, size, chunk))
+        start += size
+        chunk += -(-size // CHUNK_BYTES)
+    return buffers, [ctypes.addressof(b) for b in buffers], spans, chunk
+
+
+def digests_of(chunks: int) -> memoryview:
+    return memoryview(array.array("Q", [0] * max(chunks, 1)))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bytes_and_digests_are_those_of_the_source(threads: int) -> None:
+    sizes = [*EDGES, 20 * 2**20 + 3]
+    buffers, sources, spans, chunks = make(sizes)
+    target = anonymous(64 + sum(sizes))
+    digests = digests_of(chunks)
+    CpuEngine(threads).capture(sources, spans, target.address, digests)
+    for buffer, span in zip(buffers, spans, strict=True):
+        want = bytes(memoryview(buffer).cast("B")[: span.size_bytes])
+        assert bytes(target.view[span.start : span.start + span.size_bytes]) == want
+        for i in range(-(-span.size_bytes // CHUNK_BYTES)):
+            piece = want[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES]
+            assert digests[span.chunk + i] == xxh3_64_intdigest(piece)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from(EDGES), min_size=1, max_size=8), st.data())
+def test_one_flipped_bit_is_found_in_its_span_only(sizes: list[int], data: st.DataObject) -> None:
+    _, sources, spans, chunks = make(sizes)
+    target = anonymous(64 + sum(sizes))
+    digests = digests_of(chunks)
+    engine = CpuEngine(2)
+    engine.capture(sources, spans, target.address, digests)
+    assert engine.verify(target.address, spans, digests) == []
+    filled = [i for i, span in enumerate(spans) if span.size_bytes]
+    if filled:
+        which = data.draw(st.sampled_from(filled))
+        at = spans[which].start + data.draw(st.integers(0, spans[which].size_bytes - 1))
+        target.view[at] ^= 1 << data.draw(st.integers(0, 7))
+        assert engine.verify(target.address, spans, digests) == [which]
+
+
+def test_changed_values_at_the_same_addresses_are_captured_anew() -> None:
+    buffers, sources, spans, chunks = make([100, 5000])
+    target = anonymous(64 + 5100)
+    engine, digests = CpuEngine(1), digests_of(chunks)
+    engine.capture(sources, spans, target.address, digests)
+    before = list(digests)
+    buffers[1][17] = b"\xff"
+    engine.capture(sources, spans, target.address, digests)
+    assert digests[0] == before[0]
+    assert digests[1] != before[1]
+    assert target.view[spans[1].start + 17] == 0xFF
+
+
+def test_copies_go_where_they_should() -> None:
+    source, target = anonymous(2**20), anonymous(2**20)
+    source.view[:] = bytes(range(256)) * 4096
+    CpuEngine(2).copy(
+        [
+            Move(source.address, target.address + 10, 5),
+            Move(source.address, target.address + 2**19, 2**19),
+        ]
+    )
+    assert bytes(view_at(target.address + 10, 5)) == bytes(range(5))
+    assert target.view[2**19 :] == source.view[: 2**19]

@@ -1,0 +1,97 @@
+"""The handles: stages only grow, waits are bounded, errors arrive."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from mtckpt._handle import Restored, Save, size_text
+from mtckpt.errors import SaveFailed, StageNotPlanned, TierFull, WaitTimeout
+
+
+def make(**planned: str) -> Save:
+    return Save(7, "id", planned={"ram": "staged", **planned})
+
+
+def test_a_save_that_is_not_due_is_done_and_gives_no_stage() -> None:
+    save = Save(3)
+    assert not save.due
+    assert save.done()
+    with pytest.raises(StageNotPlanned, match="step 3"):
+        save.wait("staged", timeout_s=0.1)
+
+
+def test_a_stage_above_the_one_waited_for_will_do() -> None:
+    save = make(disk="local")
+    save._advance(("local",))
+    save.wait("staged", timeout_s=0)
+    save.wait("local", timeout_s=0)
+    assert save.done()
+
+
+def test_local_is_not_replicated_and_durable_is_both() -> None:
+    save = make(disk="local", store="durable")
+    save._advance(("local",))
+    with pytest.raises(WaitTimeout):
+        save.wait("durable", timeout_s=0.01)
+    save._advance(("durable",))
+    assert save.reached == {"local", "durable"}
+    save.wait("replicated", timeout_s=0)
+
+
+def test_waiting_for_what_no_tier_gives_says_so_at_once() -> None:
+    began_s = time.monotonic()
+    with pytest.raises(StageNotPlanned, match="local"):
+        make().wait("local", timeout_s=30)
+    assert time.monotonic() - began_s < 5
+
+
+def test_a_failure_is_raised_with_its_cause_and_never_takes_a_stage_back() -> None:
+    save = make(disk="local")
+    save._advance(("captured", "staged"))
+    cause = TierFull("no room", tier="disk", needed_bytes=10, free_bytes=1)
+    assert save._advance(failed={"disk": cause}) == [cause]
+    assert save._advance(failed={"disk": cause}) == []
+    save.wait("staged", timeout_s=0)
+    with pytest.raises(SaveFailed, match="no room") as raised:
+        save.wait("local", timeout_s=0)
+    assert raised.value.__cause__ is cause
+    assert raised.value.details["step"] == 7
+    assert save.exception() is cause
+    assert save.done()
+
+
+def test_called_off_and_superseded_saves_say_why() -> None:
+    skipped = make()
+    skipped._advance(skipped="no slot is free: step 5 is being flushed")
+    with pytest.raises(SaveFailed, match="being flushed"):
+        skipped.wait("staged", timeout_s=1)
+    older = make(disk="local")
+    older._advance(("staged",), superseded=["disk"])
+    assert older.done()
+    with pytest.raises(StageNotPlanned, match="superseded"):
+        older.wait("local", timeout_s=1)
+
+
+def test_a_waiter_is_woken() -> None:
+    save = make()
+    threading.Timer(0.05, lambda: save._advance(("staged",))).start()
+    save.wait("staged", timeout_s=10)
+
+
+def test_step_zero_was_restored_and_nothing_was_not() -> None:
+    assert Restored(0, {})
+    assert Restored(0, {}).next_step == 1
+    nothing = Restored(None, {})
+    assert not nothing
+    assert nothing.next_step == 0
+    assert "starting at step 0" in str(nothing)
+    text = str(Restored(4, {}, sources={"ram": 2**30}, skipped={"step 5": "damaged"}))
+    assert "ram (1.0 GiB)" in text
+    assert "step 5: damaged" in text
+
+
+def test_sizes_for_people() -> None:
+    assert [size_text(n) for n in (5, 2048, 3 * 2**40)] == ["5 B", "2.0 KiB", "3.0 TiB"]
