@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from mtckpt import _node, _probe, _reading, _state
-from mtckpt._handle import Step, stage_of_tier
 from mtckpt._manifest import ArrayEntry, Record, SaveEntry, SaveName, on_line
 from mtckpt._places import Location, Place, incarnation_line, open_places, unusable
+from mtckpt._steps import list_steps
 from mtckpt.errors import (
     Damaged,
     FormatError,
@@ -37,6 +37,7 @@ from mtckpt.errors import (
 if TYPE_CHECKING:
     import numpy as np
 
+    from mtckpt._handle import Step
     from mtckpt._inventory import Inventory
     from mtckpt._node import Node
     from mtckpt._reading import OpenShard
@@ -99,35 +100,10 @@ def steps(location: Location) -> list[Step]:
     try:
         if len(places) > 1:
             raise _several(location, places)
-        return list_steps(places[0].scan()) if places else []
+        return list_steps([places[0].scan()]) if places else []
     finally:
         for place in places:
             place.close()
-
-
-def list_steps(inventory: Inventory) -> list[Step]:
-    """The saves of one place as steps, in order."""
-    line = incarnation_line(inventory)
-    found = []
-    for name in sorted(inventory.saves, key=_order):
-        save = inventory.saves[name]
-        faults = unusable(save)
-        kind = inventory.tier.partition("-")[0]
-        records = save.records.values()
-        found.append(
-            Step(
-                step=name.step,
-                id=next((record.save_id for record in records), name.short_id),
-                tiers=(inventory.tier,),
-                stages=() if faults else (stage_of_tier(kind),),
-                size_bytes=save.size_bytes,
-                metrics=dict(save.metrics),
-                damaged=tuple(faults),
-                incarnation=name.incarnation,
-                abandoned=not on_line(name, line),
-            )
-        )
-    return found
 
 
 def _only_run(location: Location) -> Place:
@@ -397,9 +373,7 @@ def _bytes_of(shard: OpenShard, index: int) -> np.ndarray[Any, Any]:
     return raw
 
 
-def _joined(
-    parts: Iterable[tuple[OpenShard, int]], entry: ArrayEntry
-) -> np.ndarray[Any, Any]:
+def _joined(parts: Iterable[tuple[OpenShard, int]], entry: ArrayEntry) -> np.ndarray[Any, Any]:
     """The bytes of a global array, from the boxes of all ranks; equal boxes are read once."""
     import numpy as np
 
@@ -451,8 +425,7 @@ def _covers(
     position = [{mark: i for i, mark in enumerate(marks)} for marks in edges]
     for offsets, shape in full:
         cells = tuple(
-            slice(at[o], at[o + size])
-            for at, o, size in zip(position, offsets, shape, strict=True)
+            slice(at[o], at[o + size]) for at, o, size in zip(position, offsets, shape, strict=True)
         )
         covered[cells] = True
     return bool(covered.all())
@@ -504,4 +477,3 @@ def _build(node: Node, array: Any, plain: Sequence[Any], path: str) -> Any:
         return dict(built)
     values = [value for _, value in built]
     return tuple(values) if node.kind == _node.TUPLE else values
-

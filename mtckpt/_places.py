@@ -16,7 +16,7 @@ from mtckpt import _inventory, _manifest
 from mtckpt._inventory import Inventory
 from mtckpt._manifest import Incarnation, Record, SaveEntry, SaveName
 from mtckpt.errors import FormatError, TierReadOnly, UsageError
-from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives
+from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives, read_all
 from mtckpt.tiers.local import Lease, LocalTier
 
 __all__ = ["Location", "Place", "incarnation_line", "is_location", "open_places", "unusable"]
@@ -84,6 +84,10 @@ class View:
     def lease(self, key: str) -> Lease:
         """See ``LocalTier.lease``."""
         return self._tier.lease(self._inner(key))
+
+    def set_aside(self) -> list[str]:
+        """Paths of what was found damaged before and taken out of the way."""
+        return [str(item.path) for item in self._tier.quarantined()]
 
     def path_of(self, key: str) -> Path:
         """Where the object is."""
@@ -179,8 +183,6 @@ def _one_save(path: Path, label: str) -> Place:
 
 
 def _name_in_records(path: Path, tier: LocalTier) -> SaveName | None:
-    from mtckpt.tiers.base import read_all
-
     for info in tier.list():
         if _manifest.parse_record_file(info.key) is None:
             continue

@@ -136,7 +136,9 @@ def _read_layout(place: Place, key: str, lease: Lease, record: Record) -> ShardL
 
 
 def _read_table(place: Place, key: str, layout: ShardLayout, record: Record) -> Table:
-    data = read_all(place.tier, key, max_bytes=min(MAX_TABLE_BYTES, layout.table_bytes + CHUNK_BYTES))
+    data = read_all(
+        place.tier, key, max_bytes=min(MAX_TABLE_BYTES, layout.table_bytes + CHUNK_BYTES)
+    )
     with _located(place.label, key):
         table = Table.parse(data, layout)
         if table.generation != _manifest.generation_of(record.save_id):
