@@ -1,7 +1,8 @@
 """Shows what takes over a second: a bar on a terminal or notebook, a log line per 10 s elsewhere.
 
 Knows one operation at a time: its name, its bytes, how far it is. Shows nothing for what is quick,
-nothing on other ranks than the first of a node, and never writes to standard output.
+nothing on other ranks than the first of a node, and never writes to standard output: it may be a
+pipe that somebody reads. A display that fails is given up; the operation goes on.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ __all__ = ["Progress", "progress"]
 
 logger = logging.getLogger("mtckpt")
 
-_QUIET_S = 1.0
-_LOG_EVERY_S = 10.0
+QUIET_S = 1.0
+LOG_EVERY_S = 10.0
 _TICK_S = 0.1
+_JOIN_S = 1.0
+_MAX_BAR_COLUMNS = 30
 
 
 class Progress:
@@ -43,7 +46,10 @@ class Progress:
         self._note = note or self._note
 
     def __enter__(self) -> Progress:
+        self._started_s = time.monotonic()
         if os.environ.get("LOCAL_RANK", "0") == "0":
+            # A timer thread does nothing at all for the first second: quick operations pay for
+            # starting it and for nothing else.
             self._thread = threading.Thread(target=self._show, name="mtckpt-progress", daemon=True)
             self._thread.start()
         return self
@@ -51,41 +57,83 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         if self._thread is not None:
-            self._thread.join(1.0)
+            # Bounded: a terminal that was stopped (^S) holds the display, never the operation.
+            self._thread.join(_JOIN_S)
+
+    @property
+    def fraction(self) -> float | None:
+        """How much is done, 0 to 1; None where the total is not known."""
+        return min(1.0, self._done_bytes / self.total_bytes) if self.total_bytes else None
 
     def line(self) -> str:
         """Where it stands, in words: done, total, rate and time left where they are known."""
         elapsed_s = max(time.monotonic() - self._started_s, 1e-9)
-        title = f"{self.what} {self.run}" + (f" step {self.step}" if self.step is not None else "")
         parts = [f"{elapsed_s:.0f} s"]
-        if self._done_bytes:
-            rate = self._done_bytes / elapsed_s
+        done_bytes = self._done_bytes
+        if done_bytes:
+            rate = done_bytes / elapsed_s
             total = f" of {size_text(self.total_bytes)}" if self.total_bytes else ""
-            parts.append(f"{size_text(self._done_bytes)}{total} at {size_text(rate)}/s")
-            if self.total_bytes > self._done_bytes:
-                parts.append(f"{(self.total_bytes - self._done_bytes) / rate:.0f} s left")
+            parts.append(f"{size_text(done_bytes)}{total} at {size_text(rate)}/s")
+            if self.total_bytes > done_bytes:
+                parts.append(f"{(self.total_bytes - done_bytes) / rate:.0f} s left")
         if self._note:
             parts.append(self._note)
-        return f"{title}: {', '.join(parts)}"
+        return f"{self._title()}: {', '.join(parts)}"
+
+    def _title(self) -> str:
+        step = f"step {self.step}" if self.step is not None else ""
+        return " ".join(word for word in (self.what, self.run, step) if word)
+
+    # -- the display's own thread ----------------------------------------------------------------
 
     def _show(self) -> None:
-        if self._ended.wait(_QUIET_S):
+        if self._ended.wait(QUIET_S):
             return
-        if _is_interactive() and self._show_bar():
-            return
-        while not self._ended.wait(_LOG_EVERY_S):
+        try:
+            if _in_notebook() or _is_terminal():
+                self._show_bar()
+        except Exception:
+            # A terminal that went away, a broken rich: the loop below still says how it goes.
+            logger.debug("the progress bar failed", exc_info=True)
+        while not self._ended.wait(LOG_EVERY_S):
             logger.info("%s", self.line())
 
-    def _show_bar(self) -> bool:
+    def _show_bar(self) -> None:
         try:
             from rich.console import Console
-            from rich.status import Status
+            from rich.live import Live
+            from rich.progress_bar import ProgressBar
+            from rich.table import Table
         except ImportError:
-            return False
-        with Status(self.line(), console=Console(stderr=True)) as status:
+            self._show_plain_bar()
+            return
+
+        def render() -> Any:
+            table = Table.grid(padding=(0, 1))
+            fraction = self.fraction
+            bar = ProgressBar(1.0, fraction or 0.0, width=_MAX_BAR_COLUMNS, pulse=fraction is None)
+            table.add_row(bar, self.line())
+            return table
+
+        # transient: the bar goes when the operation is over, and the log says how it ended.
+        with Live(
+            render(), console=Console(stderr=True), transient=True, auto_refresh=False
+        ) as live:
             while not self._ended.wait(_TICK_S):
-                status.update(self.line())
-        return True
+                live.update(render(), refresh=True)
+
+    def _show_plain_bar(self) -> None:
+        """Without rich: one line that is written over, on standard error."""
+        columns = 0
+        while not self._ended.wait(_TICK_S):
+            filled = round((self.fraction or 0.0) * _MAX_BAR_COLUMNS)
+            bar = f"[{'#' * filled}{'.' * (_MAX_BAR_COLUMNS - filled)}] " if self.fraction else ""
+            text = (bar + self.line())[: _terminal_columns() - 1]
+            sys.stderr.write("\r" + text.ljust(columns))
+            sys.stderr.flush()
+            columns = len(text)
+        sys.stderr.write("\r" + " " * columns + "\r")
+        sys.stderr.flush()
 
 
 def progress(
@@ -95,6 +143,19 @@ def progress(
     return Progress(what, total_bytes=total_bytes, run=run, step=step)
 
 
-def _is_interactive() -> bool:
-    kernel: Any = sys.modules.get("ipykernel")
-    return kernel is not None or (sys.stderr is not None and sys.stderr.isatty())
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def _terminal_columns() -> int:
+    try:
+        return max(20, os.get_terminal_size(sys.stderr.fileno()).columns)
+    except (OSError, ValueError):
+        return 80
