@@ -170,12 +170,12 @@ class Checkpointer:
                 state="nothing was written",
                 actions=("save each step once; restart or restore to save it again",),
             )
-        try:
-            every = self._schedule.tiers[0].every_steps if self._schedule.auto else 0
-            return self._saver.save(step, state, metrics or {}, labels, every or 0)
-        finally:
-            self._schedule.done(step, labels, time.monotonic())
-            self._adjust(step, time.perf_counter() - started_s)
+        every = self._schedule.tiers[0].every_steps if self._schedule.auto else 0
+        save = self._saver.save(step, state, metrics or {}, labels, every or 0)
+        # A save that raised was not started: the tiers are still due.
+        self._schedule.done(step, labels, time.monotonic())
+        self._adjust(step, time.perf_counter() - started_s)
+        return save
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics of a saved step that became known later (an evaluation)."""

@@ -1,0 +1,286 @@
+"""The public object end to end: real slots, a real agent, real files, in this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mtckpt
+from mtckpt.errors import (
+    CaptureFailed,
+    ForkedProcess,
+    GroupMissing,
+    NoHealthyStep,
+    StageNotPlanned,
+    StateMismatch,
+    StepExists,
+    StepNotFound,
+    UnsupportedState,
+    UsageError,
+)
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
+
+
+def open_run(tmp_path: Path, run: str = "r", **settings: Any) -> mtckpt.Checkpointer:
+    tiers = settings.pop("tiers", None) or [
+        mtckpt.Ram(every=1),
+        mtckpt.Disk(tmp_path / "disk", every=1),
+    ]
+    return mtckpt.Checkpointer(run, tiers, timeout_s=20, max_stall_s=10, **settings)
+
+
+def make_state(fill: float = 0.0) -> dict[str, Any]:
+    return {"w": np.full((300, 7), fill, np.float32), "n": np.zeros((), np.int64), "note": "x"}
+
+
+def test_nothing_is_there_then_a_step_comes_back(tmp_path: Path) -> None:
+    with open_run(tmp_path) as checkpointer:
+        state = make_state(3.0)
+        first = checkpointer.restore(state)
+        assert not first
+        assert first.next_step == 0
+        state["note"] = "later"
+        save = checkpointer.save(0, state, tiers="all")
+        save.wait("local", timeout_s=20)
+        assert {"captured", "staged", "local"} <= save.reached
+    with open_run(tmp_path) as checkpointer:
+        state = make_state()
+        restored = checkpointer.restore(state)
+        assert restored
+        assert restored.step == 0
+        assert restored.next_step == 1
+        assert list(restored.sources) == ["disk"]  # close() freed the memory
+        assert (state["w"] == 3.0).all()
+        assert state["note"] == "later"
+
+
+def test_nothing_due_touches_nothing(tmp_path: Path) -> None:
+    def explode() -> object:
+        raise AssertionError("state was asked for")
+
+    with open_run(tmp_path, tiers=[mtckpt.Ram(every=10)]) as checkpointer:
+        assert not checkpointer.due(9)
+        save = checkpointer.save(9, explode)
+        assert not save.due
+        assert save.done()
+        began_s = time.perf_counter()
+        for _ in range(1000):
+            checkpointer.save(9, explode)
+        assert time.perf_counter() - began_s < 5
+        with pytest.raises(CaptureFailed, match="state was asked for"):
+            checkpointer.save(10, explode)
+        assert checkpointer.save(20, make_state).due
+
+
+def test_values_are_those_at_the_call(tmp_path: Path) -> None:
+    with open_run(tmp_path) as checkpointer:
+        state = {"t": torch.full((1000, 300), 1.0)}
+        checkpointer.save(1, state)
+        state["t"].fill_(2.0)
+        checkpointer.save(2, state)
+        state["t"].fill_(3.0)
+        restored = checkpointer.restore(state, step=1)
+        assert restored.step == 1
+        assert bool((state["t"] == 1.0).all())
+
+
+def test_same_step_twice_is_refused_before_capture(tmp_path: Path) -> None:
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state())
+        with pytest.raises(StepExists, match="step 1"):
+            checkpointer.save(1, make_state(), tiers="all")
+
+
+def test_bad_calls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_run(tmp_path) as checkpointer:
+        for step in (-1, 1.0, True, "1"):
+            with pytest.raises(UsageError):
+                checkpointer.save(step, make_state())  # type: ignore[arg-type]
+        with pytest.raises(UnsupportedState) as raised:
+            checkpointer.save(1, {"a": {"b": object()}})
+        assert raised.value.details["path"] == "a/b"
+        checkpointer.save(1, make_state()).wait("staged", timeout_s=20)
+        with pytest.raises(StepNotFound):
+            checkpointer.restore(make_state(), step=99)
+    with pytest.raises(UsageError, match="closed"):
+        checkpointer.save(2, make_state())
+    with pytest.raises(UsageError, match="keep=1"):
+        open_run(tmp_path, tiers=[mtckpt.Disk(tmp_path, keep=1)])
+    with pytest.raises(UsageError):
+        open_run(tmp_path, run="")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(GroupMissing, match="2 ranks"):
+        open_run(tmp_path)
+
+
+def test_a_template_that_differs_changes_nothing(tmp_path: Path) -> None:
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(5.0)).wait("staged", timeout_s=20)
+        other = {"w": np.zeros((7, 300), np.float32), "extra": np.zeros(2)}
+        with pytest.raises(StateMismatch) as raised:
+            checkpointer.restore(other)
+        assert "extra" in raised.value.details["missing"]
+        assert not other["w"].any()
+        only = {"n": np.ones((), np.int64)}  # top-level keys that are not asked for are not read
+        assert checkpointer.restore(only)
+        renamed = {"v": np.zeros((300, 7), np.float32)}
+        assert checkpointer.restore(renamed, rename=lambda path: "v" if path == "w" else None)
+        assert (renamed["v"] == 5.0).all()
+
+
+def test_roll_back_starts_a_branch(tmp_path: Path) -> None:
+    with open_run(tmp_path) as checkpointer:
+        for step in (10, 20, 30):
+            checkpointer.save(step, make_state(step)).wait("local", timeout_s=20)
+    with open_run(tmp_path) as checkpointer:
+        state = make_state()
+        assert checkpointer.restore(state, step=10).step == 10
+        checkpointer.save(11, make_state(11)).wait("local", timeout_s=20)
+    with open_run(tmp_path) as checkpointer:
+        assert checkpointer.restore(state).step == 11
+        assert (state["w"] == 11).all()
+        checkpointer.save(30, make_state(31)).wait("local", timeout_s=20)
+        assert checkpointer.restore(state).step == 30
+        assert (state["w"] == 31).all()
+
+
+def test_best_by_metrics_given_at_once_and_later(tmp_path: Path) -> None:
+    keep = [mtckpt.KeepLast(3), mtckpt.KeepBest(1, "loss")]
+    tiers = [mtckpt.Ram(every=1), mtckpt.Disk(tmp_path / "disk", keep=keep)]
+    with open_run(tmp_path, tiers=tiers) as checkpointer:
+        checkpointer.save(1, make_state(1), metrics={"loss": 3.0}).wait("local", timeout_s=20)
+        checkpointer.save(2, make_state(2)).wait("local", timeout_s=20)
+        checkpointer.report(2, {"loss": 1.0})
+        checkpointer.save(3, make_state(3), metrics={"loss": 2.0}).wait("local", timeout_s=20)
+    with open_run(tmp_path, tiers=tiers) as checkpointer:
+        state = make_state()
+        assert checkpointer.restore(state, step="best").step == 2
+        assert (state["w"] == 2).all()
+
+
+def test_another_run_is_a_warm_start(tmp_path: Path) -> None:
+    with open_run(tmp_path, "base") as checkpointer:
+        checkpointer.save(5, make_state(8)).wait("local", timeout_s=20)
+    for source in ("base", str(tmp_path / "disk" / "base")):
+        with open_run(tmp_path, f"tuned-{len(source)}") as checkpointer:
+            state = make_state()
+            assert not checkpointer.restore(state)
+            assert checkpointer.restore(state, source=source)
+            assert (state["w"] == 8).all()
+
+
+def test_a_damaged_disk_copy_falls_back_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_run(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, make_state(step)).wait("local", timeout_s=20)
+    shards = sorted((tmp_path / "disk" / "r").glob("step-*/rank-00000.safetensors"))
+    with shards[-1].open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    with caplog.at_level(logging.WARNING), open_run(tmp_path) as checkpointer:
+        state = make_state()
+        restored = checkpointer.restore(state)
+        assert restored.step == 1
+        assert (state["w"] == 1).all()
+        assert "step 2" in restored.skipped
+    assert "damaged" in caplog.text
+
+
+def test_every_step_damaged_is_no_fresh_start(tmp_path: Path) -> None:
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1)).wait("local", timeout_s=20)
+    (record,) = (tmp_path / "disk" / "r").glob("step-*/rank-00000.json")
+    record.write_bytes(record.read_bytes().replace(b'"step":1', b'"step":2'))
+    with open_run(tmp_path) as checkpointer, pytest.raises(NoHealthyStep, match="step 1"):
+        checkpointer.restore(make_state())
+
+
+def test_a_model_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def build() -> tuple[torch.nn.Module, torch.optim.Optimizer, dict[str, Any]]:
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(8, 16),
+            torch.nn.BatchNorm1d(16),
+            torch.nn.Dropout(),
+            torch.nn.Linear(16, 1),
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+        state = {"model": model, "opt": optimizer, "lr": schedule, "rng": mtckpt.rng()}
+        return model, optimizer, state
+
+    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Any) -> None:
+        loss = model(torch.randn(4, 8)).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        state["lr"].step()
+
+    model, optimizer, state = build()
+    for _ in range(10):
+        train(model, optimizer, state)
+    want = [p.clone() for p in model.parameters()]
+    model, optimizer, state = build()
+    with open_run(tmp_path) as checkpointer:
+        for step in range(5):
+            train(model, optimizer, state)
+            checkpointer.save(step, state)
+    model, optimizer, state = build()
+    with open_run(tmp_path) as checkpointer:
+        restored = checkpointer.restore(state)
+        assert restored.next_step == 5
+        for _ in range(restored.next_step, 10):
+            train(model, optimizer, state)
+    assert all(map(torch.equal, want, model.parameters()))
+
+
+def test_a_fork_is_told(tmp_path: Path) -> None:
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state())
+        read_fd, write_fd = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                checkpointer.save(2, make_state())
+            except ForkedProcess:
+                os.write(write_fd, b"told")
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert os.read(read_fd, 10) == b"told"
+        os.close(read_fd)
+        os.close(write_fd)
+
+
+def test_opened_again_fences_the_older_one(tmp_path: Path) -> None:
+    older = open_run(tmp_path)
+    older.save(1, make_state(1)).wait("staged", timeout_s=20)
+    with open_run(tmp_path) as newer:
+        state = make_state()
+        assert newer.restore(state).step == 1
+        newer.save(2, state)
+    with pytest.raises(Exception, match="opened again|closed"):
+        older.save(3, state)
+
+
+def test_status_and_steps_tell_the_same(tmp_path: Path) -> None:
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state()).wait("local", timeout_s=20)
+        (step,) = checkpointer.steps()
+        assert step.tiers == ("ram", "disk")
+        assert set(step.stages) == {"staged", "local"}
+        status = checkpointer.status()
+        assert status.counters["saves"] == 1
+        assert {tier["label"] for tier in status.tiers} == {"ram", "disk"}
+        with pytest.raises(StageNotPlanned):
+            checkpointer.save(2, make_state()).wait("durable", timeout_s=1)
