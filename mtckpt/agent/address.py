@@ -8,6 +8,7 @@ the same user, nor against root.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -30,7 +31,7 @@ LOCK_NAME = "agent.lock"
 # sun_path has 108 bytes, the last of them NUL.
 MAX_SOCKET_PATH_BYTES = 107
 BACKLOG = 128
-_LOCK_POLL_S = 0.005
+_POLL_S = 0.005
 _PEER = struct.Struct("=iII")
 
 
@@ -139,10 +140,13 @@ def connect(path: str, timeout_s: float) -> socket.socket:
     try:
         connection.settimeout(max(timeout_s, 0.001))
         with _named(path) as name:
-            try:
-                connection.connect(name)
-            except BlockingIOError as error:  # a full backlog: it is there, and does not accept
-                raise TimeoutError(f"{path} does not accept connections") from error
+            deadline_s = time.monotonic() + timeout_s
+            while (code := connection.connect_ex(name)) != 0:
+                if code != errno.EAGAIN:
+                    raise OSError(code, os.strerror(code), path)
+                if time.monotonic() >= deadline_s:  # it is there, and its backlog stays full
+                    raise TimeoutError(f"{path} does not accept connections")
+                time.sleep(_POLL_S)
     except BaseException:
         connection.close()
         raise
@@ -205,7 +209,7 @@ def locked(address: Address, timeout_s: float) -> Iterator[None]:
                         socket=address.socket_path,
                         timeout_s=timeout_s,
                     ) from error
-                time.sleep(_LOCK_POLL_S)
+                time.sleep(_POLL_S)
         yield
     finally:
         os.close(fd)

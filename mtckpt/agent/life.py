@@ -72,7 +72,7 @@ def run_own(fd: int, directory: str) -> int:
     _log_to(where)
     listener = socket.socket(fileno=fd)
     listener.set_inheritable(False)
-    return _run(listener, where, service=False, owns_socket=True)
+    return _run(Life(listener, where, service=False, owns_socket=True, stays=False))
 
 
 def run_service(directory: str | None = None, group: str | None = None) -> int:
@@ -83,6 +83,7 @@ def run_service(directory: str | None = None, group: str | None = None) -> int:
     if directory is None:
         directory = os.environ.get("MTCKPT_RUNTIME_DIR") or address.SERVICE_DIRECTORY
     where = Address(os.path.abspath(directory), service=True)
+    service = group is not None
     os.umask(0o007 if group else 0o077)
     if group:
         _join_group(where, group)
@@ -90,7 +91,7 @@ def run_service(directory: str | None = None, group: str | None = None) -> int:
         address.make_directory(where.directory)
     inherited = _systemd_socket()
     if inherited is not None:
-        return _run(inherited, where, service=group is not None, owns_socket=False)
+        return _run(Life(inherited, where, service=service, owns_socket=False, stays=True))
     with address.locked(where, DRAIN_S):
         if address.answers(where.socket_path, 1.0):
             raise AgentUnavailable(
@@ -100,7 +101,7 @@ def run_service(directory: str | None = None, group: str | None = None) -> int:
                 socket=where.socket_path,
             )
         listener = address.bind(where.socket_path, 0o660 if group else 0o600)
-    return _run(listener, where, service=group is not None, owns_socket=True)
+    return _run(Life(listener, where, service=service, owns_socket=True, stays=True))
 
 
 def _join_group(where: Address, group: str) -> None:
@@ -140,8 +141,7 @@ def _log_to(where: Address) -> None:
     sys.stdout = sys.stderr
 
 
-def _run(listener: socket.socket, where: Address, *, service: bool, owns_socket: bool) -> int:
-    life = Life(listener, where, service=service, owns_socket=owns_socket)
+def _run(life: Life) -> int:
     try:
         asyncio.run(life.run())
     except Exception:
@@ -155,12 +155,19 @@ class Life:
     """One agent from its first request to its last."""
 
     def __init__(
-        self, listener: socket.socket, where: Address, *, service: bool, owns_socket: bool
+        self,
+        listener: socket.socket,
+        where: Address,
+        *,
+        service: bool,
+        owns_socket: bool,
+        stays: bool,
     ) -> None:
         self._listener = listener
         self._where = where
         self._service = service
         self._owns_socket = owns_socket
+        self._stays = stays
         self._limits = Limits.from_environment()
 
     async def run(self) -> None:
@@ -174,7 +181,8 @@ class Life:
         from mtckpt.agent.tools import Tools
         from mtckpt.agent.verbs import Verbs
 
-        tools = Tools(Pool(), self._limits, _events.events)
+        pool = Pool(log_path=None if self._stays else self._where.log_path)
+        tools = Tools(pool, self._limits, _events.events)
         registry = Registry(tools, self._where.directory, service=self._service)
         server = AgentServer(registry, Verbs(registry))
         loop = asyncio.get_running_loop()
@@ -203,7 +211,7 @@ class Life:
                 await asyncio.wait_for(server.stopped.wait(), pause_s)
             await registry.housekeeping()
             server.close_idle()
-            if self._service or not registry.is_idle() or server.in_flight:
+            if self._stays or not registry.is_idle() or server.in_flight:
                 continue
             if time.monotonic() - server.asked_s > idle_s and self._hide(lock):
                 return

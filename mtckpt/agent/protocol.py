@@ -282,6 +282,8 @@ class AgentStatus(msgspec.Struct, frozen=True):
 
 
 _T = TypeVar("_T")
+# Attributes of an error itself, which no detail may replace.
+_OWN_NAMES = {*dir(errors.CheckpointError("")), "actions", "state", "what"}
 _ERRORS = {name: getattr(errors, name) for name in errors.__all__}
 
 
@@ -314,9 +316,11 @@ def error_to_wire(error: BaseException) -> WireError:
 def error_from_wire(wire: WireError) -> errors.CheckpointError:
     """The typed error. A name that this version does not know is a plain CheckpointError."""
     cls = _ERRORS.get(wire.error, errors.CheckpointError)
-    details = {name: value for name, value in wire.details.items() if name.isidentifier()}
-    for reserved in ("what", "state", "actions"):
-        details.pop(reserved, None)
+    details = {
+        name: value
+        for name, value in wire.details.items()
+        if name.isidentifier() and name not in _OWN_NAMES
+    }
     return cls(wire.what, state=wire.state, actions=wire.actions, **details)  # type: ignore[no-any-return]
 
 

@@ -83,7 +83,8 @@ class _Gate(asyncio.Protocol):
         handler = self._make_handler()
         transport.set_protocol(handler)
         handler.connection_made(transport)
-        self._server.idle_since[handler] = time.monotonic()
+        # Whoever connects only to see that we are there is going to ask for something.
+        self._server.idle_since[handler] = self._server.asked_s = time.monotonic()
 
 
 class AgentServer:

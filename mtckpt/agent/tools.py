@@ -33,6 +33,7 @@ class DataProcesses(Protocol):
     async def call(
         self,
         command: work.Command,
+        *,
         timeout_s: float,
         on_progress: OnProgress | None = None,
     ) -> work.Result:
@@ -60,7 +61,9 @@ class Tools:
         on_progress: OnProgress | None = None,
     ) -> _T:
         """Have a data process do it, within a time that fits its size."""
-        result = await self.pool.call(command, self.limits.deadline_s(size_bytes), on_progress)
+        result = await self.pool.call(
+            command, timeout_s=self.limits.deadline_s(size_bytes), on_progress=on_progress
+        )
         if not isinstance(result, reply_type):
             raise CheckpointError(
                 f"a data process answered {type(command).__name__} with {type(result).__name__}"

@@ -230,7 +230,8 @@ class Verbs:
         """Write a small file to tiers; what does not answer is owed it. Label -> reason."""
 
         async def put(tier: TierState) -> None:
-            await self._tools.pool.call(work.PutSmall(tier.ref, key, data), SMALL_TIMEOUT_S)
+            command = work.PutSmall(tier.ref, key, data)
+            await self._tools.pool.call(command, timeout_s=SMALL_TIMEOUT_S)
 
         results = await asyncio.gather(*(put(tier) for tier in tiers), return_exceptions=True)
         owed = {}
