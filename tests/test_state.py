@@ -1,0 +1,375 @@
+"""Trees of state: what flatten takes apart, refill follows or refuses, and JSON carries."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from state_harness import restore, save
+
+from mtckpt import _state
+from mtckpt._state import (
+    decode_plain,
+    encode_plain,
+    flatten,
+    node_from_json,
+    node_to_json,
+    refill,
+    register_codec,
+)
+from mtckpt.adapters import active_adapters
+from mtckpt.errors import FormatError, UnsupportedState
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value of a user's."""
+
+    x: Any
+    y: Any
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A value that nobody described."""
+
+
+class Colour(enum.IntEnum):
+    """Comes back as its number."""
+
+    RED = 1
+
+
+@pytest.fixture(autouse=True)
+def _own_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_state, "_codecs", {})
+    monkeypatch.setattr(_state, "_codec_names", {})
+
+
+class Counter:
+    """An object with state."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> Any:
+        return self.value
+
+    def load_state_dict(self, state: Any) -> None:
+        self.value = state
+
+
+# -- what comes back ----------------------------------------------------------------------------
+
+plain_values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(st.characters(exclude_categories=["Cs"])),
+    st.binary(),
+)
+keys = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+    st.integers(-3, 3),
+)
+arrays = st.sampled_from(
+    [torch.ones(2), torch.ones(2, 2).t(), torch.zeros(0), np.ones(3), np.float32(2)]
+)
+
+
+def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(keys, inner, max_size=3),
+        st.builds(Counter, inner),
+    )
+
+
+plain_trees = st.recursive(plain_values, containers, max_leaves=8)
+trees = st.recursive(st.one_of(plain_values, arrays), containers, max_leaves=8)
+
+
+def alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Counter):
+        return alike(one.value, other.value if isinstance(other, Counter) else other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(alike(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, float):
+        return one == other or (math.isnan(one) and math.isnan(other))
+    if isinstance(one, (np.ndarray, torch.Tensor)):
+        return one.shape == other.shape and bool((one == other).all())
+    return bool(one == other)
+
+
+def unique_paths(tree: Any) -> bool:
+    try:
+        flatten(tree, active_adapters())
+    except UnsupportedState as error:
+        assert "have the same path" in str(error) or "__metadata__" in str(error)
+        return False
+    return True
+
+
+@given(tree=trees.filter(unique_paths))
+def test_every_tree_comes_back_where_the_template_is_open(tree: Any) -> None:
+    assert alike(tree, restore(save({"a": tree}), {"a": None})["a"])
+
+
+@given(value=plain_values)
+def test_plain_values_survive_json(value: Any) -> None:
+    assert alike(value, decode_plain(json.loads(json.dumps(encode_plain(value), allow_nan=False))))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({}, {"bytes": 3}, {"bytes": "?"}, {"float": "1.0"}, {"int": "x"}, {"int": "9" * 5000}),
+        *([], [1], {"bytes": "", "int": ""}, {"other": "x"}),
+    ],
+)
+def test_what_encode_plain_would_not_write_is_refused(value: Any) -> None:
+    with pytest.raises(FormatError):
+        decode_plain(value)
+
+
+@given(tree=trees.filter(unique_paths))
+def test_structures_survive_json(tree: Any) -> None:
+    flat = flatten(tree, active_adapters())
+    text = json.dumps(node_to_json(flat.root))
+    again = node_from_json(json.loads(text), len(flat.arrays), len(flat.plain))
+    assert json.dumps(node_to_json(again)) == text
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        *(None, 3, [], {}, {"array": 1}, {"array": -1}, {"array": True}, {"plain": 0.0}),
+        *({"array": 0, "plain": 0}, {"dict": {}}, {"dict": [["a"]]}, {"dict": [[[], {"array": 0}]]}),
+        *({"list": 3}, {"object": []}, {"codec": ["x"]}, {"codec": [3, {"array": 0}]}),
+        *({"dropped": []}, {"__import__": ["os"]}),
+    ],
+)
+def test_structures_that_were_never_written_are_refused(structure: Any) -> None:
+    with pytest.raises(FormatError):
+        node_from_json(structure, 1, 1)
+
+
+def test_a_structure_cannot_be_too_deep() -> None:
+    structure: Any = {"array": 0}
+    for _ in range(500):
+        structure = {"list": [structure]}
+    with pytest.raises(FormatError):
+        node_from_json(structure, 1, 0)
+
+
+# -- refill -------------------------------------------------------------------------------------
+
+
+def refilled(root: Any, tree: Any) -> tuple[bool, list[Any], list[Any]]:
+    found: list[Any] = []
+    plain: list[Any] = []
+    return refill(root, tree, active_adapters(), found, plain), found, plain
+
+
+def described(tree: Any) -> tuple[str, list[str], list[type]]:
+    flat = flatten(tree, active_adapters())
+    return json.dumps(node_to_json(flat.root)), flat.paths, [type(a) for a in flat.arrays]
+
+
+@given(tree=trees.filter(unique_paths))
+def test_refill_finds_what_flatten_finds(tree: Any) -> None:
+    flat = flatten(tree, active_adapters())
+    fits, found, plain = refilled(flat.root, tree)
+    assert fits
+    assert [id(a) for a in found] == [id(a) for a in flat.arrays]
+    assert all(map(alike, plain, flat.plain))
+
+
+@given(first=trees.filter(unique_paths), second=trees.filter(unique_paths))
+def test_refill_never_takes_another_structure(first: Any, second: Any) -> None:
+    flat = flatten(first, active_adapters())
+    fits, found, plain = refilled(flat.root, second)
+    if fits:
+        assert described(first) == described(second)
+        again = flatten(second, active_adapters())
+        assert [id(a) for a in found] == [id(a) for a in again.arrays]
+        assert all(map(alike, plain, again.plain))
+
+
+STATE = {"a": torch.ones(2), "b": {"c": [torch.ones(1), 3]}, "t": (1, "x"), "o": Counter({1: 2})}
+
+
+@pytest.mark.parametrize(
+    ("why", "change"),
+    [
+        ("key order", lambda s: {"b": s["b"], "a": s["a"], "t": s["t"], "o": s["o"]}),
+        ("added leaf", lambda s: {**s, "new": torch.ones(1)}),
+        ("removed leaf", lambda s: {"a": s["a"], "b": s["b"], "t": s["t"]}),
+        ("longer list", lambda s: {**s, "b": {"c": [torch.ones(1), 3, 4]}}),
+        ("array for plain", lambda s: {**s, "b": {"c": [torch.ones(1), torch.ones(1)]}}),
+        ("plain for array", lambda s: {**s, "a": 3}),
+        ("parameter for tensor", lambda s: {**s, "a": torch.nn.Parameter(torch.ones(2))}),
+        ("numpy for torch", lambda s: {**s, "a": np.ones(2)}),
+        ("list for tuple", lambda s: {**s, "t": [1, "x"]}),
+        ("another dict", lambda s: {**s, "b": OrderedDict(s["b"])}),
+        ("another object", lambda s: {**s, "o": {1: 2}}),
+        ("other state inside", lambda s: {**s, "o": Counter({1: 2, 3: 4})}),
+        ("equal key, other type", lambda s: {**s, "o": Counter({True: 2})}),
+        ("unsavable text", lambda s: {**s, "t": (1, "\ud800")}),
+    ],
+)
+def test_refill_refuses(why: str, change: Any) -> None:
+    flat = flatten(STATE, active_adapters())
+    assert refilled(flat.root, dict(STATE))[0]
+    assert not refilled(flat.root, change(STATE))[0], why
+
+
+def test_refill_takes_other_plain_values() -> None:
+    flat = flatten(STATE, active_adapters())
+    fits, _, plain = refilled(flat.root, {**STATE, "t": (None, 2.5)})
+    assert fits
+    assert plain == [3, None, 2.5, 2]
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, 1j, Unknown(), lambda: 0, range(3), bytearray(b"x"), int]
+)
+def test_unknown_values_are_named_with_what_to_do(value: Any) -> None:
+    with pytest.raises(UnsupportedState) as caught:
+        flatten({"a": [0, {"b/c": value}]}, active_adapters())
+    assert caught.value.details["path"] == "a/1/b%2Fc"
+    assert caught.value.details["type_name"] == type(value).__qualname__
+    assert "register_codec" in str(caught.value)
+
+
+def test_arrays_of_jax_are_refused_for_now() -> None:
+    jax = pytest.importorskip("jax")
+    with pytest.raises(UnsupportedState) as caught:
+        flatten({"a": {"b": jax.numpy.ones(2)}}, active_adapters())
+    assert caught.value.details["path"] == "a/b"
+    assert "numpy.asarray" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [(1, 2), b"x", 1j, Colour.RED])
+def test_keys_must_be_plain(key: Any) -> None:
+    with pytest.raises(UnsupportedState, match="a dict key must be"):
+        flatten({"a": {key: 1}}, active_adapters())
+
+
+def test_a_container_that_holds_itself() -> None:
+    state: dict[str, Any] = {}
+    state["again"] = state
+    with pytest.raises(UnsupportedState, match="holds itself"):
+        flatten(state, active_adapters())
+
+
+def test_two_leaves_with_one_path() -> None:
+    with pytest.raises(UnsupportedState, match="2 leaves have the same path") as caught:
+        flatten({"a": {1: torch.ones(1), "1": torch.ones(1)}}, active_adapters())
+    assert caught.value.details["path"] == "a/1"
+
+
+@pytest.mark.parametrize("state", [{"\ud800": torch.ones(1)}, {"a": "\udfff"}])
+def test_text_that_no_file_can_hold(state: Any) -> None:
+    with pytest.raises(UnsupportedState, match="lone surrogate") as caught:
+        flatten(state, active_adapters())
+    str(caught.value).encode()
+
+
+def test_the_name_that_safetensors_keeps_for_itself() -> None:
+    with pytest.raises(UnsupportedState, match="__metadata__"):
+        flatten({"__metadata__": torch.ones(1)}, active_adapters())
+    flatten({"a": {"__metadata__": torch.ones(1)}}, active_adapters())
+
+
+def test_components_of_paths_are_escaped() -> None:
+    flat = flatten({"a/b": {"c@d": torch.ones(1)}, "%2F": torch.ones(1)}, active_adapters())
+    assert flat.paths == ["a%2Fb/c%40d", "%252F"]
+
+
+def test_named_tuples_and_numbers_with_names() -> None:
+    saved = save({"p": Pair(torch.ones(1), 2), "c": Colour.RED})
+    live = {"p": Pair(torch.zeros(1), 0), "c": Colour.RED}
+    restore(saved, live)
+    assert isinstance(live["p"], Pair)
+    assert (live["p"].left.item(), live["p"].right, live["c"]) == (1, 2, 1)
+
+
+# -- codecs -------------------------------------------------------------------------------------
+
+
+def register_point(name: str = "point") -> None:
+    register_codec(
+        Point, name=name, encode=lambda p: {"x": p.x, "y": p.y}, decode=lambda tree: Point(**tree)
+    )
+
+
+def test_a_codec_carries_values_of_a_type() -> None:
+    register_point()
+    saved = save({"p": [Point(1, torch.ones(2)), Point((1, 2), None)]})
+    assert saved.paths == ["p/0/y"]
+    live = {"p": [Point(0, None), Point(0, None)]}
+    restore(saved, live)
+    assert live["p"][1] == Point((1, 2), None)
+    assert live["p"][0].y.tolist() == [1, 1]
+    into_object = Counter(None)
+    restore(save(Counter(Point(1, 2))), into_object)
+    assert into_object.value == Point(1, 2)
+
+
+def test_codecs_nest_and_are_refilled() -> None:
+    register_point()
+    state = {"p": Point(Point(1, np.ones(2)), 2)}
+    flat = flatten(state, active_adapters())
+    fits, found, plain = refilled(flat.root, {"p": Point(Point(5, np.ones(2)), 6)})
+    assert (fits, len(found), plain) == (True, 1, [5, 6])
+    assert not refilled(flat.root, {"p": Point(Point(5, 3), 6)})[0]
+    assert restore(save(state), {"p": None})["p"].x.x == 1
+
+
+def test_a_codec_goes_before_what_an_adapter_refuses() -> None:
+    register_codec(
+        np.ma.MaskedArray,
+        name="masked",
+        encode=lambda m: {"data": m.data, "mask": np.asarray(m.mask)},
+        decode=lambda tree: np.ma.masked_array(tree["data"], tree["mask"]),
+    )
+    masked = np.ma.masked_array([1, 2], [True, False])
+    restored = restore(save({"m": masked}), {"m": None})["m"]
+    assert restored.mask.tolist() == [True, False]
+
+
+def test_a_name_belongs_to_one_type() -> None:
+    register_point()
+    register_point()  # the same again, as a reloaded module does
+    with pytest.raises(UnsupportedState, match="is taken"):
+        register_codec(Unknown, name="point", encode=str, decode=str)
+
+
+def test_a_codec_that_this_process_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_point()
+    saved = save({"p": Point(1, 2)})
+    monkeypatch.setattr(_state, "_codec_names", {})
+    with pytest.raises(UnsupportedState, match="has not registered it") as caught:
+        restore(saved, {"p": Point(0, 0)})
+    assert caught.value.details["path"] == "p"
