@@ -170,7 +170,6 @@ class Worker:
     async def call(
         self,
         command: work.Command,
-        *,
         timeout_s: float,
         on_progress: OnProgress | None = None,
     ) -> work.Result:
@@ -320,7 +319,6 @@ class Pool:
     async def call(
         self,
         command: work.Command,
-        *,
         timeout_s: float,
         on_progress: OnProgress | None = None,
     ) -> work.Result:
@@ -329,7 +327,7 @@ class Pool:
         if place is None:
             raise ValueError("a Ping is for one worker: pool.worker(ref).call(Ping())")
         worker = self.worker(place)
-        return await worker.call(command, timeout_s=timeout_s, on_progress=on_progress)
+        return await worker.call(command, timeout_s, on_progress)
 
     async def close(self) -> None:
         """End all of them. Idempotent."""
