@@ -79,16 +79,21 @@ def load(
     make = maker(framework)
     place = _only_run(location)
     try:
-        for look in range(_MAX_LOOKS):
-            shards, save, skipped = _open_newest(place, step, last=look == _MAX_LOOKS - 1)
-            if shards is not None:
-                for reason in skipped:
-                    logger.warning("passed over %s", reason)
-                return Checkpoint(place, save, shards, make, skipped)
-        raise AssertionError("the last look opens a save or raises")
+        return open_checkpoint(place, step, make)
     except BaseException:
         place.close()
         raise
+
+
+def open_checkpoint(place: Place, step: int | str, make: Any) -> Checkpoint:
+    """Open the save that ``step`` means at a place. What it raises leaves the place open."""
+    for look in range(_MAX_LOOKS):
+        shards, save, skipped = _open_newest(place, step, last=look == _MAX_LOOKS - 1)
+        if shards is not None:
+            for reason in skipped:
+                logger.warning("passed over %s", reason)
+            return Checkpoint(place, save, shards, make, skipped)
+    raise AssertionError("the last look opens a save or raises")
 
 
 def steps(location: Location) -> list[Step]:
@@ -243,7 +248,7 @@ class Checkpoint(Mapping[str, Any]):
         self._shards = shards
         self._make = make
         self._closed = False
-        record = shards[0].record
+        self.record = record = shards[0].record
         self.run = record.run
         self.step = record.step
         self.id = record.save_id
@@ -330,11 +335,17 @@ class Checkpoint(Mapping[str, Any]):
         """The ranks that hold a part of the array, or one of their own."""
         return tuple(shard.record.rank for shard, _ in self._where[path])
 
+    def same_as(self, path: str) -> str | None:
+        """The path under which the bytes of a tied array are stored; None for its own."""
+        shard, index = self._where[path][0]
+        twin = shard.entries[index].same_as
+        return None if twin is None else shard.entries[twin].path
+
     @property
     def plain(self) -> Mapping[str, Any]:
         """Plain values by path, as rank 0 had them."""
         values: dict[str, Any] = {}
-        _collect(*_tree_of(self._shards[0]), "", values)
+        _collect(*state_of(self._shards[0]), "", values)
         return MappingProxyType(values)
 
     def tree(self, *, rank: int = 0) -> Any:
@@ -343,7 +354,7 @@ class Checkpoint(Mapping[str, Any]):
         Values of a type that ``register_codec`` described need it registered here as well.
         """
         shard = self._shard(rank)
-        root, plain = _tree_of(shard)
+        root, plain = state_of(shard)
         arrays: dict[int, Any] = {}
 
         def array(index: int) -> Any:
@@ -434,7 +445,8 @@ def _covers(
 # -- structure and plain values --------------------------------------------------------------------
 
 
-def _tree_of(shard: OpenShard) -> tuple[Node, list[Any]]:
+def state_of(shard: OpenShard) -> tuple[Node, list[Any]]:
+    """The structure of a rank's state and its plain values. Raises FormatError."""
     record: Record = shard.record
     try:
         values = msgspec.json.decode(record.plain, type=list[Any])

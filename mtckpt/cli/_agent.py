@@ -1,0 +1,290 @@
+"""``mtckpt status``, ``rm`` and ``agent``: what goes through the node agent."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mtckpt.cli import _output
+from mtckpt.cli._output import json_option, print_json, print_line, print_table, reporting
+from mtckpt.cli._target import agent_status
+from mtckpt.errors import AgentUnavailable, StepNotFound, UsageError
+
+if TYPE_CHECKING:
+    from mtckpt.agent.protocol import AgentStatus, RunStatus, TierStatus
+
+__all__ = ["agent", "rm", "status"]
+
+_WATCH_S = 1.0
+_STOPPED_S = 10.0
+_REMOVE_TIMEOUT_S = 300.0
+
+
+@click.command()
+@click.argument("run", required=False)
+@click.option("--watch", is_flag=True, help="Show it again every second until Ctrl-C.")
+@json_option
+@reporting
+def status(run: str | None, watch: bool, as_json: bool) -> int:
+    """Show what each tier of each run holds and owes, as the agent of this node sees it.
+
+    Exit status 1 if a tier has a problem.
+    """
+    if watch and as_json:
+        raise UsageError("--watch and --json exclude each other", state="nothing was asked")
+    while True:
+        found = agent_status()
+        runs = _runs(found, run)
+        if watch and sys.stdout.isatty():
+            click.clear()
+        if as_json:
+            print_json(_status_object(found, runs))
+        else:
+            _print_status(found, runs)
+        if not watch:
+            return _output.WRONG if any(t.problem for r in runs for t in r.tiers) else _output.FINE
+        sys.stdout.flush()
+        time.sleep(_WATCH_S)
+
+
+def _runs(found: AgentStatus | None, run: str | None) -> list[RunStatus]:
+    """The runs asked for. Raises StepNotFound for a name that the agent does not know."""
+    runs = list(found.runs) if found is not None else []
+    if run is None:
+        return runs
+    named = [known for known in runs if known.run == run]
+    if not named:
+        why = "the agent of this node does not know it" if found else "no agent runs on this node"
+        raise StepNotFound(
+            f"no run {run!r}: {why}",
+            state="nothing was done",
+            actions=[f"runs that it knows: {', '.join(known.run for known in runs) or 'none'}"],
+            run=run,
+        )
+    return named
+
+
+def _status_object(found: AgentStatus | None, runs: list[RunStatus]) -> dict[str, Any]:
+    import msgspec
+
+    if found is None:
+        return {"agent": None, "runs": []}
+    facts = msgspec.to_builtins(found)
+    del facts["runs"]
+    facts["protocol"] = facts.pop("version")
+    return {"agent": facts, "runs": msgspec.to_builtins(runs)}
+
+
+def _print_status(found: AgentStatus | None, runs: list[RunStatus]) -> None:
+    if found is None:
+        print_line("no agent runs on this node; the first Checkpointer starts one")
+        return
+    bounded = f", ends with {found.bounded_by}" if found.bounded_by else ""
+    print_line(
+        f"agent {found.pid} on {found.host}: {found.mode}, mtckpt {found.mtckpt},"
+        f" up {_age(found.uptime_s)}{bounded}"
+    )
+    if not runs:
+        print_line("no runs")
+    for run in runs:
+        owner = f"process {run.owner_pid}" if run.owner_alive else "nobody"
+        print_line(f"\n{run.run}: incarnation {run.incarnation}, owned by {owner}")
+        rows = [_tier_row(tier) for tier in run.tiers]
+        print_table(("tier", "newest", "age", "steps", "size", "owes", "", "path"), rows, " rrrr")
+        slots = [f"{slot.state} {slot.step if slot.step is not None else ''}".strip()
+                 for slot in run.slots]
+        if slots:
+            print_line(f"slots: {', '.join(slots)}")
+        if run.counters:
+            print_line("counts: " + ", ".join(f"{k} {v}" for k, v in sorted(run.counters.items())))
+
+
+def _tier_row(tier: TierStatus) -> tuple[object, ...]:
+    from mtckpt._handle import size_text
+
+    doing = tier.problem
+    if not doing and tier.total_bytes > tier.done_bytes:
+        share = 100 * tier.done_bytes // tier.total_bytes
+        doing = f"{share} % at {size_text(tier.bytes_per_s)}/s"
+    return (
+        tier.label,
+        "-" if tier.newest_step is None else tier.newest_step,
+        "-" if tier.newest_age_s is None else _age(tier.newest_age_s),
+        len(tier.steps),
+        size_text(tier.size_bytes),
+        ", ".join(f"step {step}" for step in tier.owed) or "nothing",
+        doing,
+        tier.path,
+    )
+
+
+def _age(seconds: float) -> str:
+    for unit, length_s in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length_s:
+            return f"{seconds / length_s:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+@click.command()
+@click.argument("run")
+@click.option("--step", type=int, help="Only this step. Default: the whole run.")
+@click.option("--tier", "tiers", multiple=True, help="Only this tier (ram, disk, ...); repeatable.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@reporting
+def rm(run: str, step: int | None, tiers: tuple[str, ...], yes: bool, as_json: bool) -> int:
+    """Delete a run, or one step of it, from all of its tiers: RAM slots and files on disk.
+
+    Exit status 1 if something was kept since it is in use.
+    """
+    from mtckpt._places import is_location
+
+    if is_location(run) or "://" in run:
+        raise UsageError(
+            f"rm takes the name of a run, and {run} is a place",
+            state="nothing was removed",
+            actions=(f"a directory that no job uses can be deleted: rm -r {run}",),
+        )
+    known = _runs(_agent_that_knows(), run)[0]
+    unknown = set(tiers) - {tier.label for tier in known.tiers}
+    if unknown:
+        raise UsageError(
+            f"the run has no tier {', '.join(sorted(unknown))}",
+            state="nothing was removed",
+            actions=[f"tiers that it has: {', '.join(tier.label for tier in known.tiers)}"],
+        )
+    if not yes and not _confirmed(known, step, tiers, as_json=as_json):
+        print_line("nothing was removed", err=True)
+        return _output.WRONG
+    return _remove(known, step, tiers, as_json=as_json)
+
+
+def _agent_that_knows() -> AgentStatus | None:
+    """The running agent's status; one is started if none runs, since it finds what RAM holds."""
+    from mtckpt.agent.spawn import ensure_agent
+
+    found = agent_status()
+    if found is None:
+        ensure_agent()
+        found = agent_status()
+    return found
+
+
+def _confirmed(
+    known: RunStatus, step: int | None, tiers: tuple[str, ...], *, as_json: bool
+) -> bool:
+    from mtckpt._handle import size_text
+
+    if as_json or not sys.stdin.isatty():
+        raise UsageError(
+            "nobody is there to be asked", state="nothing was removed", actions=("add --yes",)
+        )
+    what = f"step {step}" if step is not None else "all steps"
+    print_line(f"delete {what} of {known.run} from:")
+    for tier in known.tiers:
+        if not tiers or tier.label in tiers:
+            held = f"{len(tier.steps)} steps, {size_text(tier.size_bytes)}"
+            print_line(f"  {tier.label:<8}{tier.path} ({held})")
+    return click.confirm("really?", default=False)
+
+
+def _remove(
+    known: RunStatus, step: int | None, tiers: tuple[str, ...], *, as_json: bool
+) -> int:
+    from mtckpt._manifest import run_key
+    from mtckpt.agent.client import agent_client
+    from mtckpt.agent.protocol import Remove, Removed
+
+    with agent_client() as client:
+        path = f"/v1/runs/{run_key(known.run)}/rm"
+        answer = client.call(path, Remove(step, list(tiers)), Removed, _REMOVE_TIMEOUT_S)
+    if step is not None and not answer.removed and not answer.kept:
+        raise StepNotFound(
+            f"no tier has step {step} of {known.run}",
+            state="nothing was removed",
+            step=step,
+            run=known.run,
+        )
+    if as_json:
+        print_json({"run": known.run, "removed": answer.removed, "kept": answer.kept})
+    else:
+        for name in answer.removed:
+            print_line(f"removed {name}")
+        for name in answer.kept:
+            print_line(f"kept {name}")
+    return _output.WRONG if answer.kept else _output.FINE
+
+
+@click.group()
+def agent() -> None:
+    """Run the node agent as a service, or stop the one that runs."""
+
+
+@agent.command("run")
+@click.option("--group", help="Serve the members of this group as well, not only this user.")
+@click.option(
+    "--runtime-dir",
+    type=click.Path(file_okay=False),
+    help="Where its socket, pid file and log lie. Default: MTCKPT_RUNTIME_DIR, else /run/mtckpt.",
+)
+@json_option
+@reporting
+def agent_run(group: str | None, runtime_dir: str | None, as_json: bool) -> int:
+    """Be the agent of this node until stopped: for systemd, Kubernetes or Slurm.
+
+    Without a service, the first Checkpointer on a node starts an agent by itself.
+    """
+    from mtckpt.agent.life import run_service
+
+    code = run_service(runtime_dir, group)
+    if as_json:
+        print_json({"exit_code": code})
+    return code
+
+
+@agent.command("stop")
+@click.option("--drain", is_flag=True, help="First finish what is owed to slower tiers.")
+@click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds to drain.")
+@json_option
+@reporting
+def agent_stop(drain: bool, timeout_s: float, as_json: bool) -> int:
+    """Stop the agent that this user's jobs use. What it holds stays: the next one goes on."""
+    from mtckpt.agent.client import agent_client
+    from mtckpt.agent.protocol import Done, Stop
+
+    if not 0 <= timeout_s <= 86400:
+        raise UsageError("--timeout must be 0 to 86400 seconds", state="nothing was stopped")
+    before = agent_status()
+    detail = "no agent ran"
+    if before is not None:
+        with agent_client(timeout_s + 10.0) as client:
+            detail = client.call("/v1/stop", Stop(drain, timeout_s), Done).detail
+        _wait_until_gone(before)
+    if as_json:
+        print_json({"stopped": before is not None, "detail": detail})
+    else:
+        print_line(f"stopped agent {before.pid}" if before else detail)
+        if before and detail:
+            print_line(detail)
+    return _output.FINE
+
+
+def _wait_until_gone(before: AgentStatus) -> None:
+    deadline_s = time.monotonic() + _STOPPED_S
+    while time.monotonic() < deadline_s:
+        try:
+            now = agent_status()
+        except AgentUnavailable:
+            now = None  # It closed the connection on its way out.
+        if now is None or now.agent_id != before.agent_id:
+            return
+        time.sleep(0.05)
+    raise AgentUnavailable(
+        f"agent {before.pid} said that it stops, and still runs",
+        actions=[f"look at it: ps -fp {before.pid}"],
+        pid=before.pid,
+        timeout_s=_STOPPED_S,
+    )

@@ -1,0 +1,156 @@
+"""What a TARGET means: a location, or a run whose places this node's agent knows.
+
+Reads directories and asks the agent for its status; starts no agent and writes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mtckpt.errors import AgentUnavailable, StepNotFound, TierError, UsageError
+
+if TYPE_CHECKING:
+    from mtckpt._inventory import Inventory
+    from mtckpt._places import Place
+    from mtckpt.agent.protocol import AgentStatus
+
+__all__ = ["Found", "agent_status", "find", "parse_step"]
+
+STATUS_TIMEOUT_S = 5.0
+
+
+@dataclass(slots=True)
+class Found:
+    """Runs by name, each with the places that hold it, fastest first. ``notes`` are for people."""
+
+    runs: dict[str, list[Place]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, place: Place, inventory: Inventory | None = None) -> None:
+        """Under the name that its records give, else under that of its directory."""
+        self.runs.setdefault(_run_name(place, inventory or place.scan()), []).append(place)
+
+
+@contextlib.contextmanager
+def find(target: str | None) -> Iterator[Found]:
+    """The places of a target, open for the block; of everything this node has for None."""
+    from mtckpt._places import is_location
+
+    found = Found()
+    try:
+        if target is not None and ("://" in target or is_location(target)):
+            _at_location(target, found)
+        else:
+            _of_run(target, found)
+        yield found
+    finally:
+        for places in found.runs.values():
+            for place in places:
+                place.close()
+
+
+def _at_location(location: str, found: Found) -> None:
+    from mtckpt import _probe
+    from mtckpt._places import open_places
+
+    for place in open_places(location, _probe.tier_label(location)):
+        found.add(place)
+
+
+def _of_run(run: str | None, found: Found) -> None:
+    from mtckpt._manifest import run_key
+
+    status = agent_status()
+    if status is None:
+        _without_agent(run, found)
+        return
+    for known in status.runs:
+        if run is None or run in (known.run, run_key(known.run)):
+            for tier in known.tiers:
+                _add(os.path.join(tier.path, run_key(known.run)), tier.label, known.run, found)
+    if run is not None and not found.runs:
+        raise StepNotFound(
+            f"the agent of this node does not know a run {run!r}",
+            state="nothing was read",
+            actions=(
+                f"runs that it knows: {', '.join(r.run for r in status.runs) or 'none'}",
+                "to look into a directory, give a path with a /",
+            ),
+            run=run,
+        )
+
+
+def _without_agent(run: str | None, found: Found) -> None:
+    """Nobody to ask: what this user has in RAM can be seen all the same."""
+    from mtckpt._manifest import run_key
+    from mtckpt._places import open_places
+    from mtckpt.agent.protocol import ram_base
+
+    base = ram_base()
+    found.notes.append(f"no agent runs on this node: looked only into {base}")
+    if run is not None:
+        _add(os.path.join(base, run_key(run)), "ram", run, found)
+    elif os.path.isdir(base):
+        for place in open_places(base, "ram"):
+            found.add(place)
+    if run is not None and not found.runs:
+        raise StepNotFound(
+            f"no agent runs on this node, and RAM has nothing of a run {run!r}",
+            state="nothing was read",
+            actions=("give its directory on disk instead, a path with a /",),
+            run=run,
+            path=base,
+        )
+
+
+def _add(path: str, label: str, run: str, found: Found) -> None:
+    from mtckpt._places import open_places
+
+    if not os.path.isdir(path):
+        return
+    try:
+        found.runs.setdefault(run, []).extend(open_places(path, label))
+    except TierError as error:
+        found.notes.append(f"tier {label} could not be read: {error.what}")
+
+
+def _run_name(place: Place, inventory: Inventory) -> str:
+    for save in inventory.saves.values():
+        for record in save.records.values():
+            return record.run
+    for incarnation in inventory.incarnations:
+        return incarnation.run
+    return place.path.name
+
+
+def agent_status() -> AgentStatus | None:
+    """What the agent of this node says, or None if none runs."""
+    from mtckpt.agent.address import find as find_agent
+    from mtckpt.agent.client import AgentClient
+    from mtckpt.agent.protocol import AgentStatus
+
+    path = find_agent().socket_path
+    if not os.path.exists(path):
+        return None
+    with AgentClient(path, STATUS_TIMEOUT_S) as client:
+        try:
+            return client.call("/status", None, AgentStatus)
+        except AgentUnavailable as error:
+            if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
+                return None
+            raise
+
+
+def parse_step(text: str | None) -> int | str:
+    """``--step``: a number, the id of a save, or "latest"."""
+    if text is None:
+        return "latest"
+    if text.isdecimal() and len(text) <= 13 and text.isascii():
+        return int(text)
+    if not text:
+        raise UsageError("--step is empty", state="nothing was read")
+    return text
