@@ -162,7 +162,7 @@ class Placing:
         total = len(diff.missing) + len(diff.unused) + len(diff.differing)
         if total > len(lines):
             lines.append(f"  and {total - len(lines)} more, in the attributes of this error")
-        raise StateMismatch(
+        error = StateMismatch(
             "template and checkpoint differ:\n" + "\n".join(lines) + "\n ",
             step=step,
             state="live state unchanged",
@@ -170,10 +170,14 @@ class Placing:
                 "partial=True restores what both have",
                 "rename=function maps or drops (None) paths of the checkpoint",
             ),
+        )
+        # Attributes only: as details they would be in the text, all 20,000 of them.
+        error.__dict__.update(
             missing=tuple(diff.missing),
             unused=tuple(diff.unused),
             differing=tuple(diff.differing),
         )
+        raise error
 
     def differs(self, live: Any, node: Node, path: str) -> Any:
         """The checkpoint has something else here than the template; returns ``live``."""

@@ -67,14 +67,18 @@ def rename_tree(
     draft = _Draft()
     codecs, top = _unwrapped(root)
     draft.codecs = codecs
+    moved = []
     for path, steps, leaf in _leaves(top, "", ()):
         new = rename(path)
-        if new is None:
-            continue
-        if leaf.kind == _state.ARRAY and new != path:
+        if new == path:
+            _insert(draft, steps, leaf, path)
+        elif new is not None:
+            moved.append((new, steps, leaf))
+    for path, steps, leaf in moved:  # after those that stay: their containers are what they were
+        if leaf.kind == _state.ARRAY:
             old = stored[leaf.index]
-            stored[leaf.index] = Stored(new, old.spec, old.bytes_of)
-        _insert(draft, steps if new == path else _moved(steps, new), leaf, new)
+            stored[leaf.index] = Stored(path, old.spec, old.bytes_of)
+        _insert(draft, _moved(steps, path), leaf, path)
     if not draft.kind and draft.leaf is None:
         draft.kind = _state.DICT
     return _built(draft), stored

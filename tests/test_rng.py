@@ -19,8 +19,8 @@ def draw() -> list[object]:
     return [
         random.random(),
         random.gauss(0, 1),
-        float(np.random.rand()),  # noqa: NPY002  # the global generator is the point
-        float(np.random.randn()),  # noqa: NPY002
+        float(np.random.rand()),  # the global generator is the point
+        float(np.random.randn()),
         torch.rand(3).tolist(),
         torch.randn(17).tolist(),
     ]
@@ -35,7 +35,7 @@ def _keep_generators() -> object:
 
 def test_generators_go_on_where_they_were() -> None:
     random.gauss(0, 1)  # leaves half a pair behind, which is part of the state
-    np.random.randn()  # noqa: NPY002
+    np.random.randn()
     saved = save({"rng": rng()})
     expected = draw()
     assert draw() != expected
@@ -84,9 +84,7 @@ def test_python_alone_imports_nothing() -> None:
 
 def test_fewer_devices_than_saved_is_said(caplog: pytest.LogCaptureFixture) -> None:
     state = rng().state_dict()
-    state["torch"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * (
-        torch.cuda.device_count() + 1
-    )
+    state["torch"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * (torch.cuda.device_count() + 1)
     if torch.cuda.device_count():
         pytest.skip("would set the generators of real devices")
     rng().load_state_dict(state)

@@ -161,7 +161,12 @@ def test_structures_survive_json(tree: Any) -> None:
     "structure",
     [
         *(None, 3, [], {}, {"array": 1}, {"array": -1}, {"array": True}, {"plain": 0.0}),
-        *({"array": 0, "plain": 0}, {"dict": {}}, {"dict": [["a"]]}, {"dict": [[[], {"array": 0}]]}),
+        *(
+            {"array": 0, "plain": 0},
+            {"dict": {}},
+            {"dict": [["a"]]},
+            {"dict": [[[], {"array": 0}]]},
+        ),
         *({"list": 3}, {"object": []}, {"codec": ["x"]}, {"codec": [3, {"array": 0}]}),
         *({"dropped": []}, {"__import__": ["os"]}),
     ],

@@ -318,7 +318,7 @@ def test_shape_and_type_differ_loudly_and_change_nothing() -> None:
     live = {"in": {"a": torch.zeros(4), "b": torch.zeros(3).half(), "c": torch.zeros(2)}}
     with pytest.raises(StateMismatch) as caught:
         plan(saved, live)
-    lines = caught.value.details["differing"]
+    lines = vars(caught.value)["differing"]
     assert lines == (
         "in/a: float32[4] here, float32[3] in the checkpoint",
         "in/b: float16[3] here, float32[3] in the checkpoint",

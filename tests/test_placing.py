@@ -1,0 +1,227 @@
+"""Placing: what of a checkpoint goes where in a template, and that nothing lives changes before."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from state_harness import plan, restore, save
+
+from mtckpt._placing import settle
+from mtckpt.errors import StateMismatch
+
+
+class Box:
+    """An object with state that counts how often it is loaded."""
+
+    def __init__(self, state: Any = None) -> None:
+        self.state = state
+        self.loaded = 0
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state
+        self.loaded += 1
+
+
+def differences(saved: Any, live: Any, **options: Any) -> dict[str, Any]:
+    with pytest.raises(StateMismatch) as caught:
+        plan(save(saved), live, **options)
+    names = ("missing", "unused", "differing")
+    return {k: vars(caught.value)[k] for k in names if vars(caught.value)[k]}
+
+
+def test_plain_values_are_written_back_into_the_dict_that_was_given() -> None:
+    live: dict[str, Any] = {"step": 0, "best": None, "name": "x", "in": {"deep": [1]}}
+    inner = live["in"]
+    assert (
+        restore(save({"step": 7, "best": 0.5, "name": None, "in": {"deep": [2, 3]}}), live) is live
+    )
+    assert live == {"step": 7, "best": 0.5, "name": None, "in": {"deep": [2, 3]}}
+    assert live["in"] is inner
+
+
+def test_a_dict_of_plain_values_becomes_what_was_saved() -> None:
+    live = {"config": {"old": 1, "both": 2}}
+    restore(save({"config": {"both": 3, "new": {"x": b"y"}}}), live)
+    assert live == {"config": {"both": 3, "new": {"x": b"y"}}}
+
+
+def test_containers_keep_their_identity_and_kind() -> None:
+    class Tree(dict[str, Any]):
+        """A dict of a kind of its own."""
+
+    live: dict[str, Any] = {
+        "tree": Tree(a=torch.zeros(1), n=0),
+        "ordered": OrderedDict(b=torch.zeros(1)),
+        "list": [torch.zeros(1), [0]],
+        "tuple": (torch.zeros(1), 0),
+        "frozen": MappingProxyType({"c": torch.zeros(1), "n": 0}),
+    }
+    before = dict(live)
+    tensor = live["tuple"][0]
+    one = torch.ones(1)
+    saved = save(
+        {
+            "tree": {"a": one, "n": 5},
+            "ordered": {"b": one + 0},
+            "list": [one + 0, [6, 7]],
+            "tuple": (one + 0, 8),
+            "frozen": {"c": one + 0, "n": 9},
+        }
+    )
+    restore(saved, live)
+    for name in ("tree", "ordered", "list"):
+        assert live[name] is before[name]
+    assert live["tree"] == {"a": one, "n": 5}
+    assert live["list"][1] == [6, 7]
+    assert live["tuple"] == (one, 8)
+    assert live["tuple"][0] is tensor
+    assert isinstance(live["frozen"], MappingProxyType)
+    assert dict(live["frozen"]) == {"c": one, "n": 9}
+
+
+def test_a_tuple_in_which_nothing_changes_stays_the_same_object() -> None:
+    live = {"t": (torch.zeros(1), torch.zeros(1))}
+    before = live["t"]
+    restore(save({"t": (torch.ones(1), torch.ones(1))}), live)
+    assert live["t"] is before
+    assert before[0].item() == 1
+
+
+def test_keys_at_the_top_that_the_template_lacks_are_not_read() -> None:
+    live = {"a": torch.zeros(2)}
+    placing, _ = plan(save({"a": torch.ones(2), "big": torch.ones(100)}), live)
+    assert sum(fill.size_bytes for fill in placing.fills) == 8
+
+
+def test_inside_a_key_everything_differs_loudly() -> None:
+    saved = {"m": {"a": torch.ones(2), "gone": torch.ones(1)}, "x": 1}
+    live = {"m": {"a": torch.zeros(3), "new": torch.zeros(1)}, "y": 2}
+    assert differences(saved, live) == {
+        "missing": ("m/new", "y"),
+        "unused": ("m/gone",),
+        "differing": ("m/a: float32[3] here, float32[2] in the checkpoint",),
+    }
+    assert live["m"]["a"].tolist() == [0, 0, 0]  # type: ignore[index]
+
+
+def test_a_long_difference_is_cut_in_the_text_only() -> None:
+    saved = {"m": {"first": torch.ones(1), **{f"old{i}": 1 for i in range(200)}}}
+    live = {"m": {"first": torch.ones(1), **{f"new{i}": 1 for i in range(120)}}}
+    with pytest.raises(StateMismatch) as caught:
+        plan(save(saved), live)
+    assert len(vars(caught.value)["missing"]) == 120  # type: ignore[arg-type]
+    assert len(vars(caught.value)["unused"]) == 200  # type: ignore[arg-type]
+    assert "and 220 more, in the attributes" in str(caught.value)
+    assert len(str(caught.value)) < 10_000
+
+
+def test_partial_takes_what_both_have_and_still_minds_shapes() -> None:
+    saved = save({"m": {"a": torch.ones(2), "gone": torch.ones(1)}})
+    live = {"m": {"a": torch.zeros(2), "new": torch.zeros(1)}, "y": 2}
+    restore(saved, live, partial=True)
+    assert live["m"]["a"].tolist() == [1, 1]  # type: ignore[index]
+    assert live["y"] == 2
+    other = {"m": {"a": torch.zeros(3)}}
+    assert list(differences({"m": {"a": torch.ones(2)}}, other, partial=True)) == ["differing"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "live"),
+    [
+        (3, torch.zeros(1)),
+        (torch.ones(1), 3),
+        ({"x": torch.ones(1)}, torch.zeros(1)),
+        (torch.ones(1), {"x": torch.zeros(1)}),
+        ([torch.ones(1)], [torch.zeros(1)] * 2),
+        ([torch.ones(1)], {"0": torch.zeros(1)}),
+        ({"0": torch.ones(1)}, [torch.zeros(1)]),
+        ({"x": 1}, 3),
+        (torch.ones(1), object()),
+    ],
+)
+def test_kinds_that_do_not_go_together(saved: Any, live: Any) -> None:
+    assert list(differences({"a": saved}, {"a": live})) == ["differing"]
+
+
+def test_an_open_place_takes_anything() -> None:
+    tree = {"t": (torch.ones(1), np.ones(2)), "n": [1, {"x": None}]}
+    live: dict[str, Any] = {"a": None}
+    restore(save({"a": tree}), live)
+    assert live["a"]["t"][0].tolist() == [1]
+    assert live["a"]["t"][1].tolist() == [1, 1]
+    assert live["a"]["n"] == [1, {"x": None}]
+
+
+def test_objects_get_fresh_arrays_once_and_only_in_finish() -> None:
+    box = Box()
+    saved = save({"box": Box({"a": torch.ones(3), "s": np.float32(2), "l": [1, None]})})
+    placing, result = plan(saved, {"box": box})
+    assert box.loaded == 0
+    restore(saved, {"box": box})
+    assert box.loaded == 1
+    assert box.state["a"].tolist() == [1, 1, 1]
+    assert type(box.state["s"]) is np.float32
+    assert box.state["l"] == [1, None]
+    assert settle(result)["box"] is box
+    del placing
+
+
+def test_two_objects_never_share_memory_and_tied_arrays_stay_tied() -> None:
+    tensor = torch.ones(2)
+    one, other = Box(), Box()
+    restore(save({"a": Box([tensor, tensor]), "b": Box([tensor.clone()])}), {"a": one, "b": other})
+    assert one.state[0] is one.state[1]
+    assert one.state[0].data_ptr() != other.state[0].data_ptr()
+
+
+@pytest.mark.parametrize("order", [["a", "b"], ["b", "a"]])
+def test_ties_do_not_depend_on_the_order_of_the_template(order: list[str]) -> None:
+    tensor = torch.ones(2)
+    live: dict[str, Any] = dict.fromkeys(order)
+    saved = save({"a": tensor, "b": tensor})
+    placing, _ = plan(saved, dict(live))
+    assert len(placing.fills) == 1
+    restore(saved, live)
+    assert live["a"] is live["b"]
+
+
+def test_an_error_before_finish_has_changed_nothing() -> None:
+    live = {"a": {"x": torch.zeros(2), "n": 1}, "box": Box(), "b": {"x": torch.zeros(2)}}
+    saved = save({"a": {"x": torch.ones(2), "n": 2}, "box": Box(3), "b": {"x": torch.ones(3)}})
+    with pytest.raises(StateMismatch):
+        plan(saved, live)
+    assert live["a"]["x"].tolist() == [0, 0]  # type: ignore[index]
+    assert live["a"]["n"] == 1  # type: ignore[index]
+    assert live["box"].loaded == 0  # type: ignore[union-attr]
+
+
+def test_arrays_of_no_bytes_are_not_wanted() -> None:
+    placing, _ = plan(save({"a": torch.zeros(0, 3)}), {"a": torch.zeros(0, 3)})
+    assert placing.fills == []
+
+
+def test_arrays_that_cannot_be_written_into_are_replaced_in_their_container() -> None:
+    frozen = np.zeros(2)
+    frozen.flags.writeable = False
+    live: dict[str, Any] = {"l": [frozen], "t": (frozen, np.float64(0))}
+    restore(save({"l": [np.ones(2)], "t": (np.ones(2), np.float64(3))}), live)
+    assert live["l"][0].tolist() == live["t"][0].tolist() == [1, 1]
+    assert live["t"][1] == 3
+    assert frozen.tolist() == [0, 0]
+
+
+def test_a_state_that_is_one_object_or_one_array() -> None:
+    box = Box()
+    assert restore(save(Box([1])), box) is box
+    assert box.state == [1]
+    live = torch.zeros(2)
+    restore(save(torch.ones(2)), live)
+    assert live.tolist() == [1, 1]
