@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import re
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from mtckpt._crash import crash_point
 from mtckpt._manifest import Record, SaveName
 from mtckpt._room import check_room, ram_full
 from mtckpt._run_files import is_there, size_bytes_at, unlink
+from mtckpt._source import Mapped
 from mtckpt.errors import AlreadyExists, Damaged, FormatError, ObjectNotFound, UsageError
 
 if TYPE_CHECKING:
@@ -380,11 +380,11 @@ class Slots:
             header = _shard.read_header(fd, info.st_size)
             layout, table = _inventory.check_identity(record, header, info.st_size, table_data)
             if verify:
-                with (
-                    mmap.mmap(fd, info.st_size, prot=mmap.PROT_READ) as mapping,
-                    memoryview(mapping) as view,
-                ):
-                    _shard.verify_mapped(layout, table, view)
+                reader = Mapped(fd, info.st_size)
+                try:
+                    _shard.verify_mapped(layout, table, reader.window(0, info.st_size))
+                finally:
+                    reader.close()
             return record
         finally:
             os.close(fd)
