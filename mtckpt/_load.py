@@ -10,6 +10,7 @@ of its shards, so that training, which goes on, does not recycle them meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -211,14 +212,13 @@ def _open_newest(
 
 def open_shards(place: Place, save: SaveEntry) -> list[OpenShard]:
     """All shards of a complete save, by rank; all or none stay open."""
-    shards: list[OpenShard] = []
-    try:
+    shards = []
+    with contextlib.ExitStack() as undo:
         for rank in sorted(save.records):
-            shards.append(_reading.open_shard(place, save.name, save.records[rank]))
-    except BaseException:
-        for shard in shards:
-            shard.close()
-        raise
+            shard = _reading.open_shard(place, save.name, save.records[rank])
+            undo.callback(shard.close)
+            shards.append(shard)
+        undo.pop_all()
     return shards
 
 
@@ -380,7 +380,7 @@ def _bytes_of(shard: OpenShard, index: int) -> np.ndarray[Any, Any]:
 
     tensor = shard.tensors[index]
     raw = np.empty(tensor.size_bytes, np.uint8)
-    shard.read(tensor, memoryview(raw))
+    shard.read(tensor, raw.data)
     return raw
 
 

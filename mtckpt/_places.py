@@ -85,9 +85,9 @@ class View:
         """See ``LocalTier.lease``."""
         return self._tier.lease(self._inner(key))
 
-    def set_aside(self) -> list[str]:
+    def set_aside(self) -> Iterator[str]:
         """Paths of what was found damaged before and taken out of the way."""
-        return [str(item.path) for item in self._tier.quarantined()]
+        return (str(item.path) for item in self._tier.quarantined())
 
     def path_of(self, key: str) -> Path:
         """Where the object is."""

@@ -181,10 +181,12 @@ def read_text(path: str) -> str:
 def copy_bytes_per_s(size_bytes: int = 64 * MIB, repeats: int = 3) -> float:
     """The rate of one core's memcpy between touched pages."""
     with mmap.mmap(-1, size_bytes) as source, mmap.mmap(-1, size_bytes) as target:
-        addresses = [_address(target), _address(source)]
-        ctypes.memset(addresses[0], 1, size_bytes)
-        ctypes.memset(addresses[1], 2, size_bytes)
-        best_s = min(_timed(lambda: ctypes.memmove(*addresses, size_bytes)) for _ in range(repeats))
+        into, out_of = _address(target), _address(source)
+        ctypes.memset(into, 1, size_bytes)
+        ctypes.memset(out_of, 2, size_bytes)
+        best_s = min(
+            _timed(lambda: ctypes.memmove(into, out_of, size_bytes)) for _ in range(repeats)
+        )
     return size_bytes / best_s
 
 
@@ -213,9 +215,7 @@ def tmpfs_bytes_per_s(directory: str, size_bytes: int = 32 * MIB) -> Written:
     return Written(size_bytes / elapsed_s, huge=(pmd_bytes or 0) >= _HUGE_PAGE_BYTES)
 
 
-def write_bytes_per_s(
-    directory: str, size_bytes: int = 64 * MIB, limit_s: float = 1.5
-) -> Written:
+def write_bytes_per_s(directory: str, size_bytes: int = 64 * MIB, limit_s: float = 1.5) -> Written:
     """Write and fsync a file that has no name, past the page cache where that works.
 
     Stops after ``limit_s`` on a slow disk. Raises OSError where the directory cannot take it.

@@ -66,9 +66,7 @@ def build_save(
     build_incarnation(root, run, incarnation, parent)
     id_ = incarnation_id(run, incarnation)
     save_id = _manifest.save_id(id_, step, 0)
-    save_dir = (
-        root / _manifest.run_key(run) / str(_manifest.save_name(step, incarnation, save_id))
-    )
+    save_dir = root / _manifest.run_key(run) / str(_manifest.save_name(step, incarnation, save_id))
     _directory(save_dir)
     entries = _entries(arrays, boxes or {}, same_as or {}, dtypes or {})
     stored = {

@@ -23,7 +23,7 @@ _STOPPED_S = 10.0
 _REMOVE_TIMEOUT_S = 300.0
 
 
-@click.command()
+@click.command(short_help="Show what each tier holds and owes.")
 @click.argument("run", required=False)
 @click.option("--watch", is_flag=True, help="Show it again every second until Ctrl-C.")
 @json_option
@@ -94,8 +94,10 @@ def _print_status(found: AgentStatus | None, runs: list[RunStatus]) -> None:
         print_line(f"\n{run.run}: incarnation {run.incarnation}, owned by {owner}")
         rows = [_tier_row(tier) for tier in run.tiers]
         print_table(("tier", "newest", "age", "steps", "size", "owes", "", "path"), rows, " rrrr")
-        slots = [f"{slot.state} {slot.step if slot.step is not None else ''}".strip()
-                 for slot in run.slots]
+        slots = [
+            f"{slot.state} {slot.step if slot.step is not None else ''}".strip()
+            for slot in run.slots
+        ]
         if slots:
             print_line(f"slots: {', '.join(slots)}")
         if run.counters:
@@ -128,7 +130,7 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-@click.command()
+@click.command(short_help="Delete a run, or one step of it.")
 @click.argument("run")
 @click.option("--step", type=int, help="Only this step. Default: the whole run.")
 @click.option("--tier", "tiers", multiple=True, help="Only this tier (ram, disk, ...); repeatable.")
@@ -191,9 +193,7 @@ def _confirmed(
     return click.confirm("really?", default=False)
 
 
-def _remove(
-    known: RunStatus, step: int | None, tiers: tuple[str, ...], *, as_json: bool
-) -> int:
+def _remove(known: RunStatus, step: int | None, tiers: tuple[str, ...], *, as_json: bool) -> int:
     from mtckpt._manifest import run_key
     from mtckpt.agent.client import agent_client
     from mtckpt.agent.protocol import Remove, Removed

@@ -22,11 +22,13 @@ __all__ = ["ls", "show"]
 _MAX_VALUE_CHARS = 70
 
 
-@click.command()
+@click.command(short_help="List the steps of a run.")
 @click.argument("target", required=False)
 @click.option(
-    "--all", "show_all", is_flag=True, help="Also list abandoned steps: those of a branch that was"
-    " rolled back."
+    "--all",
+    "show_all",
+    is_flag=True,
+    help="Also list abandoned steps: those of a branch that was rolled back.",
 )
 @json_option
 @reporting
@@ -112,7 +114,7 @@ def _step_object(step: Step) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(short_help="Show what is in one step.")
 @click.argument("target")
 @click.option("--step", help="A number or a save's id. Default: the newest step.")
 @json_option
@@ -165,8 +167,7 @@ def _open(places: list[Place], step: int | str) -> tuple[Checkpoint, list[str]]:
             other.label
             for other in places
             for save in other.scan().saves.values()
-            if save.complete
-            and any(r.save_id == checkpoint.id for r in save.records.values())
+            if save.complete and any(r.save_id == checkpoint.id for r in save.records.values())
         ]
         return checkpoint, tiers
     raise failed

@@ -98,9 +98,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]], right: st
     cells = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty() and _print_rich(head, cells, right):
         return
-    widths = [
-        max([len(title), *(len(row[i]) for row in cells)]) for i, title in enumerate(head)
-    ]
+    widths = [max([len(title), *(len(row[i]) for row in cells)]) for i, title in enumerate(head)]
     for row in [list(head), *cells]:
         columns = [
             cell.rjust(width) if right[i : i + 1] == "r" else cell.ljust(width)

@@ -36,7 +36,7 @@ class Checked:
     faults: list[tuple[str, str]] = field(default_factory=list)
 
 
-@click.command()
+@click.command(short_help="Check files and digests.")
 @click.argument("target")
 @click.option("--read-data", is_flag=True, help="Also read every tensor and check its digests.")
 @click.option("--step", help="A number or a save's id. Default: all steps.")
@@ -129,7 +129,7 @@ def _check_save(
             except ObjectNotFound as error:
                 if _is_gone(place, save, record):
                     return None
-                item.faults.append((error.details.get("key", ""), "is missing"))
+                item.faults.append((str(error.details.get("key", "")), "is missing"))
             except (FormatError, TierError) as error:
                 item.faults.append(_fault(error))
     item.faults += _check_manifest(place, save)
