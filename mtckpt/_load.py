@@ -26,6 +26,7 @@ from mtckpt import _node, _probe, _reading, _state
 from mtckpt._manifest import ArrayEntry, Record, SaveEntry, SaveName, on_line
 from mtckpt._places import Location, Place, incarnation_line, open_places, unusable
 from mtckpt._steps import list_steps
+from mtckpt.adapters import array_maker
 from mtckpt.errors import (
     Damaged,
     FormatError,
@@ -75,9 +76,7 @@ def load(
         StepNotFound: no such step is there. NoHealthyStep: none can be read, a line a step.
         FormatTooNew: a later version of mtckpt wrote it.
     """
-    from mtckpt.adapters.from_bytes import maker
-
-    make = maker(framework)
+    make = array_maker(framework)
     place = _only_run(location)
     try:
         return open_checkpoint(place, step, make)

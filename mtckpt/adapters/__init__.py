@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mtckpt._state import StateAdapter
 
-__all__ = ["active_adapters"]
+__all__ = ["active_adapters", "array_maker"]
 
 # Asked in this order which of them owns a leaf. NumPy is last: it is the most general.
 _TABLE = (
@@ -32,6 +34,12 @@ def active_adapters() -> list[StateAdapter]:
         for framework, module, name in _TABLE
         if not framework or framework in sys.modules
     ]
+
+
+def array_maker(framework: str) -> Callable[[Any, str, tuple[int, ...], str], Any]:
+    """What makes arrays of a framework from bytes, which is imported now; see ``from_bytes``."""
+    module = importlib.import_module("mtckpt.adapters.from_bytes")
+    return cast("Callable[[Any, str, tuple[int, ...], str], Any]", module.maker(framework))
 
 
 def _make(module: str, name: str) -> StateAdapter:

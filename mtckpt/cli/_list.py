@@ -144,7 +144,7 @@ def show(target: str, step: str | None, as_json: bool) -> int:
 def _open(places: list[Place], step: int | str) -> tuple[Checkpoint, list[str]]:
     """The save at the first place that has the newest one, and the tiers that hold it too."""
     from mtckpt._load import candidates, open_checkpoint
-    from mtckpt.adapters.from_bytes import to_numpy
+    from mtckpt.adapters import array_maker
     from mtckpt.errors import StepNotFound
 
     best: list[tuple[tuple[int, int], Place]] = []
@@ -159,7 +159,7 @@ def _open(places: list[Place], step: int | str) -> tuple[Checkpoint, list[str]]:
         best.append(((newest.name.incarnation, newest.name.step), place))
     for _, place in sorted(best, key=lambda item: item[0], reverse=True):
         try:
-            checkpoint = open_checkpoint(place, step, to_numpy)
+            checkpoint = open_checkpoint(place, step, array_maker("numpy"))
         except CheckpointError as error:
             failed = error
             continue
