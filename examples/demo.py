@@ -204,6 +204,7 @@ def run_attempt(
     places: Places,
     kill: Kill | None,
     show: Callable[[int], None],
+    say: Callable[[str], None],
 ) -> Attempt:
     """Start the trainer, watch it, and kill it when its time has come."""
     by_itself = kill is not None and kill.kind == CAPTURE
@@ -217,6 +218,11 @@ def run_attempt(
                 attempt.start_to_resumed_s = time.monotonic() - trainer.start_s
                 attempt.restored_step, attempt.source = int(found[1]), found[2]
                 attempt.restore_s = float(found[3])
+                say(
+                    f"     resumed from {attempt.source} at step {attempt.restored_step}, "
+                    f"{attempt.start_to_resumed_s:.2f} s after the process started "
+                    f"({attempt.restore_s:.2f} s of it to restore)"
+                )
             show(step)
             # One that should have died by itself gets its chance, then dies like the others.
             if kill is not None and step >= kill.step + (steps // 10 if by_itself else 0):
@@ -319,19 +325,11 @@ def train(
     with screen.bar(steps) as show:
         while True:
             kill = waiting.pop(0) if waiting else None
-            attempt = run_attempt(script, steps, training.out, places, kill, show)
+            attempt = run_attempt(script, steps, training.out, places, kill, show, screen.line)
             training.attempts.append(attempt)
-            number = len(training.attempts)
-            if attempt.source:
-                screen.line(
-                    f"     resumed from {attempt.source} at step {attempt.restored_step}, "
-                    f"{attempt.start_to_resumed_s:.2f} s after the process started "
-                    f"({attempt.restore_s:.2f} s of it to restore)"
-                )
-            elif number > 1:
-                screen.line("     started from nothing")
             if not attempt.killed:
                 break
+            number = len(training.attempts)
             screen.line(f"  {number:2d} SIGKILL {attempt.killed}, after step {attempt.last_step}")
             after_kill()
     training.elapsed_s = time.monotonic() - start_s
@@ -393,6 +391,7 @@ def show_table(trainings: Sequence[Training], screen: Screen) -> None:
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for row in (columns, tuple("-" * width for width in widths), *rows):
         screen.line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    screen.line("restore: with starting an agent where that was gone")
     screen.line("since start: from the start of the process; most of it is importing torch")
 
 

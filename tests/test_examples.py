@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,3 +91,78 @@ def test_a_killed_example_ends_like_its_plain_twin(tmp_path: Path, runtime_dir: 
     # Steps behind the restored one were done twice, with the same losses, and not from step 0.
     assert sorted(set(written), key=lambda line: int(line.split("\t")[0])) == expected
     assert STEPS < len(written) < 2 * STEPS - 15
+
+
+# ---------------------------------------------------------------------------------------------- demo
+
+
+@pytest.fixture(scope="module")
+def demo() -> Any:
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    del sys.modules["demo"]
+    return module
+
+
+def trained(demo: Any, out: Path, losses: str, parameters: bytes) -> Any:
+    out.mkdir()
+    (out / "losses.tsv").write_text(losses)
+    (out / "parameters.safetensors").write_bytes(parameters)
+    return demo.Training(out.name, out)
+
+
+def test_the_demo_sees_one_bit(
+    demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen = demo.Screen()
+    whole = trained(demo, tmp_path / "whole", "0\t1.5\n1\t1.25\n", b"\0\1")
+    again = trained(demo, tmp_path / "again", "0\t1.5\n0\t1.5\n1\t1.25\n", b"\0\1")
+    bit = trained(demo, tmp_path / "bit", "0\t1.5\n1\t1.25\n", b"\0\0")
+    loss = trained(demo, tmp_path / "loss", "0\t1.5\n1\t1.2500000000000002\n", b"\0\1")
+    short = trained(demo, tmp_path / "short", "0\t1.5\n", b"\0\1")
+    assert demo.compare([whole, again], screen)
+    assert "equal bit for bit" in capsys.readouterr().out
+    for other in (bit, loss, short):
+        assert not demo.compare([whole, again, other], screen), other.title
+        assert "DIFFER" in capsys.readouterr().out
+
+
+def test_the_demo_sees_a_step_done_again_otherwise(demo: Any, tmp_path: Path) -> None:
+    twice = trained(demo, tmp_path / "twice", "0\t1.5\n0\t1.25\n", b"")
+    with pytest.raises(SystemExit, match="step 0 was done again with another loss"):
+        demo.read_losses(twice)
+
+
+def test_the_demo_reads_what_the_log_says(demo: Any) -> None:
+    from mtckpt._handle import Restored
+
+    restored = Restored(120, None, sources={"ram": 7_000_000}, elapsed_s=0.031)
+    found = demo.RESTORED.search(f"run gpt-small: {restored}")
+    assert found.groups() == ("120", "ram", "0.03")
+
+
+def test_the_kills_of_a_demo_replay(demo: Any) -> None:
+    kinds = [demo.ANYWHERE, demo.CAPTURE, demo.FLUSH, demo.FLUSH_AND_AGENT] * 2
+    kills = demo.plan_kills(kinds, 800, random.Random(7))
+    assert kills == demo.plan_kills(kinds, 800, random.Random(7))
+    assert sorted(kill.kind for kill in kills) == sorted(kinds)
+    assert [kill.step for kill in kills] == sorted({kill.step for kill in kills})
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(600)
+def test_the_demo(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--steps=200", "--kills=4"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=580, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kind in ("anywhere", "in capture", "in flush", "in flush, agent too"):
+        assert f"SIGKILL {kind}, after step" in done.stdout
+    assert "resumed from ram" in done.stdout
+    assert "resumed from disk" in done.stdout
+    assert (tmp_path / "demo-output" / "losses.png").read_bytes().startswith(b"\x89PNG")
