@@ -306,16 +306,34 @@ def restore_from(
     """
     keys = _inventory.shard_keys(run_key, candidate.name, 0)
     reasons: list[str] = []
+    loaded, usable = _open(candidate, places, inventories, keys, within, bad, reasons)
+    placing, resolve = _match(loaded, state, adapters, partial=partial, rename=rename)
+    number_of = {stored_name(e): i for i, e in enumerate(loaded.entries) if e.same_as is None}
+    order = {number_of[t.name]: n for n, t in enumerate(loaded.layout.tensors)}
+    wanted = sorted({order[fill.index] for fill in placing.fills})
+    brought = _bring(loaded, usable, keys[0], wanted, engine, within, bad, reasons)
+    progress(sum(brought.by_label.values()))
+    return _place(candidate, loaded, placing, resolve, brought, order, engine, bad)
+
+
+def _open(
+    candidate: Candidate,
+    places: Mapping[str, Place],
+    inventories: Mapping[str, Inventory],
+    keys: tuple[str, str, str],
+    within: Within,
+    bad: list[tuple[str, str, str]],
+    reasons: list[str],
+) -> tuple[_Loaded, list[Place]]:
+    """The shard's description, and the places whose small files agree with it."""
     loaded: _Loaded | None = None
-    found: Any
     usable: list[Place] = []
     for label in candidate.sources:
         place = places[label]
+        record = inventories[label].saves[candidate.name].records[0]
+        describe = functools.partial(_describe, place, keys, record)
         try:
-            record = inventories[label].saves[candidate.name].records[0]
-            found = within(
-                label, functools.partial(_describe, place, keys, record), record.shard.data_start
-            )
+            found = within(label, describe, record.shard.data_start)
         except (FormatError, TierError) as error:
             bad.append((label, getattr(error, "key", None) or keys[0], error.what))
             reasons.append(f"{label}: {error.what}")
@@ -327,33 +345,41 @@ def restore_from(
         usable.append(place)
     if loaded is None:
         raise NoHealthyStep("; ".join(reasons), step=candidate.name.step)
+    return loaded, usable
 
-    placing, resolve = _match(loaded, state, adapters, partial=partial, rename=rename)
-    number_of = {stored_name(e): i for i, e in enumerate(loaded.entries) if e.same_as is None}
-    order = {number_of[t.name]: n for n, t in enumerate(loaded.layout.tensors)}
-    wanted = sorted({order[fill.index] for fill in placing.fills})
+
+def _bring(
+    loaded: _Loaded,
+    usable: Sequence[Place],
+    key: str,
+    wanted: Sequence[int],
+    engine: Engine,
+    within: Within,
+    bad: list[tuple[str, str, str]],
+    reasons: list[str],
+) -> _Bytes:
+    """Every wanted tensor in host memory, verified; what one place has damaged, the next gives."""
     brought = _Bytes()
     for place in usable:
         if not wanted:
             break
+        fetch = functools.partial(_fetch, place, key, loaded, wanted, engine)
         try:
-            fetch = functools.partial(_fetch, place, keys[0], loaded, wanted, engine)
-            wanted_next, found = within(place.label, fetch, loaded.layout.size_bytes)
-            brought.add(found)
+            left, found = within(place.label, fetch, loaded.layout.size_bytes)
         except (FormatError, TierError) as error:
             reasons.append(f"{place.label}: {error.what}")
-            bad.append((place.label, keys[0], error.what))
+            bad.append((place.label, key, error.what))
             continue
-        if wanted_next:
-            names = ", ".join(loaded.layout.tensors[i].name[:80] for i in wanted_next[:3])
-            reason = f"{len(wanted_next)} tensors differ from their digests ({names})"
+        brought.add(found)
+        if left:
+            names = ", ".join(loaded.layout.tensors[i].name[:80] for i in left[:3])
+            reason = f"{len(left)} tensors differ from their digests ({names})"
             reasons.append(f"{place.label}: {reason}")
-            bad.append((place.label, keys[0], reason))
-        wanted = wanted_next
+            bad.append((place.label, key, reason))
+        wanted = left
     if wanted:
-        raise NoHealthyStep("; ".join(reasons), step=candidate.name.step)
-    progress(sum(brought.by_label.values()))
-    return _place(candidate, loaded, placing, resolve, brought, order, engine, bad)
+        raise NoHealthyStep("; ".join(reasons), step=loaded.record.step)
+    return brought
 
 
 def _match(

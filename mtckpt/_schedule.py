@@ -48,8 +48,8 @@ class Ram:
     """
 
     path: str | os.PathLike[str] | None = None
-    every: int | Literal["auto"] = "auto"
-    slots: int | Literal["auto"] = "auto"
+    every: int | Literal["auto"] = field(default="auto", kw_only=True)
+    slots: int | Literal["auto"] = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.every != "auto":
@@ -73,8 +73,8 @@ class Disk:
     """
 
     path: str | os.PathLike[str]
-    every: int | str = 1
-    keep: Any = 3
+    every: int | str = field(default=1, kw_only=True)
+    keep: Any = field(default=3, kw_only=True)
 
     def __post_init__(self) -> None:
         parse_every(self.every, times=True)

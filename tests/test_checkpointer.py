@@ -127,7 +127,7 @@ def test_a_template_that_differs_changes_nothing(tmp_path: Path) -> None:
         other = {"w": np.zeros((7, 300), np.float32), "extra": np.zeros(2)}
         with pytest.raises(StateMismatch) as raised:
             checkpointer.restore(other)
-        assert "extra" in raised.value.details["missing"]
+        assert "extra" in getattr(raised.value, "missing", ())
         assert not other["w"].any()
         only = {"n": np.ones((), np.int64)}  # top-level keys that are not asked for are not read
         assert checkpointer.restore(only)

@@ -321,7 +321,10 @@ def error_from_wire(wire: WireError) -> errors.CheckpointError:
         for name, value in wire.details.items()
         if name.isidentifier() and name not in _OWN_NAMES
     }
-    return cls(wire.what, state=wire.state, actions=wire.actions, **details)  # type: ignore[no-any-return]
+    error: errors.CheckpointError = cls(
+        wire.what, state=wire.state, actions=wire.actions, **details
+    )
+    return error
 
 
 def runtime_dir() -> str:
