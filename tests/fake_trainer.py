@@ -72,6 +72,9 @@ class FakeTrainer:
     def open(self) -> protocol.Opened:
         self.client.close()
         self.client = AgentClient(ensure_agent(20.0), 20.0)
+        held = dict(self.held)
+        if self.next_slot is not None:
+            held[self.next_slot.slot_id] = self.next_slot.inode
         message = protocol.Open(
             protocol.PROTOCOL_VERSION,
             self.run,
@@ -84,7 +87,7 @@ class FakeTrainer:
             self.ram_path,
             self.tiers,
             self.incarnation,
-            self.held,
+            held,
             self.token,
         )
         opened: protocol.Opened = self.call("open", message, protocol.Opened)

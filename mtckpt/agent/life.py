@@ -109,7 +109,7 @@ def _join_group(where: Address, group: str) -> None:
     import grp
 
     try:
-        gid = grp.getgrnam(group).gr_gid
+        gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
         os.makedirs(where.directory, mode=0o750, exist_ok=True)
         os.chown(where.directory, -1, gid)
         os.chmod(where.directory, 0o2750)

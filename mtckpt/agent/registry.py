@@ -155,7 +155,8 @@ class Registry:
 
     async def run_for(self, key: str, message: protocol.Open) -> RunState:
         """The run that is opened, known or new. Raises UsageError if its RAM lies elsewhere."""
-        root = _absolute(message.ram_path)
+        # A service keeps everybody's slots in its own directory; the reply says where.
+        root = _absolute("" if self.service else message.ram_path)
         async with self._loading:
             if root not in self._roots:
                 if len(self._roots) >= MAX_ROOTS:

@@ -99,7 +99,7 @@ class Ring:
     async def _allocate(self, run: RunState, owner: Owner) -> Slot | None:
         """A new slot, CAPTURING, if the ring is not full. None if it is, or memory is."""
         plan, count = run.plans[owner.holder]
-        size = len(run.ring(owner.rank, plan)) + run.allocating
+        size = len(run.ring(owner, plan)) + run.allocating
         if size >= count:
             return None
         run.allocating += 1
@@ -226,6 +226,9 @@ class Ring:
                     run=run.run,
                 )
             slot = run.slots.get(message.slot_id)
+            if slot is not None and slot.state is SlotState.FREE and slot.inode == message.inode:
+                # Given by the agent before this one, and not named when the run was opened again.
+                slot.state, slot.holder, slot.rank = SlotState.CAPTURING, owner.holder, owner.rank
             if slot is None or slot.holder != owner.holder or slot.inode != message.inode:
                 raise Damaged(
                     "the slot is not one that this process was given",

@@ -282,12 +282,17 @@ class RunState:
                 return save
         return None
 
-    def ring(self, rank: int, plan: Plan) -> list[Slot]:
-        """Slots of one rank that have or can get this shape."""
+    def ring(self, owner: Owner, plan: Plan) -> list[Slot]:
+        """Slots that one owner has or can get in this shape; not what others still write to."""
         return [
             s
             for s in self.slots.values()
-            if s.fits(plan) and (s.state is SlotState.FREE or s.rank == rank)
+            if s.fits(plan)
+            and (
+                s.state is SlotState.FREE
+                or s.holder == owner.holder
+                or (s.save and s.rank == owner.rank)
+            )
         ]
 
     def drop_copy(self, save: SaveState, label: str) -> None:
@@ -337,6 +342,7 @@ class RunState:
             save.size_bytes = max(save.size_bytes, entry.size_bytes)
             save.ranks[label] = set(entry.ranks)
             save.metrics.update(entry.metrics)
+            save.seq = self.seq + 1  # whoever asks a new agent is told where it stands
             if entry.problems:
                 save.damaged.add(label)
             if label == RAM:
