@@ -6,6 +6,7 @@ thread behind, and sees to it that nothing the thread does later can do harm.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import mmap
 import queue
@@ -38,17 +39,30 @@ class _Revocable:
     def __init__(self, inner: Source) -> None:
         self._inner: Source | None = inner
         self._lock = threading.Lock()
+        self._pool: list[mmap.mmap] = []
         self.size_bytes = inner.size_bytes
 
     def read(self, offset: int, size_bytes: int) -> memoryview:
         if not size_bytes:
             return memoryview(b"")
-        copy = memoryview(mmap.mmap(-1, size_bytes))  # Aligned, so O_DIRECT still works.
         with self._lock:
             if self._inner is None:
                 raise TierUnavailable("the deadline of this put has passed")
+            copy = memoryview(self._buffer(size_bytes))[:size_bytes]
             copy[:] = self._inner.read(offset, size_bytes)
         return copy
+
+    def _buffer(self, size_bytes: int) -> mmap.mmap:
+        """Memory that nobody has a view of: used again, since the first touch is what costs."""
+        for buffer in self._pool:
+            try:
+                buffer.resize(len(buffer))  # Changes nothing, and is refused while there are views.
+            except (BufferError, SystemError, ValueError, OSError):
+                continue
+            if len(buffer) >= size_bytes:
+                return buffer
+        self._pool.append(mmap.mmap(-1, size_bytes))  # Aligned, so that O_DIRECT still works.
+        return self._pool[-1]
 
     def revoke(self) -> None:
         with self._lock:
@@ -100,10 +114,12 @@ class DeadlineTier:
         """Read in time."""
         view = memoryview(out).cast("B")
 
-        def work(hand_over: Callable[[bytearray], None]) -> None:
+        def work(hand_over: Callable[[memoryview], None]) -> None:
+            # One that is being filled and the two that may be handed over at a time.
+            buffers = itertools.cycle([bytearray(min(CHUNK_BYTES, len(view))) for _ in range(3)])
             for start in range(0, max(len(view), 1), CHUNK_BYTES):
-                chunk = bytearray(min(CHUNK_BYTES, len(view) - start))
-                self.inner.read_into(key, memoryview(chunk), offset + start)
+                chunk = memoryview(next(buffers))[: len(view) - start]
+                self.inner.read_into(key, chunk, offset + start)
                 hand_over(chunk)
 
         start = 0
@@ -131,7 +147,7 @@ class DeadlineTier:
         self,
         verb: str,
         key: str | None,
-        work: Callable[[Callable[[bytearray], None]], T],
+        work: Callable[[Callable[[memoryview], None]], T],
         size_bytes: int = 0,
     ) -> T:
         call = _Call(self, verb, key, size_bytes, work)
@@ -172,7 +188,7 @@ class _Call(Generic[T]):
         verb: str,
         key: str | None,
         size_bytes: int,
-        work: Callable[[Callable[[bytearray], None]], T],
+        work: Callable[[Callable[[memoryview], None]], T],
     ) -> None:
         tier.begin(verb, key)
         self._tier = tier
@@ -181,7 +197,7 @@ class _Call(Generic[T]):
         self._timeout_s = tier.deadline_s(size_bytes)
         self._deadline = time.monotonic() + self._timeout_s
         self._work = work
-        self._chunks: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
+        self._chunks: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(2)
         self._lock = threading.Lock()
         self._ended = self._given_up = False
@@ -190,7 +206,7 @@ class _Call(Generic[T]):
         name = f"mtckpt-{tier.name}-{verb}"
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
-    def chunks(self) -> Iterator[bytearray]:
+    def chunks(self) -> Iterator[memoryview]:
         """What the call hands over, until it ends; then its error, if it raised one."""
         while (chunk := self._next()) is not None:
             yield chunk
@@ -198,7 +214,7 @@ class _Call(Generic[T]):
         if self._errors:
             raise self._errors[0]
 
-    def _next(self) -> bytearray | None:
+    def _next(self) -> memoryview | None:
         try:
             return self._chunks.get(timeout=max(0.0, self._deadline - time.monotonic()))
         except queue.Empty:
@@ -229,7 +245,7 @@ class _Call(Generic[T]):
             outcome = repr(self._errors[0]) if self._errors else "success"
             logger.info("a %s of %s ended late: %s", self._verb, self._key, outcome)
 
-    def _hand_over(self, chunk: bytearray) -> None:
+    def _hand_over(self, chunk: memoryview) -> None:
         # One that is being used and one that waits; more would hold the whole object in memory.
         if not self._room.acquire(timeout=max(0.0, self._deadline - time.monotonic())):
             raise TierUnavailable("nobody takes what was read", tier=self._tier.name, key=self._key)
