@@ -85,7 +85,9 @@ class _Process:
         try:
             while line := await reader.readline():
                 self._take(work.decode_reply(line))
-        except (OSError, ValueError, FormatError) as error:
+        except OSError:
+            why = "was killed"
+        except (ValueError, FormatError) as error:
             why = f"cannot be understood: {error}"
         finally:
             self.end(f"the data process of {self.name} {why}")
@@ -152,7 +154,7 @@ class Worker:
 
     def __init__(self, name: str, *, log_path: str | os.PathLike[str] | None = None) -> None:
         self.name = name
-        self.restarts = 0
+        self.starts = 0
         self._log_path = log_path
         self._process: _Process | None = None
         self._abandoned: list[_Process] = []
@@ -218,7 +220,7 @@ class Worker:
             done, _ = await asyncio.wait({pending.reply}, timeout=max(left_s, 0))
             if done:
                 if process.gone:
-                    self._failed(process, "")
+                    self._failed(process, f"it ended during {verb}")
                 return pending.reply.result()
             if pending.last_s + timeout_s <= time.monotonic():
                 raise self._gave_up(process, verb, timeout_s)
@@ -266,7 +268,7 @@ class Worker:
                 )
             process = self._spawn()
             await process.begin()
-            self.restarts += 1
+            self.starts += 1
             self._process = process
             return process
 

@@ -44,7 +44,7 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
 
 
 class Allocate(msgspec.Struct, frozen=True, tag=True):
-    """-> SlotFiles, or TierFull with nothing left behind.
+    """-> SlotFiles, or TierFull with nothing left behind. AlreadyExists: free that id first.
 
     The pages are reserved and charged to the agent, not faulted in: measured, that does not shorten
     the trainer's first capture, whose own page tables are what costs.

@@ -1,0 +1,469 @@
+"""The data process and its pool: every command, a process that hangs, dies, or is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar, get_args
+
+import pytest
+from shard_maker import RUN, Shard, fill_slot, flip, make_shard
+
+from mtckpt import _manifest
+from mtckpt._slots import Slot
+from mtckpt.agent import work
+from mtckpt.agent.carry import Carrier
+from mtckpt.agent.pool import Pool, Worker
+from mtckpt.agent.protocol import TierConfig
+from mtckpt.errors import (
+    AlreadyExists,
+    CheckpointError,
+    Damaged,
+    FormatError,
+    TierUnavailable,
+    UsageError,
+)
+
+T = TypeVar("T")
+
+
+@pytest.fixture
+def ram(ram_dir: Path) -> work.TierRef:
+    return work.TierRef("ram", str(ram_dir / "root"))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> work.TierRef:
+    return work.TierRef("disk", str(tmp_path / "disk"), label="disk-2")
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Shard:
+    return make_shard(tmp_path)
+
+
+def with_pool(body: Callable[[Pool], Awaitable[T]], log_path: Path | None = None) -> T:
+    async def run() -> T:
+        pool = Pool(log_path=log_path)
+        try:
+            return await asyncio.wait_for(body(pool), 40)
+        finally:
+            await pool.close()
+
+    return asyncio.run(run())
+
+
+def carry(command: work.Command) -> work.Result:
+    """In this process: what a command does does not depend on where it runs."""
+    carrier = Carrier()
+    try:
+        return carrier.carry(command, lambda _: None)
+    finally:
+        carrier.close()
+
+
+def slot_of(files: work.Result) -> Slot:
+    assert isinstance(files, work.SlotFiles)
+    return Slot(
+        files.slot_id,
+        files.inode,
+        files.shard_bytes,
+        files.table_bytes,
+        files.data_path,
+        files.table_path,
+        files.record_path,
+    )
+
+
+def staged(ram: work.TierRef, shard: Shard) -> Slot:
+    slot = slot_of(carry(work.Allocate(ram, RUN, "a", len(shard.data), len(shard.table))))
+    fill_slot(slot, shard)
+    carry(work.SealSlot(ram, RUN, "a", slot.inode, str(shard.name), shard.rank))
+    return slot
+
+
+def test_every_command_has_a_line_and_a_place(ram: work.TierRef, disk: work.TierRef) -> None:
+    flush = work.Flush(RUN, "x", 0, ram, disk)
+    assert work.place_of(flush) == disk
+    assert work.place_of(work.Heal(RUN, "x", 0, ram, disk)) == disk
+    assert work.place_of(work.Heal(RUN, "x", 0, disk, ram)) == disk
+    assert work.place_of(work.Ping()) is None
+    assert work.place_of(work.Free(ram, RUN, "a")) == ram
+    request = work.Request(7, work.PutSmall(ram, "run/x", b"\x00\xff"))
+    line = work.encode_line(request)
+    assert line.endswith(b"}\n")
+    assert work.decode_request(line) == request
+    for bad in (b"{}", b"[", b'{"id":1,"command":{"type":"Exec"}}', b"\xff"):
+        with pytest.raises(FormatError):
+            work.decode_request(bad)
+    for bad in (b"{}", b"[", b'{"id":1,"result":{"type":"Exec"}}', b"\xff"):
+        with pytest.raises(FormatError):
+            work.decode_reply(bad)
+    carried = set(Carrier()._table)
+    assert carried == set(get_args(work.Command))
+
+
+def test_the_life_of_a_save(ram: work.TierRef, disk: work.TierRef, shard: Shard) -> None:
+    name = str(shard.name)
+
+    async def body(pool: Pool) -> None:
+        async def ask(command: work.Command, want: type[T]) -> T:
+            result = await pool.call(command, 10)
+            assert isinstance(result, want)
+            return result
+
+        command = work.Allocate(ram, RUN, "a", len(shard.data), len(shard.table))
+        slot = slot_of(await ask(command, work.SlotFiles))
+        fill_slot(slot, shard)
+        (found,) = (await ask(work.Scan(ram), work.Scanned)).runs[0].slots
+        assert (found.save, found.rank, found.inode) == (name, 0, slot.inode)
+        seal = work.SealSlot(ram, RUN, "a", slot.inode, name, 0, verify=True)
+        sealed = await ask(seal, work.SealedSlot)
+        assert (sealed.save, sealed.step, sealed.again) == (name, 10, False)
+        assert (await ask(seal, work.SealedSlot)).again
+        news: list[work.Progress] = []
+        result = await pool.call(work.Flush(RUN, name, 0, ram, disk), 10, news.append)
+        assert isinstance(result, work.Flushed)
+        assert result.complete
+        assert result.rewritten == []
+        assert news
+        assert news[-1].total_bytes == len(shard.data)
+        (save,) = (await ask(work.Scan(disk, RUN), work.Scanned)).runs[0].saves
+        assert (save.save, save.complete, save.ranks) == (name, True, [0])
+        verified = await ask(work.Verify(disk, RUN, name, 0), work.Verified)
+        assert verified.damaged == []
+        assert verified.read_bytes > len(shard.data)
+        data = Path(disk.path) / RUN / name / _manifest.shard_file(0)
+        flip(data, 5000)
+        (damaged,) = (await ask(work.Verify(disk, RUN, name, 0), work.Verified)).damaged
+        assert damaged.key.endswith("rank-00000.safetensors")
+        healed = await ask(work.Heal(RUN, name, 0, disk, ram), work.Healed)
+        assert healed.replaced == [damaged.key]
+        assert data.read_bytes() == shard.data
+        recycled = await ask(work.Recycle(ram, RUN, name, 0, "b"), work.Recycled)
+        assert recycled.files is not None
+        assert recycled.files.inode == slot.inode
+        assert (await ask(work.Free(ram, RUN, "b"), work.Freed)).freed_bytes > len(shard.data)
+        assert (await ask(work.Free(ram, RUN, "b"), work.Freed)).freed_bytes == 0
+        assert not (await ask(work.Delete(disk, RUN, name), work.Deleted)).busy
+        assert (await ask(work.Scan(disk), work.Scanned)).runs == []
+        assert len(pool.pids()) == 2
+
+    with_pool(body)
+
+
+def test_a_reader_makes_recycle_and_delete_say_busy(ram: work.TierRef, shard: Shard) -> None:
+    slot = staged(ram, shard)
+    import fcntl
+
+    path = Path(ram.path) / RUN / str(shard.name) / _manifest.shard_file(0)
+    with path.open("rb") as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        assert carry(work.Recycle(ram, RUN, str(shard.name), 0, "b")) == work.Recycled(None)
+        assert carry(work.Delete(ram, RUN, str(shard.name))) == work.Deleted(busy=True)
+    recycled = carry(work.Recycle(ram, RUN, str(shard.name), 0, "b"))
+    assert isinstance(recycled, work.Recycled)
+    assert recycled.files is not None
+    assert recycled.files.inode == slot.inode
+
+
+def test_a_damaged_capture_of_a_dead_owner_is_freed(ram: work.TierRef, shard: Shard) -> None:
+    slot = slot_of(carry(work.Allocate(ram, RUN, "a", len(shard.data), len(shard.table))))
+    fill_slot(slot, shard)
+    flip(Path(slot.data_path), len(shard.data) - 1)
+    with pytest.raises(Damaged):
+        carry(work.SealSlot(ram, RUN, "a", slot.inode, str(shard.name), 0, verify=True))
+    scanned = carry(work.Scan(ram))
+    assert isinstance(scanned, work.Scanned)
+    assert [(run.slots, run.saves) for run in scanned.runs] in ([], [([], [])])
+
+
+def test_small_files_are_written_once(ram: work.TierRef) -> None:
+    put = work.PutSmall(ram, f"{RUN}/incarnation-000001.0123456789ab.json", b"one")
+    assert carry(put) == work.Stored(already=False)
+    assert carry(put) == work.Stored(already=True)
+    for other in (b"two", b"longer"):
+        with pytest.raises(AlreadyExists):
+            carry(work.PutSmall(ram, put.key, other))
+    with pytest.raises(UsageError):
+        carry(work.PutSmall(ram, "../x", b"two"))
+
+
+def test_run_configurations_outlive_the_process(ram: work.TierRef) -> None:
+    owner = work.Owner("h", 0, 12, 345, incarnation=2)
+    config = work.RunConfig(
+        RUN, RUN, [TierConfig("disk", "disk", "/d", [{"last": 3}])], [owner], extra={"a": [1, None]}
+    )
+    carry(work.WriteRunConfig(ram, config))
+    newer = work.RunConfig(RUN, RUN, incarnation=3)
+    carry(work.WriteRunConfig(ram, newer))
+    carry(work.WriteRunConfig(ram, work.RunConfig("other", "other")))
+    path = Path(ram.path) / RUN / ".run.json"
+    assert path.stat().st_mode & 0o7777 == 0o600
+    assert carry(work.ReadRunConfigs(ram)) == work.RunConfigs(
+        [work.RunConfig("other", "other"), newer]
+    )
+    path.write_bytes(b'{"run":')
+    result = carry(work.ReadRunConfigs(ram))
+    assert isinstance(result, work.RunConfigs)
+    assert [config.run for config in result.configs] == ["other"]
+    assert result.problems[0].startswith("run: ")
+
+
+def test_wipe_takes_one_run_and_no_other(ram: work.TierRef, shard: Shard) -> None:
+    staged(ram, shard)
+    carry(work.Allocate(ram, RUN, "b", 100, 64))
+    carry(work.WriteRunConfig(ram, work.RunConfig(RUN, RUN)))
+    carry(work.Allocate(ram, "other", "b", 100, 64))
+    freed = carry(work.Wipe(ram, RUN))
+    assert isinstance(freed, work.Freed)
+    assert freed.freed_bytes > len(shard.data)
+    assert sorted(os.listdir(ram.path)) == ["other"]
+    assert carry(work.Wipe(ram, RUN)) == work.Freed(0)
+    with pytest.raises(UsageError):
+        carry(work.Wipe(ram, ".."))
+
+
+def test_a_scan_without_repair_changes_nothing(ram: work.TierRef, shard: Shard) -> None:
+    staged(ram, shard)
+    record = Path(ram.path) / RUN / str(shard.name) / _manifest.record_file(0)
+    record.unlink()
+    scanned = carry(work.Scan(ram, repair=False))
+    assert isinstance(scanned, work.Scanned)
+    assert scanned.runs[0].saves[0].ranks == []
+    assert record.with_suffix(".safetensors").exists()
+    scanned = carry(work.Scan(ram, repair=True))
+    assert isinstance(scanned, work.Scanned)
+    assert len(scanned.runs[0].repaired) == 2
+    assert not record.parent.exists()
+
+
+def test_a_root_that_was_made_anew_is_opened_again(ram: work.TierRef) -> None:
+    carrier = Carrier()
+    carrier.carry(work.Scan(ram), lambda _: None)
+    os.rename(ram.path, ram.path + "-old")
+    os.mkdir(ram.path, 0o700)
+    with pytest.raises(TierUnavailable):
+        carrier.carry(work.Scan(ram), lambda _: None)
+    assert isinstance(carrier.carry(work.Scan(ram), lambda _: None), work.Scanned)
+    carrier.close()
+
+
+# -- processes ----------------------------------------------------------------------------------------
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def wait_dead(pid: int, timeout_s: float = 5.0) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        if not is_alive(pid):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_typed_errors_cross_with_their_facts(disk: work.TierRef) -> None:
+    async def body(pool: Pool) -> None:
+        with pytest.raises(CheckpointError) as raised:
+            await pool.call(work.Allocate(disk, RUN, "a", 1 << 50, 64), 10)
+        assert type(raised.value).__name__ == "TierFull"
+        assert raised.value.details["needed_bytes"] == (1 << 50) + 64
+        with pytest.raises(UsageError, match="not the name of a save"):
+            await pool.call(work.Verify(disk, RUN, "../x", 0), 10)
+
+    with_pool(body)
+
+
+def test_a_process_that_hangs_is_named_given_up_and_replaced(ram: work.TierRef) -> None:
+    async def body(pool: Pool) -> None:
+        await pool.call(work.Scan(ram), 10)
+        (pid,) = pool.pids()
+        os.kill(pid, signal.SIGSTOP)
+        start_s = time.monotonic()
+        with pytest.raises(TierUnavailable) as raised:
+            await pool.call(work.Scan(ram), 0.3)
+        assert time.monotonic() - start_s < 2
+        assert raised.value.details["verb"] == "Scan"
+        assert raised.value.details["timeout_s"] == 0.3
+        assert "ram did not answer Scan" in str(raised.value)
+        assert await asyncio.to_thread(wait_dead, pid)
+        await pool.call(work.Scan(ram), 10)
+        assert pool.pids() != [pid]
+
+    with_pool(body)
+
+
+def test_a_hung_disk_does_not_hold_up_ram(ram: work.TierRef, disk: work.TierRef) -> None:
+    async def body(pool: Pool) -> None:
+        await pool.call(work.Scan(disk), 10)
+        await pool.call(work.Scan(ram), 10)
+        os.kill(pool.pids()[0], signal.SIGSTOP)
+        stuck = asyncio.create_task(pool.call(work.Scan(disk), 3))
+        start_s = time.monotonic()
+        for _ in range(20):
+            await pool.call(work.Scan(ram), 10)
+        assert time.monotonic() - start_s < 2.5
+        assert not stuck.done()
+        with pytest.raises(TierUnavailable, match="disk-2"):
+            await stuck
+
+    with_pool(body)
+
+
+def test_progress_puts_the_deadline_off(ram_dir: Path, tmp_path: Path) -> None:
+    shard = make_shard(tmp_path, size=60)
+    ram = work.TierRef("ram", str(ram_dir / "root"))
+    staged(ram, shard)
+    slow = work.TierRef("disk", str(tmp_path / "slow"), bytes_per_s=16_000_000)
+    news: list[work.Progress] = []
+
+    async def body(pool: Pool) -> None:
+        await pool.call(work.Scan(slow), 10)
+        start_s = time.monotonic()
+        flush = work.Flush(RUN, str(shard.name), 0, ram, slow)
+        await pool.call(flush, 0.9, news.append)
+        assert time.monotonic() - start_s > 0.95
+
+    with_pool(body)
+    done = [progress.done_bytes for progress in news]
+    assert len(done) > 1
+    assert done == sorted(done)
+    assert {progress.total_bytes for progress in news} == {len(shard.data)}
+
+
+def test_a_process_that_dies_fails_what_is_under_way_and_is_replaced(ram: work.TierRef) -> None:
+    async def body(pool: Pool) -> None:
+        await pool.call(work.Scan(ram), 10)
+        (pid,) = pool.pids()
+        os.kill(pid, signal.SIGSTOP)
+        waiting = asyncio.create_task(pool.call(work.Scan(ram), 30))
+        await asyncio.sleep(0.05)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(TierUnavailable, match=r"ended|was killed"):
+            await waiting
+        await pool.call(work.Scan(ram), 10)
+
+    with_pool(body)
+
+
+def test_a_process_that_always_dies_is_started_less_and_less_often(
+    ram: work.TierRef, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MTCKPT_CRASH_AT", "config.written")
+    log_path = tmp_path / "log"
+
+    async def body(pool: Pool) -> int:
+        command = work.WriteRunConfig(ram, work.RunConfig(RUN, RUN))
+        refused = 0
+        for _ in range(6):
+            with pytest.raises(TierUnavailable) as raised:
+                await pool.call(command, 10)
+            refused += "retry_in_s" in raised.value.details
+        assert pool.worker(ram).starts < 6
+        monkeypatch.delenv("MTCKPT_CRASH_AT")
+        deadline_s = time.monotonic() + 10
+        while time.monotonic() < deadline_s:
+            try:
+                await pool.call(work.Scan(ram), 10)
+                await pool.call(command, 10)
+                return refused
+            except TierUnavailable:
+                await asyncio.sleep(0.05)
+        raise AssertionError("it never came back")
+
+    assert with_pool(body, log_path) > 0
+
+
+def test_the_process_ends_with_the_one_that_started_it(ram: work.TierRef) -> None:
+    code = (
+        "import asyncio, sys, time\n"
+        "from mtckpt.agent import work\n"
+        "from mtckpt.agent.pool import Pool\n"
+        "async def main():\n"
+        "    pool = Pool()\n"
+        f"    await pool.call(work.Scan(work.TierRef('ram', {ram.path!r})), 10)\n"
+        "    print(pool.pids()[0], flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=_environment()
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert is_alive(pid)
+        parent.kill()
+    assert wait_dead(pid)
+
+
+def test_the_end_of_the_socket_ends_it_and_nonsense_does_too() -> None:
+    for last_words in (b"", b"nonsense\n"):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mtckpt.agent.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=_environment(),
+                stderr=subprocess.DEVNULL,
+            )
+            theirs.close()
+            ours.sendall(work.encode_line(work.Request(1, work.Ping())))
+            assert work.decode_reply(ours.recv(1 << 16)).result == work.Pong(process.pid)
+            if last_words:
+                ours.sendall(last_words)
+            else:
+                ours.shutdown(socket.SHUT_WR)
+            assert process.wait(5) == (1 if last_words else 0)
+
+
+def test_it_is_small_and_loads_little(ram: work.TierRef) -> None:
+    def look(pid: int) -> tuple[int, str]:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        fields = dict(line.split(":", 1) for line in rollup.splitlines()[1:])
+        private_kib = sum(int(fields[f"Private_{kind}"].split()[0]) for kind in ("Clean", "Dirty"))
+        return private_kib, Path(f"/proc/{pid}/maps").read_text()
+
+    async def body(pool: Pool) -> tuple[int, str]:
+        await pool.call(work.Scan(ram), 10)
+        return look(pool.pids()[0])
+
+    private_kib, maps = with_pool(body)
+    assert private_kib <= 15 * 1024
+    for name in ("numpy", "_ssl", "_asyncio", "torch", "jax"):
+        assert name not in maps
+
+
+def test_a_closed_pool_leaves_no_process_and_answers_nobody(ram: work.TierRef) -> None:
+    async def body() -> None:
+        pool = Pool()
+        worker = pool.worker(ram)
+        assert isinstance(worker, Worker)
+        assert isinstance(await worker.call(work.Ping(), 10), work.Pong)
+        (pid,) = pool.pids()
+        await pool.close()
+        await pool.close()
+        assert not os.path.exists(f"/proc/{pid}")  # noqa: ASYNC240
+        with pytest.raises(TierUnavailable, match="closed"):
+            await pool.call(work.Scan(ram), 10)
+        with pytest.raises(ValueError, match="Ping"):
+            await pool.call(work.Ping(), 10)
+
+    asyncio.run(body())
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.getcwd()}
