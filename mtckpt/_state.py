@@ -168,6 +168,8 @@ class Codec:
     decode: Callable[[Any], Any]
 
 
+_CONTAINERS = frozenset({dict, list, tuple})
+
 _codecs: dict[type, Codec] = {}
 _codec_names: dict[str, Codec] = {}
 
@@ -227,6 +229,10 @@ def _walk(value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, d
         codec = _codecs[kind]
         child = _walk(codec.encode(value), path, adapters, flat, depth + 1)
         return Node(CODEC, type_=kind, children=[child], name=codec.name)
+    if kind in _CONTAINERS:  # nothing but what they look like: nobody needs to be asked
+        if kind is dict:
+            return _walk_dict(value, path, adapters, flat, depth)
+        return _walk_sequence(value, path, adapters, flat, depth)
     for adapter in adapters:
         if adapter.is_array(value):
             _check_name(path)
@@ -240,15 +246,25 @@ def _walk(value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, d
     if isinstance(value, Mapping):
         return _walk_dict(value, path, adapters, flat, depth)
     if isinstance(value, (list, tuple)):
-        prefix = path + "/" if path else ""
-        children = [
-            _walk(item, f"{prefix}{i}", adapters, flat, depth + 1) for i, item in enumerate(value)
-        ]
-        return Node(LIST if isinstance(value, list) else TUPLE, type_=kind, children=children)
+        return _walk_sequence(value, path, adapters, flat, depth)
     if isinstance(value, (bool, int, float, str, bytes)):
         # A subclass (an IntEnum, numpy.float64) would come back as its base: said, not guessed.
         return _plain(value, path, flat)
     raise _refused(kind, path)
+
+
+def _walk_sequence(
+    value: Sequence[Any],
+    path: str,
+    adapters: Sequence[StateAdapter],
+    flat: Flat,
+    depth: int,
+) -> Node:
+    prefix = path + "/" if path else ""
+    children = [
+        _walk(item, f"{prefix}{i}", adapters, flat, depth + 1) for i, item in enumerate(value)
+    ]
+    return Node(LIST if isinstance(value, list) else TUPLE, type_=type(value), children=children)
 
 
 def _refused(kind: type, path: str) -> UnsupportedState:

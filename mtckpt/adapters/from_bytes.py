@@ -78,11 +78,11 @@ def _to_torch(raw: Any, dtype: str, shape: tuple[int, ...], path: str) -> Any:
     kind = DTYPE_OF.get(dtype)
     if kind is None:
         raise _lacking("torch", torch.__version__, dtype, path)
-    if not raw.size:
-        return torch.empty(shape, dtype=kind, device="cpu")
     flat = torch.from_numpy(raw)
     if dtype == _PAIRS:  # by way of pairs: the constructor of this type warns that it is young
         return torch.view_as_complex(flat.view(torch.float16).reshape((*shape, 2)))
+    if not raw.size:
+        return torch.empty(shape, dtype=kind, device="cpu")
     return flat.view(kind).reshape(shape)
 
 

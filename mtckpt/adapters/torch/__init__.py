@@ -18,9 +18,12 @@ __all__ = ["TorchAdapter"]
 
 
 class TorchAdapter:
-    """``StateAdapter`` of PyTorch. Holds nothing: each method is a function of its arguments."""
+    """``StateAdapter`` of PyTorch. Holds no tensor, only where those of the last save lay."""
 
     framework = "torch"
+
+    def __init__(self) -> None:
+        self._checked: leaves.Checked | None = None
 
     def is_array(self, value: object) -> bool:
         """True for every tensor, those that cannot be saved too: ``spec`` says why not."""
@@ -38,7 +41,11 @@ class TorchAdapter:
         self, values: Sequence[Any], paths: Sequence[str] = (), fingerprint: object = None
     ) -> tuple[list[int], object]:
         """The live memory of plain host tensors, and of copies for all others."""
-        return leaves.host_addresses(values, paths, fingerprint)
+        addresses, copies, checked = leaves.host_addresses(
+            values, paths, fingerprint, self._checked
+        )
+        self._checked = checked or self._checked
+        return addresses, copies
 
     def identity(self, value: Any) -> object | None:
         """The same memory seen with the same type, shape and strides."""

@@ -24,6 +24,7 @@ from mtckpt._state import ArraySpec
 from mtckpt.errors import UnsupportedState
 
 __all__ = [
+    "Checked",
     "Layouts",
     "assign",
     "bump_versions",
@@ -107,35 +108,53 @@ def _details(tensor: torch.Tensor) -> object:
     )
 
 
+@dataclass(slots=True)
+class Checked:
+    """Plain tensors that were found to lie within their storages: where, and how long those were.
+
+    As long as all of that is the same, so is the answer.
+    """
+
+    layouts: Layouts
+    addresses: list[int]
+    held_bytes: list[int]
+
+
 def host_addresses(
-    values: Sequence[torch.Tensor], paths: Sequence[str], known: object
-) -> tuple[list[int], object]:
-    """Where the bytes lie. ``known`` is the fingerprint of these very values, or anything else."""
+    values: Sequence[torch.Tensor],
+    paths: Sequence[str],
+    known: object,
+    last: Checked | None = None,
+) -> tuple[list[int], list[torch.Tensor], Checked | None]:
+    """Where the bytes lie, the copies among them, and what to pass as ``last`` the next time.
+
+    ``known`` is the fingerprint of these very values, or anything else.
+    """
     layouts = known if isinstance(known, Layouts) else fingerprint(values)
-    if layouts.details and not layouts.odd:
-        layouts = Layouts([], [], list(range(len(values))), [])
-    copies: list[torch.Tensor] = []
+    odd = layouts.odd
+    if layouts.details and not odd:  # some cannot even be described by columns
+        odd = list(range(len(values)))
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        _check_storages(values, paths)
-        if not layouts.odd:
-            return [tensor.data_ptr() for tensor in values], copies
-        odd = set(layouts.odd)
-        addresses = [0 if i in odd else tensor.data_ptr() for i, tensor in enumerate(values)]
-        for i in layouts.odd:
-            copy = _host_copy(values[i])
-            copies.append(copy)
-            addresses[i] = copy.data_ptr()
-    return addresses, copies
+        held = [tensor.untyped_storage().nbytes() for tensor in values]
+        if not odd:
+            addresses = [tensor.data_ptr() for tensor in values]
+            checked = Checked(layouts, addresses, held)
+            if checked != last:
+                _check_storages(values, held, paths)
+            return addresses, [], checked
+        _check_storages(values, held, paths)
+        copied = {i: _host_copy(values[i]) for i in odd}
+        addresses = [copied.get(i, tensor).data_ptr() for i, tensor in enumerate(values)]
+    return addresses, list(copied.values()), None
 
 
-def _check_storages(values: Sequence[torch.Tensor], paths: Sequence[str]) -> None:
+def _check_storages(values: Sequence[torch.Tensor], held: list[int], paths: Sequence[str]) -> None:
     """Raise for a tensor whose memory was given back or is shorter than the tensor.
 
     FSDP and donated buffers resize a storage to nothing and keep the tensor; its address then is
     its offset, and reading there kills the process.
     """
     sizes = [tensor.nbytes for tensor in values]
-    held = [tensor.untyped_storage().nbytes() for tensor in values]
     offsets = [tensor.storage_offset() for tensor in values]
     if sizes == held and not any(offsets):
         return
