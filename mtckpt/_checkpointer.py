@@ -23,7 +23,7 @@ from mtckpt._handle import Restored, Save, Status, Step
 from mtckpt._progress import progress
 from mtckpt._run import Run
 from mtckpt._saver import Saver
-from mtckpt._schedule import Disk, Ram, Tempo, labels_of, make_schedule
+from mtckpt._schedule import Disk, Ram, Tempo, labels_of, make_schedule, parse_every
 from mtckpt._session import Session
 from mtckpt._steps import list_steps
 from mtckpt.agent import protocol
@@ -311,11 +311,12 @@ class Checkpointer:
         self._check_alive()
         if type(step) is not int or not 0 <= step < _manifest.MAX_STEP:
             raise UsageError(f"step must be an int of 0 or more, not {step!r}")
-        if self._pending:
-            with self._lock:
-                failure = self._pending.pop(0)
-                self._pending.clear()
-            raise failure from failure.__cause__
+        with self._lock:
+            failures, self._pending = self._pending, []
+        if failures and self._on_failure == "warn":
+            warnings.warn(str(failures[0]), RuntimeWarning, stacklevel=3)
+        elif failures:
+            raise failures[0] from failures[0].__cause__
         restored = self._restored
         if restored is not None and getattr(restored, "_must_read", False):
             raise RestoreIgnored(
@@ -342,9 +343,6 @@ class Checkpointer:
             state="training goes on; earlier steps are unchanged",
         )
         failure.__cause__ = error
-        if self._on_failure == "warn":
-            warnings.warn(str(failure), RuntimeWarning, stacklevel=2)
-            return
         with self._lock:
             self._pending.append(failure)
 
@@ -381,7 +379,7 @@ class Checkpointer:
                 session.call("flush", protocol.Flush(session.holder), protocol.Done)
                 errors += self._await_newest(last, deadline_s)
             with self._lock:
-                errors += self._pending
+                errors += self._pending if self._on_failure == "raise" else []
                 self._pending.clear()
             session.stop_listening()
             session.call(
@@ -435,7 +433,17 @@ def _split(tiers: Sequence[Ram | Disk] | None, run: str) -> tuple[Ram, list[Disk
         )
     for disk in disks:
         _retention.parse_keep(disk.keep)
-    return (rams[0] if rams else Ram(every=1)), disks
+    if rams:
+        return rams[0], disks
+    steps, _ = parse_every(disks[0].every, times=True)
+    if steps is None:
+        raise UsageError(
+            f"Disk(every={disks[0].every!r}): the first tier needs steps, since clocks differ"
+            " between ranks",
+            state="nothing was done",
+            actions=("put Ram(every=...) first, or give steps",),
+        )
+    return Ram(every=steps), disks
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

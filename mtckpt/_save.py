@@ -259,6 +259,10 @@ class SlotRing:
         slot.grant = grant
         return slot
 
+    def has(self, size: tuple[int, int]) -> bool:
+        """True if a slot of these sizes (shard, table) is mapped."""
+        return bool(self._slots) and self._size == size
+
     def fits(self, grant: SlotGrant, layout: ShardLayout) -> bool:
         """True if a slot that was granted ahead of time is of the size needed now."""
         return self._size == (layout.size_bytes, layout.table_bytes) and grant.inode in self._slots

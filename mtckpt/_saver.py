@@ -29,6 +29,8 @@ __all__ = ["Saver"]
 
 logger = logging.getLogger(__name__)
 
+_ANSWER_S = 0.5
+
 
 class Saver:
     """See the module. ``insists``: RAM was asked for by name, so a full tmpfs is an error."""
@@ -135,7 +137,7 @@ class Saver:
 
     def _ask_slot(self, want: protocol.WantSlots) -> protocol.Slots:
         try:
-            return self._session.call("slots", want, protocol.Slots)
+            return self._session.call("slots", want, protocol.Slots, self._patience_s(want))
         except TierFull as error:
             beside = os.path.join(self._disk_path() or "", ".mtckpt-slots")
             if self._insists or not self.run.disks or self._session.ram_path == beside:
@@ -150,6 +152,11 @@ class Saver:
             assert self.run.incarnation is not None
             self.run.send_begin(self.run.incarnation)
             return self._session.call("slots", want, protocol.Slots)
+
+    def _patience_s(self, want: protocol.WantSlots) -> float | None:
+        """A ring that exists is answered at once; making one takes as long as its pages do."""
+        known = self.ring.has((want.shard_bytes, want.table_bytes))
+        return want.wait_s + _ANSWER_S if known else None
 
     def _num_slots(self, layout: ShardLayout) -> int:
         """Slots in the ring: three where memory allows, else two; decided once for a layout."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ import torch
 import mtckpt
 from mtckpt.errors import (
     CaptureFailed,
+    CloseFailed,
     ForkedProcess,
     GroupMissing,
     NoHealthyStep,
+    SaveFailed,
     StageNotPlanned,
     StateMismatch,
     StepExists,
@@ -269,7 +273,7 @@ def test_opened_again_fences_the_older_one(tmp_path: Path) -> None:
         state = make_state()
         assert newer.restore(state).step == 1
         newer.save(2, state)
-    with pytest.raises(Exception, match="opened again|closed"):
+    with pytest.raises(Exception, match=r"opened again|closed"):
         older.save(3, state)
 
 
@@ -284,3 +288,56 @@ def test_status_and_steps_tell_the_same(tmp_path: Path) -> None:
         assert {tier["label"] for tier in status.tiers} == {"ram", "disk"}
         with pytest.raises(StageNotPlanned):
             checkpointer.save(2, make_state()).wait("durable", timeout_s=1)
+
+
+def test_a_disk_alone_sets_the_rhythm(tmp_path: Path) -> None:
+    with open_run(tmp_path, tiers=[mtckpt.Disk(tmp_path / "disk", every=5)]) as checkpointer:
+        assert [step for step in range(12) if checkpointer.due(step)][:1] == [5]
+        assert not checkpointer.save(4, make_state()).due
+        checkpointer.save(5, make_state()).wait("local", timeout_s=20)
+    with pytest.raises(UsageError, match="clocks differ"):
+        open_run(tmp_path, tiers=[mtckpt.Disk(tmp_path, every="10min")])
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "warn"])
+def test_a_disk_that_fails_reaches_the_loop_once(tmp_path: Path, on_failure: Any) -> None:
+    (tmp_path / "disk").write_text("a file where a directory should be")
+    checkpointer = open_run(tmp_path, on_failure=on_failure)
+    save = checkpointer.save(1, make_state())
+    save.wait("staged", timeout_s=20)
+    with pytest.raises(SaveFailed) as raised:
+        save.wait("local", timeout_s=20)
+    assert raised.value.__cause__ is not None
+    deadline_s = time.monotonic() + 10
+    while not checkpointer._pending and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    if on_failure == "raise":
+        with pytest.raises(SaveFailed, match="step 1"):
+            checkpointer.save(2, make_state())
+    else:
+        with pytest.warns(RuntimeWarning, match="step 1"):
+            checkpointer.save(2, make_state())
+    with contextlib.suppress(CloseFailed):
+        checkpointer.close(timeout_s=5)
+
+
+def test_a_stopped_agent_costs_no_more_than_the_stall(tmp_path: Path, runtime_dir: Path) -> None:
+    tiers = [mtckpt.Ram(every=1)]
+    checkpointer = mtckpt.Checkpointer("r", tiers, timeout_s=20, max_stall_s=0.3)
+    checkpointer.save(1, make_state()).wait("staged", timeout_s=20)
+    pid = int((runtime_dir / "agent.pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        skipped = []
+        for step in range(2, 6):
+            began_s = time.monotonic()
+            skipped.append(checkpointer.save(step, make_state()).skipped)
+            assert time.monotonic() - began_s < 5
+        assert any(skipped)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    deadline_s = time.monotonic() + 20
+    step = 10
+    while checkpointer.save(step, make_state()).skipped and time.monotonic() < deadline_s:
+        step += 1
+    checkpointer.close(timeout_s=20)
