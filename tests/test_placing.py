@@ -48,7 +48,7 @@ def test_plain_values_are_written_back_into_the_dict_that_was_given() -> None:
 
 
 def test_a_dict_of_plain_values_becomes_what_was_saved() -> None:
-    live = {"config": {"old": 1, "both": 2}}
+    live: dict[str, Any] = {"config": {"old": 1, "both": 2}}
     restore(save({"config": {"both": 3, "new": {"x": b"y"}}}), live)
     assert live == {"config": {"both": 3, "new": {"x": b"y"}}}
 
@@ -88,7 +88,7 @@ def test_containers_keep_their_identity_and_kind() -> None:
 
 
 def test_a_tuple_in_which_nothing_changes_stays_the_same_object() -> None:
-    live = {"t": (torch.zeros(1), torch.zeros(1))}
+    live: dict[str, Any] = {"t": (torch.zeros(1), torch.zeros(1))}
     before = live["t"]
     restore(save({"t": (torch.ones(1), torch.ones(1))}), live)
     assert live["t"] is before
@@ -96,38 +96,38 @@ def test_a_tuple_in_which_nothing_changes_stays_the_same_object() -> None:
 
 
 def test_keys_at_the_top_that_the_template_lacks_are_not_read() -> None:
-    live = {"a": torch.zeros(2)}
+    live: dict[str, Any] = {"a": torch.zeros(2)}
     placing, _ = plan(save({"a": torch.ones(2), "big": torch.ones(100)}), live)
     assert sum(fill.size_bytes for fill in placing.fills) == 8
 
 
 def test_inside_a_key_everything_differs_loudly() -> None:
     saved = {"m": {"a": torch.ones(2), "gone": torch.ones(1)}, "x": 1}
-    live = {"m": {"a": torch.zeros(3), "new": torch.zeros(1)}, "y": 2}
+    live: dict[str, Any] = {"m": {"a": torch.zeros(3), "new": torch.zeros(1)}, "y": 2}
     assert differences(saved, live) == {
         "missing": ("m/new", "y"),
         "unused": ("m/gone",),
         "differing": ("m/a: float32[3] here, float32[2] in the checkpoint",),
     }
-    assert live["m"]["a"].tolist() == [0, 0, 0]  # type: ignore[index]
+    assert live["m"]["a"].tolist() == [0, 0, 0]
 
 
 def test_a_long_difference_is_cut_in_the_text_only() -> None:
     saved = {"m": {"first": torch.ones(1), **{f"old{i}": 1 for i in range(200)}}}
-    live = {"m": {"first": torch.ones(1), **{f"new{i}": 1 for i in range(120)}}}
+    live: dict[str, Any] = {"m": {"first": torch.ones(1), **{f"new{i}": 1 for i in range(120)}}}
     with pytest.raises(StateMismatch) as caught:
         plan(save(saved), live)
-    assert len(vars(caught.value)["missing"]) == 120  # type: ignore[arg-type]
-    assert len(vars(caught.value)["unused"]) == 200  # type: ignore[arg-type]
+    assert len(vars(caught.value)["missing"]) == 120
+    assert len(vars(caught.value)["unused"]) == 200
     assert "and 220 more, in the attributes" in str(caught.value)
     assert len(str(caught.value)) < 10_000
 
 
 def test_partial_takes_what_both_have_and_still_minds_shapes() -> None:
     saved = save({"m": {"a": torch.ones(2), "gone": torch.ones(1)}})
-    live = {"m": {"a": torch.zeros(2), "new": torch.zeros(1)}, "y": 2}
+    live: dict[str, Any] = {"m": {"a": torch.zeros(2), "new": torch.zeros(1)}, "y": 2}
     restore(saved, live, partial=True)
-    assert live["m"]["a"].tolist() == [1, 1]  # type: ignore[index]
+    assert live["m"]["a"].tolist() == [1, 1]
     assert live["y"] == 2
     other = {"m": {"a": torch.zeros(3)}}
     assert list(differences({"m": {"a": torch.ones(2)}}, other, partial=True)) == ["differing"]
@@ -194,13 +194,17 @@ def test_ties_do_not_depend_on_the_order_of_the_template(order: list[str]) -> No
 
 
 def test_an_error_before_finish_has_changed_nothing() -> None:
-    live = {"a": {"x": torch.zeros(2), "n": 1}, "box": Box(), "b": {"x": torch.zeros(2)}}
+    live: dict[str, Any] = {
+        "a": {"x": torch.zeros(2), "n": 1},
+        "box": Box(),
+        "b": {"x": torch.zeros(2)},
+    }
     saved = save({"a": {"x": torch.ones(2), "n": 2}, "box": Box(3), "b": {"x": torch.ones(3)}})
     with pytest.raises(StateMismatch):
         plan(saved, live)
-    assert live["a"]["x"].tolist() == [0, 0]  # type: ignore[index]
-    assert live["a"]["n"] == 1  # type: ignore[index]
-    assert live["box"].loaded == 0  # type: ignore[union-attr]
+    assert live["a"]["x"].tolist() == [0, 0]
+    assert live["a"]["n"] == 1
+    assert live["box"].loaded == 0
 
 
 def test_arrays_of_no_bytes_are_not_wanted() -> None:

@@ -14,7 +14,7 @@ from mtckpt.errors import StateMismatch, UsageError
 
 
 def test_a_prefix_is_exchanged() -> None:
-    live = {"backbone": {"0.w": torch.zeros(2)}, "step": 0}
+    live: dict[str, Any] = {"backbone": {"0.w": torch.zeros(2)}, "step": 0}
     saved = save({"model": {"0.w": torch.ones(2), "head": torch.ones(1)}, "n": 5})
 
     def rename(path: str) -> str | None:
@@ -23,7 +23,7 @@ def test_a_prefix_is_exchanged() -> None:
         return {"n": "step"}.get(path, path.replace("model/", "backbone/"))
 
     restore(saved, live, rename=rename)
-    assert live["backbone"]["0.w"].tolist() == [1, 1]  # type: ignore[index]
+    assert live["backbone"]["0.w"].tolist() == [1, 1]
     assert live["step"] == 5
 
 
@@ -44,7 +44,7 @@ def test_a_renamed_optimizer_keeps_its_lists_and_numbers() -> None:
 
 def test_a_dropped_item_leaves_a_gap() -> None:
     saved = save({"l": [torch.ones(1), torch.ones(1) * 2, torch.ones(1) * 3]})
-    live = {"l": [torch.zeros(1), torch.zeros(1), torch.zeros(1)]}
+    live: dict[str, Any] = {"l": [torch.zeros(1), torch.zeros(1), torch.zeros(1)]}
 
     def drop(path: str) -> str | None:
         return None if path == "l/1" else path
@@ -58,22 +58,22 @@ def test_a_dropped_item_leaves_a_gap() -> None:
 
 def test_items_move_within_a_list() -> None:
     saved = save({"l": [torch.ones(1), torch.ones(1) * 2]})
-    live = {"l": [torch.zeros(1), torch.zeros(1)]}
+    live: dict[str, Any] = {"l": [torch.zeros(1), torch.zeros(1)]}
     restore(saved, live, rename=lambda p: {"l/0": "l/1", "l/1": "l/0"}[p])
     assert [t.item() for t in live["l"]] == [2, 1]
 
 
 def test_components_are_escaped_on_both_sides() -> None:
-    live = {"x@y": {"a/b": torch.zeros(1)}}
+    live: dict[str, Any] = {"x@y": {"a/b": torch.zeros(1)}}
     restore(save({"z": {"a/b": torch.ones(1)}}), live, rename=lambda p: p.replace("z/", "x%40y/"))
     assert live["x@y"]["a/b"].item() == 1
 
 
 def test_a_leaf_moves_deeper_and_up() -> None:
-    live = {"a": {"b": {"c": torch.zeros(1)}}, "d": torch.zeros(1)}
+    live: dict[str, Any] = {"a": {"b": {"c": torch.zeros(1)}}, "d": torch.zeros(1)}
     saved = save({"c": torch.ones(1), "x": {"y": torch.ones(1)}})
     restore(saved, live, rename=lambda p: {"c": "a/b/c", "x/y": "d"}[p])
-    assert live["a"]["b"]["c"].item() == live["d"].item() == 1  # type: ignore[index,union-attr]
+    assert live["a"]["b"]["c"].item() == live["d"].item() == 1
 
 
 def test_tied_leaves_stay_tied_when_moved() -> None:
@@ -96,7 +96,7 @@ def test_codecs_move_with_their_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     _state.register_codec(
         Point, name="point", encode=lambda p: {"x": p.x}, decode=lambda tree: Point(**tree)
     )
-    live = {"b": {"p": Point(0)}}
+    live: dict[str, Any] = {"b": {"p": Point(0)}}
     restore(save({"a": {"p": Point(7)}}), live, rename=lambda p: p.replace("a/", "b/"))
     assert live["b"]["p"] == Point(7)
 

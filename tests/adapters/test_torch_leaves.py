@@ -14,6 +14,7 @@ from mtckpt.adapters.torch import TorchAdapter, leaves
 from mtckpt.errors import StateMismatch, UnsupportedState
 
 ADAPTER = TorchAdapter()
+INT4 = leaves.DTYPE_OF["int4"]
 
 
 def values(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 1) -> torch.Tensor:
@@ -59,7 +60,7 @@ def test_all_types_that_torch_can_hold_are_known() -> None:
     assert {"torch.qint8", "torch.quint8", "torch.qint32"} <= unknown
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, Any] = {
     "transposed": lambda t: t.t(),
     "every other column": lambda t: t[:, ::2],
     "a column": lambda t: t[:, 3],
@@ -73,7 +74,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, INT4])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_every_layout(layout: str, dtype: torch.dtype) -> None:
     view = LAYOUTS[layout]
@@ -191,7 +192,9 @@ class Wrapped(torch.Tensor):
     """A tensor that is more than its bytes."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub leaves func out
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return func(*args, **(kwargs or {}))
 
 
@@ -247,6 +250,20 @@ def test_a_tensor_whose_memory_was_given_back_is_an_error(make: Any, left_bytes:
             ADAPTER.host_addresses([other, tensor], ["a", "b"], known)
         assert caught.value.details["path"] == "b"
     assert ADAPTER.writable_address(tensor) is None
+
+
+def test_memory_given_back_between_two_saves_is_noticed() -> None:
+    adapter = TorchAdapter()
+    tensors = [torch.ones(4), torch.ones(8)[4:]]
+    known = adapter.fingerprint(tensors)
+    first, _ = adapter.host_addresses(tensors, (), known)
+    assert adapter.host_addresses(tensors, (), known)[0] == first
+    tensors[0] = torch.zeros(4)
+    assert adapter.host_addresses(tensors, (), known)[0][0] == tensors[0].data_ptr()
+    tensors[1].untyped_storage().resize_(0)
+    assert adapter.fingerprint(tensors) == known
+    with pytest.raises(UnsupportedState, match="given back"):
+        adapter.host_addresses(tensors, (), known)
 
 
 def test_plain_tensors_are_not_copied_and_others_are() -> None:
@@ -327,7 +344,7 @@ def test_shape_and_type_differ_loudly_and_change_nothing() -> None:
 
 
 def test_arrays_cross_between_frameworks() -> None:
-    live = {"a": np.zeros(3, np.float32), "b": torch.zeros(2, dtype=torch.bfloat16)}
+    live: dict[str, Any] = {"a": np.zeros(3, np.float32), "b": torch.zeros(2, dtype=torch.bfloat16)}
     import ml_dtypes
 
     saved = save({"a": torch.ones(3), "b": np.ones(2, ml_dtypes.bfloat16)})

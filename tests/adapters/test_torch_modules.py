@@ -14,7 +14,7 @@ from mtckpt.adapters.torch import objects
 from mtckpt.errors import StateMismatch
 
 
-def network(seed: int) -> nn.Module:
+def network(seed: int) -> Any:
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),
@@ -32,7 +32,7 @@ def network(seed: int) -> nn.Module:
     return model
 
 
-def same(one: nn.Module, other: nn.Module) -> bool:
+def same(one: Any, other: Any) -> bool:
     here, there = one.state_dict(), other.state_dict()
     return list(here) == list(there) and all(torch.equal(here[k], there[k]) for k in here)
 
@@ -57,8 +57,8 @@ def test_paths_are_the_names_of_state_dict() -> None:
 
 
 def test_buffers_that_are_not_persistent_are_left_alone() -> None:
-    def make(value: float) -> nn.Module:
-        module = nn.Module()
+    def make(value: float) -> Any:
+        module: Any = nn.Module()
         module.register_buffer("kept", torch.full((2,), value))
         module.register_buffer("passing", torch.full((2,), value), persistent=False)
         module.register_parameter("absent", None)
@@ -68,11 +68,11 @@ def test_buffers_that_are_not_persistent_are_left_alone() -> None:
     saved = save(make(1))
     assert saved.paths == ["kept"]
     restore(saved, live)
-    assert live.kept.tolist() == [1, 1]  # type: ignore[operator]  # modules have any attribute
-    assert live.passing.tolist() == [2, 2]  # type: ignore[operator]
+    assert live.kept.tolist() == [1, 1]
+    assert live.passing.tolist() == [2, 2]
 
 
-def tied(seed: int, device: str = "cpu") -> nn.Module:
+def tied(seed: int, device: str = "cpu") -> Any:
     torch.manual_seed(seed)
     with torch.device(device):
         model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False), nn.BatchNorm1d(3))
@@ -86,50 +86,50 @@ def test_tied_weights_are_stored_and_wanted_once() -> None:
     by_path = dict(zip(saved.paths, saved.arrays, strict=True))
     assert by_path["m/1.weight"].bytes_of == saved.paths.index("m/0.weight")
     placing, _ = plan(saved, {"m": live})
-    assert len([f for f in placing.fills if f.address == live[0].weight.data_ptr()]) == 1  # type: ignore[index,union-attr]
+    assert len([f for f in placing.fills if f.address == live[0].weight.data_ptr()]) == 1
     restore(saved, {"m": live})
     assert same(model, live)
-    assert live[0].weight is live[1].weight  # type: ignore[index,union-attr]
+    assert live[0].weight is live[1].weight
 
 
 def test_tied_weights_into_a_model_that_does_not_tie_them() -> None:
     model, live = tied(1), tied(2)
-    live[1].weight = nn.Parameter(torch.zeros(5, 3))  # type: ignore[index,union-attr]
+    live[1].weight = nn.Parameter(torch.zeros(5, 3))
     restore(save({"m": model}), {"m": live})
     assert same(model, live)
-    assert live[0].weight is not live[1].weight  # type: ignore[index,union-attr]
+    assert live[0].weight is not live[1].weight
 
 
 def test_a_meta_module_gets_memory_once_and_stays_tied() -> None:
     model, live = tied(1), tied(2, "meta")
-    live[0].weight.requires_grad_(False)  # type: ignore[index,union-attr]
-    live[2].weight.marker = "kept"  # type: ignore[index,union-attr]
+    live[0].weight.requires_grad_(False)
+    live[2].weight.marker = "kept"
     optimizer = torch.optim.SGD([p for p in live.parameters() if p.requires_grad], lr=1.0)
     placing, _ = plan(save({"m": model}), {"m": live})
     size_bytes = sum(fill.size_bytes for fill in placing.fills)
     assert size_bytes == sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
     restore(save({"m": model}), {"m": live})
     assert same(model, live)
-    assert live[0].weight is live[1].weight  # type: ignore[index,union-attr]
-    assert not live[0].weight.requires_grad  # type: ignore[index,union-attr]
-    assert live[2].weight.requires_grad  # type: ignore[index,union-attr]
-    assert live[2].weight.marker == "kept"  # type: ignore[index,union-attr]
-    assert isinstance(live[2].weight, nn.Parameter)  # type: ignore[index,union-attr]
+    assert live[0].weight is live[1].weight
+    assert not live[0].weight.requires_grad
+    assert live[2].weight.requires_grad
+    assert live[2].weight.marker == "kept"
+    assert isinstance(live[2].weight, nn.Parameter)
     # An optimizer that was made before the parameters had memory trains them all the same.
-    live[2].bias.grad = torch.ones(3)  # type: ignore[index,union-attr]
+    live[2].bias.grad = torch.ones(3)
     optimizer.step()
-    assert live[2].bias.tolist() == [-1, -1, -1]  # type: ignore[index,union-attr,operator]
+    assert live[2].bias.tolist() == [-1, -1, -1]
 
 
 def test_a_meta_parameter_that_someone_watches_is_replaced() -> None:
     import weakref
 
     model, live = tied(1), tied(2, "meta")
-    watcher = weakref.ref(live[0].weight)  # type: ignore[index,union-attr]
+    watcher = weakref.ref(live[0].weight)
     restore(save({"m": model}), {"m": live})
     assert same(model, live)
-    assert live[0].weight is live[1].weight  # type: ignore[index,union-attr]
-    assert watcher() is not live[0].weight  # type: ignore[index,union-attr]
+    assert live[0].weight is live[1].weight
+    assert watcher() is not live[0].weight
 
 
 def test_views_and_expanded_parameters_are_copied_into() -> None:
@@ -160,17 +160,18 @@ def test_all_differences_are_reported_and_nothing_is_changed() -> None:
     details = vars(caught.value)
     assert details["missing"] == ("m/extra",)
     assert details["unused"] == ("m/2.weight", "m/2.bias")
-    assert len(details["differing"]) == 4  # type: ignore[arg-type]
+    assert len(details["differing"]) == 4
     assert same(before, live)
     assert "partial=True" in str(caught.value)
 
 
 def test_partial_restores_what_both_have() -> None:
-    model, live = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    live: Any = nn.Sequential(nn.Linear(2, 2))
     live.register_buffer("extra", torch.ones(1))
     restore(save({"m": model}), {"m": live}, partial=True)
-    assert torch.equal(model[0].weight, live[0].weight)  # type: ignore[arg-type]
-    assert live.extra.tolist() == [1]  # type: ignore[operator]
+    assert torch.equal(model[0].weight, live[0].weight)
+    assert live.extra.tolist() == [1]
 
 
 class Extra(nn.Linear):
@@ -188,11 +189,12 @@ class Extra(nn.Linear):
 
 
 def test_extra_state_is_restored() -> None:
-    model, live = nn.Sequential(Extra([1, torch.ones(2)])), nn.Sequential(Extra(None))
+    model: Any = nn.Sequential(Extra([1, torch.ones(2)]))
+    live: Any = nn.Sequential(Extra(None))
     restore(save({"m": model}), {"m": live})
-    assert live[0].note[0] == 1  # type: ignore[index]
-    assert live[0].note[1].tolist() == [1, 1]  # type: ignore[index]
-    assert torch.equal(live[0].weight, model[0].weight)  # type: ignore[arg-type]
+    assert live[0].note[0] == 1
+    assert live[0].note[1].tolist() == [1, 1]
+    assert torch.equal(live[0].weight, model[0].weight)
 
 
 class Packed(nn.Linear):
@@ -229,7 +231,7 @@ def test_hooks_run() -> None:
 
     old = nn.Module()
     old.register_parameter("old_weight", nn.Parameter(torch.ones(2, 2)))
-    live = nn.Linear(2, 2, bias=False)
+    live: Any = nn.Linear(2, 2, bias=False)
     live.register_load_state_dict_pre_hook(rename)
     live.register_load_state_dict_post_hook(after)
     restore(save({"m": old}), {"m": live})  # the hook knows better than our diff
@@ -239,18 +241,18 @@ def test_hooks_run() -> None:
     def add(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         state["added"] = torch.ones(1)
 
-    saver = nn.Linear(2, 2)
+    saver: Any = nn.Linear(2, 2)
     saver.register_state_dict_post_hook(add)
     assert "m/added" in save({"m": saver}).paths
 
 
 def test_a_module_with_a_post_hook_only_is_still_checked() -> None:
-    live = nn.Linear(2, 2)
+    live: Any = nn.Linear(2, 2)
     live.register_load_state_dict_post_hook(lambda module, keys: None)
     with pytest.raises(StateMismatch) as caught:
         plan(save({"m": nn.Linear(2, 3, bias=False)}), {"m": live})
     assert vars(caught.value)["missing"] == ("m/bias",)
-    assert len(vars(caught.value)["differing"]) == 1  # type: ignore[arg-type]
+    assert len(vars(caught.value)["differing"]) == 1
 
 
 def test_a_meta_module_with_hooks_gets_its_tensors_assigned() -> None:
@@ -263,8 +265,8 @@ def test_a_meta_module_with_hooks_gets_its_tensors_assigned() -> None:
 
 
 def test_a_method_put_on_one_module_counts() -> None:
-    live = nn.Linear(2, 2)
-    live.state_dict = lambda *a, **k: {"only": torch.ones(1)}  # type: ignore[method-assign,assignment]
+    live: Any = nn.Linear(2, 2)
+    live.state_dict = lambda *a, **k: {"only": torch.ones(1)}
     assert save({"m": live}).paths == ["m/only"]
 
 
@@ -277,8 +279,8 @@ def test_wrappers_keep_the_names_of_torch() -> None:
     restore(saved, {"ema": live})
     assert same(averaged, live)
 
-    compiled = torch.compile(nn.Linear(2, 2), backend="eager")
-    again = torch.compile(nn.Linear(2, 2), backend="eager")
+    compiled: Any = torch.compile(nn.Linear(2, 2), backend="eager")
+    again: Any = torch.compile(nn.Linear(2, 2), backend="eager")
     saved = save({"m": compiled})
     assert saved.paths == [f"m/{name}" for name in compiled.state_dict()]
     restore(saved, {"m": again})
@@ -286,7 +288,7 @@ def test_wrappers_keep_the_names_of_torch() -> None:
 
 
 def test_parametrized_modules() -> None:
-    def make(seed: int) -> nn.Module:
+    def make(seed: int) -> Any:
         torch.manual_seed(seed)
         normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
         return nn.Sequential(normed, nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)))
@@ -309,7 +311,7 @@ def test_batch_norm_without_a_count_is_a_difference() -> None:
     saved = save({"m": nn.BatchNorm1d(2, track_running_stats=False)})
     with pytest.raises(StateMismatch) as caught:
         plan(saved, {"m": nn.BatchNorm1d(2)})
-    assert len(vars(caught.value)["missing"]) == 3  # type: ignore[arg-type]
+    assert len(vars(caught.value)["missing"]) == 3
 
 
 def test_generators_go_on_where_they_were() -> None:
