@@ -1,0 +1,106 @@
+"""Training time lost per save: the extra wall time of a loop that saves over the same one without.
+
+The trainer and all its threads are pinned to one core, the agent and its data processes to
+another. Blocks of the same number of steps come in pairs, one of them with a save at its start, in
+alternating order; a block is long enough for everything that the save sets off to be over. Rows
+for RAM alone and for RAM and a disk, each next to a memcpy on the trainer's core.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from benchmarks import measuring
+
+
+def main() -> None:
+    chosen = measuring.options(__doc__, rounds=9, block_s=1.5, role="")
+    if chosen.role:
+        _measure(chosen.role, chosen.size_mib, chosen.rounds, chosen.block_s)
+        return
+    if len(os.sched_getaffinity(0)) < 2:
+        print("training time lost: skipped, one core only", file=sys.stderr)
+        return
+    for role in ("ram", "ram and disk"):
+        out = measuring.child(
+            "benchmarks.lost",
+            f"--role={role}",
+            f"--size-mib={chosen.size_mib}",
+            f"--rounds={chosen.rounds}",
+            f"--block-s={chosen.block_s}",
+        )
+        print(out, end="", flush=True)
+
+
+def _measure(role: str, size_mib: int, rounds: int, block_s: float) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    trainer_core, agent_core = sorted(os.sched_getaffinity(0))[:2]
+    with measuring.places() as where:
+        import mtckpt
+
+        state = measuring.gpt_state(size_mib)
+        measuring.fill(state, 1)
+        tiers: list[Any] = [mtckpt.Ram(every=1)]
+        if role != "ram":
+            tiers.append(mtckpt.Disk(where.disk, keep=2))
+        checkpointer = mtckpt.Checkpointer("bench", tiers)
+        os.sched_setaffinity(0, {agent_core})  # what is started from here on inherits it
+        step = 0
+        while (step := step + 1) <= 4:
+            checkpointer.save(step, state).wait("staged", timeout_s=60)
+            measuring.settle(0.5)
+        _pin(os.getpid(), trainer_core)
+        for pid in where.agent_pids():
+            _pin(pid, agent_core)
+        memcpy = measuring.Memcpy(state)
+        lost, copied = [], []
+        steps = max(5, int(block_s / _train(50) * 50))
+        for pair in range(rounds):
+            took = {}
+            for saving in (pair % 2 == 0, pair % 2 == 1):
+                started_s = time.perf_counter()
+                if saving:
+                    save = checkpointer.save(step, state)
+                    step += 1
+                _train(steps)
+                took[saving] = time.perf_counter() - started_s
+            lost.append(took[True] - took[False])
+            copied.append(memcpy())
+            if save.skipped:
+                sys.exit(f"a save was called off: {save.skipped}")
+        save.wait("staged" if role == "ram" else "local", timeout_s=120)
+        for tensor in measuring.tensors_of(state):
+            tensor.fill_(-2.0)
+        if not checkpointer.restore(state) or not measuring.same(state, 1):
+            sys.exit("restored bytes differ: no row")
+        checkpointer.close()
+    facts = {"size_bytes": memcpy.size_bytes, "steps_a_block": steps}
+    name = f"training time lost, {role}"
+    measuring.row(name, lost, limit=copied, goal="ratio <= 1.4", **facts)
+
+
+def _pin(pid: int, core: int) -> None:
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(thread), {core})
+
+
+def _train(steps: int) -> float:
+    """Steps of a few milliseconds of small operations, as an eager trainer's host side has."""
+    import torch
+
+    weight = torch.full((128, 128), 0.01)
+    started_s = time.perf_counter()
+    for _ in range(steps):
+        hidden = weight
+        for _ in range(40):
+            hidden = torch.tanh(hidden @ weight)
+    return time.perf_counter() - started_s
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The benchmarks run at a tiny size and print rows: their figures say nothing here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytest.importorskip("torch")
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "figures"),
+    [
+        (["benchmarks.imported", "--rounds=1"], {"import mtckpt"}),
+        (["benchmarks.idle", "--rounds=1"], {"nothing due"}),
+        (["benchmarks.staged", "--size-mib=2", "--rounds=1"], {"staged", "save blocks"}),
+        (
+            ["benchmarks.staged", "--kind=small", "--tensors=50", "--rounds=1"],
+            {"small tensors staged"},
+        ),
+        (["benchmarks.flushed", "--size-mib=2", "--rounds=1"], {"flushed to disk"}),
+        (["benchmarks.memory", "--size-mib=2", "--rounds=1"], {"memory beyond state and slots"}),
+    ],
+    ids=lambda value: value[0].rpartition(".")[2] if isinstance(value, list) else "",
+)
+def test_a_benchmark_prints_a_line_for_each_figure(script: list[str], figures: set[str]) -> None:
+    rows = [json.loads(line) for line in run(*script).splitlines()]
+    assert figures <= {row["figure"] for row in rows}
+    for row in rows:
+        assert row["min"] <= row["median"] <= row["max"], row
+        assert row["n"] == 1, row
+        assert row["machine"]["cores"], row
+        assert row["versions"]["python"], row
+
+
+def test_a_row_is_not_printed_when_bytes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import measuring
+
+    state = measuring.gpt_state(1)
+    measuring.fill(state, 1)
+    assert measuring.same(state, 1)
+    state["model"]["wte"][0, 0] += 1
+    assert not measuring.same(state, 1)
+
+
+def test_without_a_gpu_the_gpu_benchmark_says_so() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert run("benchmarks.gpu.smoke").strip() == "skipped: no GPU"
