@@ -146,33 +146,39 @@ def decide(saves: Sequence[Held], rules: Sequence[Rule]) -> dict[SaveName, Decis
     """Decide for every save of a tier. No rules: everything is kept.
 
     A save is kept if any rule wants it. Abandoned ones (off the incarnation line) are wanted by
-    none. Order is by incarnation line and step; ages only serve rules in hours.
+    none, and go once two newer ones, of the branch that replaced them, are here. Order is by
+    incarnation and step; ages only serve rules in hours.
+
+    The two newest that count are never deleted, nor is the newest that was verified: so what a
+    deletion rests on is not deleted by the same decision.
     """
-    counted = sorted(
-        (s for s in saves if s.complete and s.on_line and not s.damaged), key=lambda s: s.name
-    )
+    counted = sorted((s for s in saves if s.complete and s.on_line and not s.damaged), key=_order)
     wanted = _wanted(counted, rules)
     result: dict[SaveName, Decision] = {}
     for save in saves:
-        newer = [s for s in counted if s.name > save.name or not save.on_line]
-        newer = [s for s in newer if s.name != save.name]
+        newer = [s for s in counted if _order(s) > _order(save)]
         if not rules:
             result[save.name] = Decision(False, "no rule: everything is kept")
         elif save.name in wanted:
             result[save.name] = Decision(False, wanted[save.name])
         elif save.busy:
             result[save.name] = Decision(False, "in use by a reader")
-        elif not save.complete and save.on_line:
-            result[save.name] = Decision(False, "not complete: it may still be on its way")
         elif len(newer) < 2:
             result[save.name] = Decision(False, "fewer than two newer complete saves are here")
         elif not any(s.verified for s in newer):
             result[save.name] = Decision(False, "no newer save was read back from here yet")
         elif not save.on_line:
             result[save.name] = Decision(True, "abandoned by a roll-back")
+        elif not save.complete:
+            result[save.name] = Decision(True, "never completed, and newer ones were")
         else:
             result[save.name] = Decision(True, "no rule wants it")
     return result
+
+
+def _order(save: Held) -> tuple[int, int]:
+    # Off the line the step says nothing: an abandoned step 1000 is older than step 510 after it.
+    return (save.name.incarnation, save.name.step)
 
 
 def _wanted(counted: Sequence[Held], rules: Sequence[Rule]) -> dict[SaveName, str]:
@@ -200,15 +206,17 @@ def _kept_by(rule: Rule, counted: Sequence[Held]) -> Sequence[Held]:
         return scored[: rule.n]
     steps, seconds = parse_every(rule.every, times=True)
     within_s = parse_every(rule.within, times=True)[1] if rule.within else None
+    fresh = [s for s in counted if within_s is None or s.age_s <= within_s]
     kept: list[Held] = []
-    last: float | None = None
-    for save in counted:  # oldest first: the first one of each stretch stays
-        if within_s is not None and save.age_s > within_s:
-            continue
-        stretch = save.name.step // steps if steps else save.age_s // (seconds or 1.0)
-        if stretch != last:
+    for save in fresh:  # oldest first: the first one of each stretch stays
+        if not kept:
             kept.append(save)
-            last = stretch
+        elif steps:
+            if save.name.step // steps != kept[-1].name.step // steps:
+                kept.append(save)
+        elif kept[-1].age_s - save.age_s >= (seconds or 0.0):
+            # Between two saves, not from now: what is kept today is what is kept tomorrow.
+            kept.append(save)
     return kept
 
 
