@@ -156,6 +156,7 @@ def _is_terminal() -> bool:
 
 def _terminal_columns() -> int:
     try:
-        return max(20, os.get_terminal_size(sys.stderr.fileno()).columns)
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError):
-        return 80
+        columns = 0
+    return max(20, columns) if columns else 80  # a terminal of no size does not know it
