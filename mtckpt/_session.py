@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mtckpt.agent import protocol
 from mtckpt.agent.client import AgentClient
 from mtckpt.agent.spawn import ensure_agent
-from mtckpt.errors import AgentUnavailable, CheckpointError, RunLocked
+from mtckpt.errors import AgentTooOld, AgentUnavailable, CheckpointError, RunLocked
 
 if TYPE_CHECKING:
     from mtckpt._handle import Save
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _LISTEN_S = 20.0
 _RETRY_S = 0.5
+_OPEN_RETRIES = 3
+_REOPEN_PAUSE_S = 0.05
 _T = TypeVar("_T")
 
 
@@ -86,6 +88,21 @@ class Session:
             return self.opened
 
     def _open(self) -> protocol.Opened:
+        """Open the run. An agent that is just dying may still take a connection: tried again."""
+        deadline_s = time.monotonic() + self.timeout_s
+        for _ in range(_OPEN_RETRIES):
+            try:
+                return self._open_once()
+            except AgentTooOld:
+                raise
+            except AgentUnavailable as error:
+                if time.monotonic() + _RETRY_S > deadline_s:
+                    raise
+                logger.info("run %s: %s; trying again", self.run, error.what)
+                time.sleep(_REOPEN_PAUSE_S)
+        return self._open_once()
+
+    def _open_once(self) -> protocol.Opened:
         client = AgentClient(ensure_agent(self.timeout_s), self.timeout_s)
         message = protocol.Open(
             protocol=protocol.PROTOCOL_VERSION,

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 
 import mtckpt
 import mtckpt._checkpointer
-import mtckpt.adapters.numpy  # noqa: F401 - loaded before the fork
+import mtckpt.adapters.numpy
 from mtckpt.errors import CheckpointError
 
 # More than one digest chunk, several types, an empty and a 0-d array.
@@ -31,7 +32,8 @@ SIZES = {"w": ("<f8", (90_001,)), "half": ("<f2", (3, 50_000)), "bytes": ("u1", 
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """One trainer: ``num`` tells lives apart in what they save; it ends after ``max_steps``."""
+    """One trainer: ``num`` tells lives apart in what they save; it ends after ``max_steps`` and
+    ``linger_s``."""
 
     run: str
     disk: str
@@ -39,7 +41,7 @@ class Life:
     num: int
     every: int = 1
     max_steps: int = 100_000
-    step_s: float = 0.0
+    linger_s: float = 0.0
 
 
 def make_state(num: int, step: int) -> dict[str, Any]:
@@ -81,7 +83,10 @@ def train(life: Life) -> None:
         os.write(fd, (" ".join(map(str, words)) + "\n").encode())
 
     state = make_state(0, 0)
-    tiers = [mtckpt.Ram(every=life.every), mtckpt.Disk(life.disk, every=1, keep=3)]
+    tiers: list[mtckpt.Ram | mtckpt.Disk] = [
+        mtckpt.Ram(every=life.every),
+        mtckpt.Disk(life.disk, every=1, keep=3),
+    ]
     try:
         with mtckpt.Checkpointer(life.run, tiers, timeout_s=15.0, max_stall_s=1.0) as c:
             restored = c.restore(state)
@@ -90,6 +95,7 @@ def train(life: Life) -> None:
             first = max(1, restored.next_step)
             for step in range(first, first + life.max_steps):
                 _save(c, life, step, say)
+            time.sleep(life.linger_s)
         say("closed")
     except BaseException:
         say("error", json.dumps(traceback.format_exc()))
