@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +231,16 @@ def disk(path: Path, label: str = "disk", keep: int = 0) -> TierConfig:
 class TrainerProcess:
     """A FakeTrainer in a process of its own. ``do`` sends a line and returns the answer."""
 
-    def __init__(self, run: str, tiers: list[TierConfig] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        run: str,
+        tiers: list[TierConfig] | None = None,
+        program: Sequence[str] = (sys.executable,),
+        **options: Any,
+    ) -> None:
         spec = {"run": run, "tiers": [msgspec.to_builtins(t) for t in tiers or []], **options}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(spec)],
+            [*program, __file__, json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -47,10 +47,6 @@ class Flusher:
                     self._serve(run, tier), f"flush {run.key} to {tier.label}"
                 )
 
-    async def stop(self, timeout_s: float) -> None:
-        """Start nothing new; what is being written may end within the time."""
-        self.stopping = True
-
     async def _serve(self, run: RunState, tier: TierState) -> None:
         while not run.gone and not self.stopping:
             tier.wake.clear()

@@ -206,10 +206,12 @@ class Life:
     ) -> None:
         idle_s = self._limits.idle_s
         pause_s = min(1.0, idle_s / 4)
+        chores: asyncio.Task[None] | None = None
         while not server.stopped.is_set():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(server.stopped.wait(), pause_s)
-            await registry.housekeeping()
+            if chores is None or chores.done():  # they may wait for a disk: we do not
+                chores = registry.tools.start(registry.housekeeping(), "housekeeping")
             server.close_idle()
             if self._stays or not registry.is_idle() or server.in_flight:
                 continue

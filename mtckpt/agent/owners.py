@@ -71,7 +71,10 @@ def open_pidfd(pid: int, start_ticks: int) -> int | None:
 
 @dataclass(slots=True, eq=False)
 class Owner:
-    """One Checkpointer. ``pid`` is as this agent sees it; ``pidfd`` is -1 where it has none."""
+    """One Checkpointer. ``pid`` is as this agent sees it; ``pidfd`` is -1 where it has none.
+
+    ``seen`` is False for a process of a pid namespace that is not ours: its pid is a stranger's here.
+    """
 
     holder: str
     rank: int
@@ -84,6 +87,7 @@ class Owner:
     incarnation: int = 0
     incarnation_id: str = ""
     pidfd: int = -1
+    seen: bool = True
     # Known from a file of the agent before; it has not opened the run with this one yet.
     absent: bool = False
     dead: bool = False
@@ -103,6 +107,11 @@ class Owner:
             return False
         limit_s = SILENCE_S if self.listened else SILENCE_BEFORE_LISTENING_S
         return now_s - self.heard_s > limit_s
+
+    def process(self) -> Process | None:
+        """What /proc says of it, where that is about it."""
+        found = read_process(self.pid) if self.seen else None
+        return found if found is not None and found.start_ticks == self.start_ticks else None
 
     def is_same(self, other: Claim) -> bool:
         """Whether a claim comes from the process that this owner is."""

@@ -103,7 +103,10 @@ class Registry:
         run.creator_uid = int(extra.get("uid", -1))
         for noted in config.owners:
             owner = self._owner_from_config(run, noted)
-            if owner.pidfd >= 0:
+            if noted.holder in (extra.get("unseen") or ()):
+                # Of another pid namespace: it comes back soon, or its silence is its death.
+                owner.seen, owner.listened = False, True
+            if owner.pidfd >= 0 or not owner.seen:
                 run.owners[owner.rank] = owner
         for values in extra.get("fenced") or ():
             owner = self._owner_from_config(run, msgspec.convert(values, work.Owner))
@@ -292,7 +295,7 @@ class Registry:
         now_s = time.monotonic()
         for run in list(self.runs.values()):
             for owner in run.living():
-                if owner.is_silent(now_s) and not owner.absent:
+                if owner.is_silent(now_s):
                     self._died(run, owner)
             try:
                 await self._let_go(run)
@@ -355,7 +358,7 @@ class Registry:
 
     async def stop(self, drain_s: float) -> None:
         """Let what is being written end within the time; the rest is in the records."""
-        await self.flusher.stop(drain_s)
+        self.flusher.stopping = True
         deadline_s = time.monotonic() + drain_s
         while self._is_writing() and time.monotonic() < deadline_s:  # noqa: ASYNC110 - as in drain
             await asyncio.sleep(_POLL_S)

@@ -387,6 +387,7 @@ class RunState:
                 "closing": self.closing,
                 "token": self.token,
                 "uid": self.creator_uid,
+                "unseen": [o.holder for o in self.owners.values() if not o.seen],
                 "fenced": msgspec.to_builtins([_noted(o) for o in self.fenced.values()]),
             },
         )

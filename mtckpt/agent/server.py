@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ MAX_CONNECTIONS = 512
 BODY_TIMEOUT_S = 10.0
 IDLE_TIMEOUT_S = 60.0
 START_TIMEOUT_S = 60.0
+SHUTDOWN_TIMEOUT_S = 2.0
 MAX_POLL_S = 60.0
 MAX_QUEUED_EVENTS = 1000
 
@@ -126,12 +128,19 @@ class AgentServer:
         app.router.add_post("/v1/runs/{key}/open", self._post_open)
         app.router.add_post("/v1/runs/{key}/{verb}", self._post_verb)
         app.router.add_post("/v1/stop", self._post_stop)
-        self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=IDLE_TIMEOUT_S)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            keepalive_timeout=IDLE_TIMEOUT_S,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+        )
         await self._runner.setup()
         loop = asyncio.get_running_loop()
         listener.setblocking(False)
+        # The socket's file is ours, or systemd's, to remove: not asyncio's, which would since 3.13.
+        options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
         self._server = await loop.create_unix_server(
-            self._connection, sock=listener, backlog=address.BACKLOG
+            self._connection, sock=listener, backlog=address.BACKLOG, **options
         )
 
     def _connection(self) -> asyncio.Protocol:

@@ -115,9 +115,7 @@ class Verbs:
             if old.dead:
                 await self._registry.settled(run, old)
                 continue
-            verdict = owners.judge(
-                old, owners.read_process(old.pid), claim, time.monotonic() - started_s
-            )
+            verdict = owners.judge(old, old.process(), claim, time.monotonic() - started_s)
             if verdict is Verdict.REOPEN:
                 self._come_back(run, old, new, message)
                 await self._registry.resolve(run)
@@ -152,6 +150,7 @@ class Verbs:
             message.world_size,
             message.incarnation,
             pidfd=-1 if pidfd is None else pidfd,
+            seen=process is not None,
         )
 
     def _own(self, run: RunState, owner: Owner, message: protocol.Open) -> None:

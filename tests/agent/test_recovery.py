@@ -1,106 +1,29 @@
-"""Owners, agents and disks die at bad moments; what was acknowledged is there, nothing is torn."""
+"""Owners and agents die at bad moments: what was acknowledged is there, nothing is torn."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from fake_trainer import SIZE_BYTES, FakeTrainer, TrainerProcess, body_of, disk
+from agent_checks import (
+    Own,
+    Trainers,
+    agent_pid,
+    kill_agent,
+    ram_root,
+    status_of,
+    steps_in,
+    until,
+)
+from fake_trainer import TrainerProcess, disk
 
-from mtckpt import _inventory, _manifest
-from mtckpt.agent import protocol
-from mtckpt.agent.client import AgentClient
-from mtckpt.agent.protocol import TierConfig
-from mtckpt.agent.spawn import ensure_agent
-from mtckpt.errors import AgentUnavailable, RunLocked, StepExists, TierFull
-from mtckpt.tiers import LocalTier
-
-
-@pytest.fixture
-def trainers(runtime_dir: Path, ram_dir: Path) -> Iterator[Callable[..., TrainerProcess]]:
-    started: list[TrainerProcess] = []
-
-    def start(run: str = "r", tiers: list[TierConfig] | None = None, **options: Any) -> Any:
-        started.append(TrainerProcess(run, tiers, **options))
-        return started[-1]
-
-    yield start
-    for trainer in started:
-        trainer.close()
-
-
-@pytest.fixture
-def own(runtime_dir: Path, ram_dir: Path) -> Iterator[Callable[..., FakeTrainer]]:
-    """Trainers in this process."""
-    made: list[FakeTrainer] = []
-
-    def make(*arguments: Any, **options: Any) -> FakeTrainer:
-        made.append(FakeTrainer(*arguments, **options))
-        return made[-1]
-
-    yield make
-    for trainer in made:
-        trainer.client.close()
-
-
-Trainers = Callable[..., TrainerProcess]
-Own = Callable[..., FakeTrainer]
-
-
-def agent_pid() -> int:
-    with AgentClient(ensure_agent(20.0), 20.0) as client:
-        return client.call("/status", None, protocol.AgentStatus).pid
-
-
-def kill_agent() -> None:
-    pid = agent_pid()
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: not Path(f"/proc/{pid}").exists())
-
-
-def status_of(run: str = "r") -> protocol.RunStatus | None:
-    with AgentClient(ensure_agent(20.0), 20.0) as client:
-        found = client.call("/status", None, protocol.AgentStatus)
-    return next((r for r in found.runs if r.run == run), None)
-
-
-def until(what: Callable[[], Any], timeout_s: float = 15.0) -> Any:
-    deadline_s = time.monotonic() + timeout_s
-    while not (found := what()):
-        assert time.monotonic() < deadline_s, "it did not happen in time"
-        time.sleep(0.02)
-    return found
-
-
-def steps_in(root: Path, run: str = "r", *, name: str = "disk") -> list[int]:
-    """Steps that are whole in a tier, read without the agent and byte by byte."""
-    tier = LocalTier(root, name=name, sync=False, read_only=True)
-    try:
-        inventory = _inventory.scan(tier, _manifest.run_key(run))
-    finally:
-        tier.close()
-    steps = []
-    for save in inventory.saves.values():
-        if not save.records:
-            continue
-        assert save.problems == []
-        assert save.complete
-        path = root / _manifest.run_key(run) / str(save.name) / _manifest.shard_file(0)
-        data = path.read_bytes()
-        body = body_of(save.name.step, len(data) - save.records[0].shard.data_start)
-        assert data.endswith(body), f"{save.name} is torn"
-        steps.append(save.name.step)
-    return sorted(steps)
-
-
-def ram_root() -> Path:
-    return Path(protocol.ram_base())
-
+from mtckpt import _manifest
+from mtckpt.errors import AgentUnavailable, RunLocked, StepExists
 
 # -- the trainer dies ------------------------------------------------------------------------------
 
@@ -395,216 +318,27 @@ def test_sigterm_ends_it_and_leaves_the_rest_to_files(own: Own, tmp_path: Path) 
     trainer.close()
 
 
-# -- tiers -----------------------------------------------------------------------------------------
+# -- namespaces and stuck things -------------------------------------------------------------------
+
+UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable)
 
 
-def test_slots_run_out_and_say_why(own: Own, tmp_path: Path) -> None:
-    trainer = own("r", [disk(tmp_path / "d")])
-    trainer.open()
-    trainer.begin(1)
-    grants = [trainer.slot().grant for _ in range(3)]
-    assert all(grants)
-    started_s = time.monotonic()
-    none = trainer.slot(wait_s=0.3)
-    assert none.grant is None
-    assert 0.25 < time.monotonic() - started_s < 5.0
-    assert none.reason.count("one is captured") == 3
-    assert grants[0] is not None
-    trainer.call("release", protocol.Release(trainer.holder, grants[0].slot_id), protocol.Done)
-    assert trainer.slot(wait_s=0.0).grant is not None
-    trainer.close()
-
-
-def test_another_shape_gets_new_slots_while_the_old_ones_stay(own: Own, ram_dir: Path) -> None:
-    old = own("r")
-    old.open()
-    old.begin(1)
-    for step in (1, 2, 3):
-        old.save(step)
-    new = own("r", size_bytes=2 * SIZE_BYTES)
-    new.open()
-    new.begin(2)
-    slot = new.slot().grant
-    assert slot is not None
-    assert 3 in steps_in(ram_root(), name="ram")  # until the new one's first save is complete
-    new.seal(new.capture(4, slot, []))
-    new.save(5)
-    until(lambda: steps_in(ram_root(), name="ram") == [4, 5])
-    sizes = {slot.size_bytes for slot in new.run_status().slots}
-    assert sizes == {new.layout.size_bytes}
-    new.close()
-
-
-def test_no_room_is_typed_and_has_the_arithmetic(own: Own) -> None:
-    trainer = own("r", size_bytes=3 * 2**44)
-    trainer.open()
-    trainer.begin(1)
-    with pytest.raises(TierFull) as caught:
-        trainer.slot()
-    assert int(str(caught.value.details["needed_bytes"])) > 2**44
-    assert trainer.run_status().slots == []
-    trainer.close()
-
-
-def test_a_tier_that_refuses_is_reported_once_and_tried_again(own: Own, tmp_path: Path) -> None:
-    blocked = tmp_path / "d"
-    blocked.write_text("in the way")
-    trainer = own("r", [disk(blocked)])
-    trainer.open()
-    trainer.begin(1)
-    trainer.save(1, ["disk"])
-    change = trainer.wait(1, lambda c: c.failed or c.owed)
-    assert "staged" in change.stages
-    assert "disk" in {**change.failed, **change.owed}
-    blocked.unlink()
-    trainer.save(2, ["disk"])
-    trainer.wait_stage(2, "local")
-    assert trainer.run_status().tiers[1].problem == ""
-    trainer.close()
-
-
-def test_retention_keeps_what_the_rule_says(own: Own, tmp_path: Path) -> None:
-    trainer = own("r", [disk(tmp_path / "d", keep=2)])
-    trainer.open()
-    trainer.begin(1)
-    for step in range(1, 8):
-        trainer.save(step, ["disk"])
-        trainer.wait_stage(step, "local")
-    until(lambda: steps_in(tmp_path / "d") == [6, 7])
-    until(lambda: trainer.run_status().counters["deleted"] == 5)
-    trainer.close()
-
-
-def test_damage_is_found_healed_and_told(own: Own, tmp_path: Path) -> None:
-    trainer = own("r", [disk(tmp_path / "d")])
-    trainer.open()
-    trainer.begin(1)
-    sealed = trainer.save(1, ["disk"])
-    trainer.wait_stage(1, "local")
-    key = f"r/{sealed.save}/{_manifest.shard_file(0)}"
-    path = tmp_path / "d" / key
-    data = bytearray(path.read_bytes())
-    data[-1000] ^= 4
-    path.write_bytes(data)
-    trainer.call("damage", protocol.Damage("disk", key, "a reader said so"), protocol.Done)
-    until(lambda: trainer.run_status().counters.get("healed"))
-    assert steps_in(tmp_path / "d") == [1]
-    names = trainer.client.text("/events?follow=0").splitlines()
-    assert any("save.damaged" in n for n in names)
-    assert any("save.healed" in n and '"source": "ram"' in n for n in names)
-    for hostile in ("r/../../etc/passwd", "x", "r/step-1/rank-00000.json", f"r/{sealed.save}/../x"):
-        trainer.call("damage", protocol.Damage("disk", hostile, ""), protocol.Done)
-    trainer.save(2)
-    trainer.close()
-
-
-def test_the_scrubber_finds_and_heals_ram(
-    own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MTCKPT_SCRUB_S", "0.2")
-    trainer = own("r", [disk(tmp_path / "d")])
-    trainer.open()
-    trainer.begin(1)
-    sealed = trainer.save(1, ["disk"])
-    trainer.wait_stage(1, "local")
-    path = ram_root() / "r" / sealed.save / _manifest.shard_file(0)
-    with open(path, "r+b") as file:
-        file.seek(-5000, os.SEEK_END)
-        file.write(bytes(100))
-    until(lambda: trainer.run_status().counters.get("healed"))
-    assert steps_in(ram_root(), name="ram") == [1]
-    trainer.close()
-
-
-def test_metrics_known_later_go_where_the_save_is(own: Own, tmp_path: Path) -> None:
-    trainer = own("r", [disk(tmp_path / "d")])
-    trainer.open()
-    trainer.begin(1)
-    sealed = trainer.save(1, ["disk"])
-    trainer.wait_stage(1, "local")
-    trainer.call("report", protocol.Report(trainer.holder, 1, {"loss": 0.25}), protocol.Done)
-    for root in (ram_root(), tmp_path / "d"):
-        tier = LocalTier(root, read_only=True, sync=False)
-        (save,) = _inventory.scan(tier, "r").saves.values()
-        tier.close()
-        assert save.metrics == {"loss": 0.25}
-        assert str(save.name) == sealed.save
-    trainer.close()
-
-
-# -- the end ---------------------------------------------------------------------------------------
-
-
-def test_close_frees_ram_once_a_slower_tier_has_it(own: Own, tmp_path: Path) -> None:
-    trainer = own("r", [disk(tmp_path / "d")])
-    trainer.open()
-    trainer.begin(1)
-    trainer.save(1)  # due nowhere but in RAM
-    trainer.flush()
-    trainer.close()
-    until(lambda: not (ram_root() / "r").exists())
-    assert steps_in(tmp_path / "d") == [1]
-    assert status_of() is None
-
-
-def test_close_keeps_ram_while_nothing_else_has_it(
-    own: Own, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MTCKPT_AGENT_IDLE_S", "0.3")
-    trainer = own("r")
-    trainer.open()
-    trainer.begin(1)
-    trainer.save(1)
-    trainer.close()
-    time.sleep(1.0)
-    assert steps_in(ram_root(), name="ram") == [1]
-    status = until(lambda: status_of())
-    assert not status.owner_alive
-    with AgentClient(ensure_agent(5.0), 5.0) as client:
-        removed = client.call("/v1/runs/r/rm", protocol.Remove(), protocol.Removed)
-    assert len(removed.removed) == 1
-    assert not (ram_root() / "r").exists()
-
-
-def test_ram_of_an_owner_that_never_comes_back_is_freed(
-    trainers: Trainers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MTCKPT_RAM_TTL_S", "1.0")
-    monkeypatch.setenv("MTCKPT_AGENT_IDLE_S", "0.5")
+@pytest.mark.root
+def test_an_agent_in_another_pid_namespace_sees_a_death(trainers: Trainers) -> None:
+    if subprocess.run([*UNSHARE, "-c", ""], capture_output=True, check=False).returncode != 0:
+        pytest.skip("pid namespaces cannot be made here")
+    host = trainers("host", program=UNSHARE)  # starts the agent in there
+    host.do("open")
     first = trainers()
     first.do("open")
     first.do("begin", 1)
     first.do("save", 1, [])
-    pid = agent_pid()
+    first.do("capture", 2, [], True)
+    with pytest.raises(RunLocked):
+        trainers().do("open")  # alive, though no /proc of the agent's shows it
     first.kill()
-    until(lambda: not (ram_root() / "r").exists())
-    until(lambda: not Path(f"/proc/{pid}").exists())
-
-
-def test_removing_a_run_that_is_alive_is_refused(own: Own, tmp_path: Path) -> None:
-    trainer = own("r", [disk(tmp_path / "d")])
-    trainer.open()
-    trainer.begin(1)
-    for step in (1, 2):
-        trainer.save(step, ["disk"])
-        trainer.wait_stage(step, "local")
-    with pytest.raises(RunLocked, match="is alive"):
-        trainer.call("rm", protocol.Remove(), protocol.Removed)
-    removed = trainer.call("rm", protocol.Remove(1, ["disk"]), protocol.Removed)
-    assert removed.removed == [next(r for r in removed.removed if "step-000000000001." in r)]
-    assert steps_in(tmp_path / "d") == [2]
-    trainer.close()
-
-
-def test_two_runs_do_not_touch_each_other(own: Own, tmp_path: Path) -> None:
-    first, second = own("a", [disk(tmp_path / "d")]), own("b", [disk(tmp_path / "d")])
-    for trainer in (first, second):
-        trainer.open()
-        trainer.begin(1)
-        trainer.save(1, ["disk"])
-        trainer.wait_stage(1, "local")
-    first.close()
-    until(lambda: not (ram_root() / "a").exists())
-    assert steps_in(ram_root(), "b", name="ram") == [1]
-    assert steps_in(tmp_path / "d", "a") == steps_in(tmp_path / "d", "b") == [1]
-    second.close()
+    second = trainers()
+    started_s = time.monotonic()
+    assert len(second.do("open")["finished"]) == 1
+    assert time.monotonic() - started_s < 4.0
+    assert steps_in(ram_root(), name="ram") == [1, 2]
