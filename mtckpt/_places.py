@@ -16,14 +16,12 @@ from mtckpt import _inventory, _manifest
 from mtckpt._inventory import Inventory
 from mtckpt._manifest import Incarnation, Record, SaveEntry, SaveName
 from mtckpt.errors import FormatError, TierReadOnly, UsageError
-from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives, read_all
+from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives, check_key, read_all
 from mtckpt.tiers.local import Lease, LocalTier
 
 __all__ = ["Location", "Place", "incarnation_line", "is_location", "open_places", "unusable"]
 
 Location = str | os.PathLike[str]
-# A run that was copied on its own has no key of its own: any will do, it never leaves this process.
-_ANY_RUN = "run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +118,8 @@ def open_places(location: Location, label: str) -> list[Place]:
     if kind == "save":
         return [_one_save(path, label)]
     if kind == "run":
-        tier = LocalTier(path, name=label, read_only=True)
-        return [Place(View(tier, f"{_ANY_RUN}/"), _ANY_RUN, path)]
-    return [
-        Place(View(LocalTier(run, name=label, read_only=True), f"{_ANY_RUN}/"), _ANY_RUN, run)
-        for run in sorted(_subdirectories(path))
-        if _kind(run) == "run"
-    ]
+        return [_one_run(path, label)]
+    return [_one_run(run, label) for run in sorted(_subdirectories(path)) if _kind(run) == "run"]
 
 
 def _directory(location: Location) -> Path:
@@ -176,10 +169,24 @@ def _subdirectories(path: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
+def _one_run(path: Path, label: str) -> Place:
+    key = _key_for(path)
+    return Place(View(LocalTier(path, name=label, read_only=True), f"{key}/"), key, path)
+
+
+def _key_for(path: Path) -> str:
+    """A key for a run in this process; that of its directory where that is one, to be read."""
+    try:
+        return check_key(path.name)
+    except UsageError:
+        return "run"
+
+
 def _one_save(path: Path, label: str) -> Place:
     tier = LocalTier(path, name=label, read_only=True)
     name = _name_in_records(path, tier) or SaveName.parse(path.name) or SaveName(0, 0, "0" * 12)
-    return Place(View(tier, f"{_ANY_RUN}/{name}/"), _ANY_RUN, path)
+    key = _key_for(path.parent)
+    return Place(View(tier, f"{key}/{name}/"), key, path)
 
 
 def _name_in_records(path: Path, tier: LocalTier) -> SaveName | None:

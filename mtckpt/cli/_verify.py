@@ -173,6 +173,11 @@ def _check_manifest(place: Place, save: SaveEntry) -> list[tuple[str, str]]:
     key = _inventory.save_key(place.run_key, save.name, _manifest.MANIFEST_FILE)
     try:
         data = read_all(place.tier, key, max_bytes=_manifest.MAX_SMALL_BYTES)
+    except ObjectNotFound:
+        return []
+    except TierError as error:
+        return [(key, error.what)]
+    try:
         manifest = _manifest.decode_sealed(data, _manifest.Manifest)
         if _manifest.save_name(manifest.step, manifest.incarnation, manifest.save_id) != save.name:
             return [(key, "the manifest is of another save")]
@@ -182,8 +187,7 @@ def _check_manifest(place: Place, save: SaveEntry) -> list[tuple[str, str]]:
             if xxh3_128_hexdigest(record) != entry.record_digest:
                 return [(key, f"the manifest names another record of rank {entry.rank}")]
     except ObjectNotFound as error:
-        missing = error.details.get("key", key)
-        return [] if missing == key else [(key, f"the manifest names {missing}, which is missing")]
+        return [(key, f"the manifest names a record that is missing: {error.details.get('key')}")]
     except (FormatError, TierError) as error:
         return [(key, error.what)]
     return []
