@@ -98,6 +98,7 @@ def test_every_layout(layout: str, dtype: torch.dtype) -> None:
         lambda t: t.conj().imag,
         lambda t: t.conj().t(),
         lambda t: t.conj().imag[::2],
+        lambda t: torch._neg_view(t.real.contiguous()),
         lambda t: t.real,
     ],
 )
@@ -311,6 +312,8 @@ def test_the_fingerprint_sees_conjugation_and_negation() -> None:
     assert ADAPTER.fingerprint([plain.conj()]) == ADAPTER.fingerprint([plain.clone().conj()])
     assert ADAPTER.fingerprint([plain.real]) != ADAPTER.fingerprint([plain.imag.contiguous()])
     assert ADAPTER.fingerprint([plain.conj().imag]) != ADAPTER.fingerprint([plain.imag])
+    real = torch.ones(3)
+    assert ADAPTER.fingerprint([real]) != ADAPTER.fingerprint([torch._neg_view(real)])
 
 
 def test_identity_is_the_same_bytes_seen_alike() -> None:

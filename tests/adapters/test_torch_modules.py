@@ -246,6 +246,19 @@ def test_hooks_run() -> None:
     assert "m/added" in save({"m": saver}).paths
 
 
+@pytest.mark.parametrize(
+    "register", ["register_load_state_dict_pre_hook", "register_load_state_dict_post_hook"]
+)
+def test_one_hook_of_a_part_is_enough(register: str) -> None:
+    live = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    called: list[Any] = []
+    getattr(live[1], register)(lambda *arguments: called.append(arguments[0]))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    restore(save({"m": model}), {"m": live})
+    assert called == [live[1]]
+    assert same(model, live)
+
+
 def test_a_module_with_a_post_hook_only_is_still_checked() -> None:
     live: Any = nn.Linear(2, 2)
     live.register_load_state_dict_post_hook(lambda module, keys: None)

@@ -169,6 +169,24 @@ def test_hooks_of_an_optimizer_have_the_last_word() -> None:
         )
 
 
+def test_a_hook_may_change_moments_that_are_cast() -> None:
+    def make() -> Any:
+        parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        return parameter, optim.Adam([parameter])
+
+    def double(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
+        state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"] * 2
+
+    p, optimizer = make()
+    third = torch.full((2,), 1 / 3)
+    optimizer.state[p] = {"step": torch.tensor(1.0), "exp_avg": third, "exp_avg_sq": third}
+    q, other = make()
+    other.register_load_state_dict_pre_hook(double)
+    restore(save(optimizer), other)
+    assert torch.equal(other.state[q]["exp_avg"], (third * 2).bfloat16())  # as the hook left it
+    assert torch.equal(other.state[q]["exp_avg_sq"], third)  # as it was saved
+
+
 def test_state_dict_hooks_of_an_optimizer_run_at_a_save() -> None:
     trainer = Trainer(MAKERS["SGD"], 1)
     trainer.optimizer.register_state_dict_post_hook(
@@ -209,7 +227,8 @@ def test_moments_of_other_shapes_are_a_difference_without_live_moments_too() -> 
 
 def test_something_else_than_an_optimizer_is_a_difference() -> None:
     live = optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
-    for other in (3, {"state": {}}, {"state": [], "param_groups": []}):
+    others: list[Any] = [3, {"state": {}}, {"state": [], "param_groups": []}]
+    for other in others:
         with pytest.raises(StateMismatch):
             plan(save({"o": other}), {"o": live})
 
