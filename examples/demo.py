@@ -259,7 +259,7 @@ class Screen:
 
     def line(self, text: str = "") -> None:
         if self.console is not None:
-            self.console.print(text, markup=False)
+            self.console.print(text, markup=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
