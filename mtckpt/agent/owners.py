@@ -136,11 +136,13 @@ class Verdict(enum.Enum):
     REFUSE = "the older owner is alive and well"
 
 
-FENCE_AFTER_S = 1.0
-REFUSE_AFTER_S = 5.0
+# An owner that cannot mean it any more gets a fifth of the patience.
+_SHORT = 0.2
 
 
-def judge(owner: Owner, process: Process | None, claim: Claim, waited_s: float) -> Verdict:
+def judge(
+    owner: Owner, process: Process | None, claim: Claim, waited_s: float, patience_s: float = 5.0
+) -> Verdict:
     """Decide on a claim while ``owner`` is not known to be dead. Pure.
 
     A process that got SIGKILL takes a while to give its memory back, so there is some patience.
@@ -150,7 +152,7 @@ def judge(owner: Owner, process: Process | None, claim: Claim, waited_s: float) 
     if owner.is_same(claim):
         return Verdict.REOPEN if owner.holder == claim.holder else Verdict.FENCE
     if process is not None and process.exiting:
-        return Verdict.WAIT if waited_s < REFUSE_AFTER_S else Verdict.FENCE
+        return Verdict.WAIT if waited_s < patience_s else Verdict.FENCE
     if process is not None and (process.state in "ZXTt" or process.parent_pid != owner.parent_pid):
-        return Verdict.WAIT if waited_s < FENCE_AFTER_S else Verdict.FENCE
-    return Verdict.WAIT if waited_s < REFUSE_AFTER_S else Verdict.REFUSE
+        return Verdict.WAIT if waited_s < patience_s * _SHORT else Verdict.FENCE
+    return Verdict.WAIT if waited_s < patience_s else Verdict.REFUSE

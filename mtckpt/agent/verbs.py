@@ -115,7 +115,9 @@ class Verbs:
             if old.dead:
                 await self._registry.settled(run, old)
                 continue
-            verdict = owners.judge(old, old.process(), claim, time.monotonic() - started_s)
+            waited_s = time.monotonic() - started_s
+            patience_s = self._tools.limits.takeover_s
+            verdict = owners.judge(old, old.process(), claim, waited_s, patience_s)
             if verdict is Verdict.REOPEN:
                 self._come_back(run, old, new, message)
                 await self._registry.resolve(run)

@@ -101,14 +101,15 @@ def test_a_forked_worker_keeps_nothing_alive(trainers: Trainers) -> None:
 # -- two owners ------------------------------------------------------------------------------------
 
 
-def test_a_live_owner_is_not_displaced(trainers: Trainers) -> None:
+def test_a_live_owner_is_not_displaced(trainers: Trainers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTCKPT_TAKEOVER_S", "1.5")
     first, second = trainers(), trainers()
     first.do("open")
     first.do("begin", 1)
     started_s = time.monotonic()
     with pytest.raises(RunLocked) as caught:
         second.do("open")
-    assert 4.0 < time.monotonic() - started_s < 15.0
+    assert 1.4 < time.monotonic() - started_s < 10.0
     assert caught.value.details["owner_pid"] == first.pid
     first.do("save", 1, [])  # and it goes on
 
@@ -324,7 +325,10 @@ UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.exe
 
 
 @pytest.mark.root
-def test_an_agent_in_another_pid_namespace_sees_a_death(trainers: Trainers) -> None:
+def test_an_agent_in_another_pid_namespace_sees_a_death(
+    trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTCKPT_TAKEOVER_S", "0.5")
     if subprocess.run([*UNSHARE, "-c", ""], capture_output=True, check=False).returncode != 0:
         pytest.skip("pid namespaces cannot be made here")
     host = trainers("host", program=UNSHARE)  # starts the agent in there
