@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,10 @@ def _runs(found: AgentStatus | None, run: str | None) -> list[RunStatus]:
         raise StepNotFound(
             f"no run {run!r}: {why}",
             state="nothing was done",
-            actions=[f"runs that it knows: {', '.join(known.run for known in runs) or 'none'}"],
+            actions=[
+                f"runs that it knows: {', '.join(known.run for known in runs) or 'none'}",
+                "a run that lies on disk alone is a directory: mtckpt ls PATH/",
+            ],
             run=run,
         )
     return named
@@ -82,7 +86,7 @@ def _print_status(found: AgentStatus | None, runs: list[RunStatus]) -> None:
     if found is None:
         print_line("no agent runs on this node; the first Checkpointer starts one")
         return
-    bounded = f", ends with {found.bounded_by}" if found.bounded_by else ""
+    bounded = f"; bounded by {found.bounded_by}" if found.bounded_by else ""
     print_line(
         f"agent {found.pid} on {found.host}: {found.mode}, mtckpt {found.mtckpt},"
         f" up {_age(found.uptime_s)}{bounded}"
@@ -150,7 +154,7 @@ def rm(run: str, step: int | None, tiers: tuple[str, ...], yes: bool, as_json: b
             state="nothing was removed",
             actions=(f"a directory that no job uses can be deleted: rm -r {run}",),
         )
-    known = _runs(_agent_that_knows(), run)[0]
+    known = _runs(_agent_that_knows(run), run)[0]
     unknown = set(tiers) - {tier.label for tier in known.tiers}
     if unknown:
         raise UsageError(
@@ -164,15 +168,21 @@ def rm(run: str, step: int | None, tiers: tuple[str, ...], yes: bool, as_json: b
     return _remove(known, step, tiers, as_json=as_json)
 
 
-def _agent_that_knows() -> AgentStatus | None:
+def _agent_that_knows(run: str) -> AgentStatus | None:
     """The running agent's status; one is started if none runs, since it finds what RAM holds."""
+    from mtckpt._manifest import run_key
+    from mtckpt.agent.client import agent_client
+    from mtckpt.agent.protocol import Changes
     from mtckpt.agent.spawn import ensure_agent
 
     found = agent_status()
-    if found is None:
-        ensure_agent()
-        found = agent_status()
-    return found
+    if found is not None:
+        return found
+    ensure_agent()
+    with agent_client() as client, contextlib.suppress(AgentUnavailable):
+        # Unlike /status this waits until the new agent has looked at what an earlier one left.
+        client.call(f"/v1/runs/{run_key(run)}/changes?since=0&timeout_s=0", None, Changes)
+    return agent_status()
 
 
 def _confirmed(
