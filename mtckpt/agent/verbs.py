@@ -318,6 +318,8 @@ class Verbs:
         living = [o for o in run.owners.values() if not o.dead]
         if living and message.step is None:
             raise _locked(run, living[0])
+        # An agent that has just started does not know yet what the slower tiers hold.
+        await self._registry.wait_scanned(run, SMALL_TIMEOUT_S)
         labels = [*run.tiers, RAM] if not message.tiers else message.tiers
         removed: list[str] = []
         kept: list[str] = []
