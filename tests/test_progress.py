@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import pty
-import select
-import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from terminals import on_terminal
 
 from mtckpt import _progress
 from mtckpt._progress import progress
@@ -47,34 +43,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100", **more}
 
 
-def on_terminal(command: list[str], **more: str) -> str:
-    """What a program writes to a terminal of its own, until it ends."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    process = subprocess.Popen(
-        command, stdin=follower, stdout=follower, stderr=follower, env=environment(**more)
-    )
-    os.close(follower)
-    out = b""
-    deadline_s = time.monotonic() + 30
-    while time.monotonic() < deadline_s:
-        if not select.select([leader], [], [], 0.1)[0]:
-            continue
-        try:
-            piece = os.read(leader, 65536)
-        except OSError:  # EIO: nobody has the other end any more
-            break
-        if not piece:
-            break
-        out += piece
-    os.close(leader)
-    assert process.wait(10) == 0, out.decode()
-    return out.decode()
-
-
 @pytest.mark.parametrize("before", ["", NO_RICH], ids=["rich", "plain"])
 def test_a_terminal_shows_a_bar(before: str) -> None:
-    shown = on_terminal(program(0.2, before))
+    shown = on_terminal(program(0.2, before), environment())
     assert "restore gpt step 3" in shown
     assert "of 4.0 MiB at" in shown
     assert "s left" in shown
@@ -85,7 +56,7 @@ def test_a_terminal_shows_a_bar(before: str) -> None:
 
 @pytest.mark.parametrize("before", ["", NO_RICH], ids=["rich", "plain"])
 def test_a_terminal_shows_nothing_for_what_is_quick(before: str) -> None:
-    assert on_terminal(program(0.0, before)).strip() == "finished"
+    assert on_terminal(program(0.0, before), environment()).strip() == "finished"
 
 
 def test_a_pipe_gets_log_lines_and_ends(tmp_path: Path) -> None:
@@ -112,7 +83,7 @@ def test_a_pipe_gets_nothing_for_what_is_quick() -> None:
 
 
 def test_other_local_ranks_are_silent() -> None:
-    assert on_terminal(program(0.15), LOCAL_RANK="1").strip() == "finished"
+    assert on_terminal(program(0.15), environment(LOCAL_RANK="1")).strip() == "finished"
 
 
 def test_a_standard_error_that_is_closed_hurts_nobody() -> None:

@@ -1,0 +1,222 @@
+"""status, ls, show, verify, rm and agent with an agent that runs, and without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import build_save
+from click.testing import CliRunner, Result
+
+from mtckpt.agent.protocol import AgentStatus, RunStatus, TierStatus, ram_base
+from mtckpt.cli import _agent, main
+
+# A trainer that dies with everything staged and on disk, and closes nothing.
+TRAINER = """
+import os, sys
+import numpy as np
+import mtckpt
+tiers = [mtckpt.Ram(every=1), mtckpt.Disk(sys.argv[1], every=1)]
+checkpointer = mtckpt.Checkpointer("My Run", tiers=tiers)
+state = {"w": np.arange(1000.0), "lr": 0.5}
+checkpointer.restore(state)
+for step in (1, 2):
+    checkpointer.save(step, state, metrics={"loss": 0.25}).wait("local", timeout_s=30)
+print("saved", flush=True)
+if "--live" in sys.argv:
+    sys.stdin.read()
+os.kill(os.getpid(), 9)
+"""
+
+
+def mtckpt(*words: object) -> Result:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def as_json(*words: object, code: int = 0) -> dict[str, Any]:
+    result = mtckpt(*words, "--json")
+    assert result.exit_code == code, result.output
+    return dict(json.loads(result.stdout))
+
+
+def trainer(tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(tmp_path / "disk"), *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "saved\n"
+    return process
+
+
+@pytest.mark.usefixtures("runtime_dir")
+def test_a_run_from_its_first_save_to_its_end(tmp_path: Path) -> None:
+    process = trainer(tmp_path, "--live")
+    try:
+        (run,) = as_json("status", "My Run")["runs"]
+        assert run["owner_pid"] == process.pid
+        assert {tier["label"]: tier["newest_step"] for tier in run["tiers"]} == {
+            "ram": 2,
+            "disk": 2,
+        }
+        assert "owned by process" in mtckpt("status").output
+
+        (listed,) = as_json("ls")["runs"]
+        assert listed["run"] == "My Run"
+        assert listed["steps"][-1]["tiers"] == ["ram", "disk"]
+        assert listed["steps"][-1]["stages"] == ["staged", "local"]
+        shown = as_json("show", "My Run", "--step", 2)
+        assert shown["tiers"] == ["ram", "disk"]
+        assert shown["metrics"] == {"loss": 0.25}
+        assert as_json("verify", "My Run", "--read-data")["ok"]
+
+        assert mtckpt("rm", "My Run", "--yes").exit_code == 1  # its owner lives
+        assert (
+            as_json("rm", "My Run", "--step", 9, "--yes", code=1)["error"]["details"]["step"] == 9
+        )
+        assert mtckpt("rm", "My Run", "--tier", "moon", "--yes").exit_code == 2
+        assert mtckpt("rm", "My Run").exit_code == 2  # nobody to ask
+        assert mtckpt("rm", "My Run", "--step", 1, "--tier", "disk", "--yes").exit_code == 0
+        assert [step["step"] for step in as_json("ls", f"{tmp_path}/disk")["runs"][0]["steps"]] == [
+            2
+        ]
+        for command in ("status", "ls", "show", "verify"):
+            result = mtckpt(command, "other")
+            assert result.exit_code == 1
+            assert "My Run" in result.stderr  # the one that it knows
+    finally:
+        process.kill()
+        process.wait(10)
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+    assert mtckpt("agent", "stop").output.startswith("stopped agent")
+
+
+@pytest.mark.usefixtures("runtime_dir")
+def test_what_a_dead_run_left_is_seen_without_an_agent_and_removed_by_a_new_one(
+    tmp_path: Path,
+) -> None:
+    process = trainer(tmp_path)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    assert as_json("agent", "stop")["stopped"]
+    assert as_json("agent", "stop") == {"version": 1, "stopped": False, "detail": "no agent ran"}
+
+    body = as_json("ls", "My Run")
+    assert "no agent runs" in body["notes"][0]
+    assert [step["step"] for step in body["runs"][0]["steps"]] == [1, 2]
+    assert as_json("verify", "My Run", "--read-data")["ok"]
+    assert as_json("status") == {"version": 1, "agent": None, "runs": []}
+
+    assert as_json("rm", "My Run", "--yes")["kept"] == []
+    assert list(Path(ram_base()).rglob("*.safetensors")) == []
+    assert list((tmp_path / "disk").rglob("*.safetensors")) == []
+    mtckpt("agent", "stop")
+
+
+def test_without_an_agent_ram_is_all_that_can_be_seen(ram_dir: Path) -> None:
+    build_save(Path(ram_base()), "gpt", 3, {"w": np.zeros(4)})
+    assert ram_dir in Path(ram_base()).parents
+    output = mtckpt("ls").output
+    assert output.startswith(f"note: no agent runs on this node: looked only into {ram_base()}")
+    assert as_json("show", "gpt")["step"] == 3
+    error = as_json("ls", "other", code=1)["error"]
+    assert error["type"] == "StepNotFound"
+    assert mtckpt("status", "gpt").exit_code == 1
+    assert mtckpt("status").exit_code == 0
+
+
+def test_a_socket_that_nobody_serves_is_no_agent(runtime_dir: Path) -> None:
+    import socket
+
+    from mtckpt.agent.protocol import SOCKET_NAME
+
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(runtime_dir / SOCKET_NAME))
+    assert as_json("status")["agent"] is None
+
+
+def test_an_agent_that_does_not_answer_is_an_error(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    from mtckpt.agent.protocol import SOCKET_NAME
+    from mtckpt.cli import _target
+
+    monkeypatch.setattr(_target, "STATUS_TIMEOUT_S", 0.3)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(runtime_dir / SOCKET_NAME))
+        silent.listen()
+        for command in (("status",), ("ls",), ("agent", "stop")):
+            error = as_json(*command, code=1)["error"]
+            assert error["type"] == "AgentUnavailable"
+            assert error["details"]["timeout_s"] == 0.3
+
+
+@pytest.mark.usefixtures("runtime_dir")
+def test_agent_run_serves_until_it_is_stopped(tmp_path: Path) -> None:
+    directory = tmp_path / "service"
+    environment = {**os.environ, "MTCKPT_RUNTIME_DIR": str(directory)}
+    command = [sys.executable, "-m", "mtckpt.cli", "agent"]
+    served = subprocess.Popen(
+        [*command, "run", "--runtime-dir", str(directory)], env=environment, stderr=subprocess.PIPE
+    )
+    try:
+        deadline_s = time.monotonic() + 20
+        while not (directory / "agent.sock").exists() and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        stopped = subprocess.run(
+            [*command, "stop", "--drain"], env=environment, capture_output=True, timeout=30
+        )
+        assert stopped.returncode == 0, stopped.stderr
+        assert served.wait(20) == 0
+    finally:
+        served.kill()
+        served.communicate(timeout=10)
+
+
+def test_a_tier_with_a_problem_makes_status_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    ram = TierStatus("ram", "ram", "/dev/shm/x", [1, 2], 2, 65.0, 10 << 20)
+    disk = TierStatus("disk", "disk", "/d", owed=[2], problem="no room: \x1b[5m", newest_age_s=None)
+    busy = TierStatus("disk-2", "disk", "/e", bytes_per_s=2 << 20, done_bytes=1, total_bytes=4)
+    run = RunStatus("gpt", 3, 77, False, [ram, disk, busy], counters={"staged": 2})
+    found = AgentStatus(1, "0.1", "id", "boot", 5, "own", "host", 7300.0, "the login", [run])
+    monkeypatch.setattr(_agent, "agent_status", lambda: found)
+    result = mtckpt("status")
+    assert result.exit_code == 1
+    for text in ("no room: \\x1b[5m", "step 2", "1.1 min", "25 % at 2.0 MiB/s", "owned by nobody"):
+        assert text in result.output
+    assert "up 2.0 h; bounded by the login" in result.output
+    assert as_json("status", "gpt", code=1)["runs"][0]["tiers"][1]["owed"] == [2]
+
+
+def test_watch_goes_on_until_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    naps = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_agent, "agent_status", lambda: None)
+    monkeypatch.setattr(_agent.time, "sleep", sleep)
+    result = mtckpt("status", "--watch")
+    assert result.output.count("no agent runs") == 3
+    assert result.exit_code == 130
+    assert mtckpt("status", "--watch", "--json").exit_code == 2
