@@ -22,6 +22,7 @@ from mtckpt._placing import Placing, Stored, rename_tree, settle
 from mtckpt._shard import ShardLayout, Table
 from mtckpt._state import ArraySpec, StateAdapter
 from mtckpt.capture.base import Engine, Move, Span
+from mtckpt.capture.collector import collector_paused
 from mtckpt.capture.memory import Mapping as MemoryMapping
 from mtckpt.capture.memory import anonymous, map_file
 from mtckpt.errors import (
@@ -283,6 +284,7 @@ class Outcome:
     bad: list[tuple[str, str, str]]
 
 
+@collector_paused()
 def restore_from(
     candidate: Candidate,
     places: Mapping[str, Place],

@@ -19,9 +19,11 @@ import msgspec
 from xxhash import xxh3_128
 
 from mtckpt import _manifest, _shard, _state
+from mtckpt._crash import crash_point
 from mtckpt._manifest import ArrayEntry, Record, ShardEntry
 from mtckpt._shard import ShardLayout, Table
 from mtckpt.capture.base import Engine, Span
+from mtckpt.capture.collector import collector_paused
 from mtckpt.capture.memory import Mapping as MemoryMapping
 from mtckpt.capture.memory import map_file
 from mtckpt.errors import CaptureFailed, CheckpointError, TierFull, UnsupportedState
@@ -59,7 +61,7 @@ class Plan:
     stored: list[int]
     spans: list[Span]
     same_as: dict[int, int]
-    fingerprint: object
+    fingerprint: list[object]
     arrays_json: msgspec.Raw
     structure_json: msgspec.Raw
     digest: str
@@ -86,6 +88,7 @@ class Planner:
     def __init__(self) -> None:
         self._plan: Plan | None = None
 
+    @collector_paused()
     def prepare(self, state: Any, adapters: Sequence[StateAdapter]) -> Captured:
         """Take ``state`` apart by the kept plan, or by a new one if anything about it changed.
 
@@ -102,11 +105,16 @@ class Planner:
         return self._by_new_plan(state, adapters)
 
     def _by_plan(self, plan: Plan, arrays: list[Any], plain: list[Any]) -> Captured | None:
-        if _fingerprint(plan.owners, arrays) != plan.fingerprint:
+        fingerprint = _fingerprint(plan.owners, arrays)
+        if fingerprint != plan.fingerprint:
             return None
-        addresses, keep = _addresses(plan.owners, arrays)
-        if addresses != plan.sources:
-            # Other memory than last time: the same leaves may be tied differently now.
+        try:
+            addresses, keep = _addresses(plan.owners, arrays, fingerprint)
+        except UnsupportedState:
+            return None  # a new plan knows the paths, and says which leaf it is
+        if addresses != plan.sources or _has_copies(keep):
+            # Other memory than last time: the same leaves may be tied differently now. Where a leaf
+            # was copied, the same address proves nothing: a copy that was freed left it behind.
             if _ties(plan.owners, arrays, plan_paths(plan)) != plan.same_as:
                 return None
             plan.sources = addresses
@@ -121,7 +129,7 @@ class Planner:
         for spec, path in zip(specs, flat.paths, strict=True):
             _state.check_dtype(spec.dtype, path)
         plan = make_plan(flat, specs)
-        addresses, keep = _addresses(flat.owners, flat.arrays)
+        addresses, keep = _addresses(flat.owners, flat.arrays, plan.fingerprint, flat.paths)
         plan.sources = addresses
         self._plan = plan
         return Captured(plan, [addresses[i] for i in plan.stored], flat.plain, (keep, flat.arrays))
@@ -184,24 +192,37 @@ def _groups(owners: Sequence[StateAdapter]) -> list[tuple[StateAdapter, list[int
     ]
 
 
-def _fingerprint(owners: Sequence[StateAdapter], arrays: list[Any]) -> object:
+def _fingerprint(owners: Sequence[StateAdapter], arrays: list[Any]) -> list[object]:
     return [
         adapter.fingerprint(arrays if indexes is None else [arrays[i] for i in indexes])
         for adapter, indexes in _groups(owners)
     ]
 
 
-def _addresses(owners: Sequence[StateAdapter], arrays: list[Any]) -> tuple[list[int], object]:
+def _addresses(
+    owners: Sequence[StateAdapter],
+    arrays: list[Any],
+    fingerprint: Sequence[object],
+    paths: Sequence[str] = (),
+) -> tuple[list[int], object]:
+    """Where the bytes lie; ``fingerprint`` is that of these very arrays."""
     addresses = [0] * len(arrays)
     kept = []
-    for adapter, indexes in _groups(owners):
+    for (adapter, indexes), known in zip(_groups(owners), fingerprint, strict=True):
         if indexes is None:
-            return adapter.host_addresses(arrays)
-        found, keep = adapter.host_addresses([arrays[i] for i in indexes])
+            return adapter.host_addresses(arrays, paths, known)
+        own_paths = [paths[i] for i in indexes] if paths else ()
+        found, keep = adapter.host_addresses([arrays[i] for i in indexes], own_paths, known)
         kept.append(keep)
         for index, address in zip(indexes, found, strict=True):
             addresses[index] = address
     return addresses, kept
+
+
+def _has_copies(keep: object) -> bool:
+    return isinstance(keep, (list, tuple)) and any(
+        _has_copies(item) if isinstance(item, (list, tuple)) else True for item in keep
+    )
 
 
 def _ties(
@@ -288,6 +309,7 @@ def _map(path: str, inode: int | None, size_bytes: int) -> MemoryMapping:
         os.close(fd)
 
 
+@collector_paused()
 def write_shard(
     captured: Captured,
     slot: _HeldSlot,
@@ -312,6 +334,7 @@ def write_shard(
         slot.header = layout.header
     digests = table[_shard.TABLE_HEADER.size :].cast("Q")
     engine.capture(captured.sources, plan.spans, slot.data.address, digests)
+    crash_point("capture.copied")
 
     header = Table.header(layout, _manifest.generation_of(identity.save_id))
     table_digest = xxh3_128(header)

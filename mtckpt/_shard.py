@@ -185,10 +185,18 @@ def _layout(
     return ShardLayout(tuple(tensors), header, size_bytes, first_chunk)
 
 
-class _Entry(msgspec.Struct, forbid_unknown_fields=False):
+class _Entry(msgspec.Struct, forbid_unknown_fields=False, gc=False):
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
+
+
+class _AnyEntry(msgspec.Struct, forbid_unknown_fields=False, gc=False):
+    """As ``_Entry``, but ``__metadata__`` decodes too: all of a header then takes one call."""
+
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    data_offsets: tuple[int, int] = (-1, -1)
 
 
 def header_length(prefix: bytes, file_bytes: int) -> int:
@@ -224,12 +232,7 @@ def parse_layout(header: bytes, file_bytes: int) -> ShardLayout:
     """
     if header_length(header, file_bytes) != len(header):
         raise Damaged("shard header is cut short", got_bytes=len(header))
-    try:
-        raw = msgspec.json.decode(header[8:], type=dict[str, msgspec.Raw])
-        raw.pop("__metadata__", None)
-        entries = {name: msgspec.json.decode(body, type=_Entry) for name, body in raw.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Damaged(f"shard header does not parse: {error}") from error
+    entries = _entries(header[8:])
     ordered = sorted(entries.items(), key=lambda item: item[1].data_offsets)
     end = 0
     spans = []
@@ -252,6 +255,26 @@ def parse_layout(header: bytes, file_bytes: int) -> ShardLayout:
             got_bytes=file_bytes,
         )
     return _layout(spans, bytes(header))
+
+
+def _entries(text: bytes) -> dict[str, _AnyEntry]:
+    try:
+        found = msgspec.json.decode(text, type=dict[str, _AnyEntry])
+        found.pop("__metadata__", None)
+        if all(entry.dtype and entry.data_offsets[0] >= 0 for entry in found.values()):
+            return found
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass  # whatever is wrong is said below, entry by entry
+    try:
+        raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        raw.pop("__metadata__", None)
+        checked = {name: msgspec.json.decode(body, type=_Entry) for name, body in raw.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Damaged(f"shard header does not parse: {error}") from error
+    return {
+        name: _AnyEntry(entry.dtype, entry.shape, entry.data_offsets)
+        for name, entry in checked.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,10 @@ from mtckpt.agent.queue import Limits
 from mtckpt.errors import AccessDenied, AgentUnavailable
 
 if TYPE_CHECKING:
+    from mtckpt.agent.pool import Pool
     from mtckpt.agent.registry import Registry
     from mtckpt.agent.server import AgentServer
+    from mtckpt.agent.tools import Tools
 
 __all__ = ["run_own", "run_service"]
 
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 MAX_LOG_BYTES = 4 * 1024 * 1024
 DRAIN_S = 10.0
 _CLOSING_NAME = ".closing"
+_SPAWN_TURNS = 200
 
 
 class BoundedLog(logging.Handler):
@@ -172,17 +175,19 @@ class Life:
 
     async def run(self) -> None:
         """Serve until there is nothing left to do, or somebody ends it."""
-        # aiohttp's client loads the system's certificates when it is imported, which takes longer
-        # than half of all our imports; this process never connects to anybody.
-        with _without_certificates():
-            from mtckpt.agent.server import AgentServer
         from mtckpt.agent.pool import Pool
-        from mtckpt.agent.registry import Registry
         from mtckpt.agent.tools import Tools
-        from mtckpt.agent.verbs import Verbs
 
         pool = Pool(log_path=None if self._stays else self._where.log_path)
         tools = Tools(pool, self._limits, _events.events)
+        await self._start_ram(tools, pool)
+        # aiohttp's client loads the system's certificates when it is imported, which is a quarter
+        # of all that a start takes; this process never connects to anybody.
+        with _without_certificates():
+            from mtckpt.agent.server import AgentServer
+        from mtckpt.agent.registry import Registry
+        from mtckpt.agent.verbs import Verbs
+
         registry = Registry(tools, self._where.directory, service=self._service)
         server = AgentServer(registry, Verbs(registry))
         loop = asyncio.get_running_loop()
@@ -200,6 +205,18 @@ class Life:
             await server.stop()
         await tools.pool.close()
         logger.info("agent %s ends", registry.agent_id)
+
+    async def _start_ram(self, tools: Tools, pool: Pool) -> None:
+        """Let the RAM tier's data process import what it needs while we do."""
+        from mtckpt.agent import protocol, work
+
+        worker = pool.worker(work.TierRef("ram", protocol.ram_base(), self._service, "ram"))
+        timeout_s = self._limits.call_timeout_s
+        tools.start(worker.call(work.Ping(), timeout_s=timeout_s), "starting RAM's data process")
+        for _ in range(_SPAWN_TURNS):
+            if pool.pids():
+                return
+            await asyncio.sleep(0.001)
 
     async def _until_done(
         self, server: AgentServer, registry: Registry, lock: contextlib.ExitStack
