@@ -133,9 +133,10 @@ def test_a_reader_never_sees_a_recycled_inode(ram_dir: Path) -> None:
     owner = threading.Thread(target=recycle, daemon=True)
     owner.start()
     read = 0
-    end = time.monotonic() + 0.5
+    end = time.monotonic() + 40
     try:
-        while time.monotonic() < end:
+        while read < 60 or recycled < 60:
+            assert time.monotonic() < end, "too slow to prove anything"
             for key in "ab":
                 with contextlib.suppress(errors.ObjectNotFound), tier.lease(key) as lease:
                     first = os.pread(lease.fd, size_bytes, 0)
@@ -145,5 +146,3 @@ def test_a_reader_never_sees_a_recycled_inode(ram_dir: Path) -> None:
     finally:
         stop.set()
         owner.join(10)
-    assert read > 20
-    assert recycled > 20

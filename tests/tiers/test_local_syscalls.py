@@ -12,7 +12,7 @@ import pytest
 
 from mtckpt.errors import AlreadyExists
 from mtckpt.testing import CrashPoint
-from mtckpt.tiers import BytesSource, LocalTier, read_all
+from mtckpt.tiers import BytesSource, LocalTier, _rooted, read_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -194,6 +194,27 @@ def test_killed_anywhere_an_object_is_whole_or_not_there(
             tier.put("run/1/a", BytesSource(b"x"))
     else:
         tier.put("run/1/a", BytesSource(b"x"))
+
+
+def test_a_key_that_is_taken_is_durable_when_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever put it may not have synced yet, and the caller may now rely on it."""
+    tier = LocalTier(tmp_path / "root")
+    tier.put("run/1/a", BytesSource(b"x"))
+    synced = []
+    whole = _rooted.full_sync
+
+    def noted(fd: int) -> None:
+        whole(fd)
+        synced.append(os.fstat(fd).st_ino)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_rooted, "full_sync", noted)
+        with pytest.raises(AlreadyExists):
+            tier.put("run/1/a", BytesSource(b"x"))
+    places = (tmp_path / "root" / below for below in ("run/1", "run", ""))
+    assert synced == [place.stat().st_ino for place in places]
 
 
 def test_a_sweep_leaves_a_put_in_flight_alone(tmp_path: Path) -> None:
