@@ -31,7 +31,7 @@ def main() -> None:
         found: dict[str, list[float]] = {name: [] for name in raw}
         flushed = []
         tiers = [mtckpt.Ram(every=1), mtckpt.Disk(os.path.join(where.disk, "tier"), keep=2)]
-        checkpointer = mtckpt.Checkpointer("bench", tiers)
+        checkpointer = mtckpt.Checkpointer("bench", tiers, max_stall_s=60)
         for step in range(1, 3 + chosen.rounds):
             save = checkpointer.save(step, state)
             save.wait("staged", timeout_s=60)

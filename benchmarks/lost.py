@@ -48,7 +48,7 @@ def _measure(role: str, size_mib: int, rounds: int, block_s: float) -> None:
         tiers: list[Any] = [mtckpt.Ram(every=1)]
         if role != "ram":
             tiers.append(mtckpt.Disk(where.disk, keep=2))
-        checkpointer = mtckpt.Checkpointer("bench", tiers)
+        checkpointer = mtckpt.Checkpointer("bench", tiers, max_stall_s=60)
         os.sched_setaffinity(0, {agent_core})  # what is started from here on inherits it
         step = 0
         while (step := step + 1) <= 4:

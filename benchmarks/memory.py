@@ -28,7 +28,7 @@ def main() -> None:
         size_bytes = sum(tensor.nbytes for tensor in measuring.tensors_of(state))
         before_bytes = _own_bytes(os.getpid())
         tiers = [mtckpt.Ram(every=1, slots=2), mtckpt.Disk(where.disk, keep=2)]
-        checkpointer = mtckpt.Checkpointer("bench", tiers)
+        checkpointer = mtckpt.Checkpointer("bench", tiers, max_stall_s=60)
         stop = threading.Event()
         samples: list[tuple[int, int, int]] = []
 

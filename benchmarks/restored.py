@@ -55,7 +55,7 @@ def _save(kind: str, size: int) -> None:
 
     state = measuring.make_state(kind, size)
     measuring.fill(state, 3)
-    checkpointer = mtckpt.Checkpointer("bench", [mtckpt.Ram(every=1)])
+    checkpointer = mtckpt.Checkpointer("bench", [mtckpt.Ram(every=1)], max_stall_s=60)
     checkpointer.save(1, state).wait("staged", timeout_s=120)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -65,7 +65,7 @@ def _restore(kind: str, size: int) -> None:
     started_s = time.perf_counter()
     import mtckpt
 
-    checkpointer = mtckpt.Checkpointer("bench", [mtckpt.Ram(every=1)])
+    checkpointer = mtckpt.Checkpointer("bench", [mtckpt.Ram(every=1)], max_stall_s=60)
     checkpointer.status()  # reaches the agent, starting one if need be
     opened_s = time.perf_counter()
     restored = checkpointer.restore(state)

@@ -24,7 +24,7 @@ def main() -> None:
         memcpy = measuring.Memcpy(state)
         tmpfs = measuring.TmpfsWrite(state, where.ram)
         staged, blocked, copied, written = [], [], [], []
-        checkpointer = mtckpt.Checkpointer("bench", [mtckpt.Ram(every=1)])
+        checkpointer = mtckpt.Checkpointer("bench", [mtckpt.Ram(every=1)], max_stall_s=60)
         for step in range(1, 1 + _WARM_UPS + chosen.rounds):
             measuring.settle()
             copy_s, write_s = memcpy(), tmpfs()

@@ -50,7 +50,7 @@ def _save(size_mib: int) -> None:
     import mtckpt
 
     state = _on_device(size_mib, 9)
-    checkpointer = mtckpt.Checkpointer("smoke", [mtckpt.Ram(every=1)])
+    checkpointer = mtckpt.Checkpointer("smoke", [mtckpt.Ram(every=1)], max_stall_s=60)
     took = []
     for step in range(1, 5):
         took.append(measuring.quietly(lambda s=step: checkpointer.save(s, state).wait("staged")))
@@ -65,7 +65,7 @@ def _restore(size_mib: int) -> None:
     import mtckpt
 
     started_s = time.perf_counter()
-    checkpointer = mtckpt.Checkpointer("smoke", [mtckpt.Ram(every=1)])
+    checkpointer = mtckpt.Checkpointer("smoke", [mtckpt.Ram(every=1)], max_stall_s=60)
     restored = checkpointer.restore(state)
     took_s = time.perf_counter() - started_s
     host = {
