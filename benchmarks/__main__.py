@@ -44,6 +44,7 @@ def main() -> None:
             for row in rows:
                 file.write(json.dumps(row) + "\n")
                 print(_line(row), flush=True)
+            file.flush()
             if code != 0:
                 failed.append(name)
     print(f"written to {path}")

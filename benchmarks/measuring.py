@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,12 +221,18 @@ def places() -> Iterator[Places]:
         tempfile.mkdtemp(prefix="mtb-", dir=os.environ.get("MTCKPT_BENCH_DISK")),
     )
     os.environ["MTCKPT_RUNTIME_DIR"], os.environ["MTCKPT_RAM_DIR"] = where.runtime, where.ram
+    failed = False
     try:
         yield where
+    except BaseException:
+        failed = True
+        traceback.print_exc()
     finally:
         where.kill_agent()
         for directory in (where.runtime, where.ram, where.disk):
             shutil.rmtree(directory, ignore_errors=True)
+    if failed:
+        os._exit(1)  # closing an open run at exit would start an agent again, in no directory
 
 
 def child(*arguments: str, check: bool = True) -> str:
