@@ -91,7 +91,8 @@ def train(life: Life) -> None:
         with mtckpt.Checkpointer(life.run, tiers, timeout_s=15.0, max_stall_s=1.0) as c:
             restored = c.restore(state)
             bad = what_differs(state, restored.step) if restored.step is not None else ""
-            say("restored", restored.step, bad or "ok", "|", dict(restored.skipped))
+            num = state["plain"]["num"]
+            say("restored", restored.step, bad or "ok", num, "|", dict(restored.skipped))
             first = max(1, restored.next_step)
             for step in range(first, first + life.max_steps):
                 _save(c, life, step, say)
