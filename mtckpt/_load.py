@@ -73,8 +73,9 @@ def load(
 
     Raises:
         UsageError: there is no such directory, or it holds several runs.
-        StepNotFound: no such step is there. NoHealthyStep: none can be read, a line a step.
-        FormatTooNew: a later version of mtckpt wrote it.
+        StepNotFound: no such step is there. NoHealthyStep: none can be read, a line a step with
+            the reason: damaged, incomplete, or written by a later version of mtckpt.
+        TierError: the directory could not be read.
     """
     make = array_maker(framework)
     place = _only_run(location)

@@ -69,23 +69,7 @@ def build_save(
     save_dir = root / _manifest.run_key(run) / str(_manifest.save_name(step, incarnation, save_id))
     _directory(save_dir)
     entries = _entries(arrays, boxes or {}, same_as or {}, dtypes or {})
-    stored = {
-        stored_name(entry): (entry, np.ascontiguousarray(arrays[entry.path]))
-        for entry in entries
-        if entry.same_as is None
-    }
-    layout = _shard.plan_layout([(n, e.dtype, e.shape) for n, (e, _) in stored.items()])
-    data = bytearray(layout.size_bytes)
-    data[: layout.data_start] = layout.header
-    digests = []
-    for tensor in layout.tensors:
-        body = stored[tensor.name][1].tobytes()
-        data[tensor.start : tensor.start + tensor.size_bytes] = body
-        for begin in range(0, tensor.size_bytes, _shard.CHUNK_BYTES):
-            digests.append(xxh3_64_intdigest(body[begin : begin + _shard.CHUNK_BYTES]))
-    body = np.array(digests, dtype="<u8").tobytes()
-    table = _shard.Table.header(layout, _manifest.generation_of(save_id)) + body
-    roots = _shard.root_digests(layout, memoryview(body).cast("Q"))
+    layout, data, table, roots = _shard_bytes(entries, arrays, save_id)
     structure, plain_values = _structure([entry.path for entry in entries], plain or {})
     record = Record(
         version=_manifest.FORMAT_VERSION,
@@ -112,7 +96,7 @@ def build_save(
         metrics=dict(metrics or {}),
         aborted=aborted,
     )
-    _write(save_dir / _manifest.shard_file(rank), bytes(data))
+    _write(save_dir / _manifest.shard_file(rank), data)
     _write(save_dir / _manifest.table_file(rank), table)
     _write(save_dir / _manifest.record_file(rank), _manifest.encode_sealed(record))
     return save_dir
@@ -156,6 +140,32 @@ def stored_name(entry: _manifest.ArrayEntry) -> str:
     if entry.offsets is None:
         return entry.path
     return f"{entry.path}@{','.join(map(str, entry.offsets))}"
+
+
+def _shard_bytes(
+    entries: Sequence[_manifest.ArrayEntry],
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    save_id: str,
+) -> tuple[_shard.ShardLayout, bytes, bytes, bytes]:
+    """Layout, shard file, digest table and roots."""
+    stored = {
+        stored_name(entry): (entry, np.ascontiguousarray(arrays[entry.path]))
+        for entry in entries
+        if entry.same_as is None
+    }
+    layout = _shard.plan_layout([(n, e.dtype, e.shape) for n, (e, _) in stored.items()])
+    data = bytearray(layout.size_bytes)
+    data[: layout.data_start] = layout.header
+    digests = []
+    for tensor in layout.tensors:
+        body = stored[tensor.name][1].tobytes()
+        data[tensor.start : tensor.start + tensor.size_bytes] = body
+        for begin in range(0, tensor.size_bytes, _shard.CHUNK_BYTES):
+            digests.append(xxh3_64_intdigest(body[begin : begin + _shard.CHUNK_BYTES]))
+    body = np.array(digests, dtype="<u8").tobytes()
+    table = _shard.Table.header(layout, _manifest.generation_of(save_id)) + body
+    roots = _shard.root_digests(layout, memoryview(body).cast("Q"))
+    return layout, bytes(data), table, roots
 
 
 def _entries(

@@ -404,6 +404,27 @@ def test_a_save_that_is_recycled_while_it_is_opened_is_looked_for_again(
         assert checkpoint.step == 30
 
 
+@pytest.mark.usefixtures("runtime_dir")
+def test_a_reader_parked_in_ram_for_ten_saves_sees_its_bytes_unchanged() -> None:
+    import mtckpt
+    from mtckpt.agent.protocol import ram_base
+
+    state = {"w": np.zeros(500_000, np.float32)}
+    with mtckpt.Checkpointer("parked", tiers=[mtckpt.Ram(every=1, slots=3)]) as checkpointer:
+        checkpointer.restore(state)
+        state["w"][:] = 1
+        checkpointer.save(1, state).wait("staged", timeout_s=30)
+        with load(ram_base(), step=1) as checkpoint:
+            for step in range(2, 12):
+                state["w"][:] = step
+                checkpointer.save(step, state).wait("staged", timeout_s=30)
+            assert (checkpoint["w"] == 1).all()
+            assert load(ram_base()).step == 11
+        for step in range(12, 16):  # the slot is given back, so it is used again
+            checkpointer.save(step, state).wait("staged", timeout_s=30)
+        assert 1 not in [found.step for found in steps(ram_base())]
+
+
 def test_names_in_a_checkpoint_never_become_paths(tmp_path: Path) -> None:
     names = ["../../etc/passwd", "/abs", "a\x00b", "\n", "@", "."]
     tier = tmp_path / "tier"
