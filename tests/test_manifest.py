@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -39,7 +40,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
 
 
 def test_sealed_files_are_read_back(record: Record) -> None:
-    values = [
+    values: list[Record | Incarnation | Metrics | Manifest] = [
         record,
         Incarnation(1, "run", 2, ID, (1, 10), "host", 7),
         Metrics(1, 5, ID, {"loss": 1.5}),
@@ -47,11 +48,13 @@ def test_sealed_files_are_read_back(record: Record) -> None:
     ]
     for value in values:
         data = encode_sealed(value)
-        assert decode_sealed(data, type(value)) == value
+        kind: Any = type(value)
+        assert decode_sealed(data, kind) == value
         for other in values:
             if type(other) is not type(value):
+                other_kind: Any = type(other)
                 with pytest.raises(Damaged):
-                    decode_sealed(data, type(other))
+                    decode_sealed(data, other_kind)
 
 
 def test_no_flipped_bit_in_a_record_passes(record: Record) -> None:

@@ -58,7 +58,7 @@ def filled(arrays: list[tuple[str, str, tuple[int, ...]]]) -> tuple[ShardLayout,
     return layout, data, table_of(layout, data)
 
 
-LARGE = [
+LARGE: list[tuple[str, str, tuple[int, ...]]] = [
     ("a", "float32", (CHUNK_BYTES // 4 + 1,)),
     ("b", "uint8", (CHUNK_BYTES * 2,)),
     ("c", "uint8", (5,)),
@@ -88,7 +88,7 @@ def test_the_safetensors_library_reads_what_was_planned(
 ) -> None:
     layout = plan_layout(arrays)
     data = layout.header + bytes(layout.size_bytes - layout.data_start)
-    found = dict(safetensors.deserialize(data))
+    found = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]  # it has no types
     assert set(found) == {name for name, _, _ in arrays}
 
 
