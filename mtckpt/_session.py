@@ -116,12 +116,17 @@ class Session:
             ram_path=self.ram_path,
             tiers=self.tiers,
             incarnation=self.incarnation,
-            held=self.held(),
+            held=self._held(),
             token=os.environ.get("MTCKPT_TOKEN", ""),
         )
         opened = client.call(f"/v1/runs/{self.run_key}/open", message, protocol.Opened)
         self._client = client
         return opened
+
+    def _held(self) -> dict[str, int]:
+        """Every slot that is ours: those that are mapped, and one granted and not yet mapped."""
+        ahead = self.next_slot
+        return {**self.held(), **({ahead.slot_id: ahead.inode} if ahead is not None else {})}
 
     def move_slots(self, ram_path: str) -> protocol.Opened:
         """Open again with slots in another directory (nothing has been captured yet)."""
