@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -102,6 +103,30 @@ def test_a_lease_goes_on_in_a_closed_tier(tier: LocalTier, tmp_path: Path) -> No
         tier.close()
         assert os.pread(lease.fd, 9, 0) == b"abc"
         assert not may_recycle(LocalTier(tmp_path / "root"))
+
+
+@pytest.mark.parametrize("put_again", [True, False])
+def test_what_was_recycled_between_open_and_flock_is_not_leased(
+    tier: LocalTier, monkeypatch: pytest.MonkeyPatch, put_again: bool
+) -> None:
+    whole = fcntl.flock
+    slot = tier.path_of("run/a").with_name(".slot")
+
+    def recycled_first(fd: int, operation: int) -> None:
+        if not slot.exists():
+            tier.path_of("run/a").rename(slot)
+            if put_again:
+                tier.put("run/a", BytesSource(b"healed"))
+        whole(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", recycled_first)
+    if put_again:
+        with tier.lease("run/a") as lease:
+            assert os.pread(lease.fd, 9, 0) == b"healed"
+            assert lease.size_bytes == 6
+    else:
+        with pytest.raises(errors.ObjectNotFound):
+            tier.lease("run/a")
 
 
 def test_a_reader_never_sees_a_recycled_inode(ram_dir: Path) -> None:

@@ -394,6 +394,24 @@ def test_a_put_that_was_given_up_gets_no_more_bytes(local: LocalTier) -> None:
     assert list(local.list()) == []
 
 
+def test_a_read_in_many_chunks_keeps_them_apart(local: LocalTier) -> None:
+    class Numbered(FaultyTier):
+        """Every MiB holds its number, and is there at once."""
+
+        def read_into(self, key: str, out: memoryview, offset: int = 0) -> None:
+            for start in range(0, len(out), 1 << 20):
+                number = (offset + start) >> 20
+                out[start : start + (1 << 20)] = bytes([number]) * len(
+                    out[start : start + (1 << 20)]
+                )
+
+    size_bytes = (70 << 20) + 5
+    out = bytearray(size_bytes)
+    DeadlineTier(Numbered(local), timeout_s=30).read_into("a", memoryview(out))
+    assert [len(set(out[n << 20 : (n + 1) << 20])) for n in range(71)] == [1] * 71
+    assert out[:: 1 << 20] == bytes(range(71))
+
+
 def test_large_transfers_get_time_for_their_bytes(local: LocalTier) -> None:
     slow = FaultyTier(local, rules=[Fault("put", delay_s=0.2), Fault("stat", delay_s=0.2)])
     tier = DeadlineTier(slow, timeout_s=0.02, min_bytes_per_s=1e6)
