@@ -215,7 +215,7 @@ class TierSuite(ABC):
                 tier.read_into("a", memoryview(bytearray(size_bytes)), offset)
             assert (raised.value.details["tier"], raised.value.details["key"]) == (tier.name, "a")
             details = raised.value.details
-            assert 0 <= details["got_bytes"] < details["wanted_bytes"] <= size_bytes  # type: ignore[operator]
+            assert 0 <= details["got_bytes"] < details["wanted_bytes"] <= size_bytes  # type: ignore[operator]  # details are objects, these are numbers
 
     def test_keeps_nothing_of_the_source(self, tier: Tier) -> None:
         buffer = bytearray(content(100_000))

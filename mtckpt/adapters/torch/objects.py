@@ -168,7 +168,7 @@ def _replace(module: Module, old: torch.Tensor, new: torch.Tensor) -> None:
     new.__class__ = type(old)
     new.__dict__.update(old.__dict__)
     try:
-        torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]  # torch's, untyped
+        torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]  # torch ships this function untyped
     except RuntimeError:
         for part in module.modules():
             for table in (part._parameters, part._buffers):
