@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import builders
+import msgspec
 import pytest
 from shard_maker import RUN, Shard, disk_place, flip, make_shard, put_shard, write
 
@@ -118,6 +119,10 @@ def test_three_files_must_be_of_one_save(shard: Shard, tmp_path: Path) -> None:
     assert table.generation == _manifest.generation_of(record.save_id)
     broken = bytearray(header)
     broken[30] ^= 1
+    later = shard.table[:40] + bytes([1] * 8) + shard.table[48:]
+    entry = msgspec.structs.replace(record.shard, table_digest=_shard.table_digest(later))
+    with pytest.raises(Damaged, match="another save"):
+        check_identity(msgspec.structs.replace(record, shard=entry), header, size_bytes, later)
     for arguments, kind in (
         ((record, header, size_bytes, other.table), "table"),
         ((record, header, size_bytes + 1, shard.table), "data"),

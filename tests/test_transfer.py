@@ -420,6 +420,7 @@ def test_killed_in_a_delete(ram: Place, disk: Place, shard: Shard, index: int) -
     write_manifest(disk, RUN, shard.name)
     run_and_kill(f"delete.{index}", "delete", ram, disk, shard)
     assert offered(disk) == []
+    assert not files_of(disk, shard)[2].exists()  # first of all, whatever else is still there
     with pytest.raises(ObjectNotFound):
         copy_shard(disk, ram, RUN, shard.name, 0)
     assert delete_save(disk, RUN, shard.name)[0] is False
