@@ -39,7 +39,11 @@ def run(*arguments: str) -> str:
             {"small tensors staged"},
         ),
         (["benchmarks.flushed", "--size-mib=2", "--rounds=1"], {"flushed to disk"}),
-        (["benchmarks.memory", "--size-mib=2", "--rounds=1"], {"memory beyond state and slots"}),
+        pytest.param(
+            ["benchmarks.memory", "--size-mib=2", "--rounds=1"],
+            {"memory beyond state and slots"},
+            marks=pytest.mark.torture,
+        ),
     ],
     ids=lambda value: value[0].rpartition(".")[2] if isinstance(value, list) else "",
 )
