@@ -296,6 +296,8 @@ class Slots:
         dropped: list[str] = []
         with self._files.directory(run_key, name) as save_fd:
             files = sorted(os.listdir(save_fd))
+            if not parts and any(map(_RANK_FILE.fullmatch, files)):
+                return dropped  # Another rank's, perhaps on its way in.
             sealed = {
                 m[1] for file in files if (m := _RANK_FILE.fullmatch(file)) and m[2] == "json"
             }

@@ -263,6 +263,19 @@ def test_recycling_one_rank_leaves_the_others(slots: Slots, place: Place, tmp_pa
     assert healthy(place, shards[1])
 
 
+def test_recycling_one_rank_leaves_another_that_was_sealed_by_half(
+    slots: Slots, place: Place, tmp_path: Path
+) -> None:
+    one, other = (make_shard(tmp_path, rank=rank, world_size=2) for rank in (0, 1))
+    first, second = captured(slots, one, "one"), captured(slots, other, "a")
+    slots.seal(RUN, "one", first.inode, one.name, 0, verify=False)
+    home = place.local.path_of(f"{RUN}/{one.name}")
+    os.rename(second.data_path, home / "rank-00001.safetensors")  # killed after this
+    assert slots.recycle(RUN, one.name, 0, "one") is not None
+    slots.seal(RUN, "a", second.inode, other.name, 1, verify=True)
+    assert healthy(place, other)
+
+
 def test_scan_leaves_a_live_capture_alone(slots: Slots, shard: Shard) -> None:
     slot = slots.allocate(RUN, "a", len(shard.data), len(shard.table))
     Path(slot.record_path + ".new").write_bytes(shard.record[:100])
