@@ -340,7 +340,7 @@ def write_shard(
     table_digest = xxh3_128(header)
     table_digest.update(digests)
     record = _record(captured, identity, table_digest.hexdigest(), digests, due, metrics, every)
-    _write_record(slot.grant.record_path, record)
+    _write_record(slot.grant.record_path, record, os.stat(slot.grant.data_path).st_mode & 0o660)
     table[: len(header)] = header[:generation_at] + bytes(8) + header[generation_at + 8 :]
     table[generation_at : generation_at + 8] = header[generation_at : generation_at + 8]
 
@@ -396,12 +396,14 @@ def _record(
     return data
 
 
-def _write_record(path: str, data: bytes) -> None:
+def _write_record(path: str, data: bytes, mode: int) -> None:
+    """Put the record beside its slot, readable for whom the slot is, whatever the umask."""
     temporary = f"{path}.new"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        fd = os.open(temporary, flags, 0o660)
+        fd = os.open(temporary, flags, 0o600)
         try:
+            os.fchmod(fd, mode)
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
