@@ -244,6 +244,11 @@ class Root:
             self._closed = True
             self._close_if_unused()
 
+    def __del__(self) -> None:
+        # A tier that nobody closed must not keep a descriptor for the life of a training job.
+        if getattr(self, "_fd", -1) >= 0:
+            os.close(self._fd)
+
     def _close_if_unused(self) -> None:
         if self._closed and not self._users and self._fd >= 0:
             os.close(self._fd)

@@ -229,7 +229,8 @@ def test_it_leaves_when_idle_and_nothing_is_left(
     monkeypatch.setenv("MTCKPT_AGENT_IDLE_S", "0.3")
     pid = status().pid
     wait_until(lambda: not is_alive(pid))
-    assert {p.name for p in runtime_dir.iterdir()} == {address.LOCK_NAME, protocol.LOG_NAME}
+    left = {address.LOCK_NAME, protocol.LOG_NAME}
+    wait_until(lambda: {p.name for p in runtime_dir.iterdir()} == left)
     assert list(ram_dir.rglob("*")) == []
 
 

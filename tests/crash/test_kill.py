@@ -166,7 +166,9 @@ def empty(directory: Path) -> None:
 
 
 def files_below(path: Path) -> list[str]:
-    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+    # os.walk passes over what the agent removes meanwhile.
+    found = [Path(home) / name for home, _, names in os.walk(path) for name in names]
+    return sorted(str(p.relative_to(path)) for p in found)
 
 
 def wait_lines(life: Life, count: int) -> None:
