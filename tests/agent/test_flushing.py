@@ -249,7 +249,8 @@ def data_processes() -> dict[str, int]:
     for path in Path(f"/proc/{parent}/task").glob("*/children"):
         for pid in path.read_text().split():
             for fd in Path(f"/proc/{pid}/fd").iterdir():
-                found[os.readlink(fd)] = int(pid)
+                with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                    found[os.readlink(fd)] = int(pid)
     return found
 
 
