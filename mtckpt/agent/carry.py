@@ -54,10 +54,16 @@ class Carrier:
             work.Wipe: self._wipe,
         }
 
-    def carry(self, command: work.Command, report: Report) -> work.Result:
-        """Do it and say what came of it. Raises the errors that the command's text names."""
+    def carry(self, command: work.Command, report: Report, *, again: bool = False) -> work.Result:
+        """Do it and say what came of it. Raises the errors that the command's text names.
+
+        ``again``: an earlier process died of or with this command.
+        """
         carry = self._table[type(command)]
         try:
+            if again and isinstance(command, work.Allocate):
+                # What was left of it is nobody's yet: the id was never answered.
+                self._slots(command.tier).free(command.run_key, command.slot_id)
             if isinstance(command, (work.Flush, work.Heal)):
                 return carry(command, report)
             return carry(command)

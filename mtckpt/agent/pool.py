@@ -1,8 +1,9 @@
 """The control process's side of its data processes: one for each root of a tier, each replaceable.
 
-It knows processes, deadlines and back-off. It does not know what commands mean, and repeats none: a
-command whose process died or hung fails as ``TierUnavailable``, and whoever gave it decides. Every
-command can be given again (``work`` says what is answered then).
+It knows processes, deadlines and back-off. It does not know what commands mean. A command whose
+process died is given again to the next one, a few times at most: each can be (``work`` says what is
+answered then), and of a dead process nothing is under way any more. One whose process hangs is not:
+that may still do what it was told, so it fails as ``TierUnavailable``, and whoever gave it decides.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 30.0
 STOP_TIMEOUT_S = 2.0
+# How often one command is given to processes that die under it, and the back-off that it sits out.
+MAX_ATTEMPTS = 4
+MAX_PATIENCE_S = 1.0
 OnProgress = Callable[[work.Progress], None]
 
 
@@ -51,6 +55,8 @@ class _Process:
         self.name = name
         self.pending: dict[int, _Pending] = {}
         self.gone = False
+        # It ended by itself: not given up while it may still do what it was told.
+        self.died = False
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -83,10 +89,12 @@ class _Process:
     async def _read(self, reader: asyncio.StreamReader) -> None:
         why = "ended"
         try:
-            while line := await reader.readline():
+            while (line := await reader.readline()).endswith(b"\n"):
                 self._take(work.decode_reply(line))
+            self.died = not self.gone
         except OSError:
             why = "was killed"
+            self.died = not self.gone
         except (ValueError, FormatError) as error:
             why = f"cannot be understood: {error}"
         finally:
@@ -136,6 +144,12 @@ class _Process:
                 pending.reply.set_exception(TierUnavailable(why, tier=self.name))
         self.pending.clear()
 
+    async def dead(self) -> None:
+        """Wait until the kernel has ended every thread of a process that died: moments."""
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
+        while not self.reaped() and time.monotonic() < deadline_s:  # noqa: ASYNC110 - not a child watcher's work
+            await asyncio.sleep(0.001)
+
     async def closed(self) -> None:
         """Wait until nothing in this loop listens to it any more."""
         if self._reader is not None:
@@ -177,19 +191,41 @@ class Worker:
     ) -> work.Result:
         """Have a command carried out. The deadline counts from the last progress, if there is any.
 
+        A process that dies meanwhile is replaced, and the command given to the next one.
+
         Raises:
-            TierUnavailable: no answer in time (the process is given up), or the process died.
+            TierUnavailable: no answer in time (the process is given up), or one process after
+                another died.
             CheckpointError: whatever the command itself ended with.
         """
         verb = type(command).__name__
-        process = await self._started(verb)
+        attempt = 1
+        while True:
+            process = await self._started(verb)
+            try:
+                return await self._once(process, command, attempt > 1, timeout_s, on_progress)
+            except TierUnavailable:
+                if not process.died or self._closed or attempt == MAX_ATTEMPTS:
+                    raise
+            await process.dead()
+            attempt += 1
+            logger.info("%s: %s is given to another process", self.name, verb)
+
+    async def _once(
+        self,
+        process: _Process,
+        command: work.Command,
+        again: bool,
+        timeout_s: float,
+        on_progress: OnProgress | None,
+    ) -> work.Result:
         self._next_id += 1
-        request = work.Request(self._next_id, command)
+        request = work.Request(self._next_id, command, again)
         reply: asyncio.Future[work.Result] = asyncio.get_running_loop().create_future()
         pending = process.pending[request.id] = _Pending(reply, on_progress)
         try:
             await self._sent(process, request, timeout_s)
-            result = await self._answered(process, pending, verb, timeout_s)
+            result = await self._answered(process, pending, type(command).__name__, timeout_s)
         except CheckpointError:
             if not process.gone:
                 self._failures = 0  # It answered: the process is well, whatever it said.
@@ -207,6 +243,7 @@ class Worker:
         except asyncio.TimeoutError:
             raise self._gave_up(process, type(request.command).__name__, timeout_s) from None
         except OSError as error:
+            process.died = process.died or not process.gone
             self._failed(process, f"the data process of {self.name} is gone")
             raise TierUnavailable(
                 f"the data process of {self.name} is gone", tier=self.name
@@ -251,26 +288,32 @@ class Worker:
 
     async def _started(self, verb: str) -> _Process:
         async with self._starting:
+            if self._process is None or self._process.gone:
+                await self._sit_out_backoff(verb)
             self._abandoned = [process for process in self._abandoned if not process.reaped()]
             if self._closed:
                 raise TierUnavailable(f"{self.name} is closed", tier=self.name, verb=verb)
-            if self._process is not None and self._process.gone:
-                self._failed(self._process, "it ended")
-            if self._process is not None:
-                return self._process
-            wait_s = self._not_before_s - time.monotonic()
-            if wait_s > 0 and self._failures > 1:
-                raise TierUnavailable(
-                    f"{self.name} has failed {self._failures} times; next try in {wait_s:.1f} s",
-                    tier=self.name,
-                    verb=verb,
-                    retry_in_s=round(wait_s, 3),
-                )
-            process = self._spawn()
-            await process.begin()
-            self.starts += 1
-            self._process = process
-            return process
+            if self._process is None:
+                process = self._spawn()
+                await process.begin()
+                self.starts += 1
+                self._process = process
+            return self._process
+
+    async def _sit_out_backoff(self, verb: str) -> None:
+        """Before a start: wait a moment, or raise where it would be long."""
+        if self._process is not None:
+            self._failed(self._process, "it ended")
+        wait_s = self._not_before_s - time.monotonic() if self._failures > 1 else 0.0
+        if 0 < wait_s <= MAX_PATIENCE_S:
+            await asyncio.sleep(wait_s)
+        elif wait_s > 0:
+            raise TierUnavailable(
+                f"{self.name} has failed {self._failures} times; next try in {wait_s:.1f} s",
+                tier=self.name,
+                verb=verb,
+                retry_in_s=round(wait_s, 3),
+            )
 
     def _spawn(self) -> _Process:
         # In the loop's own thread, not in one that ends: the child is told when *that* dies.

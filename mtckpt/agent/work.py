@@ -45,6 +45,7 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
 
 class Allocate(msgspec.Struct, frozen=True, tag=True):
     """-> SlotFiles, or TierFull with nothing left behind. AlreadyExists: free that id first.
+    Given again, it frees what the process that died had made of that id.
 
     The pages are reserved and charged to the agent, not faulted in: measured, that does not shorten
     the trainer's first capture, whose own page tables are what costs.
@@ -413,10 +414,14 @@ Result: TypeAlias = (
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One line to a data process. ``id`` comes back in every reply."""
+    """One line to a data process. ``id`` comes back in every reply.
+
+    ``again``: a process that died was given the same command, and may have done a part of it.
+    """
 
     id: int
     command: Command
+    again: bool = False
 
 
 class Progress(msgspec.Struct, frozen=True):

@@ -68,7 +68,8 @@ class _Serve:
             self._send(work.Reply(request.id, progress=progress))
 
         try:
-            reply = work.Reply(request.id, result=self._carrier.carry(request.command, report))
+            result = self._carrier.carry(request.command, report, again=request.again)
+            reply = work.Reply(request.id, result=result)
         except CheckpointError as error:
             reply = work.Reply(request.id, error=error_to_wire(error))
         except Exception as error:

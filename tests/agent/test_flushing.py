@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -248,9 +250,11 @@ def data_processes() -> dict[str, int]:
     found = {}
     for path in Path(f"/proc/{parent}/task").glob("*/children"):
         for pid in path.read_text().split():
-            for fd in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
-                    found[os.readlink(fd)] = int(pid)
+            # Descriptors are closed, and processes end, while this looks.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                for fd in os.listdir(f"/proc/{pid}/fd"):
+                    with contextlib.suppress(FileNotFoundError):
+                        found[os.readlink(f"/proc/{pid}/fd/{fd}")] = int(pid)
     return found
 
 
@@ -285,14 +289,38 @@ def test_a_stuck_disk_holds_up_nothing_but_itself(
     trainer.close()
 
 
-def test_a_data_process_that_dies_is_replaced(own: Own, tmp_path: Path) -> None:
+def test_data_processes_that_die_at_any_time_are_not_noticed(
+    own: Own, tmp_path: Path, seed: int
+) -> None:
+    """One of them is killed in the middle of almost every save, RAM's as often as the disk's."""
+    kill_at_random(own, tmp_path, random.Random(seed), num_saves=20)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(900)
+def test_data_processes_that_die_five_hundred_times(own: Own, tmp_path: Path, seed: int) -> None:
+    kill_at_random(own, tmp_path, random.Random(seed), num_saves=500)
+
+
+def kill_at_random(own: Own, tmp_path: Path, rng: random.Random, num_saves: int) -> None:
     trainer = own("r", [disk(tmp_path / "d")])
     trainer.open()
     trainer.begin(1)
-    for step in range(1, 6):
+    for step in range(1, num_saves + 1):
+        # The one before may have no successor yet.
+        pids = until(lambda: sorted(set(data_processes().values())))
+        timer = threading.Timer(rng.uniform(0.0, 0.02), kill_if_there, (rng.choice(pids),))
+        timer.start()
         trainer.save(step, ["disk"])
-        for pid in set(data_processes().values()):
-            os.kill(pid, signal.SIGKILL)
-        trainer.wait_stage(step, "local")
-    assert 5 in steps_in(tmp_path / "d")
+        timer.join()
+        if step % 4 == 0:
+            trainer.wait_stage(step, "local")
+    trainer.wait_stage(num_saves, "local")
+    assert num_saves in steps_in(tmp_path / "d")
+    assert num_saves in steps_in(ram_root(), name="ram")
     trainer.close()
+
+
+def kill_if_there(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
