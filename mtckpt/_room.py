@@ -16,6 +16,11 @@ __all__ = ["check_room", "memory_left_bytes", "ram_full"]
 
 GIB = 1 << 30
 _CGROUPS = Path("/sys/fs/cgroup")
+# Limit, usage, and the cache in it that the kernel takes back: of version 2, and of version 1.
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def check_room(path: str, needed_bytes: int) -> None:
@@ -73,25 +78,33 @@ def memory_left_bytes() -> tuple[int | None, str]:
     if "MemAvailable:" in fields:
         left.append((1024 * (fields["MemAvailable:"] + fields.get("SwapFree:", 0)), "this machine"))
     for group in _own_cgroups():
-        limit_bytes = _number(group / "memory.max")
-        used_bytes = _number(group / "memory.current")
-        if limit_bytes is not None and used_bytes is not None:
-            cache_bytes = _fields(group / "memory.stat").get("inactive_file", 0)
-            left.append((limit_bytes - used_bytes + cache_bytes, f"cgroup {group}"))
+        for limit, used, cache in _MEMORY_FILES:
+            limit_bytes = _number(group / limit)
+            used_bytes = _number(group / used)
+            if limit_bytes is not None and used_bytes is not None:
+                cache_bytes = _fields(group / "memory.stat").get(cache, 0)
+                left.append((limit_bytes - used_bytes + cache_bytes, f"cgroup {group}"))
     return min(left) if left else (None, "")
 
 
 def _own_cgroups() -> list[Path]:
-    """This process's cgroup and those above it, version 2; a container's own is its root."""
+    """This process's cgroups that may limit memory, and those above; a container's own is a root."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    path = next((line[3:] for line in lines if line.startswith("0::")), None)
-    if path is None:
-        return []
-    own = _CGROUPS / path.lstrip("/")
-    return [group for group in (own, *own.parents) if group.is_relative_to(_CGROUPS)]
+    groups: list[Path] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root = _CGROUPS
+        elif "memory" in controllers.split(","):
+            root = _CGROUPS / "memory"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        groups += [group for group in (own, *own.parents) if group.is_relative_to(root)]
+    return groups
 
 
 def _fields(path: Path) -> dict[str, int]:

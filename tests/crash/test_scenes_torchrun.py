@@ -52,6 +52,15 @@ def files_held(pid: int, root: Path) -> dict[int, str]:
     return held
 
 
+def saved_inodes(root: Path) -> set[int]:
+    """Of every file of a save below ``root``; what is renamed meanwhile may be left out."""
+    inodes = set()
+    for path in root.rglob("step-*/*"):
+        with contextlib.suppress(FileNotFoundError):
+            inodes.add(path.stat().st_ino)
+    return inodes
+
+
 def state_of(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -91,7 +100,7 @@ def test_a_worker_that_outlives_torchrun_is_fenced(
             held = files_held(new, ram_dir)
             assert held, "the new worker maps its slots"
             assert granted not in held, f"step {step}: a slot is shared"
-            assert granted not in {path.stat().st_ino for path in ram_dir.rglob("step-*/*")}
+            assert granted not in saved_inodes(ram_dir)
         with pytest.raises(TrainerError) as caught:
             if worker == "was stopped":
                 first.answer()
