@@ -46,8 +46,9 @@ _IncarnationNumber = Annotated[int, msgspec.Meta(ge=0, le=MAX_INCARNATION)]
 _Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_WORLD_SIZE)]
 _WorldSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_WORLD_SIZE)]
 _Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**46)]
-_Uuid = Annotated[
-    str, msgspec.Meta(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
+# With \Z: a $ would let a newline through.
+Uuid = Annotated[
+    str, msgspec.Meta(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\\Z")
 ]
 
 
@@ -86,7 +87,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     step: _Step
     incarnation: _IncarnationNumber
     incarnation_id: str
-    save_id: _Uuid
+    save_id: Uuid
     rank: _Rank
     world_size: _WorldSize
     plan_digest: str
@@ -140,7 +141,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     run: str
     step: _Step
     incarnation: _IncarnationNumber
-    save_id: _Uuid
+    save_id: Uuid
     world_size: _WorldSize
     shards: list[ManifestEntry]
     metrics: dict[str, float] = {}
@@ -152,7 +153,7 @@ class Incarnation(msgspec.Struct, frozen=True, omit_defaults=True):
     version: int
     run: str
     number: _IncarnationNumber
-    id: str
+    id: Uuid
     parent: tuple[_IncarnationNumber, _Step] | None = None
     host: str = ""
     pid: int = 0

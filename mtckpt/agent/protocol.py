@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from mtckpt import errors
+from mtckpt._manifest import Uuid
 
 __all__ = ["PROTOCOL_VERSION", "decode", "encode", "error_from_wire", "error_to_wire"]
 
@@ -89,7 +90,7 @@ class Begin(msgspec.Struct, frozen=True):
 
     holder: str
     number: int
-    id: str
+    id: Uuid
     parent: tuple[int, int] | None = None
 
 
@@ -132,7 +133,7 @@ class Seal(msgspec.Struct, frozen=True):
     holder: str
     slot_id: str
     inode: int
-    save_id: str
+    save_id: Uuid
     step: int
     due: list[str] = []
 

@@ -216,10 +216,17 @@ class Verbs:
                 owner.host,
                 owner.pid,
             )
+        before = run.incarnations.get(message.number)
         run.incarnations[message.number] = known
-        owner.incarnation, owner.incarnation_id = message.number, message.id
         key, data = _inventory.incarnation_key(run.key, known), _manifest.encode_sealed(known)
-        await self._tools.call(work.PutSmall(run.ram, key, data), work.Stored)
+        try:
+            await self._tools.call(work.PutSmall(run.ram, key, data), work.Stored)
+        except CheckpointError:
+            # It did not start: the trainer asks again, perhaps under another id.
+            if before is None and run.incarnations.get(message.number) is known:
+                del run.incarnations[message.number]
+            raise
+        owner.incarnation, owner.incarnation_id = message.number, message.id
         await self._registry.write_config(run)
         owed = await self._put_everywhere(list(run.tiers.values()), key, data)
         run.touch()

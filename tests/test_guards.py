@@ -1,0 +1,432 @@
+"""What planted bugs showed to be held by no other test: each is one promise, and one test of it."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import mmap
+import os
+import shutil
+import signal
+import tracemalloc
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import builders
+import msgspec
+import numpy as np
+import pytest
+from agent_checks import Own, Trainers, ram_root, status_of, steps_in, until
+from fake_trainer import FakeTrainer, TrainerProcess
+from shard_maker import RUN, disk_place, fill_slot, flip, make_shard, put_shard, ram_place, slots_of
+from xxhash import xxh3_64_intdigest
+
+import mtckpt
+from mtckpt import _inventory, _manifest, _restore, _save, _shard
+from mtckpt._dtypes import DTYPES
+from mtckpt._manifest import Incarnation, Record, decode_sealed, encode_sealed, newest_line
+from mtckpt._transfer import verify_shard
+from mtckpt.adapters import active_adapters
+from mtckpt.agent import protocol
+from mtckpt.capture.base import Span
+from mtckpt.capture.cpu import CpuEngine
+from mtckpt.errors import AccessDenied, Damaged, FormatError, SaveFailed, StepNotFound
+from mtckpt.tiers import LocalTier, check_key
+
+pytestmark = pytest.mark.timeout(60)
+
+PAGE_BYTES = mmap.PAGESIZE
+
+
+@pytest.fixture
+def trainers(runtime_dir: Path, ram_dir: Path) -> Iterator[Trainers]:
+    started: list[TrainerProcess] = []
+
+    def start(run: str = "r") -> TrainerProcess:
+        started.append(TrainerProcess(run))
+        return started[-1]
+
+    yield start
+    for trainer in started:
+        trainer.close()
+
+
+@pytest.fixture
+def own(runtime_dir: Path, ram_dir: Path) -> Iterator[Own]:
+    made: list[FakeTrainer] = []
+
+    def make(kind: type[FakeTrainer] = FakeTrainer) -> FakeTrainer:
+        made.append(kind("r"))
+        return made[-1]
+
+    yield make
+    for trainer in made:
+        trainer.client.close()
+
+
+def open_run(tmp_path: Path, **settings: Any) -> mtckpt.Checkpointer:
+    tiers: list[mtckpt.Ram | mtckpt.Disk] = [
+        mtckpt.Ram(every=1),
+        mtckpt.Disk(tmp_path / "disk", every=1, keep=9),
+    ]
+    return mtckpt.Checkpointer("r", tiers, timeout_s=20, max_stall_s=10, **settings)
+
+
+# -- the format ---------------------------------------------------------------------------------------
+
+
+def test_every_tensor_is_aligned_to_its_elements() -> None:
+    names = sorted(DTYPES)
+    layout = _shard.plan_layout((f"{i:02}-{name}", name, (3,)) for i, name in enumerate(names))
+    for tensor in layout.tensors:
+        item_bytes = DTYPES[tensor.name.partition("-")[2]].stored_item_bytes
+        assert tensor.start % item_bytes == 0, tensor
+    ends = [tensor.start + tensor.size_bytes for tensor in layout.tensors]
+    assert [tensor.start for tensor in layout.tensors[1:]] == ends[:-1]
+
+
+@pytest.mark.parametrize("run", ["a/b", "../a", "/etc/passwd", "a/../../b", "..", ".a", "a\0b"])
+def test_a_run_of_any_name_lies_right_in_its_tier(run: str, tmp_path: Path) -> None:
+    tier = LocalTier(tmp_path / "tier")
+    path = tier.path_of(check_key(_manifest.run_key(run)))
+    tier.close()
+    assert path.parent == tmp_path / "tier"
+    assert not path.name.startswith(".")
+
+
+def test_a_record_of_any_size_costs_no_memory(tmp_path: Path) -> None:
+    save_dir = builders.build_save(tmp_path, "r", 1, {"w": np.zeros(3)})
+    os.truncate(save_dir / _manifest.record_file(0), _manifest.MAX_RECORD_BYTES + 1)
+    tier = LocalTier(tmp_path, read_only=True)
+    tracemalloc.start()
+    try:
+        (save,) = _inventory.scan(tier, "r").saves.values()
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        tier.close()
+    assert not save.records
+    assert "larger than anything of its kind" in save.problems[0]
+    assert peak_bytes < 16 << 20
+
+
+@pytest.mark.parametrize("odd", ["{id}\n", "{id}\0", " {id}", "{id}{id}"])
+def test_an_id_is_an_id_to_its_end(tmp_path: Path, odd: str) -> None:
+    record = make_shard(tmp_path).parsed()
+    assert decode_sealed(encode_sealed(record), Record) == record
+    changed = msgspec.structs.replace(record, save_id=odd.format(id=record.save_id))
+    with pytest.raises(Damaged):
+        decode_sealed(encode_sealed(changed), Record)
+
+
+def test_a_table_that_was_made_of_the_damaged_bytes_blesses_nothing(tmp_path: Path) -> None:
+    """Whoever digests a later copy anew gets a shard that agrees with itself, and is not it."""
+    shard = make_shard(tmp_path)
+    path = put_shard(tmp_path / "tier", shard)
+    layout = _shard.parse_layout(_header(shard.data), len(shard.data))
+    tensor = layout.by_name()["small"]
+    flip(path, tensor.start + 5)
+    data = path.read_bytes()
+    table = bytearray(shard.table)
+    at = _shard.TABLE_HEADER.size + 8 * tensor.first_chunk
+    body = data[tensor.start : tensor.start + tensor.size_bytes]
+    table[at : at + 8] = xxh3_64_intdigest(body).to_bytes(8, "little")
+    path.with_name(_manifest.table_file(0)).write_bytes(table)
+    found = verify_shard(disk_place(tmp_path / "tier"), RUN, shard.name, 0)
+    assert list(found.damaged) == [f"{RUN}/{shard.name}/{_manifest.table_file(0)}"]
+    with pytest.raises(Damaged) as raised:
+        _inventory.check_identity(shard.parsed(), layout.header, len(data), bytes(table))
+    assert raised.value.details["kind"] == "table"
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3])
+@pytest.mark.parametrize("extra", [0, 1, _shard.CHUNK_BYTES - 1])
+def test_the_last_byte_of_a_tensor_has_a_digest(num_chunks: int, extra: int) -> None:
+    size_bytes = (num_chunks - 1) * _shard.CHUNK_BYTES + extra
+    layout = _shard.plan_layout([("w", "uint8", (size_bytes,)), ("x", "uint8", (1,))])
+    tensor, behind = layout.tensors
+    assert layout.num_chunks == -(-size_bytes // _shard.CHUNK_BYTES) + 1
+    data = bytearray(layout.header + bytes(size_bytes + 1))
+    digests = array.array("Q", [0] * layout.num_chunks)
+    for chunk in range(layout.num_chunks - 1):
+        at = tensor.start + chunk * _shard.CHUNK_BYTES
+        digests[chunk] = xxh3_64_intdigest(
+            data[at : min(at + _shard.CHUNK_BYTES, tensor.start + size_bytes)]
+        )
+    digests[-1] = xxh3_64_intdigest(b"\0")
+    table = _shard.Table(0, 1, memoryview(digests))
+    _shard.verify_mapped(layout, table, memoryview(data))
+    for at in {behind.start, behind.start - (size_bytes > 0)}:
+        data[at] ^= 1
+        with pytest.raises(Damaged):
+            _shard.verify_mapped(layout, table, memoryview(data))
+        data[at] ^= 1
+
+
+def _header(data: bytes) -> bytes:
+    return data[: _shard.header_length(data, len(data))]
+
+
+def test_a_branch_from_before_its_parent_began_counts_no_step_after_it() -> None:
+    def started(number: int, parent: tuple[int, int] | None = None) -> Incarnation:
+        return Incarnation(1, "run", number, str(uuid.UUID(int=number)), parent)
+
+    line = newest_line([started(1), started(2, (1, 200)), started(3, (2, 150))])
+    assert line == [(3, None), (2, 150), (1, 150)]
+
+
+# -- capture ------------------------------------------------------------------------------------------
+
+
+def test_the_digest_is_of_the_source_and_not_of_the_copy() -> None:
+    """Memory that loses what is written to it: two addresses of the target are one page."""
+    chunk_bytes = _shard.CHUNK_BYTES
+    sizes = [2 * chunk_bytes, chunk_bytes // 2, chunk_bytes + 5]
+    source = np.random.default_rng(0).integers(0, 255, sum(sizes), dtype=np.uint8)
+    spans, start, chunk = [], 0, 0
+    for size in sizes:
+        spans.append(Span(start, size, chunk))
+        start += 4 * chunk_bytes
+        chunk += -(-size // chunk_bytes)
+    sources = list(source.ctypes.data + np.cumsum([0, *sizes[:-1]]))
+    digests = memoryview(array.array("Q", [0] * chunk))
+    with _pages(3 * 4 * chunk_bytes, aliased=[span.start for span in spans]) as target:
+        engine = CpuEngine(1)
+        engine.capture([int(address) for address in sources], spans, target, digests)
+        assert engine.verify(target, spans, digests) == [0, 1, 2]
+    for span, address in zip(spans, sources, strict=True):
+        begin = int(address) - source.ctypes.data
+        first = source[begin : begin + min(span.size_bytes, chunk_bytes)]
+        assert digests[span.chunk] == xxh3_64_intdigest(first.tobytes())
+
+
+@contextlib.contextmanager
+def _pages(size_bytes: int, aliased: list[int]) -> Iterator[int]:
+    """Memory in which the page at each offset of ``aliased`` is the same as the one behind it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    fd = os.memfd_create("aliased")
+    shared, fixed = mmap.MAP_SHARED, 0x10
+    try:
+        os.ftruncate(fd, size_bytes)
+        base = libc.mmap(None, size_bytes, 3, shared, fd, 0)
+        assert base not in (None, ctypes.c_void_p(-1).value)
+        for at in aliased:
+            there = base + at + PAGE_BYTES
+            assert libc.mmap(there, PAGE_BYTES, 3, shared | fixed, fd, at) == there
+        yield base
+        libc.munmap(base, size_bytes)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: x.T], ids=["as-they-lie", "copied"])
+def test_what_is_no_longer_tied_is_stored_twice(make: Any) -> None:
+    """Same types, same shapes, same layouts: only the memory is another."""
+    planner = _save.Planner()
+    one, two = np.zeros((3, 4)), np.ones((3, 4))
+    tied = planner.prepare({"a": make(one), "b": make(one)}, active_adapters())
+    assert tied.plan.same_as == {1: 0}
+    apart = planner.prepare({"a": make(one), "b": make(two)}, active_adapters())
+    assert apart.plan.same_as == {}
+    stored = [ctypes.string_at(address, one.nbytes) for address in apart.sources]
+    assert stored == [make(one).tobytes(), make(two).tobytes()]
+
+
+class _Fails(CpuEngine):
+    def capture(self, *_: Any) -> None:
+        raise MemoryError("while the state is copied")
+
+
+def test_a_capture_cut_short_is_no_finished_one(tmp_path: Path, ram_dir: Path) -> None:
+    """The word goes first: whoever looks at a slot meanwhile finds no finished capture in it."""
+    slots = slots_of(ram_place(ram_dir / "root"))
+    state = {"w": np.arange(1000.0)}
+    captured = _save.Planner().prepare(state, active_adapters())
+    layout = captured.plan.layout
+    slot = slots.allocate(RUN, "a", layout.size_bytes, layout.table_bytes)
+    ring = _save.SlotRing()
+    paths = (slot.data_path, slot.table_path, slot.record_path)
+    held = ring.adopt(protocol.SlotGrant("a", slot.inode, *paths), layout)
+    more: dict[str, Any] = {"due": (), "metrics": {}, "every": 0}
+
+    def identity(step: int) -> _save.Identity:
+        id_ = builders.incarnation_id(RUN, 1)
+        return _save.Identity(RUN, step, 1, id_, _manifest.save_id(id_, step, 0))
+
+    _save.write_shard(captured, held, identity(1), CpuEngine(), **more)
+    (found,) = slots.scan(RUN, repair=False).slots
+    assert found.record is not None
+    assert found.record.step == 1
+    with pytest.raises(MemoryError):
+        _save.write_shard(captured, held, identity(2), _Fails(), **more)
+    (found,) = slots.scan(RUN, repair=False).slots
+    assert (found.generation, found.record) == (0, None)
+    ring.clear()
+
+
+def test_a_finished_capture_whose_table_changed_is_none(tmp_path: Path, ram_dir: Path) -> None:
+    shard = make_shard(tmp_path)
+    slots = slots_of(ram_place(ram_dir / "root"))
+    slot = slots.allocate(RUN, "a", len(shard.data), len(shard.table))
+    fill_slot(slot, shard)
+    assert slots.scan(RUN, repair=False).slots[0].record is not None
+    flip(Path(slot.table_path), _shard.TABLE_HEADER.size + 3)
+    assert slots.scan(RUN, repair=False).slots[0].record is None
+
+
+# -- who may save -------------------------------------------------------------------------------------
+
+
+class _SecondRank(FakeTrainer):
+    """The second rank of a job of two."""
+
+    def open(self) -> protocol.Opened:
+        message = protocol.Open(
+            protocol.PROTOCOL_VERSION, self.run, self.holder, 1, 2, os.getpid(), 1, os.getppid(),
+            self.ram_path, self.tiers,
+        )  # fmt: skip
+        opened: protocol.Opened = self.call("open", message, protocol.Opened)
+        return opened
+
+
+def test_a_slot_of_another_rank_cannot_be_sealed(own: Own) -> None:
+    first, second = own(), own(_SecondRank)
+    id_ = str(uuid.uuid4())  # all ranks have the one
+    for trainer in (first, second):
+        trainer.open()
+        trainer.call("incarnation", protocol.Begin(trainer.holder, 1, id_), protocol.Begun)
+        trainer.incarnation, trainer.incarnation_id = 1, id_
+    grant = first.slot().grant
+    assert grant is not None
+    seal = first.capture(1, grant, [])
+    with pytest.raises(Damaged, match="not one that this process was given"):
+        second.seal(msgspec.structs.replace(seal, holder=second.holder))
+    first.seal(seal)  # and nothing has happened to it
+    assert steps_in(ram_root(), name="ram") == [1]
+
+
+def test_what_a_fenced_trainer_had_finished_is_never_offered(trainers: Trainers) -> None:
+    first, second = trainers(), trainers()
+    first.do("open")
+    first.do("begin", 1)
+    first.do("save", 1, [])
+    first.do("capture", 2, [], True)
+    os.kill(first.pid, signal.SIGSTOP)
+    assert second.do("open")["fenced_pid"] == first.pid
+    first.kill()
+    until(lambda: all(slot.state != "capturing" for slot in until(status_of).slots))
+    assert steps_in(ram_root(), name="ram") == [1]
+    second.do("begin", 2)
+    second.do("save", 3, [])
+    assert set(steps_in(ram_root(), name="ram")) <= {1, 3}
+
+
+def test_a_damaged_capture_of_a_dead_trainer_is_never_offered(trainers: Trainers) -> None:
+    first = trainers()
+    first.do("open")
+    first.do("begin", 1)
+    first.do("save", 1, [])
+    seal_of = first.do("capture", 2, [], True)
+    del seal_of
+    (data,) = [
+        path
+        for path in (ram_root() / "r" / ".slots").glob("*.safetensors")
+        if path.with_suffix(".json").exists()
+    ]
+    flip(data, data.stat().st_size - 7)
+    first.kill()
+    second = trainers()
+    assert second.do("open")["finished"] == []
+    assert sorted(path.name for path in (ram_root() / "r").glob("step-*/*.json")) == [
+        _manifest.record_file(0)
+    ]
+    assert steps_in(ram_root(), name="ram") == [1]
+
+
+# -- the loop -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("runtime_dir")
+def test_a_resumed_incarnation_names_its_parent(tmp_path: Path) -> None:
+    """Without it, a start that left no save behind would hide every step before it."""
+    for step, restored in ((10, None), (20, 10), (30, 10)):
+        with open_run(tmp_path) as checkpointer:
+            state = {"w": np.zeros(3)}
+            if restored is not None:
+                assert checkpointer.restore(state, step=restored).step == restored
+            state["w"][:] = step
+            checkpointer.save(step, state).wait("local", timeout_s=20)
+    (newest,) = (tmp_path / "disk" / "r").glob("step-000000000030.*")
+    shutil.rmtree(newest)
+    with open_run(tmp_path) as checkpointer:
+        restored_now = checkpointer.restore(state)
+        assert restored_now.step == 10  # neither the branch of 20 nor a fresh start
+        assert (state["w"] == 10).all()
+
+
+@pytest.mark.usefixtures("runtime_dir")
+def test_a_failure_is_raised_once(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_text("a file where a directory should be")
+    with open_run(tmp_path) as checkpointer:
+        save = checkpointer.save(1, {"w": np.zeros(3)})
+        until(save.exception)
+        (tmp_path / "disk").unlink()
+        until(lambda: checkpointer._pending)
+        with pytest.raises(SaveFailed, match="step 1"):
+            checkpointer.save(2, {"w": np.zeros(3)})
+        checkpointer.save(2, {"w": np.zeros(3)})
+        checkpointer.save(3, {"w": np.zeros(3)}).wait("local", timeout_s=20)
+
+
+def test_a_save_called_off_is_passed_over(tmp_path: Path) -> None:
+    builders.build_save(tmp_path, "r", 10, {"w": np.zeros(3)})
+    builders.build_save(tmp_path, "r", 20, {"w": np.ones(3)}, aborted="rank 1 had no slot")
+    tier = LocalTier(tmp_path, read_only=True)
+    inventory = _inventory.scan(tier, "r")
+    tier.close()
+    plan = _restore.plan_restore([inventory], "latest")
+    assert [candidate.name.step for candidate in plan.candidates] == [10]
+    assert "rank 1 had no slot" in plan.skipped["step 20"]
+    assert not _restore.plan_restore([inventory], 20).candidates
+    with pytest.raises(StepNotFound):
+        _restore.plan_restore([inventory], 30)
+
+
+def test_ids_from_a_trainer_do_not_become_names_of_files(own: Own) -> None:
+    trainer = own()
+    trainer.open()
+    for id_ in ("../../x", "a/b", "", "/etc", "x" * 5000, f"{uuid.UUID(int=1)}\n"):
+        with pytest.raises(FormatError):
+            trainer.call("incarnation", protocol.Begin(trainer.holder, 1, id_), protocol.Begun)
+    trainer.begin(1)
+    seal = trainer.capture(1, until(lambda: trainer.slot().grant), [])
+    for id_ in ("../../../x", "", "a/b"):
+        with pytest.raises(FormatError):
+            trainer.seal(msgspec.structs.replace(seal, save_id=id_))
+    trainer.seal(seal)
+    assert steps_in(ram_root(), name="ram") == [1]
+
+
+def test_an_incarnation_that_was_not_written_can_be_tried_again(own: Own, ram_dir: Path) -> None:
+    trainer = own()
+    trainer.open()
+    run_dir = ram_root() / "r"
+    until(run_dir.is_dir)
+    aside = run_dir.with_name("aside")
+    run_dir.rename(aside)
+    run_dir.symlink_to(aside)  # a refusal that is none of the trainer's doing
+    with pytest.raises(AccessDenied):
+        trainer.begin(1)
+    run_dir.unlink()
+    aside.rename(run_dir)
+    id_ = str(uuid.uuid4())  # a new one, as every try of a Checkpointer has
+    trainer.call("incarnation", protocol.Begin(trainer.holder, 1, id_), protocol.Begun)
+    trainer.incarnation, trainer.incarnation_id = 1, id_
+    trainer.save(1)
+    assert steps_in(ram_root(), name="ram") == [1]
