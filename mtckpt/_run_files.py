@@ -120,9 +120,16 @@ class RunFiles:
         return fd
 
     def open(self, dir_fd: int, name: str, *, writable: bool = False) -> int:
-        """A file that a trainer wrote, opened for reading: regular, with one name, never a link."""
+        """A file that a trainer wrote, opened for reading: regular, with one name, never a link.
+
+        Damaged, not a refusal of the tier, where its owner let nobody else read it: one file of one
+        run must not end a look at all of them.
+        """
         access = os.O_RDWR if writable else os.O_RDONLY
-        fd = os.open(name, access | FILE_FLAGS, dir_fd=dir_fd)
+        try:
+            fd = os.open(name, access | FILE_FLAGS, dir_fd=dir_fd)
+        except PermissionError as error:
+            raise Damaged(f"{name} may not be read by the agent: {error.strerror}") from error
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
             os.close(fd)

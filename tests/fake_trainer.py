@@ -136,6 +136,7 @@ class FakeTrainer:
         with open(slot.table_path, "r+b") as file, mmap.mmap(file.fileno(), 0) as table:
             table[:] = header[:at] + bytes(8) + header[at + 8 :] + digests
             with open(slot.record_path, "wb") as record_file:
+                os.fchmod(record_file.fileno(), os.fstat(file.fileno()).st_mode & 0o660)
                 record_file.write(_manifest.encode_sealed(record))
             if finish:
                 table[at : at + 8] = header[at : at + 8]

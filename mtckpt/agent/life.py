@@ -86,8 +86,15 @@ def run_service(directory: str | None = None, group: str | None = None) -> int:
     if directory is None:
         directory = os.environ.get("MTCKPT_RUNTIME_DIR") or address.SERVICE_DIRECTORY
     where = Address(os.path.abspath(directory), service=True)
+    before_mask = os.umask(0o007 if group else 0o077)
+    try:
+        return _serve_at(where, group)
+    finally:
+        os.umask(before_mask)  # whoever called is not ours, and may go on when we could not start
+
+
+def _serve_at(where: Address, group: str | None) -> int:
     service = group is not None
-    os.umask(0o007 if group else 0o077)
     if group:
         _join_group(where, group)
     else:

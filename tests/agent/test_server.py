@@ -265,8 +265,13 @@ def test_a_second_service_in_the_same_place_is_refused(
 ) -> None:
     from mtckpt.agent.life import run_service
 
-    with pytest.raises(AgentUnavailable, match="serves here already"):
-        run_service(str(runtime_dir))
+    before = os.umask(0o022)
+    try:
+        with pytest.raises(AgentUnavailable, match="serves here already"):
+            run_service(str(runtime_dir))
+        assert os.umask(0o022) == 0o022  # it is the caller's
+    finally:
+        os.umask(before)
 
 
 def service(runtime_dir: Path, *arguments: Any, **environment: str) -> subprocess.Popen[bytes]:

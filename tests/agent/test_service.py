@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from fake_trainer import TrainerProcess, disk
 
-from mtckpt.agent import protocol
+from mtckpt.agent import address, protocol
+from mtckpt.agent.client import AgentClient
 from mtckpt.errors import AccessDenied
 
 pytestmark = pytest.mark.root
@@ -42,34 +43,55 @@ def as_user(uid: int) -> list[str]:
     return [*SETPRIV, f"--reuid={uid}", "env", python_of_others()]
 
 
+class Service:
+    """An agent for the group, of a user of its own; ``ram`` is its RAM directory."""
+
+    def __init__(self, home: Path, ram: Path, mask: int = 0o022) -> None:
+        self.ram = ram
+        self._home = home
+        self._mask = mask
+        home.mkdir(0o750)
+        for directory in (home.parent, ram):
+            directory.chmod(0o755)
+        os.chown(home, SERVICE_UID, GROUP)
+        os.chown(ram, SERVICE_UID, GROUP)
+        self.socket_path = home / protocol.SOCKET_NAME
+        self.start()
+
+    def start(self) -> None:
+        text = (
+            "import sys; from mtckpt.agent.life import run_service;"
+            f"sys.exit(run_service({str(self._home)!r}, '{GROUP}'))"
+        )
+        self.process = subprocess.Popen(
+            [*as_user(SERVICE_UID), "-c", text], env=environment(), umask=self._mask
+        )
+        deadline_s = time.monotonic() + 15
+        while not address.answers(str(self.socket_path), 1.0):
+            assert self.process.poll() is None
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(15)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(15) == 0
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
 @pytest.fixture
 def service(runtime_dir: Path, ram_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A running service; its RAM directory."""
-    home = runtime_dir / "service"
-    home.mkdir(0o750)
-    for directory in (runtime_dir, ram_dir):
-        directory.chmod(0o755)
-    os.chown(home, SERVICE_UID, GROUP)
-    os.chown(ram_dir, SERVICE_UID, GROUP)
-    text = (
-        "import sys; from mtckpt.agent.life import run_service;"
-        f"sys.exit(run_service({str(home)!r}, '{GROUP}'))"
-    )
-    path = os.pathsep.join(p for p in sys.path if p)
-    process = subprocess.Popen(
-        [*as_user(SERVICE_UID), "-c", text],
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    socket_path = home / protocol.SOCKET_NAME
-    deadline_s = time.monotonic() + 15
-    while not socket_path.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
-    monkeypatch.setenv("MTCKPT_AGENT_SOCKET", str(socket_path))
+    running = Service(runtime_dir / "service", ram_dir)
+    monkeypatch.setenv("MTCKPT_AGENT_SOCKET", str(running.socket_path))
     yield ram_dir
-    process.terminate()
-    assert process.wait(15) == 0
+    running.stop()
 
 
 UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -153,3 +175,100 @@ def test_a_run_is_its_creators_or_whoever_has_the_token(
     bob = trainers(BOB, "r", token="of this run")
     bob.do("open")
     bob.do("begin", 2)
+
+
+def test_a_record_that_its_owner_keeps_to_itself_costs_only_that_save(
+    trainers: Callable[..., TrainerProcess], service: Path
+) -> None:
+    alice = trainers(ALICE, "r")
+    alice.do("open")
+    alice.do("begin", 1)
+    alice.do("save", 1, [])
+    alice.do("capture", 2, [], True)
+    (record,) = service.glob(f"mtckpt-{SERVICE_UID}/r/.slots/*.json")
+    assert record.stat().st_uid == ALICE
+    record.chmod(0o600)
+    alice.kill()
+    again = trainers(ALICE, "r")
+    assert again.do("open")["finished"] == []
+    again.do("begin", 2)
+    again.do("save", 2, [])
+
+
+REAL = """
+import os, sys
+import numpy as np
+import mtckpt
+
+run, disk, num_steps, end = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+state = {"w": np.zeros(100_000), "note": "at 0"}
+c = mtckpt.Checkpointer(run, [mtckpt.Ram(every=1), mtckpt.Disk(disk, every=2)], timeout_s=20)
+restored = c.restore(state)
+first = restored.step or 0
+assert (state["w"] == first).all() and state["note"] == f"at {first}"
+for step in range(first + 1, first + 1 + num_steps):
+    state["w"][:] = step
+    state["note"] = f"at {step}"
+    save = c.save(step, state, metrics={"loss": 1 / step})
+    assert save.skipped is None, save.skipped
+    save.wait("local" if step % 2 == 0 else "staged", timeout_s=20)
+c.report(step, {"late": 2.0})
+assert {tier["label"] for tier in c.status().tiers} == {"ram", "disk"}
+assert c.steps()[-1].step == step
+print(first, *restored.sources, flush=True)
+if end == "die":
+    os.kill(os.getpid(), 9)
+c.close(timeout_s=20)
+"""
+
+
+@pytest.mark.parametrize(("agents", "trainers_"), [(0o077, 0o000), (0o000, 0o077)])
+def test_whatever_the_umasks_a_whole_life_works(
+    agents: int,
+    trainers_: int,
+    runtime_dir: Path,
+    ram_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Agent and trainers are different users without rights; everything they do with a run."""
+    service = Service(runtime_dir / "service", ram_dir, agents)
+    monkeypatch.setenv("MTCKPT_AGENT_SOCKET", str(service.socket_path))
+    base = ram_dir / "disk"  # below directories that the service's user may enter
+    base.mkdir()
+    os.chown(base, SERVICE_UID, GROUP)
+    base.chmod(0o2770)
+
+    def train(uid: int, run: str, num_steps: int, end: str) -> list[str]:
+        done = subprocess.run(
+            [*as_user(uid), "-c", REAL, run, str(base), str(num_steps), end],
+            env=environment(),
+            umask=trainers_,
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=False,
+        )
+        assert done.returncode == (-9 if end == "die" else 0), done.stderr
+        return done.stdout.split()
+
+    assert train(ALICE, "r", 3, "die") == ["0"]
+    assert train(BOB, "other", 2, "close") == ["0"]
+    assert train(ALICE, "r", 2, "die") == ["3", "ram"]
+    service.kill()
+    service.start()
+    assert train(ALICE, "r", 2, "die") == ["5", "ram"]
+    with AgentClient(str(service.socket_path), 20.0) as client:
+
+        def remove(what: protocol.Remove) -> list[str]:
+            return client.call("/v1/runs/r/rm", what, protocol.Removed).removed
+
+        assert len(remove(protocol.Remove(7, ["ram"]))) == 1  # it was nowhere else
+        assert train(ALICE, "r", 2, "die")[0] == "6"
+        modes = {path.stat().st_mode & 0o777 for path in base.rglob("*") if path.is_file()}
+        assert modes == {0o660}
+        assert remove(protocol.Remove())
+    assert sorted(path.name for path in base.glob("*/step-*")) != []
+    assert not list(base.glob("r/step-*"))
+    assert not (ram_dir / f"mtckpt-{SERVICE_UID}" / "r").exists()
+    assert train(ALICE, "r", 2, "close") == ["0"]
+    service.stop()

@@ -549,6 +549,23 @@ def test_the_end_of_the_socket_ends_it_and_nonsense_does_too() -> None:
             assert process.wait(5) == (1 if last_words else 0)
 
 
+def test_it_leaves_without_a_word_when_nobody_takes_its_answers() -> None:
+    """The control process was killed with replies unread: the socket is reset, not closed."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mtckpt.agent.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=_environment(),
+            stderr=subprocess.PIPE,
+        )
+        theirs.close()
+        ours.sendall(b"".join(work.encode_line(work.Request(i, work.Ping())) for i in range(50)))
+        assert ours.recv(10)
+    assert process.communicate(timeout=10)[1] == b""
+    assert process.returncode == 0
+
+
 def test_it_is_small_and_loads_little(ram: work.TierRef) -> None:
     def look(pid: int) -> tuple[int, str]:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
