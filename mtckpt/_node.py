@@ -66,20 +66,25 @@ class Node:
         self.kind = kind
         self.type: Any = type_
         self.keys = keys
-        # 1, 1.0 and True are equal keys and not the same; texts are equal only to texts.
-        key_types = [type(key) for key in keys or []]
-        self.key_types = None if all(kind is str for kind in key_types) else key_types
-        self.children = children or []
         self.index = index
         self.name = name
-        # A container of nothing but arrays, or of nothing but plain values, is walked in one go.
+        self.key_types: list[type] | None = None
         self.types: list[type] | None = None
         self.all_plain = False
-        if self.children:
-            if all(child.kind == ARRAY for child in self.children):
-                self.types = [child.type for child in self.children]
-            else:
-                self.all_plain = all(child.kind == PLAIN for child in self.children)
+        if keys:
+            # 1, 1.0 and True are equal keys and not the same; texts are equal only to texts.
+            key_types = list(map(type, keys))
+            self.key_types = None if key_types.count(str) == len(keys) else key_types
+        if not children:
+            self.children: list[Node] = []
+            return
+        self.children = children
+        # A container of nothing but arrays, or of nothing but plain values, is walked in one go.
+        kinds = {child.kind for child in children}
+        if kinds == {ARRAY}:
+            self.types = [child.type for child in children]
+        else:
+            self.all_plain = kinds == {PLAIN}
 
 
 def encode_plain(value: Any) -> Any:
@@ -154,10 +159,15 @@ def node_from_json(tree: Any, num_arrays: int, num_plain: int, depth: int = 0) -
     if not isinstance(body, list):
         raise FormatError("not a structure of a state")
     if kind == DICT:
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in body):
-            raise FormatError("not a structure of a state")
-        children = [node_from_json(pair[1], num_arrays, num_plain, depth + 1) for pair in body]
-        return Node(DICT, keys=[decode_plain(pair[0]) for pair in body], children=children)
+        keys = []
+        children = []
+        for pair in body:
+            if type(pair) is not list or len(pair) != 2:
+                raise FormatError("not a structure of a state")
+            key, child = pair
+            keys.append(key if type(key) is str else decode_plain(key))
+            children.append(node_from_json(child, num_arrays, num_plain, depth + 1))
+        return Node(DICT, keys=keys, children=children)
     if kind == CODEC:
         if len(body) != 2 or not isinstance(body[0], str):
             raise FormatError("not a structure of a state")

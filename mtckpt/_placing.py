@@ -55,22 +55,32 @@ class Placing:
         self.partial = partial
         self.diff = Diff()
         self.finish: list[Callable[[], object]] = []
-        self._fills: dict[int, Fill] = {}
+        self._wanted: dict[int, int] = {}  # the array that is wanted at an address
+        self._owners: dict[type, StateAdapter | None] = {}
         self._fresh: dict[int, Any] = {}
         self._in_place: dict[str, tuple[StateAdapter, list[Any]]] = {}
 
     @property
     def fills(self) -> list[Fill]:
         """Every wanted array once an address, tied ones not twice."""
-        return list(self._fills.values())
+        arrays = self.arrays
+        return [
+            Fill(arrays[index].bytes_of, address, arrays[index].spec.size_bytes)
+            for address, index in self._wanted.items()
+        ]
+
+    @property
+    def addresses(self) -> list[tuple[int, int]]:
+        """Where bytes are wanted, and of which stored array: ``fills`` without the sizes."""
+        arrays = self.arrays
+        return [(address, arrays[index].bytes_of) for address, index in self._wanted.items()]
 
     # -- what an adapter asks for -------------------------------------------------------------
 
     def into(self, index: int, address: int) -> None:
         """Want the bytes of array ``index`` at ``address``."""
-        stored = self.arrays[index]
-        if stored.spec.size_bytes:
-            self._fills[address] = Fill(stored.bytes_of, address, stored.spec.size_bytes)
+        if self.arrays[index].spec.size_bytes:
+            self._wanted[address] = index
 
     def fresh(self, index: int, like: object | None = None) -> Any:
         """A new host array for ``index``, filled before ``finish`` runs; the same one if tied."""
@@ -132,7 +142,7 @@ class Placing:
         address = owner.writable_address(live)
         if address is not None:
             self.into(node.index, address)
-            self._note_in_place(owner, live)
+            self._note_in_place(owner, [live])
             return live
         stored = self.arrays[node.index].spec
         array, fresh_address = owner.new(
@@ -140,6 +150,28 @@ class Placing:
         )
         self.into(node.index, fresh_address)
         return _Later(lambda: owner.assign(live, array))
+
+    def arrays_into(
+        self, lives: Sequence[Any], nodes: Sequence[Node], paths: Sequence[str]
+    ) -> list[Any]:
+        """``array_into`` for many, all at once where all fit."""
+        owner = self._owner(lives[0]) if lives else None
+        if (
+            owner is not None
+            and all(node.kind == _state.ARRAY for node in nodes)
+            and {self._owner_of(type(live), live) for live in lives} == {owner}
+        ):
+            indexes = [node.index for node in nodes]
+            addresses = owner.writable_addresses(lives, [self.arrays[i].spec for i in indexes])
+            if addresses is not None:
+                self._wanted.update(zip(addresses, indexes, strict=True))
+                self._wanted.pop(0, None)  # empty arrays
+                self._note_in_place(owner, lives)
+                return list(lives)
+        return [
+            self.array_into(live, node, path)
+            for live, node, path in zip(lives, nodes, paths, strict=True)
+        ]
 
     def missing(self, path: str) -> None:
         """The template wants what the checkpoint lacks."""
@@ -206,7 +238,7 @@ class Placing:
         if kind in _state._codecs:
             same = node.kind == _state.CODEC and node.name == _state._codecs[kind].name
             return self._decoded(node, path) if same else self.differs(live, node, path)
-        if any(adapter.is_array(live) for adapter in self.adapters):
+        if self._owner_of(kind, live) is not None:
             return self.array_into(live, node, path)
         if any(adapter.place_object(live, node, path, self) for adapter in self.adapters):
             return live
@@ -236,15 +268,30 @@ class Placing:
             )
         saved = {escape(key): child for key, child in pairs}
         changes: dict[Any, Any] = {}
+        keys: list[Any] = []
+        paths: list[str] = []
+        arrays: list[Any] = []
+        nodes: list[Node] = []
         for key, value in live.items():
-            child = saved.pop(escape(key), None)
+            text = escape(key)
+            child = saved.pop(text, None)
             if child is None:
-                self.missing(prefix + escape(key))
+                self.missing(prefix + text)
+            elif child.kind == _state.ARRAY and self._is_array(value):
+                keys.append(key)
+                paths.append(prefix + text)
+                arrays.append(value)
+                nodes.append(child)
             else:
-                changes[key] = self.match(value, child, prefix + escape(key), top=False)
+                changes[key] = self.match(value, child, prefix + text, top=False)
         if not top:
             for text in saved:
                 self.unused(prefix + text)
+        placed = self.arrays_into(arrays, nodes, paths)
+        if any(map(operator.is_not, placed, arrays)) or not isinstance(live, MutableMapping):
+            changes.update(zip(keys, placed, strict=True))
+        elif not changes:
+            return live  # every byte goes into what is there: nothing is left to do
         return self._rebuilt(live, changes, replace=False)
 
     def _match_sequence(self, live: Sequence[Any], node: Node, path: str) -> Any:
@@ -260,13 +307,19 @@ class Placing:
             )
             return live
         else:
-            values = [
-                self.match(live[i], child, f"{prefix}{i}", top=False) for i, child in children
-            ]
+            values = self._match_items(live, node.children, prefix)
         if isinstance(live, MutableSequence):
             self.finish.append(lambda: _assign_items(live, values))
             return live
         return _Later(lambda: _sequence_like(live, [settle(value) for value in values]))
+
+    def _match_items(self, live: Sequence[Any], children: Sequence[Node], prefix: str) -> list[Any]:
+        if all(node.kind == _state.ARRAY for node in children) and all(map(self._is_array, live)):
+            return self.arrays_into(live, children, [f"{prefix}{i}" for i in range(len(live))])
+        return [
+            self.match(item, child, f"{prefix}{i}", top=False)
+            for i, (item, child) in enumerate(zip(live, children, strict=True))
+        ]
 
     def _rebuilt(self, live: Mapping[Any, Any], changes: dict[Any, Any], *, replace: bool) -> Any:
         if not isinstance(live, MutableMapping):
@@ -298,16 +351,31 @@ class Placing:
         owner = self._adapter_named(spec.framework)
         return _Later(lambda: owner.finished(array, spec))
 
-    def _note_in_place(self, owner: StateAdapter, live: Any) -> None:
+    def _note_in_place(self, owner: StateAdapter, more: Sequence[Any]) -> None:
         known = self._in_place.get(owner.framework)
         if known is None:
             lives: list[Any] = []
             known = self._in_place[owner.framework] = (owner, lives)
             self.finish.insert(0, lambda: owner.written(lives))
-        known[1].append(live)
+        known[1].extend(more)
 
     def _owner(self, live: Any) -> StateAdapter:
-        return next(adapter for adapter in self.adapters if adapter.is_array(live))
+        owner = self._owner_of(type(live), live)
+        assert owner is not None
+        return owner
+
+    def _is_array(self, value: Any) -> bool:
+        kind = type(value)
+        return kind not in _state._codecs and self._owner_of(kind, value) is not None
+
+    def _owner_of(self, kind: type, value: Any) -> StateAdapter | None:
+        """The adapter whose array a value of this type is, or None; asked once for each type."""
+        try:
+            return self._owners[kind]
+        except KeyError:
+            owner = next((each for each in self.adapters if each.is_array(value)), None)
+            self._owners[kind] = owner
+            return owner
 
     def _adapter_named(self, framework: str) -> StateAdapter:
         name = framework.partition(".")[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mtckpt import _state
 from mtckpt._state import ArraySpec, Node, escape
@@ -19,8 +20,7 @@ __all__ = ["Stored", "rename_tree"]
 MAX_GAPS = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """One array of a checkpoint: its path, what it is, and whose bytes it has.
 
     ``bytes_of`` is the index of the array whose stored bytes these are: its own, or that of the

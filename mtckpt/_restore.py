@@ -1,8 +1,8 @@
 """The restore pipeline: inventories -> plan -> verified bytes in host memory -> live state.
 
 Knows how to choose a step, where each tensor's bytes come from, and in which order things may be
-touched: names, shapes and types are compared and every byte is verified before the first live
-byte changes. Does not know frameworks; what goes where is ``_placing``.
+touched: names, shapes and types are compared before the first live byte changes, and no byte
+reaches live state that was not verified. Does not know frameworks; what goes where is ``_placing``.
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from mtckpt import _inventory, _manifest, _shard, _state
-from mtckpt._dtypes import DTYPES
+from mtckpt import _inventory, _manifest, _state
+from mtckpt._delivery import Attempt, Delivery, Loaded, Place, Within, describe
 from mtckpt._placing import Placing, Stored, rename_tree, settle
-from mtckpt._shard import ShardLayout, Table
 from mtckpt._state import ArraySpec, StateAdapter
-from mtckpt.capture.base import Engine, Move, Span
+from mtckpt.capture.base import Engine
 from mtckpt.capture.collector import collector_paused
-from mtckpt.capture.memory import Mapping as MemoryMapping
-from mtckpt.capture.memory import anonymous, map_file
 from mtckpt.errors import (
     CheckpointError,
     Damaged,
@@ -38,27 +35,11 @@ from mtckpt.errors import (
 
 if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
-    from mtckpt._manifest import ArrayEntry, Record, SaveEntry, SaveName
-    from mtckpt.tiers import LocalTier
+    from mtckpt._manifest import Record, SaveEntry, SaveName
 
-__all__ = ["Candidate", "Place", "RestorePlan", "plan_restore", "restore_from"]
+__all__ = ["Attempt", "Candidate", "Place", "RestorePlan", "plan_restore", "restore_from"]
 
 logger = logging.getLogger(__name__)
-
-
-class Within(Protocol):
-    """Runs a look into a tier in bounded time; the more bytes it is about, the longer."""
-
-    def __call__(self, label: str, work: Callable[[], Any], size_bytes: int = 0) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A tier to read from. ``mapped``: its files may be mapped (tmpfs); others are read."""
-
-    label: str
-    tier: LocalTier
-    mapped: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,140 +129,17 @@ def why_unusable(save: SaveEntry) -> str:
     return f"records of ranks {lacking[:8]} are missing"
 
 
-# -- one shard in host memory ------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Loaded:
-    """A shard's description, read from the first source whose small files are sound."""
-
-    record: Record
-    layout: ShardLayout
-    table: Table
-    entries: list[ArrayEntry]
-
-
-class _Bytes:
-    """Where each verified tensor lies: mapped tmpfs pages or staging memory."""
-
-    def __init__(self) -> None:
-        self.address: dict[int, int] = {}
-        self.keep: list[Any] = []
-        self.by_label: dict[str, int] = {}
-
-    def add(self, more: _Bytes) -> None:
-        """Take in what another source had."""
-        self.address.update(more.address)
-        self.keep += more.keep
-        for label, size_bytes in more.by_label.items():
-            self.by_label[label] = self.by_label.get(label, 0) + size_bytes
-
-
-def _describe(place: Place, keys: tuple[str, str, str], record: Record) -> _Loaded:
-    data_key, table_key, _ = keys
-    prefix = bytearray(8)
-    place.tier.read_into(data_key, memoryview(prefix))
-    file_bytes = place.tier.stat(data_key).size_bytes
-    header = bytearray(_shard.header_length(bytes(prefix), file_bytes))
-    place.tier.read_into(data_key, memoryview(header))
-    layout = _shard.parse_layout(bytes(header), file_bytes)
-    table_size = place.tier.stat(table_key).size_bytes
-    if table_size != layout.table_bytes:
-        raise Damaged("digest table has another size than the shard needs", key=table_key)
-    table_bytes = bytearray(table_size)
-    place.tier.read_into(table_key, memoryview(table_bytes))
-    if _shard.table_digest(bytes(table_bytes)) != record.shard.table_digest:
-        raise Damaged("digest table is not the one the record names", key=table_key)
-    table = Table.parse(memoryview(table_bytes), layout)
-    entries = record.array_entries()
-    names = layout.by_name()
-    for entry in entries:
-        if entry.same_as is None:
-            tensor = names.get(stored_name(entry))
-            dtype = DTYPES.get(entry.dtype)
-            if (
-                tensor is None
-                or dtype is None
-                or (
-                    tensor.code != dtype.stored_code
-                    or tensor.shape != dtype.stored_shape(entry.shape)
-                )
-            ):
-                raise Damaged("record and shard header disagree", key=data_key, leaf=entry.path)
-    return _Loaded(record, layout, table, entries)
-
-
-def stored_name(entry: ArrayEntry) -> str:
-    """The tensor's name in the file: its path, with the offsets of a box."""
-    if entry.offsets is None:
-        return entry.path
-    return f"{entry.path}@{','.join(map(str, entry.offsets))}"
-
-
-def _fetch(
-    place: Place, key: str, loaded: _Loaded, wanted: Sequence[int], engine: Engine
-) -> tuple[list[int], _Bytes]:
-    """Bring tensors ``wanted`` (numbers in file order) in and verify them; the bad ones first.
-
-    Runs in a thread that may be given up: it touches nothing but what it returns.
-    """
-    layout = loaded.layout
-    out = _Bytes()
-    with place.tier.lease(key) as lease:
-        if lease.size_bytes != layout.size_bytes:
-            raise Damaged("shard has another size", key=key, tier=place.label)
-        if place.mapped:
-            memory = map_file(lease.fd, lease.size_bytes, writable=False)
-            # A mapping keeps the open file that it was made of, and with it the lease: these pages
-            # cannot be recycled under the copy, though the descriptor is closed below.
-            out.keep.append(memory)
-            base = memory.address
-        else:
-            memory = _staged(place, key, layout, wanted)
-            out.keep.append(memory)
-            base = memory.address
-        spans = [
-            Span(t.start, t.size_bytes, t.first_chunk) for t in (layout.tensors[i] for i in wanted)
-        ]
-        bad = {wanted[i] for i in engine.verify(base, spans, loaded.table.digests)}
-        for number, span in zip(wanted, spans, strict=True):
-            if number not in bad:
-                out.address[number] = base + span.start
-                out.by_label[place.label] = out.by_label.get(place.label, 0) + span.size_bytes
-    return sorted(bad), out
-
-
-def _staged(place: Place, key: str, layout: ShardLayout, wanted: Sequence[int]) -> MemoryMapping:
-    """Read the wanted part of a shard into fresh memory, at the offsets of the file."""
-    memory = anonymous(layout.size_bytes)
-    tensors = [layout.tensors[i] for i in wanted if layout.tensors[i].size_bytes]
-    view = memory.view if memory.size_bytes else memoryview(b"")
-    start = stop = 0
-    for tensor in tensors:
-        if tensor.start > stop + _shard.CHUNK_BYTES:
-            if stop > start:
-                place.tier.read_into(key, view[start:stop], start)
-            start = tensor.start
-        if stop <= start:
-            start = tensor.start
-        stop = tensor.start + tensor.size_bytes
-    if stop > start:
-        place.tier.read_into(key, view[start:stop], start)
-    return memory
-
-
 # -- one save into live state ------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Outcome:
-    """A restore that happened. ``record`` is of the save; ``bad`` what was found damaged."""
+    """A restore that happened. ``record`` is of the save; ``sources`` has bytes by tier."""
 
     name: SaveName
     record: Record
     state: Any
     sources: dict[str, int]
-    bad: list[tuple[str, str, str]]
 
 
 @collector_paused()
@@ -297,25 +155,25 @@ def restore_from(
     *,
     partial: bool,
     rename: Callable[[str], str | None] | None,
-    bad: list[tuple[str, str, str]],
+    attempt: Attempt,
+    last: bool,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
-    """Restore one save. ``bad`` collects ``(tier label, key, reason)`` of damaged copies.
+    """Restore one save. ``last``: there is no other to try after it.
 
     Raises:
-        StateMismatch: the template differs; live state is unchanged.
-        NoHealthyStep: no source, alone or together, has every byte; live state is unchanged.
+        StateMismatch: the template differs; nothing of this save was placed.
+        NoHealthyStep: no source, alone or together, has every byte; ``attempt.touched`` says
+            whether live state is as it was.
+        RestoreFailed: live state is undefined.
     """
     keys = _inventory.shard_keys(run_key, candidate.name, 0)
     reasons: list[str] = []
-    loaded, usable = _open(candidate, places, inventories, keys, within, bad, reasons)
+    loaded, usable = _open(candidate, places, inventories, keys, within, attempt.bad, reasons)
     placing, resolve = _match(loaded, state, adapters, partial=partial, rename=rename)
-    number_of = {stored_name(e): i for i, e in enumerate(loaded.entries) if e.same_as is None}
-    order = {number_of[t.name]: n for n, t in enumerate(loaded.layout.tensors)}
-    wanted = sorted({order[fill.index] for fill in placing.fills})
-    brought = _bring(loaded, usable, keys[0], wanted, engine, within, bad, reasons)
-    progress(sum(brought.by_label.values()))
-    return _place(candidate, loaded, placing, resolve, brought, order, engine, bad)
+    delivery = Delivery(loaded, keys[0], placing.addresses, engine, within, attempt, progress)
+    delivery.run(usable, reasons, last_resort=last)
+    return _finish(candidate, loaded, placing, resolve, delivery.by_label)
 
 
 def _open(
@@ -326,16 +184,16 @@ def _open(
     within: Within,
     bad: list[tuple[str, str, str]],
     reasons: list[str],
-) -> tuple[_Loaded, list[Place]]:
+) -> tuple[Loaded, list[Place]]:
     """The shard's description, and the places whose small files agree with it."""
-    loaded: _Loaded | None = None
+    loaded: Loaded | None = None
     usable: list[Place] = []
     for label in candidate.sources:
         place = places[label]
         record = inventories[label].saves[candidate.name].records[0]
-        describe = functools.partial(_describe, place, keys, record)
+        look = functools.partial(describe, place, keys, record)
         try:
-            found = within(label, describe, record.shard.data_start)
+            found = within(label, look, record.shard.data_start)
         except (FormatError, TierError) as error:
             bad.append((label, getattr(error, "key", None) or keys[0], error.what))
             reasons.append(f"{label}: {error.what}")
@@ -350,42 +208,8 @@ def _open(
     return loaded, usable
 
 
-def _bring(
-    loaded: _Loaded,
-    usable: Sequence[Place],
-    key: str,
-    wanted: Sequence[int],
-    engine: Engine,
-    within: Within,
-    bad: list[tuple[str, str, str]],
-    reasons: list[str],
-) -> _Bytes:
-    """Every wanted tensor in host memory, verified; what one place has damaged, the next gives."""
-    brought = _Bytes()
-    for place in usable:
-        if not wanted:
-            break
-        fetch = functools.partial(_fetch, place, key, loaded, wanted, engine)
-        try:
-            left, found = within(place.label, fetch, loaded.layout.size_bytes)
-        except (FormatError, TierError) as error:
-            reasons.append(f"{place.label}: {error.what}")
-            bad.append((place.label, key, error.what))
-            continue
-        brought.add(found)
-        if left:
-            names = ", ".join(loaded.layout.tensors[i].name[:80] for i in left[:3])
-            reason = f"{len(left)} tensors differ from their digests ({names})"
-            reasons.append(f"{place.label}: {reason}")
-            bad.append((place.label, key, reason))
-        wanted = left
-    if wanted:
-        raise NoHealthyStep("; ".join(reasons), step=loaded.record.step)
-    return brought
-
-
 def _match(
-    loaded: _Loaded,
+    loaded: Loaded,
     state: Any,
     adapters: Sequence[StateAdapter],
     *,
@@ -415,23 +239,14 @@ def _match(
     return placing, resolved
 
 
-def _place(
+def _finish(
     candidate: Candidate,
-    loaded: _Loaded,
+    loaded: Loaded,
     placing: Placing,
     resolved: Any,
-    brought: _Bytes,
-    order: Mapping[int, int],
-    engine: Engine,
-    bad: list[tuple[str, str, str]],
+    sources: dict[str, int],
 ) -> Outcome:
-    """The only part that changes live state: every byte is here and verified."""
-    engine.copy(
-        [
-            Move(brought.address[order[fill.index]], fill.address, fill.size_bytes)
-            for fill in placing.fills
-        ]
-    )
+    """Every byte is in its place: the rest is the objects' own work."""
     try:
         for action in placing.finish:
             action()
@@ -446,7 +261,7 @@ def _place(
             live_state="undefined",
             state="live state is undefined",
         ) from error
-    return Outcome(candidate.name, loaded.record, state, brought.by_label, bad)
+    return Outcome(candidate.name, loaded.record, state, sources)
 
 
 def scan_places(

@@ -20,7 +20,9 @@ from mtckpt.errors import (
     CheckpointError,
     FormatError,
     NoHealthyStep,
+    RestoreFailed,
     RestoreUnavailable,
+    StateMismatch,
 )
 
 if TYPE_CHECKING:
@@ -65,8 +67,8 @@ def restore(
         return Restored(None, state)
     skipped.update({f"tier {label}": why for label, why in silent.items()})
     by_label = {place.label: place for place in places}
+    attempt = _restore.Attempt()
     for candidate in plan.candidates:
-        bad: list[tuple[str, str, str]] = []
         size = sum(
             record.shard.size_bytes
             for record in inventories[candidate.sources[0]].saves[candidate.name].records.values()
@@ -77,16 +79,27 @@ def restore(
             ) as show:
                 outcome = _restore.restore_from(
                     candidate, by_label, inventories, run_key, state, active_adapters(), engine,
-                    run.within, partial=partial, rename=rename, bad=bad, progress=show,
+                    run.within, partial=partial, rename=rename, attempt=attempt,
+                    last=candidate is plan.candidates[-1], progress=show,
                 )  # fmt: skip
         except (NoHealthyStep, FormatError) as error:
             skipped[f"step {candidate.name.step}"] = error.what
             continue
+        except StateMismatch as error:
+            if not attempt.touched:
+                raise
+            # Part of a newer step was placed before its damage was found, and the older one has
+            # another structure.
+            raise _undefined(skipped, error) from error
         finally:
             if source is None:
-                _report_damage(run, bad)
+                _report_damage(run, attempt.bad)
+            attempt.bad.clear()
         return _restored(run, outcome, skipped)
-    raise _no_healthy_step(skipped)
+    nothing = _no_healthy_step(skipped)
+    if attempt.touched:
+        raise _undefined(skipped, nothing) from nothing
+    raise nothing
 
 
 def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> Restored:
@@ -114,6 +127,20 @@ def _report_damage(run: Run, bad: Sequence[tuple[str, str, str]]) -> None:
         logger.warning("run %s: %s of tier %s is damaged: %s", run.name, key, label, reason)
         with contextlib.suppress(CheckpointError):
             run.session.call("damage", protocol.Damage(label, key, reason), protocol.Done)
+
+
+def _undefined(skipped: Mapping[str, str], error: CheckpointError) -> RestoreFailed:
+    """Live state holds verified bytes of a step whose others turned out to be damaged."""
+    return RestoreFailed(
+        f"{error.what}",
+        reasons=tuple(f"{what}: {why}" for what, why in skipped.items()),
+        live_state="undefined",
+        state="live state is undefined: part of a damaged step was placed",
+        actions=(
+            "build model and optimizer anew before another restore or a start from nothing",
+            "mtckpt verify --read-data shows every damaged file",
+        ),
+    )
 
 
 def _no_healthy_step(skipped: Mapping[str, str]) -> NoHealthyStep:

@@ -15,12 +15,14 @@ XXH3: https://github.com/Cyan4973/xxHash. safetensors: https://github.com/huggin
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import msgspec
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128_digest, xxh3_128_hexdigest
@@ -60,8 +62,7 @@ GENERATION_OFFSET = 40
 _CODES = {dtype.stored_code: dtype for dtype in DTYPES.values() if dtype.code}
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """One tensor of the file. ``start`` is its offset in the file; its chunks are numbered on."""
 
     name: str
@@ -176,12 +177,12 @@ def _layout(
 ) -> ShardLayout:
     tensors = []
     first_chunk = 0
-    size_bytes = len(header)
+    data_start = size_bytes = len(header)
     for name, code, shape, offset, tensor_bytes in spans:
-        tensor = StoredTensor(name, code, shape, len(header) + offset, tensor_bytes, first_chunk)
-        tensors.append(tensor)
-        first_chunk += tensor.num_chunks
-        size_bytes = tensor.start + tensor_bytes
+        start = data_start + offset
+        tensors.append(StoredTensor(name, code, shape, start, tensor_bytes, first_chunk))
+        first_chunk += -(-tensor_bytes // CHUNK_BYTES)
+        size_bytes = start + tensor_bytes
     return ShardLayout(tuple(tensors), header, size_bytes, first_chunk)
 
 
@@ -241,13 +242,14 @@ def parse_layout(header: bytes, file_bytes: int) -> ShardLayout:
         dtype = _CODES.get(entry.dtype)
         if dtype is None:
             raise FormatTooNew(f"shard has a tensor of unknown type {entry.dtype[:20]!r}")
-        if any(not 0 <= size < 2**48 for size in entry.shape) or len(entry.shape) > 64:
+        shape = entry.shape
+        if shape and (min(shape) < 0 or max(shape) >= 2**48 or len(shape) > 64):
             raise Damaged("shard header has an impossible shape", tensor=name[:200])
-        size_bytes = size_bytes_of(dtype.name, entry.shape)
+        size_bytes = math.prod(shape) * dtype.stored_item_bytes
         if start != end or stop - start != size_bytes or stop > file_bytes:
             raise Damaged("shard header has offsets that do not fit", tensor=name[:200])
         end = stop
-        spans.append((name, entry.dtype, entry.shape, start, size_bytes))
+        spans.append((name, entry.dtype, shape, start, size_bytes))
     if len(header) + end != file_bytes:
         raise Damaged(
             "shard file has another size than its header says",

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mtckpt._dtypes import DTYPES, size_bytes_of
 from mtckpt._node import (
@@ -70,8 +70,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
-@dataclass(frozen=True, slots=True)
-class ArraySpec:
+class ArraySpec(NamedTuple):
     """One array, or one box of a global array.
 
     ``shape`` is what this rank holds. ``offsets`` and ``global_shape`` place it in the global
@@ -95,7 +94,7 @@ class StateAdapter(Protocol):
     framework: str
 
     def is_array(self, value: object) -> bool:
-        """True for a leaf that this adapter owns."""
+        """True for a leaf that this adapter owns; decided by its type alone."""
 
     def spec(self, value: Any, path: str, *, template: bool = False) -> ArraySpec:
         """Type and shape. Raises UnsupportedState for what cannot be stored (sparse, quantised).
@@ -125,6 +124,15 @@ class StateAdapter(Protocol):
 
     def writable_address(self, value: Any) -> int | None:
         """Where bytes can be written straight into this live array, or None."""
+
+    def writable_addresses(
+        self, values: Sequence[Any], specs: Sequence[ArraySpec]
+    ) -> list[int] | None:
+        """``writable_address`` of many; 0 for an empty array.
+
+        None unless each of them has the type and shape of its spec and an address: they are then
+        looked at one by one.
+        """
 
     def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int]:
         """A fresh host array in memory of its own, and its address. ``like`` gives the kind."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mtckpt._state import ArraySpec, check_dtype
 from mtckpt.errors import UnsupportedState
@@ -102,6 +102,22 @@ class NumpyAdapter:
         flags = value.flags
         plain = flags.c_contiguous and flags.writeable and value.dtype.isnative
         return _address(value) if plain else None
+
+    def writable_addresses(
+        self, values: Sequence[Any], specs: Sequence[ArraySpec]
+    ) -> list[int] | None:
+        """The addresses of writable, C-contiguous arrays of native byte order."""
+        import numpy as np
+
+        if set(map(type, values)) != {np.ndarray}:
+            return None
+        if [value.shape for value in values] != [spec.shape for spec in specs]:
+            return None
+        names = {dtype: dtype.name for dtype in {value.dtype for value in values}}
+        if [names[value.dtype] for value in values] != [spec.dtype for spec in specs]:
+            return None
+        addresses = [self.writable_address(value) for value in values]
+        return None if None in addresses else cast("list[int]", addresses)
 
     def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int]:
         """An empty ndarray. Types that NumPy lacks get their bytes under the nearest type."""

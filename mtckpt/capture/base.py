@@ -5,7 +5,7 @@ Knows addresses and chunks. Does not know frameworks, files or steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 __all__ = ["Engine", "Move", "Span"]
@@ -37,6 +37,21 @@ class Engine(Protocol):
 
         ``digests`` (u64 a chunk) gets the XXH3-64 of each 256 KiB of the *source*, taken before
         the copy: a copy that went wrong shows.
+        """
+
+    def fetch(
+        self,
+        fd: int,
+        spans: Sequence[Span],
+        targets: Sequence[int],
+        digests: memoryview,
+        progress: Callable[[int], None],
+    ) -> list[int]:
+        """Read the spans of a file, check each chunk, and copy what is sound to its target.
+
+        ``targets`` holds an address a span; 0 only checks. Returns the indexes of spans with a
+        chunk that does not match or is not there; no such chunk reaches a target. ``progress`` is
+        told, by any thread, of bytes that were read. Raises OSError as reading does.
         """
 
     def verify(self, base: int, spans: Sequence[Span], digests: memoryview) -> list[int]:

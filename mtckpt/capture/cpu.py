@@ -12,12 +12,13 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
 from mtckpt._shard import CHUNK_BYTES
-from mtckpt.capture.memory import view_at
+from mtckpt.capture.memory import Mapping, anonymous, view_at
 
 if TYPE_CHECKING:
     from mtckpt.capture.base import Move, Span
@@ -26,6 +27,10 @@ __all__ = ["CpuEngine"]
 
 _UNIT_BYTES = 32 * CHUNK_BYTES  # what a thread takes at a time
 _BYTES_A_THREAD = _UNIT_BYTES
+# What is read, digested and copied at a time: it stays in the second-level cache.
+_BUFFER_BYTES = 2 * CHUNK_BYTES
+# A small array: its index, offset in the file, size, chunk, and target.
+_Piece = tuple[int, int, int, int, int]
 _chunk_at = (ctypes.c_char * CHUNK_BYTES).from_address
 _copy = ctypes.memmove
 
@@ -90,6 +95,43 @@ class CpuEngine:
             for index, (start, size_bytes, chunk) in small:
                 if xxh3_64_intdigest(view[start : start + size_bytes]) != digests[chunk]:
                     bad.add(index)
+        return sorted(bad)
+
+    def fetch(
+        self,
+        fd: int,
+        spans: Sequence[Span],
+        targets: Sequence[int],
+        digests: memoryview,
+        progress: Callable[[int], None],
+    ) -> list[int]:
+        bad: set[int] = set()
+        units: list[_Unit] = []
+        small: list[_Piece] = []
+        for index, (span, target) in enumerate(zip(spans, targets, strict=True)):
+            start, size_bytes, chunk = span
+            if size_bytes > CHUNK_BYTES:
+                units += _units(index, start, target, size_bytes, chunk)
+            elif size_bytes:
+                small.append((index, start, size_bytes, chunk, target))
+        buffers = threading.local()
+
+        def fetch(unit: _Unit) -> None:
+            buffer = getattr(buffers, "mapping", None)
+            if buffer is None:
+                buffer = buffers.mapping = anonymous(_BUFFER_BYTES)
+            if not _fetch_unit(fd, unit, buffer, digests):
+                bad.add(unit.which)
+            progress(unit.size_bytes)
+
+        self._run(units, fetch)
+        small.sort(key=itemgetter(1))
+        buffer = anonymous(_BUFFER_BYTES) if small else None
+        while buffer is not None and small:
+            count = _window(small)
+            bad.update(_fetch_window(fd, small[:count], buffer, digests))
+            progress(sum(piece[2] for piece in small[:count]))
+            del small[:count]
         return sorted(bad)
 
     def copy(self, moves: Sequence[Move]) -> None:
@@ -187,6 +229,72 @@ def _matches(unit: _Unit, digests: memoryview) -> bool:
         source += CHUNK_BYTES
         chunk += 1
     return not rest or xxh3_64_intdigest(view_at(source, rest)) == digests[chunk]
+
+
+def _fetch_unit(fd: int, unit: _Unit, buffer: Mapping, digests: memoryview) -> bool:
+    """Through the buffer: file, digest, target. A target of 0 is none."""
+    _, offset, target, size_bytes, chunk = unit
+    address, view = buffer.address, buffer.view
+    sound = True
+    done = 0
+    while done < size_bytes:
+        want = min(_BUFFER_BYTES, size_bytes - done)
+        if _read(fd, view[:want], offset + done) < want:
+            return False
+        for begin in range(0, want, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, want - begin)
+            if xxh3_64_intdigest(view[begin : begin + size]) != digests[chunk]:
+                sound = False
+            elif target:
+                _copy(target + done + begin, address + begin, size)
+            chunk += 1
+        done += want
+    return sound
+
+
+def _window(pieces: Sequence[_Piece]) -> int:
+    """How many of the pieces, which lie in the order of the file, one read brings."""
+    first = pieces[0][1]
+    # Both bounds are generous to what lies between two wanted pieces, and none to the buffer.
+    low, high = 1, min(len(pieces), _BUFFER_BYTES)
+    while low < high:
+        middle = (low + high + 1) // 2
+        _, start, size_bytes, _, _ = pieces[middle - 1]
+        if start + size_bytes - first <= _BUFFER_BYTES:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _fetch_window(
+    fd: int, pieces: Sequence[_Piece], buffer: Mapping, digests: memoryview
+) -> list[int]:
+    """Small arrays that lie close together: one read, then each by itself."""
+    first = pieces[0][1]
+    view = buffer.view[: pieces[-1][1] + pieces[-1][2] - first]
+    got = _read(fd, view, first)
+    base = buffer.address - first
+    bad = []
+    for which, start, size_bytes, chunk, target in pieces:
+        begin = start - first
+        stop = begin + size_bytes
+        if stop > got or xxh3_64_intdigest(view[begin:stop]) != digests[chunk]:
+            bad.append(which)
+        elif target:
+            _copy(target, base + start, size_bytes)
+    return bad
+
+
+def _read(fd: int, view: memoryview, offset: int) -> int:
+    """Fill ``view`` from a file; fewer bytes than that only where the file ends."""
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done:]], offset + done)
+        if not got:
+            break
+        done += got
+    return done
 
 
 def _copy_unit(unit: _Unit) -> None:

@@ -59,6 +59,12 @@ class TorchAdapter:
         """The address of a plain host tensor."""
         return leaves.writable_address(value)
 
+    def writable_addresses(
+        self, values: Sequence[Any], specs: Sequence[ArraySpec]
+    ) -> list[int] | None:
+        """The addresses of plain host tensors, by columns."""
+        return leaves.writable_addresses(values, specs)
+
     def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int]:
         """An empty host tensor."""
         del like

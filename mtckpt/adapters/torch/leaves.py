@@ -36,6 +36,7 @@ __all__ = [
     "same_bits",
     "spec_of",
     "writable_address",
+    "writable_addresses",
 ]
 
 NAME_OF: dict[torch.dtype, str] = {
@@ -43,6 +44,7 @@ NAME_OF: dict[torch.dtype, str] = {
 }
 DTYPE_OF = {name: dtype for dtype, name in NAME_OF.items()}
 COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+_ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
 # Moving bytes as integers asks no kernel for a type that has none (int4, float4) and leaves the
 # payload of every NaN alone.
 BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -154,20 +156,28 @@ def _check_storages(values: Sequence[torch.Tensor], held: list[int], paths: Sequ
     FSDP and donated buffers resize a storage to nothing and keep the tensor; its address then is
     its offset, and reading there kills the process.
     """
+    which = _outside_storage(values, held)
+    if which is not None:
+        raise UnsupportedState(
+            "the memory of this tensor was given back (its storage was resized)",
+            path=paths[which] if paths else "",
+            wanted_bytes=_end_bytes(values[which]),
+            storage_bytes=held[which],
+            state="nothing was written",
+            actions=("save it while it has its memory, or leave it out of the state",),
+        )
+
+
+def _outside_storage(values: Sequence[torch.Tensor], held: list[int]) -> int | None:
+    """The first tensor that ends behind its storage, which holds so many bytes."""
     sizes = [tensor.nbytes for tensor in values]
     offsets = [tensor.storage_offset() for tensor in values]
     if sizes == held and not any(offsets):
-        return
+        return None
     for i, tensor in enumerate(values):
         if tensor.numel() and _end_bytes(tensor) > held[i]:
-            raise UnsupportedState(
-                "the memory of this tensor was given back (its storage was resized)",
-                path=paths[i] if paths else "",
-                wanted_bytes=_end_bytes(tensor),
-                storage_bytes=held[i],
-                state="nothing was written",
-                actions=("save it while it has its memory, or leave it out of the state",),
-            )
+            return i
+    return None
 
 
 def _end_bytes(tensor: torch.Tensor) -> int:
@@ -256,6 +266,24 @@ def writable_address(tensor: torch.Tensor) -> int | None:
     if tensor.numel() and _end_bytes(tensor) > tensor.untyped_storage().nbytes():
         return None
     return tensor.data_ptr()
+
+
+def writable_addresses(
+    values: Sequence[torch.Tensor], specs: Sequence[ArraySpec]
+) -> list[int] | None:
+    """Addresses of tensors that all are plain and as their specs say, 0 for empty ones; or None."""
+    if not _ORDINARY.issuperset(set(map(type, values))):
+        return None
+    layouts = fingerprint(values)
+    if layouts.odd or layouts.details or layouts.shapes != [spec.shape for spec in specs]:
+        return None
+    if layouts.dtypes != [DTYPE_OF.get(spec.dtype) for spec in specs]:
+        return None
+    with torch._C.DisableTorchFunction():
+        held = [tensor.untyped_storage().nbytes() for tensor in values]
+        if _outside_storage(values, held) is not None:
+            return None
+        return [tensor.data_ptr() if tensor.nbytes else 0 for tensor in values]
 
 
 def new_tensor(spec: ArraySpec, path: str = "") -> tuple[torch.Tensor, int]:

@@ -133,19 +133,25 @@ def _place_module(module: Module, node: Node, path: str, placing: Placing) -> No
         return
     saved = _children(node)
     prefix = f"{path}/" if path else ""
-    placed: dict[int, tuple[torch.Tensor, Any]] = {}
+    seen: set[int] = set()
+    names: list[str] = []
+    lives: list[torch.Tensor] = []
+    nodes: list[Node] = []
     for name, tensor in tensors.items():
         child = saved.pop(name, None)
         if child is None:
             placing.missing(prefix + escape(name))
-        elif id(tensor) in placed:  # tied: its memory is wanted once
+        elif id(tensor) in seen:  # tied: its memory is wanted once
             placing.fits(tensor, child, prefix + escape(name))
         else:
-            result = placing.array_into(tensor, child, prefix + escape(name))
-            placed[id(tensor)] = (tensor, result)
+            seen.add(id(tensor))
+            names.append(name)
+            lives.append(tensor)
+            nodes.append(child)
     for name in saved:
         placing.unused(prefix + escape(name))
-    later = [(tensor, result) for tensor, result in placed.values() if result is not tensor]
+    placed = placing.arrays_into(lives, nodes, [prefix + escape(name) for name in names])
+    later = [pair for pair in zip(lives, placed, strict=True) if pair[0] is not pair[1]]
     if later:
         placing.finish.append(lambda: _settle_tensors(module, later))
 
@@ -234,13 +240,17 @@ def _place_optimizer(optimizer: Optimizer, node: Node, path: str, placing: Placi
     live = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     parameters = {str(i): parameter for i, parameter in zip(chain(*ids), live, strict=True)}
     trees: dict[Any, Any] = {}
+    moments = _Moments()
     for key, child in zip(state.keys or [], state.children, strict=True):
         parameter = parameters.get(str(key))
         child_path = f"{path}/state/{escape(key)}"
         if parameter is None or child.kind != _state.DICT:
             trees[key] = placing.tree(child, child_path)
         else:
-            trees[int(key)] = _place_entry(optimizer, parameter, child, child_path, placing)
+            trees[int(key)] = _place_entry(
+                optimizer, parameter, child, child_path, placing, moments
+            )
+    moments.place(placing)
     others = {
         name: placing.tree(child, f"{path}/{escape(name)}")
         for name, child in fields.items()
@@ -260,8 +270,38 @@ def _saved_ids(group: Node, placing: Placing) -> list[int]:
     return [placing.plain[child.index] for child in params.children if child.kind == _state.PLAIN]
 
 
+class _Moments:
+    """Live tensors of an optimizer's state, and where in its tree each of them stands."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.nodes: list[Node] = []
+        self.paths: list[str] = []
+        self.places: list[tuple[dict[Any, Any], Any]] = []
+
+    def add(
+        self, tensor: torch.Tensor, node: Node, path: str, entry: dict[Any, Any], name: Any
+    ) -> None:
+        self.tensors.append(tensor)
+        self.nodes.append(node)
+        self.paths.append(path)
+        self.places.append((entry, name))
+        entry[name] = tensor  # keeps the order of the entry
+
+    def place(self, placing: Placing) -> None:
+        """Ask for the bytes of all of them, in one go."""
+        placed = placing.arrays_into(self.tensors, self.nodes, self.paths)
+        for (entry, name), value in zip(self.places, placed, strict=True):
+            entry[name] = value
+
+
 def _place_entry(
-    optimizer: Optimizer, parameter: torch.Tensor, node: Node, path: str, placing: Placing
+    optimizer: Optimizer,
+    parameter: torch.Tensor,
+    node: Node,
+    path: str,
+    placing: Placing,
+    moments: _Moments,
 ) -> dict[Any, Any]:
     """The state of one parameter: a tree in which live tensors stand where they can be filled."""
     live = optimizer.state.get(parameter, {})
@@ -271,17 +311,21 @@ def _place_entry(
         if child.kind != _state.ARRAY:
             entry[name] = placing.tree(child, child_path)
             continue
-        shape = placing.arrays[child.index].spec.shape
+        spec = placing.arrays[child.index].spec
         elementwise = name in _ELEMENTWISE and type(optimizer).__module__.startswith("torch.optim")
-        if elementwise and shape != tuple(parameter.shape):
+        if elementwise and spec.shape != parameter.shape:
             placing.diff.differing.append(
                 f"{child_path}: for a parameter of shape {list(parameter.shape)} here, "
-                f"of shape {list(shape)} in the checkpoint"
+                f"of shape {list(spec.shape)} in the checkpoint"
             )
             continue
         tensor = live.get(name)
-        if isinstance(tensor, torch.Tensor) and placing.fits(tensor, child, child_path, quiet=True):
-            entry[name] = placing.array_into(tensor, child, child_path)
+        if (
+            isinstance(tensor, torch.Tensor)
+            and tensor.shape == spec.shape
+            and leaves.NAME_OF.get(tensor.dtype) == spec.dtype
+        ):
+            moments.add(tensor, child, child_path, entry, name)
         else:
             entry[name] = placing.tree(child, child_path)
     return entry

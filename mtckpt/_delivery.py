@@ -1,0 +1,337 @@
+"""One shard from the places that have it to the addresses where it is wanted, verified on the way.
+
+Knows places, leases, spans and the engine. Does not know trees, frameworks or which step is wanted.
+No byte reaches a target that was not checked against its digest.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mtckpt import _shard
+from mtckpt._dtypes import DTYPES
+from mtckpt._shard import ShardLayout, Table
+from mtckpt.capture.base import Engine, Move, Span
+from mtckpt.capture.memory import Mapping as MemoryMapping
+from mtckpt.capture.memory import anonymous
+from mtckpt.errors import (
+    Damaged,
+    FormatError,
+    NoHealthyStep,
+    RestoreFailed,
+    TierError,
+    TierUnavailable,
+)
+
+if TYPE_CHECKING:
+    from mtckpt._manifest import ArrayEntry, Record
+    from mtckpt.tiers import LocalTier
+    from mtckpt.tiers.local import Lease
+
+__all__ = ["Attempt", "Delivery", "Loaded", "Place", "Within", "describe"]
+
+
+class Within(Protocol):
+    """Runs a look into a tier in bounded time; the more bytes it is about, the longer."""
+
+    def __call__(self, label: str, work: Callable[[], Any], size_bytes: int = 0) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tier to read from. ``mapped``: its files may be mapped (tmpfs); others are read."""
+
+    label: str
+    tier: LocalTier
+    mapped: bool
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What one restore has met so far.
+
+    ``bad`` holds ``(tier label, key, reason)`` of damaged copies; ``touched`` turns true with the
+    first byte that may have changed in live state.
+    """
+
+    bad: list[tuple[str, str, str]] = field(default_factory=list)
+    touched: bool = False
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A shard's description, read from the first source whose small files are sound.
+
+    ``numbers`` has for each entry the number, in file order, of the tensor whose bytes it has.
+    """
+
+    record: Record
+    layout: ShardLayout
+    table: Table
+    entries: list[ArrayEntry]
+    numbers: list[int]
+
+
+def describe(place: Place, keys: tuple[str, str, str], record: Record) -> Loaded:
+    data_key, table_key, _ = keys
+    prefix = bytearray(8)
+    place.tier.read_into(data_key, memoryview(prefix))
+    file_bytes = place.tier.stat(data_key).size_bytes
+    header = bytearray(_shard.header_length(bytes(prefix), file_bytes))
+    place.tier.read_into(data_key, memoryview(header))
+    layout = _shard.parse_layout(bytes(header), file_bytes)
+    table_size = place.tier.stat(table_key).size_bytes
+    if table_size != layout.table_bytes:
+        raise Damaged("digest table has another size than the shard needs", key=table_key)
+    table_bytes = bytearray(table_size)
+    place.tier.read_into(table_key, memoryview(table_bytes))
+    if _shard.table_digest(bytes(table_bytes)) != record.shard.table_digest:
+        raise Damaged("digest table is not the one the record names", key=table_key)
+    table = Table.parse(memoryview(table_bytes), layout)
+    entries = record.array_entries()
+    return Loaded(record, layout, table, entries, _numbers(entries, layout, data_key))
+
+
+def _numbers(entries: Sequence[ArrayEntry], layout: ShardLayout, key: str) -> list[int]:
+    """Which tensor of the file each entry is. Raises Damaged where the two disagree."""
+    tensors = layout.tensors
+    number_of = {tensor.name: number for number, tensor in enumerate(tensors)}
+    numbers = []
+    for entry in entries:
+        twin = entry if entry.same_as is None else entries[entry.same_as]
+        number = number_of.get(twin.path if twin.offsets is None else _stored_name(twin), -1)
+        dtype = DTYPES.get(entry.dtype)
+        if (
+            number < 0
+            or dtype is None
+            or tensors[number].code != dtype.stored_code
+            or tensors[number].shape != dtype.stored_shape(entry.shape)
+            or (twin is not entry and (twin.same_as is not None or twin.dtype != entry.dtype))
+        ):
+            raise Damaged("record and shard header disagree", key=key, leaf=entry.path)
+        numbers.append(number)
+    return numbers
+
+
+def _stored_name(entry: ArrayEntry) -> str:
+    """The tensor's name in the file: its path, with the offsets of a box."""
+    if entry.offsets is None:
+        return entry.path
+    return f"{entry.path}@{','.join(map(str, entry.offsets))}"
+
+
+# -- bytes from one place ----------------------------------------------------------------------------
+
+# As many bytes are checked in a few milliseconds.
+_CHEAP_BYTES = 64 * 1024 * 1024
+_STAGE_BYTES = 64 * 1024 * 1024
+
+
+class Delivery:
+    """Brings the wanted tensors of one save to their targets, from one place after the other.
+
+    Where a copy that can be mapped (RAM) is read, every chunk is checked and then copied to its
+    target while it is in the cache. For as long as no other copy and no older step would be left,
+    and where it costs nothing, the whole of it is checked before the first live byte changes.
+    What comes from elsewhere is brought to staging memory and checked there.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        key: str,
+        addresses: Sequence[tuple[int, int]],
+        engine: Engine,
+        within: Within,
+        attempt: Attempt,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._loaded = loaded
+        self._key = key
+        self._engine = engine
+        self._within = within
+        self._attempt = attempt
+        self._progress = progress
+        self._done_bytes = 0
+        self._stages: list[MemoryMapping] = []
+        self._moves: list[Move] = []
+        self.by_label: dict[str, int] = {}
+        self._targets: dict[int, int] = {}
+        self._repeats: list[tuple[int, int]] = []  # a tensor that is wanted at one more address
+        tensors = loaded.layout.tensors
+        for address, index in addresses:
+            number = loaded.numbers[index]
+            if number in self._targets:
+                self._repeats.append((number, address))
+            elif tensors[number].size_bytes:
+                self._targets[number] = address
+
+    def run(self, usable: Sequence[Place], reasons: list[str], *, last_resort: bool) -> None:
+        """Raises NoHealthyStep if no place has every byte."""
+        wanted = sorted(self._targets)
+        for place in usable:
+            if not wanted:
+                break
+            last = last_resort and place is usable[-1]
+            try:
+                left = self._from_ram(place, wanted, last) if place.mapped else (
+                    self._from_storage(place, wanted)
+                )  # fmt: skip
+            except (FormatError, TierError) as error:
+                reasons.append(f"{place.label}: {error.what}")
+                self._attempt.bad.append((place.label, self._key, error.what))
+                continue
+            if left:
+                names = ", ".join(self._loaded.layout.tensors[i].name[:80] for i in left[:3])
+                reason = f"{len(left)} tensors differ from their digests ({names})"
+                reasons.append(f"{place.label}: {reason}")
+                self._attempt.bad.append((place.label, self._key, reason))
+            wanted = left
+        if wanted:
+            raise NoHealthyStep("; ".join(reasons), step=self._loaded.record.step)
+        self._finish()
+
+    def _from_ram(self, place: Place, wanted: list[int], last: bool) -> list[int]:
+        spans = self._spans(wanted)
+        size_bytes = sum(span.size_bytes for span in spans)
+        digests = self._loaded.table.digests
+        engine = self._engine
+        with self._within(place.label, functools.partial(self._lease, place)) as lease:
+            bad: list[int] = []
+            if last or size_bytes <= _CHEAP_BYTES:
+                check = functools.partial(
+                    engine.fetch, lease.fd, spans, [0] * len(spans), digests, _ignore
+                )
+                bad = self._read(place, check, size_bytes)
+                if bad and last:
+                    return [wanted[i] for i in bad]
+            marked = set(bad)
+            good = [i for i in range(len(wanted)) if i not in marked]
+            targets = [self._targets[wanted[i]] for i in good]
+            copy = functools.partial(
+                engine.fetch, lease.fd, [spans[i] for i in good], targets, digests, self._count
+            )
+            self._attempt.touched = True
+            try:
+                bad += [good[i] for i in self._read(place, copy, size_bytes)]
+            except _Late as error:
+                raise RestoreFailed(
+                    f"{place.label}: {error.what}",
+                    step=self._loaded.record.step,
+                    live_state="undefined",
+                    state="live state is undefined: the tier stopped answering in the middle",
+                ) from error
+        left = sorted(wanted[i] for i in bad)
+        lost = sum(self._loaded.layout.tensors[i].size_bytes for i in left)
+        self._credit(place, size_bytes - lost)
+        return left
+
+    def _read(self, place: Place, work: Callable[[], list[int]], size_bytes: int) -> list[int]:
+        """Run a pass of the engine, in bounded time; what goes wrong is an error of the tier."""
+        ended: list[bool] = []
+
+        def bounded() -> list[int]:
+            try:
+                return work()
+            except OSError as error:
+                ended.append(True)
+                raise TierUnavailable(
+                    f"{self._key} could not be read: {error.strerror}",
+                    tier=place.label,
+                    key=self._key,
+                ) from error
+
+        found: list[int]
+        try:
+            found = self._within(place.label, bounded, size_bytes)
+        except TierUnavailable as error:
+            if ended:
+                raise
+            raise _Late(error.what, tier=place.label, key=self._key) from error
+        return found
+
+    def _from_storage(self, place: Place, wanted: list[int]) -> list[int]:
+        fetch = functools.partial(self._stage, place, wanted)
+        left, moves, memory = self._within(place.label, fetch, self._loaded.layout.size_bytes)
+        self._stages.append(memory)
+        self._moves += moves
+        self._credit(place, sum(move.size_bytes for move in moves))
+        return left
+
+    def _stage(
+        self, place: Place, wanted: list[int]
+    ) -> tuple[list[int], list[Move], MemoryMapping]:
+        """Runs in a thread that may be given up: it touches nothing but what it returns."""
+        with self._lease(place):
+            memory = anonymous(self._loaded.layout.size_bytes)
+            spans = self._spans(wanted)
+            view = memory.view if memory.size_bytes else memoryview(b"")
+            for start, stop in _extents(spans):
+                for begin in range(start, stop, _STAGE_BYTES):
+                    end = min(begin + _STAGE_BYTES, stop)
+                    place.tier.read_into(self._key, view[begin:end], begin)
+                    self._count(end - begin)
+            base = memory.address
+            bad = set(self._engine.verify(base, spans, self._loaded.table.digests))
+        moves = [
+            Move(base + span.start, self._targets[number], span.size_bytes)
+            for i, (number, span) in enumerate(zip(wanted, spans, strict=True))
+            if i not in bad
+        ]
+        return sorted(wanted[i] for i in bad), moves, memory
+
+    def _finish(self) -> None:
+        """Every byte is here: copy what was staged, and what is wanted more than once."""
+        if self._moves:
+            self._attempt.touched = True
+            self._engine.copy(self._moves)
+        tensors = self._loaded.layout.tensors
+        self._engine.copy(
+            [
+                Move(self._targets[number], address, tensors[number].size_bytes)
+                for number, address in self._repeats
+            ]
+        )
+
+    def _lease(self, place: Place) -> Lease:
+        lease = place.tier.lease(self._key)
+        if lease.size_bytes != self._loaded.layout.size_bytes:
+            lease.close()
+            raise Damaged("shard has another size", key=self._key, tier=place.label)
+        return lease
+
+    def _spans(self, wanted: Sequence[int]) -> list[Span]:
+        tensors = self._loaded.layout.tensors
+        return [Span(t.start, t.size_bytes, t.first_chunk) for t in (tensors[i] for i in wanted)]
+
+    def _credit(self, place: Place, size_bytes: int) -> None:
+        if size_bytes:
+            self.by_label[place.label] = self.by_label.get(place.label, 0) + size_bytes
+
+    def _count(self, size_bytes: int) -> None:
+        # Threads may lose an addition to each other: it is for people to look at.
+        self._done_bytes += size_bytes
+        self._progress(self._done_bytes)
+
+
+class _Late(TierUnavailable):
+    """A place that did not answer in time, as opposed to one that answered with an error."""
+
+
+def _ignore(_: int) -> None:
+    pass
+
+
+def _extents(spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """Ranges of the file that cover the spans, which come in its order; small gaps are read too."""
+    found: list[tuple[int, int]] = []
+    for span in spans:
+        stop = span.start + span.size_bytes
+        if found and span.start <= found[-1][1] + _shard.CHUNK_BYTES:
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((span.start, stop))
+    return found
