@@ -108,6 +108,10 @@ class Owner:
         limit_s = SILENCE_S if self.listened else SILENCE_BEFORE_LISTENING_S
         return now_s - self.heard_s > limit_s
 
+    def has_hung_up(self) -> bool:
+        """For an owner without a pidfd: whether it listened to us and its connection is closed."""
+        return self.pidfd < 0 and self.listened and not self.listening
+
     def process(self) -> Process | None:
         """What /proc says of it, where that is about it."""
         found = read_process(self.pid) if self.seen else None
@@ -138,6 +142,8 @@ class Verdict(enum.Enum):
 
 # An owner that cannot mean it any more gets a fifth of the patience.
 _SHORT = 0.2
+# From when an owner has been silent for long enough until somebody has looked, and settled it.
+_NOTICED_S = 5.0
 
 
 def judge(
@@ -155,4 +161,7 @@ def judge(
         return Verdict.WAIT if waited_s < patience_s else Verdict.FENCE
     if process is not None and (process.state in "ZXTt" or process.parent_pid != owner.parent_pid):
         return Verdict.WAIT if waited_s < patience_s * _SHORT else Verdict.FENCE
+    if owner.has_hung_up():
+        # Its silence is going to say whether it lives; until then nothing does.
+        patience_s = max(patience_s, SILENCE_S + _NOTICED_S)
     return Verdict.WAIT if waited_s < patience_s else Verdict.REFUSE
