@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from mtckpt import _shard
 from mtckpt._dtypes import DTYPES
@@ -125,7 +125,7 @@ def _stored_name(entry: ArrayEntry) -> str:
 
 # -- bytes from one place ----------------------------------------------------------------------------
 
-# As many bytes are checked in a few milliseconds.
+# Copying as many bytes once more takes a few milliseconds.
 _CHEAP_BYTES = 64 * 1024 * 1024
 _STAGE_BYTES = 64 * 1024 * 1024
 
@@ -133,10 +133,10 @@ _STAGE_BYTES = 64 * 1024 * 1024
 class Delivery:
     """Brings the wanted tensors of one save to their targets, from one place after the other.
 
-    Where a copy that can be mapped (RAM) is read, every chunk is checked and then copied to its
-    target while it is in the cache. For as long as no other copy and no older step would be left,
-    and where it costs nothing, the whole of it is checked before the first live byte changes.
-    What comes from elsewhere is brought to staging memory and checked there.
+    From storage, and where there is little of it, everything is brought to staging memory and
+    checked there before the first live byte changes. A large copy in RAM is not copied twice: each
+    chunk is checked and then placed while it is in the cache. The last copy of the last step that
+    could be restored is checked as a whole first: should it be damaged, live state is as it was.
     """
 
     def __init__(
@@ -177,9 +177,10 @@ class Delivery:
                 break
             last = last_resort and place is usable[-1]
             try:
-                left = self._from_ram(place, wanted, last) if place.mapped else (
-                    self._from_storage(place, wanted)
-                )  # fmt: skip
+                if place.mapped and self._size_of(wanted) > _CHEAP_BYTES:
+                    left = self._from_ram(place, wanted, last)
+                else:
+                    left = self._staged(place, wanted)
             except (FormatError, TierError) as error:
                 reasons.append(f"{place.label}: {error.what}")
                 self._attempt.bad.append((place.label, self._key, error.what))
@@ -196,27 +197,24 @@ class Delivery:
 
     def _from_ram(self, place: Place, wanted: list[int], last: bool) -> list[int]:
         spans = self._spans(wanted)
-        size_bytes = sum(span.size_bytes for span in spans)
+        size_bytes = self._size_of(wanted)
         digests = self._loaded.table.digests
         engine = self._engine
         with self._within(place.label, functools.partial(self._lease, place)) as lease:
-            bad: list[int] = []
-            if last or size_bytes <= _CHEAP_BYTES:
+            if last:
                 check = functools.partial(
                     engine.fetch, lease.fd, spans, [0] * len(spans), digests, _ignore
                 )
                 bad = self._read(place, check, size_bytes)
-                if bad and last:
+                if bad:
                     return [wanted[i] for i in bad]
-            marked = set(bad)
-            good = [i for i in range(len(wanted)) if i not in marked]
-            targets = [self._targets[wanted[i]] for i in good]
-            copy = functools.partial(
-                engine.fetch, lease.fd, [spans[i] for i in good], targets, digests, self._count
+            targets = [self._targets[number] for number in wanted]
+            place_all = functools.partial(
+                engine.fetch, lease.fd, spans, targets, digests, self._count
             )
             self._attempt.touched = True
             try:
-                bad += [good[i] for i in self._read(place, copy, size_bytes)]
+                bad = self._read(place, place_all, size_bytes)
             except _Late as error:
                 raise RestoreFailed(
                     f"{place.label}: {error.what}",
@@ -225,8 +223,7 @@ class Delivery:
                     state="live state is undefined: the tier stopped answering in the middle",
                 ) from error
         left = sorted(wanted[i] for i in bad)
-        lost = sum(self._loaded.layout.tensors[i].size_bytes for i in left)
-        self._credit(place, size_bytes - lost)
+        self._credit(place, size_bytes - self._size_of(left))
         return left
 
     def _read(self, place: Place, work: Callable[[], list[int]], size_bytes: int) -> list[int]:
@@ -244,17 +241,16 @@ class Delivery:
                     key=self._key,
                 ) from error
 
-        found: list[int]
         try:
-            found = self._within(place.label, bounded, size_bytes)
+            return cast("list[int]", self._within(place.label, bounded, size_bytes))
         except TierUnavailable as error:
             if ended:
                 raise
             raise _Late(error.what, tier=place.label, key=self._key) from error
-        return found
 
-    def _from_storage(self, place: Place, wanted: list[int]) -> list[int]:
+    def _staged(self, place: Place, wanted: list[int]) -> list[int]:
         fetch = functools.partial(self._stage, place, wanted)
+        left: list[int]
         left, moves, memory = self._within(place.label, fetch, self._loaded.layout.size_bytes)
         self._stages.append(memory)
         self._moves += moves
@@ -302,6 +298,10 @@ class Delivery:
             lease.close()
             raise Damaged("shard has another size", key=self._key, tier=place.label)
         return lease
+
+    def _size_of(self, numbers: Sequence[int]) -> int:
+        tensors = self._loaded.layout.tensors
+        return sum(tensors[number].size_bytes for number in numbers)
 
     def _spans(self, wanted: Sequence[int]) -> list[Span]:
         tensors = self._loaded.layout.tensors

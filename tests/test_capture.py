@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import tempfile
 
 import pytest
 from hypothesis import given, settings
@@ -90,3 +91,58 @@ def test_copies_go_where_they_should() -> None:
     )
     assert bytes(view_at(target.address + 10, 5)) == bytes(range(5))
     assert target.view[2**19 :] == source.view[: 2**19]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(EDGES), min_size=1, max_size=8), st.data())
+def test_what_is_fetched_is_checked_before_it_is_placed(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    _, sources, spans, chunks = make(sizes)
+    end = 64 + sum(sizes)
+    image, digests = anonymous(end), digests_of(chunks)
+    engine = CpuEngine(2)
+    engine.capture(sources, spans, image.address, digests)
+    places = [anonymous(max(size, 1)) for size in sizes]
+    wanted = [data.draw(st.booleans()) for _ in sizes]
+    targets = [p.address if want else 0 for p, want in zip(places, wanted, strict=True)]
+    filled = [i for i, size in enumerate(sizes) if size]
+    bad_at = -1
+    which = data.draw(st.sampled_from([*filled, -1]))
+    if which >= 0:
+        bad_at = data.draw(st.integers(0, sizes[which] - 1))
+        image.view[spans[which].start + bad_at] ^= 1
+    with tempfile.TemporaryFile() as file:
+        file.write(image.view)
+        file.flush()
+        seen: list[int] = []
+        bad = engine.fetch(file.fileno(), spans, targets, digests, seen.append)
+    assert bad == ([which] if which >= 0 else [])
+    assert sum(seen) == sum(sizes)
+    for i, (size, place) in enumerate(zip(sizes, places, strict=True)):
+        got, source = bytes(place.view[:size]), ctypes.string_at(sources[i], size)
+        if not wanted[i]:
+            assert got == bytes(size)  # an address of 0 is none: nothing was placed anywhere
+        elif i == which:
+            low = bad_at // CHUNK_BYTES * CHUNK_BYTES
+            high = min(low + CHUNK_BYTES, size)
+            assert got == source[:low] + bytes(high - low) + source[high:]
+        else:
+            assert got == source
+
+
+@pytest.mark.parametrize("size", [5000, 3 * CHUNK_BYTES + 5, 20 * 2**20])
+def test_a_file_that_ends_early_gives_nothing_of_what_it_lacks(size: int) -> None:
+    _, sources, spans, chunks = make([100, size])
+    image, digests = anonymous(64 + 100 + size), digests_of(chunks)
+    engine = CpuEngine(2)
+    engine.capture(sources, spans, image.address, digests)
+    places = [anonymous(100), anonymous(size)]
+    with tempfile.TemporaryFile() as file:
+        file.write(image.view[:-1])
+        file.flush()
+        addresses = [place.address for place in places]
+        bad = engine.fetch(file.fileno(), spans, addresses, digests, lambda _: None)
+    assert bad == [1]
+    assert bytes(places[0].view) == ctypes.string_at(sources[0], 100)
+    assert places[1].view[size - 1] == 0

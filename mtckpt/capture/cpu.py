@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -125,13 +125,11 @@ class CpuEngine:
             progress(unit.size_bytes)
 
         self._run(units, fetch)
-        small.sort(key=itemgetter(1))
-        buffer = anonymous(_BUFFER_BYTES) if small else None
-        while buffer is not None and small:
-            count = _window(small)
-            bad.update(_fetch_window(fd, small[:count], buffer, digests))
-            progress(sum(piece[2] for piece in small[:count]))
-            del small[:count]
+        if small:
+            buffer = anonymous(_BUFFER_BYTES)
+            for window in _windows(small):
+                bad.update(_fetch_window(fd, window, buffer, digests))
+                progress(sum(piece[2] for piece in window))
         return sorted(bad)
 
     def copy(self, moves: Sequence[Move]) -> None:
@@ -198,7 +196,7 @@ def _units(index: int, source: int, target: int, size_bytes: int, chunk: int) ->
         _Unit(
             index,
             source + begin,
-            target + begin,
+            target and target + begin,  # an address of 0 is none, for every piece
             min(_UNIT_BYTES, size_bytes - begin),
             chunk + begin // CHUNK_BYTES,
         )
@@ -252,19 +250,15 @@ def _fetch_unit(fd: int, unit: _Unit, buffer: Mapping, digests: memoryview) -> b
     return sound
 
 
-def _window(pieces: Sequence[_Piece]) -> int:
-    """How many of the pieces, which lie in the order of the file, one read brings."""
-    first = pieces[0][1]
-    # Both bounds are generous to what lies between two wanted pieces, and none to the buffer.
-    low, high = 1, min(len(pieces), _BUFFER_BYTES)
-    while low < high:
-        middle = (low + high + 1) // 2
-        _, start, size_bytes, _, _ = pieces[middle - 1]
-        if start + size_bytes - first <= _BUFFER_BYTES:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _windows(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+    """The pieces in the order of the file, as many at a time as fit a buffer with their gaps."""
+    pieces.sort(key=itemgetter(1))
+    begin = 0
+    for number, (_, start, size_bytes, _, _) in enumerate(pieces):
+        if start + size_bytes - pieces[begin][1] > _BUFFER_BYTES:
+            yield pieces[begin:number]
+            begin = number
+    yield pieces[begin:]
 
 
 def _fetch_window(

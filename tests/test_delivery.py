@@ -1,0 +1,134 @@
+"""Damage found in the middle of a restore that places what it has checked: who still has what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mtckpt
+from mtckpt import _delivery
+from mtckpt._shard import CHUNK_BYTES
+from mtckpt.errors import NoHealthyStep, RestoreFailed, StateMismatch
+
+SIZE = 5 * CHUNK_BYTES // 8 + 3
+
+
+def state_of(step: int) -> dict[str, Any]:
+    return {
+        "a": np.full(SIZE, float(step)),
+        "b": np.full(SIZE, step + 0.5),
+        "c": np.arange(7) + step,
+    }
+
+
+@pytest.fixture
+def saved(runtime_dir: Path, tmp_path: Path) -> list[Any]:
+    """Two steps in RAM and on disk; returns the tiers."""
+    tiers = [mtckpt.Ram(every=1, slots=3), mtckpt.Disk(tmp_path / "disk", every=1)]
+    checkpointer = mtckpt.Checkpointer("run", tiers)
+    checkpointer.restore(state_of(0))
+    for step in (1, 2):
+        checkpointer.save(step, state_of(step)).wait("local")
+    del checkpointer  # as a trainer that was killed: nothing was closed, RAM is not freed
+    return tiers
+
+
+def damage(root: Path, step: int, *, at: int = -SIZE * 8) -> None:
+    """One bit of array "b" in the shard of that step, far enough behind the start of "a"."""
+    (path,) = root.rglob(f"step-{step:012d}*/rank-00000.safetensors")
+    with path.open("r+b") as file:
+        file.seek(at, 2)
+        byte = file.read(1)
+        file.seek(at, 2)
+        file.write(bytes([byte[0] ^ 4]))
+
+
+def same(state: dict[str, Any], step: int) -> bool:
+    return all(np.array_equal(state[name], value) for name, value in state_of(step).items())
+
+
+@pytest.fixture(params=[0, 1 << 30], ids=["checked while placed", "staged"])
+def cheap_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(_delivery, "_CHEAP_BYTES", request.param)
+    return int(request.param)
+
+
+def test_a_tensor_that_ram_has_damaged_comes_from_disk(
+    saved: list[Any], ram_dir: Path, cheap_bytes: int
+) -> None:
+    damage(ram_dir, 2)
+    state = state_of(0)
+    with mtckpt.Checkpointer("run", saved) as again:
+        restored = again.restore(state)
+        assert restored.step == 2
+        assert restored.sources == {"ram": SIZE * 8 + 56, "disk": SIZE * 8}
+        assert same(state, 2)
+
+
+def test_the_older_step_is_loaded_over_everything(
+    saved: list[Any], ram_dir: Path, tmp_path: Path, cheap_bytes: int
+) -> None:
+    for root in (ram_dir, tmp_path / "disk"):
+        damage(root, 2)
+    state = state_of(0)
+    with mtckpt.Checkpointer("run", saved) as again:
+        restored = again.restore(state)
+        assert restored.step == 1
+        assert "step 2" in restored.skipped
+        assert same(state, 1)
+
+
+def test_without_any_healthy_step_the_error_says_what_became_of_the_state(
+    saved: list[Any], ram_dir: Path, tmp_path: Path, cheap_bytes: int
+) -> None:
+    for root in (ram_dir, tmp_path / "disk"):
+        for step in (1, 2):
+            damage(root, step)
+    state = state_of(0)
+    with mtckpt.Checkpointer("run", saved) as again:
+        wanted = NoHealthyStep if cheap_bytes else RestoreFailed
+        with pytest.raises(wanted) as caught:
+            again.restore(state)
+        reasons = vars(caught.value).get("reasons") or caught.value.details["reasons"]
+        assert [line[:6] for line in reasons] == ["step 2", "step 1"]
+        assert same(state, 0) == bool(cheap_bytes)
+        assert ("undefined" in str(caught.value)) != bool(cheap_bytes)
+        # Whatever was placed was checked: the damaged chunk is what it was before.
+        assert set(np.unique(state["b"])) <= {0.5, 1.5, 2.5}
+
+
+def test_the_only_copy_of_the_only_step_is_checked_before_anything_changes(
+    runtime_dir: Path, ram_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_delivery, "_CHEAP_BYTES", 0)
+    first = mtckpt.Checkpointer("run", [mtckpt.Ram(every=1)])
+    first.save(1, state_of(1)).wait("staged")
+    del first
+    damage(ram_dir, 1)
+    state = state_of(0)
+    with mtckpt.Checkpointer("run", [mtckpt.Ram(every=1)]) as again:
+        with pytest.raises(NoHealthyStep, match="live state unchanged"):
+            again.restore(state)
+        assert same(state, 0)
+
+
+def test_an_older_step_that_does_not_fit_leaves_no_doubt_about_the_state(
+    runtime_dir: Path, ram_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_delivery, "_CHEAP_BYTES", 0)
+    tiers = [mtckpt.Ram(every=1), mtckpt.Disk(tmp_path / "disk", every=1)]
+    first = mtckpt.Checkpointer("run", tiers)
+    first.save(1, {"model": {**state_of(1), "more": np.ones(3)}}).wait("local")
+    first.save(2, {"model": state_of(2)}).wait("local")
+    del first
+    for root in (ram_dir, tmp_path / "disk"):
+        damage(root, 2)
+    with (
+        mtckpt.Checkpointer("run", tiers) as again,
+        pytest.raises(RestoreFailed, match="undefined") as caught,
+    ):
+        again.restore({"model": state_of(0)})
+    assert isinstance(caught.value.__cause__, StateMismatch)
