@@ -181,6 +181,7 @@ def _open_newest(
 ) -> tuple[list[OpenShard] | None, SaveEntry, tuple[str, ...]]:
     """The best save that opens, with what was passed over. None: one vanished, so look again."""
     reasons = []
+    first: FormatError | None = None
     chosen = candidates(place.scan(), step)
     for save in chosen:
         called = f"step {save.name.step} (incarnation {save.name.incarnation})"
@@ -198,6 +199,7 @@ def _open_newest(
                 return None, save, ()
             reasons.append(f"{called}: {error.what}")
         except FormatError as error:
+            first = first or error
             where = f" ({error.details['key']})" if "key" in error.details else ""
             reasons.append(f"{called}: {error.what}{where}")
     raise NoHealthyStep(
@@ -207,7 +209,7 @@ def _open_newest(
         state="nothing was read",
         actions=[f"know that {line}" for line in reasons[:_MAX_REASONS]],
         reasons=tuple(reasons),
-    )
+    ) from first
 
 
 def open_shards(place: Place, save: SaveEntry) -> list[OpenShard]:
@@ -453,8 +455,12 @@ def state_of(shard: OpenShard) -> tuple[Node, list[Any]]:
         structure = msgspec.json.decode(record.structure)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged(f"record does not parse: {error}", step=record.step) from error
-    plain = [_node.decode_plain(value) for value in values]
-    return _node.node_from_json(structure, len(shard.entries), len(plain)), plain
+    try:
+        plain = [_node.decode_plain(value) for value in values]
+        return _node.node_from_json(structure, len(shard.entries), len(plain)), plain
+    except FormatError as error:
+        key = shard.key.rpartition(".")[0] + ".json"
+        raise type(error)(error.what, tier=shard.tier, key=key, step=record.step) from error
 
 
 def _children(node: Node, path: str) -> Iterator[tuple[Any, Node, str]]:

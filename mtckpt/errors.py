@@ -41,6 +41,7 @@ action a line. Attributes carry the same facts for programs. ``docs/errors.md`` 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 __all__ = [
     "AccessDenied",
@@ -85,15 +86,19 @@ class CheckpointError(Exception):
     """The root. ``details`` are the facts the message names; ``actions`` are what the user can do.
 
     Any keyword becomes an attribute and a ``name=value`` in the text, so that a log line alone is
-    enough to find the tier, key, step, rank or leaf path.
+    enough to find the tier, key, step, rank or leaf path. ``usual_state`` and ``usual_actions`` are
+    what a class says where the one who raised it has nothing more precise.
     """
+
+    usual_state: ClassVar[str] = ""
+    usual_actions: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, what: str, *, state: str = "", actions: Sequence[str] = (), **details: object
     ) -> None:
         self.what = what
-        self.state = state
-        self.actions = tuple(actions)
+        self.state = state or self.usual_state
+        self.actions = tuple(actions) or self.usual_actions
         self.details = {name: value for name, value in details.items() if value is not None}
         for name, value in self.details.items():
             setattr(self, name, value)
@@ -127,6 +132,9 @@ def _rebuild(
 class UsageError(CheckpointError, ValueError):
     """The call itself cannot be right: nothing was done."""
 
+    usual_state = "nothing was done"
+    usual_actions = ("correct the call: the text above says what it may be",)
+
 
 class UnsupportedState(UsageError):
     """A value in the state has a type that cannot be saved. Carries ``path`` and ``type_name``."""
@@ -159,13 +167,22 @@ class RestoreIgnored(UsageError):
 class SaveFailed(CheckpointError):
     """A save cannot reach a stage. Carries ``stage``, ``tier``, ``step``; the cause is attached."""
 
+    usual_state = "earlier steps are unchanged, and training may go on"
+    usual_actions = ("see its cause and `mtckpt status`, or open the run with on_failure='warn'",)
+
 
 class CaptureFailed(SaveFailed):
     """The state could not be copied: the step was not started, the next save works."""
 
+    usual_state = "the step was not started; earlier steps are unchanged; the next save works"
+    usual_actions = ("look at the cause of this error: it was raised by the state itself",)
+
 
 class CloseFailed(CheckpointError):
     """``close()`` gave up with work still owed. ``errors`` has one error for each piece of it."""
+
+    usual_state = "what was staged stays in memory of this node until it is flushed"
+    usual_actions = ("look at `mtckpt status`",)
 
     errors: tuple[CheckpointError, ...] = ()
 
@@ -173,9 +190,17 @@ class CloseFailed(CheckpointError):
 class WaitTimeout(CheckpointError, TimeoutError):
     """A stage was not reached in time; the work goes on. Carries ``stage``, ``step``, ``timeout_s``."""
 
+    usual_state = "the work goes on"
+    usual_actions = ("wait longer, or look at `mtckpt status`",)
+
 
 class RestoreError(CheckpointError):
     """A restore that did not happen; live state is as it was unless the class says otherwise."""
+
+    usual_state = "live state unchanged"
+    usual_actions = (
+        "mtckpt ls --all lists what is there, mtckpt verify --read-data what is wrong with it",
+    )
 
 
 class NoHealthyStep(RestoreError):
@@ -197,13 +222,24 @@ class StateMismatch(RestoreError):
 class RestoreFailed(RestoreError):
     """Live state was being overwritten and no step is left: ``live_state`` is "undefined"."""
 
+    usual_state = "live state is undefined: part old, part new"
+    usual_actions = ("do not train on it: build the objects anew, and restore again",)
+
 
 class RunLocked(CheckpointError):
     """A live process owns this run. Carries ``run``, ``owner_pid``, ``owner_host``."""
 
+    usual_state = "saves of this process are refused; what was saved before is kept"
+    usual_actions = ("end the other process, or give this job another run name",)
+
 
 class AgentUnavailable(CheckpointError):
     """The node agent does not answer. Carries ``socket`` and ``timeout_s``."""
+
+    usual_state = "what was sealed before is kept; training can go on"
+    usual_actions = (
+        "mtckpt doctor says whether an agent runs, and agent.log beside its socket why not",
+    )
 
 
 class AgentTooOld(AgentUnavailable):
@@ -213,37 +249,68 @@ class AgentTooOld(AgentUnavailable):
 class TierError(CheckpointError):
     """Something a tier said. Carries ``tier``, and ``key`` where there is one."""
 
+    usual_state = "what the tier held before is unchanged"
+    usual_actions = ("look at the cause of this error, and at dmesg",)
+
 
 class ObjectNotFound(TierError):
     """The tier answered, and the object is not there."""
+
+    usual_state = "nothing was changed"
+    usual_actions = ("another copy is used where there is one; else look at the key: mtckpt ls",)
 
 
 class AlreadyExists(TierError):
     """The key is taken. Nothing in a tier is ever replaced."""
 
+    usual_state = "it is unchanged, and nothing was stored"
+    usual_actions = ("delete the object first, or choose another key",)
+
 
 class TierUnavailable(TierError):
     """The tier did not answer, or not in time. Carries ``timeout_s`` where a deadline passed."""
+
+    usual_state = "what the tier held before is unchanged"
+    usual_actions = ("see whether the device or mount answers: ls, dmesg",)
 
 
 class TierFull(TierError):
     """No room. Carries ``needed_bytes`` and ``free_bytes`` where they are known."""
 
+    usual_state = "what the tier held before is unchanged"
+    usual_actions = ("make room there, or keep fewer steps",)
+
 
 class TierReadOnly(TierError):
     """The tier refuses writes (a read-only mount)."""
+
+    usual_state = "nothing was changed"
+    usual_actions = ("mount it writable, or open it for writing",)
 
 
 class AccessDenied(TierError):
     """The user may not do that here, or a path is not safe to follow (link, foreign owner)."""
 
+    usual_state = "nothing was changed"
+    usual_actions = ("fix owner and mode of what is named above, or choose another directory",)
+
 
 class ShortRead(TierError):
     """The object ended early. Carries ``wanted_bytes`` and ``got_bytes``."""
 
+    usual_state = "nothing was changed"
+    usual_actions = (
+        "mtckpt verify --read-data shows every damaged file; another copy is used where there is one",
+    )
+
 
 class FormatError(CheckpointError):
     """Bytes that are not a file of this format. Carries ``key`` or ``path`` where known."""
+
+    usual_state = "nothing of it was used"
+    usual_actions = (
+        "mtckpt verify --read-data shows every damaged file; another copy is used where there is one",
+    )
 
 
 class Damaged(FormatError):
@@ -252,3 +319,6 @@ class Damaged(FormatError):
 
 class FormatTooNew(FormatError):
     """Written by a later version. Carries ``version`` and ``supported``."""
+
+    usual_state = "nothing of it was used"
+    usual_actions = ("upgrade mtckpt where this is read",)

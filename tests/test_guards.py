@@ -9,6 +9,7 @@ import mmap
 import os
 import shutil
 import signal
+import threading
 import tracemalloc
 import uuid
 from collections.abc import Iterator
@@ -33,7 +34,14 @@ from mtckpt.adapters import active_adapters
 from mtckpt.agent import protocol
 from mtckpt.capture.base import Span
 from mtckpt.capture.cpu import CpuEngine
-from mtckpt.errors import AccessDenied, Damaged, FormatError, SaveFailed, StepNotFound
+from mtckpt.errors import (
+    AccessDenied,
+    Damaged,
+    FormatError,
+    SaveFailed,
+    StepNotFound,
+    TierUnavailable,
+)
 from mtckpt.tiers import LocalTier, check_key
 
 pytestmark = pytest.mark.timeout(60)
@@ -430,3 +438,15 @@ def test_an_incarnation_that_was_not_written_can_be_tried_again(own: Own, ram_di
     trainer.incarnation, trainer.incarnation_id = 1, id_
     trainer.save(1)
     assert steps_in(ram_root(), name="ram") == [1]
+
+
+@pytest.mark.usefixtures("runtime_dir")
+def test_a_look_into_a_tier_that_hangs_ends_by_its_deadline(tmp_path: Path) -> None:
+    checkpointer = mtckpt.Checkpointer("r", [mtckpt.Disk(tmp_path / "disk")], timeout_s=0.3)
+    answer = threading.Event()
+    with pytest.raises(TierUnavailable, match="disk did not answer") as raised:
+        checkpointer._link.within("disk", answer.wait)
+    assert raised.value.details["timeout_s"] == 0.3
+    answer.set()
+    assert checkpointer._link.within("disk", answer.wait) is True
+    checkpointer.close()

@@ -119,6 +119,11 @@ class AgentClient:
         for connection in idle:
             connection.close()
 
+    def __del__(self) -> None:
+        # An opening that was refused leaves its client to nobody.
+        for connection in getattr(self, "_idle", ()):
+            connection.close()
+
     def __enter__(self) -> AgentClient:
         return self
 

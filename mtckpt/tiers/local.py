@@ -319,6 +319,9 @@ class LocalTier:
             if not stat.S_ISDIR(info.st_mode):
                 if key.startswith(prefix) and self._is_object(key, info):
                     yield ObjectInfo(key, info.st_size)
+                elif prefix.startswith(f"{key}/"):
+                    # A link in the place of a whole directory: to skip it would say "nothing there".
+                    self._root.check_file(info, key)
             elif f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
                 yield from self._list((*parts, name), prefix)
 
