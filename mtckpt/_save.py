@@ -264,7 +264,8 @@ class SlotRing:
 
     def held(self) -> dict[str, int]:
         """Slot id -> inode, for an agent that has started anew."""
-        return {slot.grant.slot_id: inode for inode, slot in self._slots.items()}
+        slots = list(self._slots.items())  # at once: another thread may be mapping a slot
+        return {slot.grant.slot_id: inode for inode, slot in slots}
 
     def adopt(self, grant: SlotGrant, layout: ShardLayout) -> _HeldSlot:
         """Map a granted slot, or find it mapped already; its pages are faulted in."""

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _LISTEN_S = 20.0
 _RETRY_S = 0.5
 _OPEN_RETRIES = 3
+_CALL_RETRIES = 3
 _REOPEN_PAUSE_S = 0.05
 _T = TypeVar("_T")
 
@@ -82,10 +83,7 @@ class Session:
 
     def open(self) -> protocol.Opened:
         """Reach the agent, starting one if there is none, and open the run there."""
-        with self._lock:
-            if self.opened is None:
-                self.opened = self._open()
-            return self.opened
+        return self._connected()[1]
 
     def _open(self) -> protocol.Opened:
         """Open the run. An agent that is just dying may still take a connection: tried again."""
@@ -138,26 +136,31 @@ class Session:
     def call(
         self, verb: str, message: Any, reply_type: type[_T], timeout_s: float | None = None
     ) -> _T:
-        """One call about this run. An agent that has gone is started again, once a call."""
+        """One call about this run. An agent that has gone is started again, a few times a call."""
         path = f"/v1/runs/{self.run_key}/{verb}"
         deadline_s = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
-        self.open()
-        client = self._client
-        assert client is not None
-        try:
-            return client.call(path, message, reply_type, max(0.1, deadline_s - time.monotonic()))
-        except AgentUnavailable:
-            if deadline_s - time.monotonic() < _RETRY_S or self._closing.is_set():
-                raise
-        client = self._reopen(client)
+        client = self._connected()[0]
+        for _ in range(_CALL_RETRIES):
+            left_s = max(0.1, deadline_s - time.monotonic())
+            try:
+                return client.call(path, message, reply_type, left_s)
+            except AgentUnavailable:
+                if deadline_s - time.monotonic() < _RETRY_S or self._closing.is_set():
+                    raise
+            client = self._reopen(client)
         return client.call(path, message, reply_type, max(0.1, deadline_s - time.monotonic()))
+
+    def _connected(self) -> tuple[AgentClient, protocol.Opened]:
+        """The client, and what the agent that it talks to answered when the run was opened."""
+        with self._lock:
+            if self.opened is None:
+                self.opened = self._open()
+            assert self._client is not None
+            return self._client, self.opened
 
     def status(self) -> protocol.AgentStatus:
         """The whole agent's status."""
-        self.open()
-        client = self._client
-        assert client is not None
-        return client.call("/status", None, protocol.AgentStatus)
+        return self._connected()[0].call("/status", None, protocol.AgentStatus)
 
     def watch(self, save: Save) -> None:
         """Hear about ``save`` again, though it had been done with."""
@@ -221,27 +224,41 @@ class Session:
                     self._idle.set()
 
     def _listener(self) -> None:
-        since = 0
+        heard: tuple[protocol.Opened | None, int] = None, 0
         while not self._closing.is_set():
             try:
-                changes = self.call(
-                    f"changes?since={since}&timeout_s={_LISTEN_S:.0f}&holder={self.holder}",
-                    None,
-                    protocol.Changes,
-                    _LISTEN_S + self.timeout_s,
-                )
+                client, opened = self._connected()
+                # Each agent counts from zero: what one has told is no place in another's count.
+                since = heard[1] if heard[0] is opened else 0
+                changes = self._changes(client, opened.agent_id, since)
             except CheckpointError as error:
                 # The loop must live: what is owed is reported when an agent answers again.
                 logger.debug("listening to the agent: %s", error)
+                heard = None, 0
                 self._closing.wait(_RETRY_S)
-                since = 0
                 continue
-            since = changes.seq
+            if changes is None:
+                continue
+            heard = opened, changes.seq
             if changes.fenced is not None:
                 told = protocol.error_from_wire(changes.fenced)
                 self.fenced = told if isinstance(told, RunLocked) else RunLocked(told.what)
             for change in changes.saves:
                 self._take_in(change)
+
+    def _changes(self, client: AgentClient, agent_id: str, since: int) -> protocol.Changes | None:
+        """What happened after ``since``; None if another agent was started instead."""
+        path = (
+            f"/v1/runs/{self.run_key}/changes?since={since}&timeout_s={_LISTEN_S:.0f}"
+            f"&holder={self.holder}&agent={agent_id}"
+        )
+        try:
+            return client.call(path, None, protocol.Changes, _LISTEN_S + self.timeout_s)
+        except AgentUnavailable:
+            if self._closing.is_set():
+                raise
+            self._reopen(client)
+            return None
 
     def _take_in(self, change: protocol.SaveChange) -> None:
         save = self._saves.get(change.save_id)

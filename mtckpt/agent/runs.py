@@ -201,17 +201,22 @@ class RunState:
         return [o for o in (*self.owners.values(), *self.fenced.values()) if not o.dead]
 
     def owner_of(self, holder: str) -> Owner:
-        """The owner with this holder. Raises RunLocked if it is fenced, AgentUnavailable if this
-        agent was never told of it: it opens the run again then."""
+        """The owner with this holder. Raises RunLocked if it is fenced, AgentUnavailable if it has
+        not opened the run with this agent: it does so then, and says which slots are its own."""
         for owner in self.owners.values():
             if owner.holder == holder:
+                if owner.absent:
+                    raise self._unopened()
                 owner.heard_s = time.monotonic()
                 return owner
         if holder not in self.fenced and not any(not o.dead for o in self.owners.values()):
-            raise AgentUnavailable(
-                "this agent does not know who asks", actions=["open the run again"], run=self.run
-            )
+            raise self._unopened()
         raise self.locked_out(holder)
+
+    def _unopened(self) -> AgentUnavailable:
+        return AgentUnavailable(
+            "this agent does not know who asks", actions=["open the run again"], run=self.run
+        )
 
     def locked_out(self, holder: str) -> RunLocked:
         """Why a holder may not speak for the run any more."""
@@ -251,8 +256,11 @@ class RunState:
         return True
 
     def changes(self, since: int, holder: str) -> protocol.Changes:
-        """What changed after ``since``, of the incarnation of that holder."""
+        """What changed after ``since``, of the incarnation of that holder. Raises AgentUnavailable
+        as ``owner_of`` does: ``since`` would be a number of the agent before this one."""
         owner = next((o for o in self.owners.values() if o.holder == holder), None)
+        if owner is not None and owner.absent:
+            raise self._unopened()
         fenced = None
         if owner is None and holder:
             fenced = protocol.error_to_wire(self.locked_out(holder))
@@ -370,6 +378,7 @@ class RunState:
                 save.due.discard(label)
             elif label in save.owed and save.order < max(held, default=save.order):
                 save.superseded.add(label)
+                save.seq = self.seq + 1  # whoever waits for it has to hear that it is in vain
 
     def config(self) -> work.RunConfig:
         """What the next agent needs to know."""

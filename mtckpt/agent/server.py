@@ -261,6 +261,12 @@ class AgentServer:
         except ValueError as error:
             raise UsageError("since and timeout_s are numbers") from error
         holder = request.query.get("holder", "")
+        # Each agent counts from zero. A connection that broke is made anew by the client, which
+        # does not know that another agent listens there by now.
+        if request.query.get("agent", self._registry.agent_id) != self._registry.agent_id:
+            raise AgentUnavailable(
+                "another agent has taken this one's place", actions=["open the run again"]
+            )
         owner = next((o for o in run.living() if o.holder == holder), None)
         if owner is not None:
             owner.listening += 1
