@@ -332,6 +332,8 @@ class Placing:
                 for key in [key for key in live if key not in changes]:
                     del live[key]
             for key, value in changes.items():
+                if key in live and live[key] is value:
+                    continue  # a live object that was filled in its place
                 settled = settle(value)
                 if key not in live or live[key] is not settled:
                     live[key] = settled

@@ -173,7 +173,7 @@ def restore_from(
     placing, resolve = _match(loaded, state, adapters, partial=partial, rename=rename)
     delivery = Delivery(loaded, keys[0], placing.addresses, engine, within, attempt, progress)
     delivery.run(usable, reasons, last_resort=last)
-    return _finish(candidate, loaded, placing, resolve, delivery.by_label)
+    return _finish(candidate, loaded, placing, state, resolve, delivery.by_label)
 
 
 def _open(
@@ -243,6 +243,7 @@ def _finish(
     candidate: Candidate,
     loaded: Loaded,
     placing: Placing,
+    given: Any,
     resolved: Any,
     sources: dict[str, int],
 ) -> Outcome:
@@ -250,7 +251,7 @@ def _finish(
     try:
         for action in placing.finish:
             action()
-        state = settle(resolved)
+        state = settle(resolved) if resolved is not given else given
     except StateMismatch:
         raise
     except Exception as error:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import os
 import struct
 import threading
@@ -234,10 +235,9 @@ def parse_layout(header: bytes, file_bytes: int) -> ShardLayout:
     if header_length(header, file_bytes) != len(header):
         raise Damaged("shard header is cut short", got_bytes=len(header))
     entries = _entries(header[8:])
-    ordered = sorted(entries.items(), key=lambda item: item[1].data_offsets)
     end = 0
     spans = []
-    for name, entry in ordered:
+    for name, entry in _in_file_order(entries):
         start, stop = entry.data_offsets
         dtype = _CODES.get(entry.dtype)
         if dtype is None:
@@ -257,6 +257,15 @@ def parse_layout(header: bytes, file_bytes: int) -> ShardLayout:
             got_bytes=file_bytes,
         )
     return _layout(spans, bytes(header))
+
+
+def _in_file_order(entries: dict[str, _AnyEntry]) -> list[tuple[str, _AnyEntry]]:
+    """By offset. What mtckpt has written comes so, others may write their header in any order."""
+    items = list(entries.items())
+    starts = [entry.data_offsets for _, entry in items]
+    if any(map(operator.gt, starts, starts[1:])):
+        items.sort(key=lambda item: item[1].data_offsets)
+    return items
 
 
 def _entries(text: bytes) -> dict[str, _AnyEntry]:

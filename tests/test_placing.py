@@ -229,3 +229,12 @@ def test_a_state_that_is_one_object_or_one_array() -> None:
     live = torch.zeros(2)
     restore(save(torch.ones(2)), live)
     assert live.tolist() == [1, 1]
+
+
+def test_an_empty_view_takes_no_bytes_from_the_tensor_whose_storage_it_has() -> None:
+    base = torch.zeros(6)
+    live = {"all": base, "none": base[0:0], "other": torch.zeros(2)}
+    wanted = {"all": torch.arange(6.0), "none": torch.zeros(0), "other": torch.ones(2)}
+    restore(save(wanted), live)
+    assert torch.equal(base, wanted["all"])
+    assert torch.equal(live["other"], wanted["other"])

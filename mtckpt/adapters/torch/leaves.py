@@ -156,7 +156,7 @@ def _check_storages(values: Sequence[torch.Tensor], held: list[int], paths: Sequ
     FSDP and donated buffers resize a storage to nothing and keep the tensor; its address then is
     its offset, and reading there kills the process.
     """
-    which = _outside_storage(values, held)
+    which = _outside_storage(values, held, [tensor.nbytes for tensor in values])
     if which is not None:
         raise UnsupportedState(
             "the memory of this tensor was given back (its storage was resized)",
@@ -168,9 +168,10 @@ def _check_storages(values: Sequence[torch.Tensor], held: list[int], paths: Sequ
         )
 
 
-def _outside_storage(values: Sequence[torch.Tensor], held: list[int]) -> int | None:
-    """The first tensor that ends behind its storage, which holds so many bytes."""
-    sizes = [tensor.nbytes for tensor in values]
+def _outside_storage(
+    values: Sequence[torch.Tensor], held: list[int], sizes: list[int]
+) -> int | None:
+    """The first tensor that ends behind its storage; both hold so many bytes."""
     offsets = [tensor.storage_offset() for tensor in values]
     if sizes == held and not any(offsets):
         return None
@@ -281,9 +282,10 @@ def writable_addresses(
         return None
     with torch._C.DisableTorchFunction():
         held = [tensor.untyped_storage().nbytes() for tensor in values]
-        if _outside_storage(values, held) is not None:
+        sizes = [tensor.nbytes for tensor in values]
+        if _outside_storage(values, held, sizes) is not None:
             return None
-        return [tensor.data_ptr() if tensor.nbytes else 0 for tensor in values]
+        return [tensor.data_ptr() for tensor in values]  # which is 0 for an empty one
 
 
 def new_tensor(spec: ArraySpec, path: str = "") -> tuple[torch.Tensor, int]:
