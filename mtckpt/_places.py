@@ -7,7 +7,9 @@ save may lie anywhere.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from mtckpt import _inventory, _manifest
 from mtckpt._inventory import Inventory
 from mtckpt._manifest import Incarnation, Record, SaveEntry, SaveName
 from mtckpt.errors import FormatError, TierReadOnly, UsageError
+from mtckpt.tiers._os_errors import tier_error
 from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives, check_key, read_all
 from mtckpt.tiers.local import Lease, LocalTier
 
@@ -130,13 +133,16 @@ def _directory(location: Location) -> Path:
             state="nothing was read",
             actions=("copy the checkpoint to a local directory, then load that",),
         )
-    path = Path(text).expanduser()
-    if not path.is_dir():
+    try:
+        path = Path(text).expanduser()
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"{text}: {error}", state="nothing was read", path=text) from error
+    if not _is_directory(path):
         # A run whose name is no file name lies in a directory that is called otherwise.
         by_key = path.parent / _manifest.run_key(path.name or "run")
-        if by_key.is_dir():
+        if _is_directory(by_key):
             return by_key
-        what = "is a file, not a directory" if path.is_file() else "does not exist"
+        what = "is a file, not a directory" if os.path.isfile(path) else "does not exist"
         raise UsageError(
             f"{path} {what}",
             state="nothing was read",
@@ -144,6 +150,17 @@ def _directory(location: Location) -> Path:
             path=str(path),
         )
     return path
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return False  # No directory can be called that.
+        raise tier_error(error, doing="open", tier="disk", key=None, place=str(path)) from error
 
 
 def _kind(path: Path) -> str:
