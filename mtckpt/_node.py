@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 MAX_DEPTH = 64
+# What is written has to be read again: 4,096 characters at most.
+MAX_INT_BITS = 13_600
 
 ARRAY, PLAIN, DICT, LIST, TUPLE, CODEC, OBJECT = (
     "array",
@@ -95,7 +97,18 @@ def encode_plain(value: Any) -> Any:
         return bool(value) if value is not None else None
     if isinstance(value, int):
         number = int(value)
-        return number if -(2**63) <= number < 2**63 else {"int": str(number)}
+        if -(2**63) <= number < 2**63:
+            return number
+        if number.bit_length() > MAX_INT_BITS:
+            raise UnsupportedState(
+                f"an integer of {number.bit_length():,} bits",
+                path="",
+                type_name="int",
+                limit_bits=MAX_INT_BITS,
+                state="nothing was saved",
+                actions=("save it as bytes: number.to_bytes(...)",),
+            )
+        return {"int": str(number)}
     if isinstance(value, float):
         number_f = float(value)
         return number_f if math.isfinite(number_f) else {"float": repr(number_f)}

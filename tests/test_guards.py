@@ -26,7 +26,7 @@ from shard_maker import RUN, disk_place, fill_slot, flip, make_shard, put_shard,
 from xxhash import xxh3_64_intdigest
 
 import mtckpt
-from mtckpt import _inventory, _manifest, _restore, _save, _shard
+from mtckpt import _inventory, _manifest, _node, _restore, _save, _shard
 from mtckpt._dtypes import DTYPES
 from mtckpt._manifest import Incarnation, Record, decode_sealed, encode_sealed, newest_line
 from mtckpt._transfer import verify_shard
@@ -41,6 +41,7 @@ from mtckpt.errors import (
     SaveFailed,
     StepNotFound,
     TierUnavailable,
+    UnsupportedState,
 )
 from mtckpt.tiers import LocalTier, check_key
 
@@ -286,6 +287,25 @@ def test_a_finished_capture_whose_table_changed_is_none(tmp_path: Path, ram_dir:
     assert slots.scan(RUN, repair=False).slots[0].record is not None
     flip(Path(slot.table_path), _shard.TABLE_HEADER.size + 3)
     assert slots.scan(RUN, repair=False).slots[0].record is None
+
+
+@pytest.mark.parametrize("bits", [64, 13_599, 13_600])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_large_integer_that_is_written_can_be_read(bits: int, sign: int) -> None:
+    value = sign * ((1 << bits) - 1)
+    assert _node.decode_plain(_node.encode_plain(value)) == value
+
+
+@pytest.mark.usefixtures("runtime_dir")
+def test_an_integer_that_nobody_could_read_is_not_saved(tmp_path: Path) -> None:
+    with open_run(tmp_path) as checkpointer:
+        for step, bits in ((1, 13_601), (2, 100_000)):
+            with pytest.raises(UnsupportedState, match="bits"):
+                checkpointer.save(step, {"w": np.zeros(3), "n": 1 << bits})
+        checkpointer.save(3, {"w": np.ones(3), "n": 1 << 2000}).wait("local", timeout_s=20)
+        state = {"w": np.zeros(3), "n": 0}
+        assert checkpointer.restore(state).step == 3
+        assert state["n"] == 1 << 2000
 
 
 # -- who may save -------------------------------------------------------------------------------------
