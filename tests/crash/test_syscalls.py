@@ -1,0 +1,329 @@
+"""SIGKILL before every system call that others can see: of a writer, of the agent, of its processes.
+
+Each call is numbered over all threads of its process. `make test` takes a sample of the numbers, the
+torture versions take all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from small_writer import KEEP, Nursery, Writer, WriterGone, whole_steps
+from syscall_tracer import Tracer, why_not
+
+pytestmark = [
+    pytest.mark.strace,
+    pytest.mark.skipif(bool(why_not()), reason=why_not() or "processes can be traced"),
+]
+
+# Processes of the agent, by the tier that each works for; "" is the one that decides.
+VICTIMS = ("", "ram", "disk")
+
+
+@dataclass(slots=True)
+class Story:
+    """What was promised so far, and what must therefore be there."""
+
+    nursery: Nursery
+    disk: Path
+    ram_dir: Path
+    runtime_dir: Path
+    rng: random.Random
+    num: int = 0
+    staged: int = 0
+    local: int = 0
+    started: int = 0
+    saved_by: dict[int, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    killed_at: list[str] = field(default_factory=list)
+
+    def start(self) -> Writer:
+        """A fresh process."""
+        self.num += 1
+        return self.nursery.start()
+
+    def resume(self) -> tuple[Writer, int]:
+        """A fresh process that has opened the run and restored what must be there; its step."""
+        writer = self.start()
+        writer.do("open", self.num, str(self.disk))
+        restored = writer.do("restore")
+        self.check(restored)
+        return writer, restored["step"]
+
+    def check(self, restored: dict[str, object]) -> None:
+        step, num = int(str(restored["step"])), int(str(restored["num"]))
+        told = f"{restored}, staged {self.staged}, local {self.local}, {self.killed_at[-3:]}"
+        assert not restored["bad"], told
+        assert max(self.staged, self.local) <= step <= self.started, told
+        assert self.saved_by.get(step, num) == num, told
+        self.saved_by = {s: n for s, n in self.saved_by.items() if s <= step}
+        self.staged = self.started = step
+        self.local = min(self.local, step)
+        self.counts["restored"] += 1
+
+    def learn(self, writer: Writer) -> None:
+        """Take in what a writer was promised."""
+        for what, step, _ in writer.said():
+            if what == "saving":
+                self.started = step
+            else:
+                self.saved_by[step] = self.num
+                self.counts[what] += 1
+                if what == "staged":
+                    self.staged = step
+                else:
+                    self.local = step
+        writer.log.unlink(missing_ok=True)
+
+    def check_disk(self) -> None:
+        """Nothing torn is offered, and nothing went before two newer ones were there."""
+        steps = whole_steps(self.disk)
+        told = f"{steps}, local {self.local}, {self.killed_at[-3:]}"
+        assert max(steps, default=0) >= self.local, told
+        assert self.saved_by.get(self.local, 0) == steps.get(
+            self.local, self.saved_by.get(self.local, 0)
+        ), told
+        assert len(steps) >= min(KEEP, self.counts["local"]), told
+
+    def pid_of(self, victim: str) -> int:
+        """The agent's process of a tier, or the agent itself; 0 if it does not run."""
+        agent = agent_pid(self.runtime_dir)
+        if not victim or not agent:
+            return agent
+        root = str(self.ram_dir if victim == "ram" else self.disk)
+        for child in children_of(agent):
+            with contextlib.suppress(OSError):
+                for fd in os.listdir(f"/proc/{child}/fd"):
+                    if f"{os.readlink(f'/proc/{child}/fd/{fd}')}/".startswith(f"{root}/"):
+                        return child
+        return 0
+
+    def kept(self) -> bool:
+        """Whether retention has done what the last save let it do."""
+        run_dir = next((p for p in self.disk.glob("*") if p.is_dir()), self.disk)
+        return len([*run_dir.glob("step-*")]) <= KEEP
+
+
+def agent_pid(runtime_dir: Path) -> int:
+    try:
+        pid = int((runtime_dir / "agent.pid").read_text())
+        return pid if b"mtckpt" in Path(f"/proc/{pid}/cmdline").read_bytes() else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_bytes().rpartition(b")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def wait_for(what: Callable[[], bool], name: str, timeout_s: float = 30.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline_s, f"waited {timeout_s:g} s: {name}"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def story(
+    runtime_dir: Path, ram_dir: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Story]:
+    monkeypatch.setenv("MTCKPT_AGENT_IDLE_S", "1.0")
+    nursery = Nursery(tmp_path)
+    story = Story(nursery, tmp_path / "disk", ram_dir, runtime_dir, random.Random(seed))
+    try:
+        yield story
+    finally:
+        nursery.close()
+        print(dict(story.counts), *story.killed_at[-5:], sep="\n")
+        with contextlib.suppress(OSError):
+            print((runtime_dir / "agent.log").read_text()[-3000:])
+
+
+def check_end(story: Story) -> None:
+    """A last writer saves and closes: everything that the killed ones left is gone."""
+    writer, step = story.resume()
+    writer.do("saves", step + 1, step + 3)
+    story.learn(writer)
+    writer.do("close")
+    writer.kill()
+    story.nursery.wait(writer)
+    story.check_disk()
+    wait_for(lambda: not agent_pid(story.runtime_dir), "the agent leaves")
+    ram = [p for p in story.ram_dir.rglob("*") if p.is_file() and "step-" in str(p)]
+    slots = [p for p in story.ram_dir.rglob("*") if p.is_file() and ".slots" in str(p)]
+    assert not ram, ram
+    assert not slots, slots
+    assert story.kept(), [*story.disk.rglob("*")]
+    names = {p.name for p in story.disk.rglob("*") if p.is_file()}
+    odd = {n for n in names if not n.startswith(("rank-00000.", "manifest.json", "incarnation-"))}
+    assert not odd, odd
+
+
+# -- the writer --------------------------------------------------------------------------------------
+
+
+def numbers_of_a_life(story: Story) -> int:
+    """How many calls a whole life has: open, restore, three saves, close."""
+    writer = story.start()
+    with Tracer(writer.pid) as tracer:
+        writer.do("life", story.num, str(story.disk), 3)
+        calls = tracer.stop()
+    story.learn(writer)
+    writer.kill()
+    story.nursery.wait(writer)
+    names = Counter(call.name for call in calls)
+    assert names["connect"] >= 1, names
+    assert names["sendto"] + names["sendmsg"] >= 4, names
+    return len(calls)
+
+
+def kill_writer_at(story: Story, number: int) -> None:
+    """One life that ends before its call of that number, and what the next one finds."""
+    writer = story.start()
+    with Tracer(writer.pid, kill=number) as tracer:
+        gone = False
+        try:
+            writer.do("life", story.num, str(story.disk), 3)
+        except WriterGone:
+            gone = True
+        calls = tracer.stop()
+    writer.kill()
+    story.nursery.wait(writer)
+    if gone:
+        story.counts["killed"] += 1
+        story.killed_at.append(f"writer {number}: {calls[-1].name} {calls[-1].path}")
+    story.learn(writer)
+    writer, step = story.resume()
+    story.check_disk()
+    writer.do("save", step + 1)
+    story.learn(writer)
+    if story.rng.random() < 0.5:
+        writer.do("close")
+    writer.kill()
+    story.nursery.wait(writer)
+
+
+def sample(story: Story, total: int, count: int) -> list[int]:
+    """So many numbers up to ``total``, evenly spread, from a random one on."""
+    stride = total / count
+    offset = story.rng.random() * stride
+    return [1 + int(offset + n * stride) for n in range(count)]
+
+
+def sweep(story: Story, counted: str, total: int, kill_at: Callable[[int], None]) -> None:
+    """Every number from 1 on, until several in a row were not reached: there are no more."""
+    number = missed = 0
+    while missed < 6:
+        number += 1
+        before = story.counts[counted]
+        kill_at(number)
+        missed = 0 if story.counts[counted] > before else missed + 1
+    print(f"{story.counts[counted]} of {number} numbers were reached; {total} calls were counted")
+    assert story.counts[counted] >= total // 2
+
+
+@pytest.mark.timeout(180)
+def test_writer_killed_before_some_syscalls(story: Story) -> None:
+    total = numbers_of_a_life(story)
+    for number in sample(story, total, 10):
+        kill_writer_at(story, number)
+    assert story.counts["killed"] >= 7
+    check_end(story)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(7200)
+def test_writer_killed_before_every_syscall(story: Story) -> None:
+    total = numbers_of_a_life(story)
+    sweep(story, "killed", total, lambda number: kill_writer_at(story, number))
+    check_end(story)
+
+
+# -- the agent ---------------------------------------------------------------------------------------
+
+
+def numbers_of_a_save(story: Story, victim: str) -> int:
+    """How many calls a process of the agent makes for a save, its flush and its retention."""
+    writer, step = story.resume()
+    writer.do("saves", step + 1, step + 3)
+    wait_for(story.kept, "the steps before are deleted")
+    with Tracer(story.pid_of(victim)) as tracer:
+        writer.do("save", step + 4)
+        wait_for(story.kept, "the oldest step is deleted")
+        time.sleep(0.05)  # what comes after the deletion; more is no harm, less a smaller sweep
+        calls = tracer.stop()
+    names = Counter(call.name for call in calls)
+    if victim == "disk":
+        assert names["fsync"] >= 8, names
+        assert names["linkat"] >= 4, names
+        assert names["unlinkat"] >= 8, names
+    elif victim == "ram":
+        assert names["renameat"] + names["rename"] >= 5, names
+    story.learn(writer)
+    writer.kill()
+    story.nursery.wait(writer)
+    return len(calls)
+
+
+def kill_agent_at(story: Story, victim: str, number: int) -> None:
+    """A save under which that process is killed; the writer goes on, and so does a fresh one."""
+    writer, step = story.resume()
+    writer.do("saves", step + 1, step + 3)
+    pid = story.pid_of(victim)
+    with Tracer(pid, kill=number) as tracer:
+        writer.send("save", step + 4)
+        writer.answer()
+        if not tracer.ended():
+            wait_for(lambda: tracer.ended() or story.kept(), "retention")
+        killed = tracer.ended(0.1)
+        calls = tracer.stop()
+    if killed:
+        story.counts[f"killed {victim or 'agent'}"] += 1
+        last = calls[-1] if calls else None
+        story.killed_at.append(f"{victim or 'agent'} {number}: {last}")
+    writer.do("save", step + 5)
+    story.learn(writer)
+    story.check_disk()
+    if story.rng.random() < 0.3 and (agent := agent_pid(story.runtime_dir)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(agent, signal.SIGKILL)
+    writer.kill()
+    story.nursery.wait(writer)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("victim", VICTIMS, ids=["agent", "ram", "disk"])
+def test_agent_killed_before_some_syscalls(story: Story, victim: str) -> None:
+    total = numbers_of_a_save(story, victim)
+    for number in sample(story, total, 3):
+        kill_agent_at(story, victim, number)
+    assert story.counts[f"killed {victim or 'agent'}"] >= 1
+    check_end(story)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("victim", VICTIMS, ids=["agent", "ram", "disk"])
+def test_agent_killed_before_every_syscall(story: Story, victim: str) -> None:
+    total = numbers_of_a_save(story, victim)
+    sweep(
+        story,
+        f"killed {victim or 'agent'}",
+        total,
+        lambda number: kill_agent_at(story, victim, number),
+    )
+    check_end(story)
