@@ -151,7 +151,7 @@ def command(data: bytes) -> None:
     """What the control process and its data processes receive from one another."""
     for decode in (work.decode_request, work.decode_reply):
         with contextlib.suppress(CheckpointError):
-            found = decode(data)
+            found: Any = decode(data)
             assert decode(work.encode_line(found)) == found
 
 
@@ -309,8 +309,8 @@ def _message_seeds() -> list[bytes]:
 def _command_seeds() -> list[bytes]:
     ref = work.TierRef("ram", "/r", True)
     requests = [work.Request(1, work.Free(ref, RUN, "a")), work.Request(2, work.Scan(ref, RUN))]
-    replies = [work.Reply(1, work.Freed(10)), work.Reply(2, work.Progress(10, 20))]
-    return [work.encode_line(value) for value in (*requests, *replies)]
+    replies = [work.Reply(1, result=work.Freed(10)), work.Reply(2, work.Progress(10, 20))]
+    return [*map(work.encode_line, requests), *map(work.encode_line, replies)]
 
 
 _SEEDS: dict[str, Callable[[], list[bytes]]] = {

@@ -460,6 +460,30 @@ def test_an_incarnation_that_was_not_written_can_be_tried_again(own: Own, ram_di
     assert steps_in(ram_root(), name="ram") == [1]
 
 
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_a_large_array_that_is_damaged_is_not_restored(
+    tier: str, tmp_path: Path, ram_dir: Path
+) -> None:
+    """In the second chunk of several, and in the last one, which is cut short."""
+    num_elements = 3 * _shard.CHUNK_BYTES // 4 + 3
+    with open_run(tmp_path) as checkpointer:
+        for step in (1, 2, 3):
+            state = {"w": np.full(num_elements, step, np.float32)}
+            checkpointer.save(step, state).wait("local", timeout_s=20)
+        root = {"ram": ram_root(), "disk": tmp_path / "disk"}[tier]
+        if tier == "disk":
+            shutil.rmtree(ram_root() / "r")
+        for step, back_bytes in ((3, 4), (2, 4 + _shard.CHUNK_BYTES)):
+            for place in {root, tmp_path / "disk"}:
+                for path in place.glob(f"r/step-{step:012d}.*/*.safetensors"):
+                    flip(path, path.stat().st_size - back_bytes)
+        live = {"w": np.zeros(num_elements, np.float32)}
+        restored = checkpointer.restore(live)
+        assert restored.step == 1
+        assert (live["w"] == 1).all()
+        assert {"step 2", "step 3"} <= restored.skipped.keys()
+
+
 @pytest.mark.usefixtures("runtime_dir")
 def test_a_look_into_a_tier_that_hangs_ends_by_its_deadline(tmp_path: Path) -> None:
     checkpointer = mtckpt.Checkpointer("r", [mtckpt.Disk(tmp_path / "disk")], timeout_s=0.3)
