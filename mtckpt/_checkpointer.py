@@ -23,7 +23,15 @@ from mtckpt._handle import Restored, Save, Status, Step
 from mtckpt._progress import progress
 from mtckpt._run import Run
 from mtckpt._saver import Saver
-from mtckpt._schedule import Disk, Ram, Tempo, labels_of, make_schedule, parse_every
+from mtckpt._schedule import (
+    Disk,
+    Ram,
+    Tempo,
+    TierSettings,
+    labels_of,
+    make_schedule,
+    parse_every,
+)
 from mtckpt._session import Session
 from mtckpt._steps import list_steps
 from mtckpt.agent import protocol
@@ -70,7 +78,7 @@ class Checkpointer:
     def __init__(
         self,
         run: str,
-        tiers: Sequence[Ram | Disk] | None = None,
+        tiers: Sequence[TierSettings] | None = None,
         *,
         group: object = None,
         timeout_s: float = 60.0,
@@ -421,7 +429,7 @@ class Checkpointer:
         _open_runs[self._run_key] = weakref.ref(self)
 
 
-def _split(tiers: Sequence[Ram | Disk] | None, run: str) -> tuple[Ram, list[Disk]]:
+def _split(tiers: Sequence[TierSettings] | None, run: str) -> tuple[Ram, list[Disk]]:
     if tiers is None:
         return Ram(), [Disk("checkpoints")]
     rams = [tier for tier in tiers if isinstance(tier, Ram)]

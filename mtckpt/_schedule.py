@@ -24,6 +24,7 @@ __all__ = [
     "Ram",
     "Schedule",
     "Tempo",
+    "TierSettings",
     "auto_interval",
     "labels_of",
     "make_schedule",
@@ -36,8 +37,15 @@ _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|m|h)\s*")
 _SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
+class TierSettings:
+    """What ``Ram`` and ``Disk`` are to a type checker, so that a list of both has a type.
+
+    ``Checkpointer(tiers=...)`` takes a sequence of these, and at run time only those two classes.
+    """
+
+
 @dataclass(frozen=True)
-class Ram:
+class Ram(TierSettings):
     """Slots in memory of the node: tmpfs files that outlive the training process.
 
     Args:
@@ -63,7 +71,7 @@ class Ram:
 
 
 @dataclass(frozen=True)
-class Disk:
+class Disk(TierSettings):
     """Files on a local disk, flushed to it by the node agent.
 
     Args:
