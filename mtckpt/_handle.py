@@ -55,6 +55,8 @@ class Save:
         self._failed: dict[str, CheckpointError] = {}
         self._superseded: frozenset[str] = frozenset()
         self._owed: dict[str, str] = {}
+        # Two tiers may give one stage: the stage is reached with the first, the save done with both.
+        self._waiting: frozenset[str] = frozenset()
 
     @property
     def reached(self) -> frozenset[str]:
@@ -116,6 +118,7 @@ class Save:
         failed: Mapping[str, CheckpointError] | None = None,
         owed: Mapping[str, str] | None = None,
         superseded: Iterable[str] = (),
+        waiting: Iterable[str] | None = None,
         skipped: str | None = None,
     ) -> list[CheckpointError]:
         """Take in news; returns the errors that are new."""
@@ -123,6 +126,8 @@ class Save:
             self._reached |= frozenset(stages)
             self._superseded |= frozenset(superseded)
             self._owed = dict(owed or {})
+            if waiting is not None:
+                self._waiting = frozenset(waiting)
             self.skipped = skipped or self.skipped
             fresh = [e for label, e in (failed or {}).items() if label not in self._failed]
             self._failed.update(failed or {})
@@ -134,6 +139,9 @@ class Save:
         with self._condition:
             self._planned.update(more)
             self._superseded -= more.keys()
+            self._waiting |= more.keys()
+            for label in more:
+                self._failed.pop(label, None)  # it is tried once more
 
     def _pause(self, seconds: float) -> None:
         """Until something is told, or ``seconds``."""
@@ -144,6 +152,8 @@ class Save:
         if not self.due or self.skipped or "ram" in self._failed:
             return True
         open_labels = self._planned.keys() - self._failed.keys() - self._superseded
+        if open_labels & self._waiting:
+            return False
         return all(_AT_OR_ABOVE[self._planned[label]] & self._reached for label in open_labels)
 
     def _raise_if_hopeless(self, stage: str, wanted: frozenset[str]) -> None:

@@ -9,24 +9,40 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from mtckpt import _inventory, _manifest, _restore
 from mtckpt._manifest import Incarnation
 from mtckpt._restore import Place
 from mtckpt.agent import protocol
-from mtckpt.errors import RestoreUnavailable, TierUnavailable
+from mtckpt.errors import CheckpointError, RestoreUnavailable, TierUnavailable
 from mtckpt.tiers import LocalTier, Survives
 
 if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
     from mtckpt._schedule import Disk
     from mtckpt._session import Session
+    from mtckpt.tiers import ObjectInfo
 
 __all__ = ["Run"]
 
 _MIN_BYTES_PER_S = 20e6
+
+
+class _Silent:
+    """In the place of a tier that could not be opened: every look at it says why."""
+
+    def __init__(self, name: str, survives: Survives, error: CheckpointError) -> None:
+        self.name = name
+        self.survives = survives
+        self._error = error
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        raise self._error
+
+    def close(self) -> None:
+        return None
 
 
 class Run:
@@ -49,18 +65,38 @@ class Run:
         self.timeout_s = timeout_s
         self.incarnation: Incarnation | None = None
         self.parent: tuple[int, int] | None = None
+        # To name in errors; abspath looks at nothing but the name.
+        self._paths = {
+            label: os.path.abspath(disk.path)
+            for label, disk in zip(self.labels, self.disks, strict=True)
+        }
         self._highest = 0
         self._scanned = False
 
     def places(self) -> list[Place]:
+        """Every tier that there is, fastest first. One that hangs says so when it is looked into."""
         opened = self.session.open()
         ram = LocalTier(opened.ram_root, name="ram", survives=Survives.PROCESS, read_only=True)
-        disks = [
-            Place(label, LocalTier(disk.path, read_only=True), mapped=False)
-            for label, disk in zip(self.labels, self.disks, strict=True)
-            if os.path.isdir(disk.path)
-        ]
-        return [Place("ram", ram, mapped=True), *disks]
+        found = [Place("ram", ram, mapped=True)]
+        for label, disk in zip(self.labels, self.disks, strict=True):
+            tier = self._opened(label, disk)
+            if tier is not None:
+                found.append(Place(label, tier, mapped=False))
+        return found
+
+    def _opened(self, label: str, disk: Disk) -> LocalTier | None:
+        """The tier, None where there is no directory yet; looked for in a thread, as it may hang."""
+
+        def look() -> LocalTier | None:
+            if not os.path.isdir(disk.path):
+                return None
+            return LocalTier(disk.path, name=label, read_only=True)
+
+        try:
+            return cast("LocalTier | None", self.within(label, look))
+        except CheckpointError as error:
+            silent = _Silent(label, Survives.PROCESS | Survives.POWER, error)
+            return cast("LocalTier", silent)  # nothing but ``list`` is called before it answered
 
     def scan(self, places: Sequence[Place]) -> tuple[dict[str, Inventory], dict[str, str]]:
         inventories, silent = _restore.scan_places(places, self.key, self.within)
@@ -92,8 +128,12 @@ class Run:
         if failure:
             raise failure[0]
         if not result:
+            where = f" at {path}" if (path := self._paths.get(label)) else ""
             raise TierUnavailable(
-                f"tier {label} did not answer", tier=label, timeout_s=round(timeout_s, 1)
+                f"tier {label}{where} did not answer within {timeout_s:.1f} s",
+                tier=label,
+                path=path,
+                timeout_s=round(timeout_s, 1),
             )
         return result[0]
 
@@ -105,11 +145,22 @@ class Run:
         if not isinstance(source, os.PathLike) and "/" not in text:
             return list(places), _manifest.run_key(text)
         root, _, key = os.path.abspath(text).rpartition("/")
-        if not os.path.isdir(text):
+        self._paths["source"] = root
+
+        def look() -> LocalTier | None:
+            return LocalTier(root, read_only=True) if os.path.isdir(text) else None
+
+        try:
+            tier = self.within("source", look)
+        except CheckpointError as error:
+            raise RestoreUnavailable(
+                error.what, tiers="source", state="live state unchanged"
+            ) from error
+        if tier is None:
             raise RestoreUnavailable(
                 f"there is no directory {text}", tiers="source", state="live state unchanged"
             )
-        return [Place("disk", LocalTier(root, read_only=True), mapped=False)], key
+        return [Place("disk", tier, mapped=False)], key
 
     def begin(self) -> None:
         """Start an incarnation before the first save of this start of the job."""

@@ -271,6 +271,7 @@ class Session:
                 },
                 owed=change.owed,
                 superseded=change.superseded,
+                waiting=change.waiting,
             )
 
     def _tell(self, save: Save, **news: Any) -> None:

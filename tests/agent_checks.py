@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -30,6 +31,20 @@ def kill_agent() -> None:
     pid = agent_pid()
     os.kill(pid, signal.SIGKILL)
     until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def data_processes() -> dict[str, int]:
+    """Pids of the agent's data processes, by the root of the tier that each has open."""
+    parent = agent_pid()
+    found = {}
+    for path in Path(f"/proc/{parent}/task").glob("*/children"):
+        for pid in path.read_text().split():
+            # Descriptors are closed, and processes end, while this looks.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                for fd in os.listdir(f"/proc/{pid}/fd"):
+                    with contextlib.suppress(FileNotFoundError):
+                        found[os.readlink(f"/proc/{pid}/fd/{fd}")] = int(pid)
+    return found
 
 
 def status_of(run: str = "r") -> protocol.RunStatus | None:

@@ -215,7 +215,7 @@ class WireError(msgspec.Struct, frozen=True):
 class SaveChange(msgspec.Struct, frozen=True):
     """Where a save stands. ``stages`` only grows. ``failed`` maps tier labels to their errors;
     ``owed`` maps labels that are retried to the reason; ``superseded`` lists labels that took a
-    newer save instead."""
+    newer save instead; ``waiting`` those that are to get this one and do not have it yet."""
 
     save_id: str
     step: int
@@ -223,6 +223,7 @@ class SaveChange(msgspec.Struct, frozen=True):
     failed: dict[str, WireError] = {}
     owed: dict[str, str] = {}
     superseded: list[str] = []
+    waiting: list[str] = []
 
 
 class Changes(msgspec.Struct, frozen=True):

@@ -133,6 +133,7 @@ class SaveState:
             dict(self.failed),
             {label: why for label, why in self.owed_why.items() if label in self.owed},
             sorted(self.superseded),
+            sorted(self.owed),
         )
 
 

@@ -15,6 +15,7 @@ from agent_checks import (
     Own,
     Trainers,
     agent_pid,
+    data_processes,
     ram_root,
     status_of,
     steps_in,
@@ -242,20 +243,6 @@ def test_two_runs_do_not_touch_each_other(own: Own, tmp_path: Path) -> None:
     assert steps_in(ram_root(), "b", name="ram") == [1]
     assert steps_in(tmp_path / "d", "a") == steps_in(tmp_path / "d", "b") == [1]
     second.close()
-
-
-def data_processes() -> dict[str, int]:
-    """Pids of the agent's data processes, by the root of the tier that each has open."""
-    parent = agent_pid()
-    found = {}
-    for path in Path(f"/proc/{parent}/task").glob("*/children"):
-        for pid in path.read_text().split():
-            # Descriptors are closed, and processes end, while this looks.
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-                for fd in os.listdir(f"/proc/{pid}/fd"):
-                    with contextlib.suppress(FileNotFoundError):
-                        found[os.readlink(f"/proc/{pid}/fd/{fd}")] = int(pid)
-    return found
 
 
 def test_a_stuck_disk_holds_up_nothing_but_itself(
