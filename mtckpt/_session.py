@@ -7,12 +7,13 @@ goes away is started again and told what this process holds; what it had sealed 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mtckpt.agent import protocol
@@ -42,6 +43,10 @@ def start_ticks(pid: int) -> int:
             return int(file.read().rpartition(b")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def _left_s(deadline_s: float) -> float:
+    return max(0.1, deadline_s - time.monotonic())
 
 
 class Session:
@@ -85,12 +90,11 @@ class Session:
         """Reach the agent, starting one if there is none, and open the run there."""
         return self._connected()[1]
 
-    def _open(self) -> protocol.Opened:
+    def _open(self, deadline_s: float) -> protocol.Opened:
         """Open the run. An agent that is just dying may still take a connection: tried again."""
-        deadline_s = time.monotonic() + self.timeout_s
         for _ in range(_OPEN_RETRIES):
             try:
-                return self._open_once()
+                return self._open_once(deadline_s)
             except AgentTooOld:
                 raise
             except AgentUnavailable as error:
@@ -98,10 +102,10 @@ class Session:
                     raise
                 logger.info("run %s: %s; trying again", self.run, error.what)
                 time.sleep(_REOPEN_PAUSE_S)
-        return self._open_once()
+        return self._open_once(deadline_s)
 
-    def _open_once(self) -> protocol.Opened:
-        client = AgentClient(ensure_agent(self.timeout_s), self.timeout_s)
+    def _open_once(self, deadline_s: float) -> protocol.Opened:
+        client = AgentClient(ensure_agent(_left_s(deadline_s)), self.timeout_s)
         message = protocol.Open(
             protocol=protocol.PROTOCOL_VERSION,
             run=self.run,
@@ -117,7 +121,8 @@ class Session:
             held=self._held(),
             token=os.environ.get("MTCKPT_TOKEN", ""),
         )
-        opened = client.call(f"/v1/runs/{self.run_key}/open", message, protocol.Opened)
+        path = f"/v1/runs/{self.run_key}/open"
+        opened = client.call(path, message, protocol.Opened, _left_s(deadline_s))
         self._client = client
         return opened
 
@@ -128,9 +133,10 @@ class Session:
 
     def move_slots(self, ram_path: str) -> protocol.Opened:
         """Open again with slots in another directory (nothing has been captured yet)."""
-        with self._lock:
+        deadline_s = time.monotonic() + self.timeout_s
+        with self._locked(deadline_s):
             self.ram_path = ram_path
-            self.opened = self._open()
+            self.opened = self._open(deadline_s)
             return self.opened
 
     def call(
@@ -139,22 +145,35 @@ class Session:
         """One call about this run. An agent that has gone is started again, a few times a call."""
         path = f"/v1/runs/{self.run_key}/{verb}"
         deadline_s = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
-        client = self._connected()[0]
+        client = self._connected(deadline_s)[0]
         for _ in range(_CALL_RETRIES):
-            left_s = max(0.1, deadline_s - time.monotonic())
             try:
-                return client.call(path, message, reply_type, left_s)
+                return client.call(path, message, reply_type, _left_s(deadline_s))
             except AgentUnavailable:
                 if deadline_s - time.monotonic() < _RETRY_S or self._closing.is_set():
                     raise
-            client = self._reopen(client)
-        return client.call(path, message, reply_type, max(0.1, deadline_s - time.monotonic()))
+            client = self._reopen(client, deadline_s)
+        return client.call(path, message, reply_type, _left_s(deadline_s))
 
-    def _connected(self) -> tuple[AgentClient, protocol.Opened]:
+    @contextlib.contextmanager
+    def _locked(self, deadline_s: float) -> Iterator[None]:
+        """One thread opens the run at a time, and none waits longer for it than its call may."""
+        if not self._lock.acquire(timeout=_left_s(deadline_s)):
+            raise AgentUnavailable(
+                "the node agent does not answer: another thread waits for it", run=self.run
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _connected(self, deadline_s: float | None = None) -> tuple[AgentClient, protocol.Opened]:
         """The client, and what the agent that it talks to answered when the run was opened."""
-        with self._lock:
+        if deadline_s is None:
+            deadline_s = time.monotonic() + self.timeout_s
+        with self._locked(deadline_s):
             if self.opened is None:
-                self.opened = self._open()
+                self.opened = self._open(deadline_s)
             assert self._client is not None
             return self._client, self.opened
 
@@ -170,11 +189,11 @@ class Session:
         """No error of the agent's matters any more; the listener ends with its next answer."""
         self._closing.set()
 
-    def _reopen(self, failed: AgentClient) -> AgentClient:
-        with self._lock:
+    def _reopen(self, failed: AgentClient, deadline_s: float) -> AgentClient:
+        with self._locked(deadline_s):
             if self._client is failed:
                 logger.warning("run %s: the node agent went away, starting another", self.run)
-                self.opened = self._open()
+                self.opened = self._open(deadline_s)
                 failed.close()
             assert self._client is not None
             return self._client
@@ -257,7 +276,7 @@ class Session:
         except AgentUnavailable:
             if self._closing.is_set():
                 raise
-            self._reopen(client)
+            self._reopen(client, time.monotonic() + self.timeout_s)
             return None
 
     def _take_in(self, change: protocol.SaveChange) -> None:

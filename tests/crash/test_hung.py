@@ -23,6 +23,7 @@ from hung_fs import HungDisk
 
 import mtckpt
 from mtckpt import _session
+from mtckpt.agent import address
 from mtckpt.errors import (
     AgentUnavailable,
     CheckpointError,
@@ -209,6 +210,21 @@ def test_a_stopped_agent_costs_saves_and_never_the_loop(
 
     until(goes_on, 30.0)
     c.close(timeout_s=20)
+
+
+def test_an_agent_that_cannot_be_started_costs_saves_and_never_the_loop(tmp_path: Path) -> None:
+    """It died, and somebody sits on the lock of its start: every thread that waits holds up itself."""
+    c = open_run(tmp_path / "d", timeout_s=25.0)
+    c.save(1, state_of(1)).wait("local", timeout_s=20)
+    pid = agent_pid()
+    with address.locked(address.find(), 5.0):
+        os.kill(pid, signal.SIGKILL)
+        for step in range(2, 5):
+            with ends_within(0.3):
+                assert c.save(step, state_of(step)).step == step
+            time.sleep(0.3)
+    until(lambda: c.save(int(time.monotonic() * 100), state_of(2)).skipped is None, 30.0)
+    c.close(timeout_s=30)
 
 
 def test_close_with_a_stopped_agent_ends_and_names_it(tmp_path: Path, stop: Stop) -> None:
