@@ -79,7 +79,7 @@ def _measure(role: str, size_mib: int, rounds: int, block_s: float) -> None:
         if not checkpointer.restore(state) or not measuring.same(state, 1):
             sys.exit("restored bytes differ: no row")
         checkpointer.close()
-    facts = {"size_bytes": memcpy.size_bytes, "steps_a_block": steps}
+    facts: dict[str, Any] = {"size_bytes": memcpy.size_bytes, "steps_a_block": steps}
     name = f"training time lost, {role}"
     measuring.row(name, lost, limit=copied, goal="ratio <= 1.4", **facts)
 

@@ -11,6 +11,7 @@ import os
 import re
 import threading
 from pathlib import Path
+from statistics import median
 
 from benchmarks import measuring
 
@@ -58,8 +59,8 @@ def main() -> None:
         unit="MiB",
         goal=f"value <= {_GOAL_MIB}",
         slots=slots,
-        agent_mib=round(measuring.median(agents), 1),
-        trainer_mib=round(measuring.median(trainers), 1),
+        agent_mib=round(median(agents), 1),
+        trainer_mib=round(median(trainers), 1),
         size_bytes=size_bytes,
     )
 

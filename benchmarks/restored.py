@@ -13,6 +13,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from benchmarks import measuring
 
@@ -23,7 +25,8 @@ def main() -> None:
     if chosen.role:
         {"save": _save, "restore": _restore}[chosen.role](chosen.kind, size)
         return
-    alive, gone = [], []
+    alive: list[dict[str, Any]] = []
+    gone: list[dict[str, Any]] = []
     with measuring.places() as where:
         arguments = (
             f"--kind={chosen.kind}",
@@ -76,7 +79,7 @@ def _restore(kind: str, size: int) -> None:
     done = {
         "restore_s": ended_s - opened_s,
         "fresh_s": ended_s - started_s,
-        "memcpy_s": measuring.median([memcpy() for _ in range(5)]),
+        "memcpy_s": median([memcpy() for _ in range(5)]),
         "size_bytes": memcpy.size_bytes,
         "tensors": len(measuring.tensors_of(state)),
         "maxrss_kib": int(Path("/proc/self/statm").read_text().split()[1]) * 4,

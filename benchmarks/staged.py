@@ -7,6 +7,8 @@ many small tensors (``--kind small``).
 from __future__ import annotations
 
 import time
+from statistics import median
+from typing import Any
 
 from benchmarks import measuring
 
@@ -42,10 +44,10 @@ def main() -> None:
         if not _comes_back(checkpointer, state):
             raise SystemExit("restored bytes differ: no row")
         checkpointer.close()
-    facts = {
+    facts: dict[str, Any] = {
         "tensors": len(measuring.tensors_of(state)),
         "size_bytes": memcpy.size_bytes,
-        "tmpfs_write_s": measuring.median(written),
+        "tmpfs_write_s": median(written),
     }
     if chosen.kind == "gpt":
         measuring.row("staged", staged, limit=copied, goal="ratio <= 1.25", **facts)

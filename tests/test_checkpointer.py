@@ -128,7 +128,7 @@ def test_bad_calls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_template_that_differs_changes_nothing(tmp_path: Path) -> None:
     with open_run(tmp_path) as checkpointer:
         checkpointer.save(1, make_state(5.0)).wait("staged", timeout_s=20)
-        other = {"w": np.zeros((7, 300), np.float32), "extra": np.zeros(2)}
+        other: dict[str, Any] = {"w": np.zeros((7, 300), np.float32), "extra": np.zeros(2)}
         with pytest.raises(StateMismatch) as raised:
             checkpointer.restore(other)
         assert "extra" in getattr(raised.value, "missing", ())

@@ -92,7 +92,7 @@ def test_without_any_healthy_step_the_error_says_what_became_of_the_state(
         wanted = NoHealthyStep if cheap_bytes else RestoreFailed
         with pytest.raises(wanted) as caught:
             again.restore(state)
-        reasons = vars(caught.value).get("reasons") or caught.value.details["reasons"]
+        reasons: Any = vars(caught.value).get("reasons") or caught.value.details["reasons"]
         assert [line[:6] for line in reasons] == ["step 2", "step 1"]
         assert same(state, 0) == bool(cheap_bytes)
         assert ("undefined" in str(caught.value)) != bool(cheap_bytes)

@@ -1,13 +1,13 @@
-"""The committed checkpoints of every format version load bit for bit, today and in any later version."""
+"""The committed checkpoints of every format version load bit for bit, in any later version too."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import stored_name
+from golden import make
 from safetensors import safe_open
 
 import mtckpt._manifest as _manifest
@@ -15,10 +15,6 @@ from mtckpt._dtypes import DTYPES
 from mtckpt._load import load
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-sys.path.insert(0, str(GOLDEN))
-
-import make  # noqa: E402 - the script beside the checkpoints
-
 V1 = GOLDEN / "v1"
 # What the safetensors library can turn into NumPy arrays; the others it opens and describes.
 _READ_BY_SAFETENSORS = {

@@ -17,7 +17,7 @@ from builders import build_incarnation, build_metrics, build_save
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtckpt import _load, _manifest, errors
+from mtckpt import _load, _manifest, _reading, errors
 from mtckpt._load import load, steps
 
 WEIGHT = np.arange(1_000_000, dtype=np.float32).reshape(1000, 1000)
@@ -389,17 +389,17 @@ def test_what_is_deleted_meanwhile_stays_readable(tier: Path) -> None:
 def test_a_save_that_is_recycled_while_it_is_opened_is_looked_for_again(
     tier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = _load._reading.open_shard
+    opened = _reading.open_shard
     newest = max((tier / "run").glob("step-*"))
 
     def recycle_first(*arguments: Any) -> Any:
-        monkeypatch.setattr(_load._reading, "open_shard", opened)
+        monkeypatch.setattr(_reading, "open_shard", opened)
         (newest / "rank-00000.json").unlink()
         (newest / "rank-00000.safetensors").unlink()
         save(tier, 30)
         return opened(*arguments)
 
-    monkeypatch.setattr(_load._reading, "open_shard", recycle_first)
+    monkeypatch.setattr(_reading, "open_shard", recycle_first)
     with load(tier) as checkpoint:
         assert checkpoint.step == 30
 

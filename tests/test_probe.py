@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -155,9 +156,7 @@ def test_a_slow_disk_is_measured_for_a_bounded_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(
-        _probe.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 1) or now[0]
-    )
+    monkeypatch.setattr(time, "perf_counter", lambda: now.__setitem__(0, now[0] + 1) or now[0])
     _probe.write_bytes_per_s(str(tmp_path), 1 << 40, limit_s=3.0)
     assert now[0] < 10
 

@@ -130,7 +130,12 @@ def test_errors_pass_and_threads_end() -> None:
 
 def test_reports_come_from_any_thread_and_cost_little() -> None:
     with progress("restore", total_bytes=1000) as report:
-        threads = [threading.Thread(target=lambda: [report(i) for i in range(1000)]) for _ in "ab"]
+
+        def report_often() -> None:
+            for done_bytes in range(1000):
+                report(done_bytes)
+
+        threads = [threading.Thread(target=report_often) for _ in "ab"]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from benchmarks import measuring
@@ -51,9 +52,13 @@ def _save(size_mib: int) -> None:
 
     state = _on_device(size_mib, 9)
     checkpointer = mtckpt.Checkpointer("smoke", [mtckpt.Ram(every=1)], max_stall_s=60)
+
+    def save(step: int) -> None:
+        checkpointer.save(step, state).wait("staged")
+
     took = []
     for step in range(1, 5):
-        took.append(measuring.quietly(lambda s=step: checkpointer.save(s, state).wait("staged")))
+        took.append(measuring.quietly(partial(save, step)))
         measuring.settle()
     size_bytes = sum(tensor.nbytes for tensor in measuring.tensors_of(state))
     print(json.dumps({"staged_s": took[-1], "size_bytes": size_bytes}), flush=True)

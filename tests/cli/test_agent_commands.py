@@ -215,7 +215,7 @@ def test_watch_goes_on_until_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) 
             raise KeyboardInterrupt
 
     monkeypatch.setattr(_agent, "agent_status", lambda: None)
-    monkeypatch.setattr(_agent.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     result = mtckpt("status", "--watch")
     assert result.output.count("no agent runs") == 3
     assert result.exit_code == 130

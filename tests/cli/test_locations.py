@@ -40,7 +40,7 @@ def tier(tmp_path: Path) -> Path:
     """Two ranks, three steps, the last one abandoned by a roll-back to the first."""
     root = tmp_path / "tier"
     for rank in (0, 1):
-        more = {"rank": rank, "world_size": 2}
+        more: dict[str, Any] = {"rank": rank, "world_size": 2}
         arrays = {"model/w": np.arange(200_000, dtype=np.float32) + rank, "b": np.array(rank)}
         build_save(root, "gpt", 10, arrays, {"epoch": 1}, metrics={"loss": 2.5}, **more)
         build_save(root, "gpt", 30, arrays, {"epoch": 3}, **more)
