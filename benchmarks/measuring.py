@@ -36,7 +36,7 @@ CHILD_TIMEOUT_S = 300.0
 _PACKAGES = ("mtckpt", "torch", "safetensors", "numpy", "msgspec", "xxhash", "aiohttp")
 
 
-# -- options -----------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
 
 def options(description: str | None, **more: Any) -> argparse.Namespace:
@@ -47,7 +47,7 @@ def options(description: str | None, **more: Any) -> argparse.Namespace:
     return parser.parse_args()
 
 
-# -- states ------------------------------------------------------------------------------------------
+# -- states ----------------------------------------------------------------------------------------
 
 
 def gpt_state(size_mib: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -130,7 +130,7 @@ def same(state: Any, salt: int) -> bool:
     )
 
 
-# -- limits ------------------------------------------------------------------------------------------
+# -- limits ----------------------------------------------------------------------------------------
 
 
 class Memcpy:
@@ -177,7 +177,7 @@ class TmpfsWrite:
         os.close(self._fd)
 
 
-# -- places and processes ----------------------------------------------------------------------------
+# -- places and processes --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +251,7 @@ def child(*arguments: str, check: bool = True) -> str:
     return done.stdout
 
 
-# -- rows --------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, Any]:

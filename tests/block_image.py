@@ -1,8 +1,8 @@
-"""A disk whose power can be cut: a file system on a loop device on a FUSE file that logs what it is told.
+"""A disk whose power can be cut: a file system on a loop device on a FUSE file that logs writes.
 
-As a program it is the FUSE file: it keeps the image in memory and appends every write and every flush
-to a log before it answers. The rest makes images of what a disk may hold after a power cut: all that
-was written before the last flush, and any of the 4 KiB blocks written since.
+As a program it is the FUSE file: it keeps the image in memory and appends every write and every
+flush to a log before it answers. The rest makes images of what a disk may hold after a power cut:
+all that was written before the last flush, and any of the 4 KiB blocks written since.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _until(what: Any) -> None:
         time.sleep(0.01)
 
 
-# -- crash images ------------------------------------------------------------------------------------
+# -- crash images ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ def _apply(fd: int, event: Event) -> None:
         os.pwrite(fd, event.data, event.offset)
 
 
-# -- the program -------------------------------------------------------------------------------------
+# -- the program -----------------------------------------------------------------------------------
 
 
 def main(mount_point: str, log_path: str) -> None:

@@ -1,4 +1,4 @@
-"""Counts the system calls of a running process, over all its threads, and makes one the last or fail.
+"""Counts the system calls of a running process, over all its threads; makes one the last or fail.
 
 Like strace's ``inject``, with what strace lacks: one count for all threads (strace counts in each),
 only calls on files below a directory, and a list of the calls. As a program it is the tracer: one

@@ -93,7 +93,7 @@ def test_a_killed_example_ends_like_its_plain_twin(tmp_path: Path, runtime_dir: 
     assert STEPS < len(written) < 2 * STEPS - 15
 
 
-# ---------------------------------------------------------------------------------------------- demo
+# --------------------------------------------------------------------------------------------- demo
 
 
 @pytest.fixture(scope="module")

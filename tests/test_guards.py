@@ -84,7 +84,7 @@ def open_run(tmp_path: Path, **settings: Any) -> mtckpt.Checkpointer:
     return mtckpt.Checkpointer("r", tiers, timeout_s=20, max_stall_s=10, **settings)
 
 
-# -- the format ---------------------------------------------------------------------------------------
+# -- the format ------------------------------------------------------------------------------------
 
 
 def test_every_tensor_is_aligned_to_its_elements() -> None:
@@ -187,7 +187,7 @@ def test_a_branch_from_before_its_parent_began_counts_no_step_after_it() -> None
     assert line == [(3, None), (2, 150), (1, 150)]
 
 
-# -- capture ------------------------------------------------------------------------------------------
+# -- capture ---------------------------------------------------------------------------------------
 
 
 def test_the_digest_is_of_the_source_and_not_of_the_copy() -> None:
@@ -308,7 +308,7 @@ def test_an_integer_that_nobody_could_read_is_not_saved(tmp_path: Path) -> None:
         assert state["n"] == 1 << 2000
 
 
-# -- who may save -------------------------------------------------------------------------------------
+# -- who may save ----------------------------------------------------------------------------------
 
 
 class _SecondRank(FakeTrainer):
@@ -377,7 +377,7 @@ def test_a_damaged_capture_of_a_dead_trainer_is_never_offered(trainers: Trainers
     assert steps_in(ram_root(), name="ram") == [1]
 
 
-# -- the loop -----------------------------------------------------------------------------------------
+# -- the loop --------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("runtime_dir")

@@ -129,7 +129,7 @@ def test_leaves_are_decoded_on_demand_and_checked(record: Record) -> None:
         msgspec.structs.replace(record, roots="***").root_bytes()
 
 
-# -- names --------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50)
@@ -183,7 +183,7 @@ def test_file_names_are_read_back() -> None:
     assert _manifest.parse_incarnation_file(name + "x") is None
 
 
-# -- decisions ----------------------------------------------------------------------------------------
+# -- decisions -------------------------------------------------------------------------------------
 
 
 def test_a_save_is_complete_when_every_rank_of_one_save_is_there(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_header_length_is_refused_before_it_is_allocated() -> None:
         _shard.header_length(struct.pack("<Q", 1 << 30), 1 << 40)
 
 
-# -- the table ----------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def test_a_table_is_read_back_and_belongs_to_one_layout() -> None:
@@ -213,7 +213,7 @@ def test_roots_are_one_for_each_tensor_and_change_with_it() -> None:
     assert [i for i, equal in enumerate(same) if not equal] == [index]
 
 
-# -- checking -----------------------------------------------------------------------------------------
+# -- checking --------------------------------------------------------------------------------------
 
 
 @given(st.data())

@@ -297,7 +297,7 @@ def test_scan_finds_a_finished_capture(slots: Slots, shard: Shard) -> None:
     assert found.record is None
 
 
-# -- a kill at every step ----------------------------------------------------------------------------
+# -- a kill at every step --------------------------------------------------------------------------
 
 _SCRIPT = """
 import sys

@@ -1,4 +1,4 @@
-"""Copying, verifying, healing and deleting shards: damage anywhere, a full target, a kill anywhere."""
+"""Copying, verifying, healing and deleting shards: damage and kills anywhere, a full target."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_manifest_waits_for_every_rank(ram_dir: Path, tmp_path: Path, disk: Pl
     assert write_manifest(disk, RUN, shards[0].name)  # the other rank's flush has written it
 
 
-# -- damage -------------------------------------------------------------------------------------------
+# -- damage ----------------------------------------------------------------------------------------
 
 
 def _flip_data(shard: Shard, files: tuple[Path, Path, Path]) -> int:
@@ -242,7 +242,7 @@ def test_a_shard_of_another_step_under_the_right_name_is_found(
     assert str(other.name) in reason
 
 
-# -- targets that do not take it ------------------------------------------------------------------------
+# -- targets that do not take it -------------------------------------------------------------------
 
 
 class _Refusing:
@@ -320,7 +320,7 @@ def test_puts_go_through_a_throttle(ram: Place, disk: Place, shard: Shard) -> No
     assert sum(waits) == pytest.approx(len(shard.data) / 100_000, rel=0.1)
 
 
-# -- deleting, and a kill at every step -------------------------------------------------------------------
+# -- deleting, and a kill at every step ------------------------------------------------------------
 
 
 def test_delete_waits_for_readers_and_takes_everything(

@@ -1,4 +1,4 @@
-"""Tensors as leaves: every type, layout and device kind that can be saved comes back bit for bit."""
+"""Tensors as leaves: every type, layout and kind of device that is saved comes back bit for bit."""
 
 from __future__ import annotations
 

@@ -295,7 +295,8 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     program = (
         "import sys\nfrom mtckpt.cli import main\n"
         "try:\n    main(['--help'], prog_name='mtckpt')\nexcept SystemExit:\n    pass\n"
-        "heavy = ('numpy','torch','jax','asyncio','aiohttp','rich','msgspec','xxhash','http.client')\n"
+        "heavy = ('numpy','torch','jax','asyncio','aiohttp','rich','msgspec','xxhash',"
+        "'http.client')\n"
         "print('HEAVY', *(m for m in heavy if m in sys.modules))"
     )
     done = subprocess.run(
