@@ -17,7 +17,7 @@ from mtckpt import _manifest, _save
 from mtckpt._handle import Save, stage_of_tier
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import protocol
-from mtckpt.errors import AgentUnavailable, CheckpointError, TierFull
+from mtckpt.errors import AgentUnavailable, CheckpointError, TierFull, TierUnavailable
 
 if TYPE_CHECKING:
     from mtckpt._run import Run
@@ -67,7 +67,7 @@ class Saver:
         planned.update({label: stage_of_tier("disk") for label in labels if label != "ram"})
         try:
             self.run.begin()
-        except AgentUnavailable as error:
+        except (AgentUnavailable, TierUnavailable) as error:
             return self._call_off(Save(step, planned=planned), f"the node agent: {error.what}")
         incarnation = self.run.incarnation
         assert incarnation is not None
@@ -128,7 +128,7 @@ class Saver:
         )
         try:
             slots = self._ask_slot(want)
-        except AgentUnavailable as error:
+        except (AgentUnavailable, TierUnavailable) as error:
             self._call_off(save, f"the node agent: {error.what}")
             return None
         if slots.grant is None:
