@@ -288,6 +288,22 @@ def test_a_stopped_process_of_ram_is_replaced(
     c.close(timeout_s=20)
 
 
+def test_a_stopped_process_of_ram_calls_the_first_save_off(
+    tmp_path: Path, ram_dir: Path, stop: Stop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTCKPT_CALL_TIMEOUT_S", "1.0")
+    c = open_run(tmp_path / "d", timeout_s=20.0)
+    assert not c.restore(state_of(0))
+    root = next(path for path in data_processes() if path.startswith(str(ram_dir)))
+    stop(data_processes()[root])
+    with ends_within(1.0):
+        skipped = c.save(1, state_of(1)).skipped
+    assert skipped is not None
+    assert "ram did not answer" in skipped
+    until(lambda: c.save(int(time.monotonic() * 100), state_of(2)).skipped is None, 30.0)
+    c.close(timeout_s=30)
+
+
 # -- a disk ----------------------------------------------------------------------------------------
 
 
