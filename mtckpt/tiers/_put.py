@@ -20,7 +20,7 @@ from typing import Literal
 from mtckpt._crash import crash_point
 from mtckpt.tiers._blocks import Writer
 from mtckpt.tiers._os_errors import free_bytes_at, tier_full
-from mtckpt.tiers._rooted import FILE_FLAGS, TEMPORARY, Root, full_sync
+from mtckpt.tiers._rooted import FILE_FLAGS, TEMPORARY, Root, full_sync, let_go
 from mtckpt.tiers.base import PutResult, Source
 
 if sys.platform != "win32":
@@ -65,6 +65,7 @@ class Put:
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(self.temporary, dir_fd=self.fds[-1])
+                self._remove_empty()
                 raise
         return PutResult(self.size_bytes, atomic)
 
@@ -91,11 +92,22 @@ class Put:
                     last = error
                     time.sleep(0.001)
                 except OSError as error:
+                    self._remove_empty()
                     raise self.root.error(error, self.key, "create", self.size_bytes) from error
                 else:
                     stack.push(attempt.pop_all())
                     return fd
         raise self.root.error(last, self.key, "create") from last
+
+    def _remove_empty(self) -> None:
+        """Remove the directories that were made for nothing, so that a full tier does not fill up
+        with them; another put that is just entering one makes it again."""
+        parts = self.key.split("/")[: max(0, len(self.fds) - 1)]
+        for depth in range(len(parts) - 1, -1, -1):
+            try:
+                os.rmdir(parts[depth], dir_fd=self.fds[depth])
+            except OSError:
+                return
 
     def _refuse_taken(self) -> None:
         try:
@@ -122,7 +134,7 @@ class Put:
                 os.fchmod(fd, mode)  # The umask may have taken the group's bits.
             self._hold(fd)
         except BaseException:
-            os.close(fd)
+            let_go(fd)
             with contextlib.suppress(OSError):
                 os.unlink(self.temporary, dir_fd=self.fds[-1])
             raise
@@ -146,12 +158,11 @@ class Put:
             try:
                 with self._mapped("open"):
                     keep_fd = os.dup(fd)
-                stack.callback(os.close, keep_fd)
+                stack.callback(let_go, keep_fd)
                 crash_point("put.created")
                 self._fill(fd)
             except BaseException:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
+                let_go(fd)
                 raise
             with self._mapped("close"):
                 os.close(fd)
@@ -169,8 +180,12 @@ class Put:
                 insist=self.direct_io == "always",
                 fail=lambda error: self.root.error(error, self.key, "write", self.size_bytes),
             ).run()
-        finally:
+        except BaseException:
             if direct_fd >= 0:
+                let_go(direct_fd)
+            raise
+        if direct_fd >= 0:
+            with self._mapped("close"):
                 os.close(direct_fd)
         crash_point("put.written")
         if self.root.sync:

@@ -27,7 +27,7 @@ from mtckpt.errors import (
 )
 from mtckpt.tiers._os_errors import free_bytes_at, tier_error
 
-__all__ = ["TEMPORARY", "Root", "full_sync"]
+__all__ = ["TEMPORARY", "Root", "full_sync", "let_go"]
 
 TEMPORARY = ".tmp-"
 
@@ -55,6 +55,12 @@ def full_sync(fd: int) -> None:
         os.fsync(fd)
     else:
         fcntl.fcntl(fd, full)
+
+
+def let_go(fd: int) -> None:
+    """Close what nothing was written through: an error of that tells of nothing that was asked."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 class Root:
@@ -144,7 +150,7 @@ class Root:
             if error.errno not in (errno.EROFS, errno.EINVAL):
                 raise
         finally:
-            os.close(fd)
+            let_go(fd)
 
     def _check_root(self, info: os.stat_result) -> None:
         if self.read_only:
@@ -247,11 +253,11 @@ class Root:
     def __del__(self) -> None:
         # A tier that nobody closed must not keep a descriptor for the life of a training job.
         if getattr(self, "_fd", -1) >= 0:
-            os.close(self._fd)
+            let_go(self._fd)
 
     def _close_if_unused(self) -> None:
         if self._closed and not self._users and self._fd >= 0:
-            os.close(self._fd)
+            let_go(self._fd)
             self._fd = -1
 
     @contextlib.contextmanager
@@ -274,7 +280,7 @@ class Root:
             yield fds
         finally:
             for fd in fds:
-                os.close(fd)
+                let_go(fd)
 
     def _make_directory(self, name: str, parent_fd: int) -> None:
         try:
@@ -286,7 +292,7 @@ class Root:
             try:
                 os.fchmod(fd, 0o2770)
             finally:
-                os.close(fd)
+                let_go(fd)
 
     def _enter(self, name: str, parent_fd: int, path: Path, key: str | None) -> int:
         try:
@@ -305,7 +311,7 @@ class Root:
                     raise self.unsafe(path, key, f"belongs to user {info.st_uid}")
                 self._check_mode(info, path, key)
         except BaseException:
-            os.close(fd)
+            let_go(fd)
             raise
         return fd
 
@@ -342,7 +348,7 @@ class Root:
             info = os.fstat(fd)
             self.check_file(info, key, dir_fd=dir_fd, file_fd=fd)
         except BaseException:
-            os.close(fd)
+            let_go(fd)
             raise
         return fd, info
 

@@ -25,7 +25,7 @@ from mtckpt._crash import crash_point
 from mtckpt.errors import AccessDenied, ObjectNotFound, ShortRead, TierUnavailable, UsageError
 from mtckpt.tiers._blocks import read_blocks
 from mtckpt.tiers._put import DirectIo, Put
-from mtckpt.tiers._rooted import FILE_FLAGS, TEMPORARY, Root
+from mtckpt.tiers._rooted import FILE_FLAGS, TEMPORARY, Root, let_go
 from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives, check_key
 
 if sys.platform != "win32":
@@ -69,7 +69,7 @@ class Lease:
         """Give the lease back. Idempotent."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            let_go(fd)
 
     def __enter__(self) -> Lease:
         return self
@@ -145,7 +145,7 @@ class LocalTier:
         try:
             got_bytes = read_blocks(fd, view, offset, lambda e: self._root.error(e, key, "read"))
         finally:
-            os.close(fd)
+            let_go(fd)
         if got_bytes != len(view):
             raise ShortRead(
                 f"{key} ends early",
@@ -230,7 +230,7 @@ class LocalTier:
                 yield fd
             finally:
                 if fd is not None:
-                    os.close(fd)
+                    let_go(fd)
 
     def quarantine(self, key: str, reason: str) -> Quarantined:
         """Set a damaged object aside, atomically; the key is free afterwards."""
@@ -387,12 +387,12 @@ class LocalTier:
                     there = os.lstat(parts[-1], dir_fd=fds[-1])
                     if os.path.samestat(there, info):
                         return fd
-                    os.close(fd)
+                    let_go(fd)
                 except BlockingIOError:
-                    os.close(fd)
+                    let_go(fd)
                     return None
                 except BaseException:
-                    os.close(fd)
+                    let_go(fd)
                     raise
         raise TierUnavailable(
             f"{key} is replaced faster than it can be opened", tier=self.name, key=key
@@ -417,5 +417,5 @@ def _is_held(name: str, dir_fd: int) -> bool:
     except OSError:
         return False  # No locks here: the owner was told to sweep before anybody puts.
     finally:
-        os.close(fd)
+        let_go(fd)
     return False
