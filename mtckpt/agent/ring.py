@@ -254,7 +254,7 @@ class Ring:
             run.touch()
             raise
         except CheckpointError:
-            slot.doubtful = True
+            slot.doubtful = slot.refused = True
             raise
         return self._note_sealed(run, slot, name, sealed)
 
@@ -372,7 +372,7 @@ class Ring:
                 run.slots.pop(slot.slot_id, None)
             elif not found.save:
                 slot.state, slot.holder, slot.doubtful = SlotState.FREE, "", False
-            elif sealed and found.step <= max(sealed):
+            elif slot.refused or (sealed and found.step <= max(sealed)):
                 await self._free(run, slot)
             else:
                 continue  # its seal is on its way

@@ -47,7 +47,8 @@ class Slot:
     """A slot, or a shard in RAM whose files can become one. ``save`` is set once it is sealed.
 
     ``doubtful``: CAPTURING as far as is known, and nobody may ever seal it (its agent restarted,
-    or its seal failed); looked at when slots run short.
+    or its seal failed); looked at when slots run short. ``refused``: its owner was told that the
+    save failed, and does not seal it again.
     """
 
     slot_id: str
@@ -62,6 +63,7 @@ class Slot:
     rank: int = 0
     save: str = ""
     doubtful: bool = False
+    refused: bool = False
 
     def grant(self) -> SlotGrant:
         return SlotGrant(
