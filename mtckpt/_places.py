@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,44 @@ from mtckpt.tiers._os_errors import tier_error
 from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives, check_key, read_all
 from mtckpt.tiers.local import Lease, LocalTier
 
-__all__ = ["Location", "Place", "incarnation_line", "is_location", "open_places", "unusable"]
+__all__ = [
+    "Location",
+    "Place",
+    "incarnation_line",
+    "is_location",
+    "open_places",
+    "refuse_one_directory",
+    "unusable",
+]
 
 Location = str | os.PathLike[str]
+_LINKS_TIMEOUT_S = 2.0
+
+
+def refuse_one_directory(paths: Mapping[str, str]) -> None:
+    """Raise UsageError if two tiers, label to path, are the same directory by whatever name.
+
+    A second copy in the place of the first is none, and what memory recycles is no disk's to keep.
+    """
+    labels: dict[str, str] = {}
+    for label, path in paths.items():
+        real = _without_links(path)
+        if labels.setdefault(real, label) != label:
+            raise UsageError(
+                f"the tiers {labels[real]} and {label} are one directory: {real}",
+                state="nothing was done",
+                actions=("give each tier a directory of its own, on devices that fail apart",),
+                path=real,
+            )
+
+
+def _without_links(path: str) -> str:
+    """The path with links followed, or as it is where a device does not answer."""
+    found: list[str] = []
+    look = threading.Thread(target=lambda: found.append(os.path.realpath(path)), daemon=True)
+    look.start()
+    look.join(_LINKS_TIMEOUT_S)
+    return found[0] if found else os.path.abspath(path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ __all__ = ["check_room", "memory_left_bytes", "ram_full"]
 
 GIB = 1 << 30
 _CGROUPS = Path("/sys/fs/cgroup")
+# A slot is data and a table, then a record and the directory of the save.
+_SLOT_FILES = 4
 # Limit, usage, and the cache in it that the kernel takes back: of version 2, and of version 1.
 _MEMORY_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
@@ -26,6 +28,8 @@ _MEMORY_FILES = (
 def check_room(path: str, needed_bytes: int) -> None:
     """Raise TierFull unless the tmpfs at ``path`` and memory both have ``needed_bytes``."""
     usage = os.statvfs(path)
+    if usage.f_files and usage.f_favail < _SLOT_FILES:
+        raise ram_full(path, needed_bytes)
     if usage.f_blocks and usage.f_bavail * usage.f_frsize < needed_bytes:
         raise ram_full(path, needed_bytes)
     left_bytes, limit = memory_left_bytes()
@@ -50,6 +54,19 @@ def ram_full(path: str, needed_bytes: int) -> TierFull:
     """The refusal, with the arithmetic and the commands that would make room."""
     usage = os.statvfs(path)
     free_bytes = usage.f_bavail * usage.f_frsize
+    if usage.f_files and usage.f_favail < _SLOT_FILES:
+        mount = _mount_point(path)
+        return TierFull(
+            f"{mount} has no inodes left for a RAM slot: {usage.f_favail} free of {usage.f_files}",
+            state="nothing was allocated",
+            actions=[
+                f"mount -o remount,nr_inodes={2 * usage.f_files} {mount}",
+                f"look for what holds them: find {mount} | wc -l",
+            ],
+            tier="ram",
+            needed_bytes=needed_bytes,
+            free_bytes=free_bytes,
+        )
     total_bytes = usage.f_blocks * usage.f_frsize
     mount = _mount_point(path)
     # What is used stays used; room for a ring of three, so that the advice need not be taken twice.
@@ -88,7 +105,7 @@ def memory_left_bytes() -> tuple[int | None, str]:
 
 
 def _own_cgroups() -> list[Path]:
-    """This process's cgroups that may limit memory, and those above; a container's own is a root."""
+    """Our cgroups that may limit memory, and those above them; a container's own is a root."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:

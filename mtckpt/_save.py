@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 from xxhash import xxh3_128
@@ -420,13 +420,13 @@ def _write_record(path: str, data: bytes, mode: int) -> None:
         ) from error
 
 
-def capture_error(step: int, error: Exception) -> CheckpointError:
-    """What a failed capture raises: our own errors as they are, a user's or a framework's wrapped."""
+def raise_capture_error(step: int, error: Exception) -> NoReturn:
+    """Raise what a failed capture is: an error of ours as it is, one of somebody else's wrapped."""
     if isinstance(error, CheckpointError):
-        return error
-    return CaptureFailed(
+        raise error
+    raise CaptureFailed(
         f"the state of step {step} could not be read: {type(error).__name__}: {error}",
         stage="captured",
         step=step,
         state="the step was not started; earlier steps are unchanged; the next save works",
-    )
+    ) from error

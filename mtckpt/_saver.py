@@ -77,9 +77,9 @@ class Saver:
             if _is_producer(state):
                 state = state()
             captured = self._planner.prepare(state, active_adapters())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again, named
             # A user's state_dict or a framework may raise anything: it is named and wrapped.
-            raise _save.capture_error(step, error) from error
+            _save.raise_capture_error(step, error)
         grant = self._slot(captured.plan.layout, save)
         if grant is None:
             return save
@@ -91,13 +91,13 @@ class Saver:
                 captured, slot, identity, self._engine,
                 due=due, metrics=metrics, every=every,
             )  # fmt: skip
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again, named
             # Whatever went wrong, the slot goes back first; it has no generation word.
             self._session.next_slot = None
             with contextlib.suppress(CheckpointError):
                 release = protocol.Release(self._session.holder, grant.slot_id)
                 self._session.call("release", release, protocol.Done)
-            raise _save.capture_error(step, error) from error
+            _save.raise_capture_error(step, error)
         save._advance(("captured",))
         self.steps.add(step)
         self.last = save

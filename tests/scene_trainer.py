@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crash_worker import make_state, what_differs
+import numpy as np
 
 import mtckpt
 from mtckpt.errors import CheckpointError
@@ -117,6 +117,43 @@ class SceneTrainer:
                     stream.close()
 
 
+# -- what is saved ---------------------------------------------------------------------------------
+
+# More than one digest chunk, several types, an empty and a 0-d array.
+SIZES = {"w": ("<f8", (90_001,)), "half": ("<f2", (3, 50_000)), "bytes": ("u1", (400_003,))}
+
+
+def seed_of(num: int, step: int) -> int:
+    return (step * 1_000_003 + num * 7919) % 1021
+
+
+def make_state(num: int, step: int) -> dict[str, Any]:
+    """What life ``num`` saves at ``step``: every array tells which it is of."""
+    seed = seed_of(num, step)
+    state: dict[str, Any] = {
+        name: ((np.arange(np.prod(shape)) + seed) % 2039 % 251).reshape(shape).astype(code)
+        for name, (code, shape) in SIZES.items()
+    }
+    state["scalar"] = np.array(seed, dtype="<i4")
+    state["empty"] = np.zeros((0, 3))
+    state["plain"] = {"num": num, "step": step, "text": "x" * (seed % 50)}
+    return state
+
+
+def what_differs(state: dict[str, Any], step: int) -> str:
+    """Empty if ``state`` is what some life saved at ``step``, every byte of it."""
+    plain = state["plain"]
+    wanted = make_state(plain["num"], step)
+    if plain != wanted["plain"]:
+        return f"plain values {plain} at step {step}"
+    for name, array in wanted.items():
+        if name != "plain" and not (
+            state[name].dtype == array.dtype and np.array_equal(state[name], array)
+        ):
+            return f"{name} is not that of life {plain['num']} step {step}"
+    return ""
+
+
 # -- the program -----------------------------------------------------------------------------------
 
 
@@ -138,8 +175,6 @@ class Trainer:
     def _state(self, num: int, step: int) -> dict[str, Any]:
         state = make_state(num, step)
         if self.scale:
-            import numpy as np
-
             state["large"] = np.full(self.scale, (step * 7 + num) % 251, "u1")
         if self.torch:
             import torch
@@ -153,8 +188,6 @@ class Trainer:
 
     def restore(self) -> dict[str, Any]:
         """The step, where it came from, whose it is, and what is wrong with its bytes, if any."""
-        import numpy as np
-
         state = self._state(0, 0)
         restored = self.checkpointer.restore(state)
         num, bad = state["plain"]["num"], ""
@@ -254,6 +287,7 @@ def _try_to_save(checkpointer: mtckpt.Checkpointer) -> str:
 def _causes(error: BaseException) -> list[str]:
     causes = []
     while error.__cause__ is not None:
+        assert error.__cause__ is not error, "an error is its own cause"
         error = error.__cause__
         causes.append(type(error).__name__)
     return causes

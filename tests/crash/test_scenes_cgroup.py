@@ -1,4 +1,4 @@
-"""Trainer and agent end with their control group, or run out of its memory: nothing sealed is lost."""
+"""Trainer and agent end with their cgroup, or run out of its memory: nothing sealed is lost."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -12,8 +13,7 @@ from typing import Any
 
 import pytest
 from agent_checks import agent_pid, status_of, until
-from crash_worker import make_state
-from scene_trainer import SceneTrainer, TrainerError
+from scene_trainer import SceneTrainer, TrainerError, make_state
 
 import mtckpt
 
@@ -125,10 +125,10 @@ def test_a_worker_that_outlives_torchrun_is_fenced(
     assert "capturing" not in states
     assert len(states) <= 4, states
     third.do("close")
-    for step in mtckpt.steps(tmp_path / "d" / "r"):
-        with mtckpt.load(tmp_path / "d" / "r", step=step.step) as found:
-            wanted = make_state(1 if step.step < 5 else 2, step.step)
-            assert found["scalar"] == wanted["scalar"], f"step {step.step} is another's"
+    for kept in mtckpt.steps(tmp_path / "d" / "r"):
+        with mtckpt.load(tmp_path / "d" / "r", step=kept.step) as found:
+            wanted = make_state(1 if kept.step < 5 else 2, kept.step)
+            assert found["scalar"] == wanted["scalar"], f"step {kept.step} is another's"
             assert (found["w"] == wanted["w"]).all()
 
 
@@ -140,7 +140,11 @@ def _end_orphans(trainer: SceneTrainer) -> None:
         with contextlib.suppress(OSError):
             if (entry / "fd" / "0").stat().st_ino == ours and int(entry.name) != os.getpid():
                 os.kill(int(entry.name), signal.SIGKILL)
-                until(lambda pid=int(entry.name): state_of(pid) in ("gone", "Z"))
+                until(functools.partial(_is_over, int(entry.name)))
+
+
+def _is_over(pid: int) -> bool:
+    return state_of(pid) in ("gone", "Z")
 
 
 def test_children_that_outlive_their_trainer_keep_nothing_alive(
