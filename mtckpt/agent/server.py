@@ -52,6 +52,7 @@ START_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 2.0
 MAX_POLL_S = 60.0
 MAX_QUEUED_EVENTS = 1000
+HEARTBEAT_S = 2.0
 
 _STATUS_OF = (
     (RunLocked, 409),
@@ -295,7 +296,10 @@ class AgentServer:
         )
 
     async def _get_events(self, request: web.Request) -> web.StreamResponse:
-        """The events that are kept, then each as it happens; ``?follow=0`` ends after the first."""
+        """The events that are kept, then each as it happens; ``?follow=0`` ends after the first.
+
+        A line that says ``alive`` comes when nothing happens: proxies close what is silent.
+        """
         stream = self._registry.tools.events
         queue: asyncio.Queue[Event] = asyncio.Queue(MAX_QUEUED_EVENTS)
 
@@ -310,10 +314,15 @@ class AgentServer:
         try:
             for event in kept:
                 await response.write(_line(event))
+            spoke_s = 0.0
             while request.query.get("follow", "1") != "0" and not self.stopped.is_set():
+                if time.monotonic() - spoke_s > HEARTBEAT_S:
+                    await response.write(_line({"time": round(time.time(), 3), "name": "alive"}))
+                    spoke_s = time.monotonic()
                 with contextlib.suppress(asyncio.TimeoutError):
                     event = await asyncio.wait_for(queue.get(), 1.0)
                     await response.write(_line(event))
+                    spoke_s = time.monotonic()
                 if request.transport is None or request.transport.is_closing():
                     break
         except ConnectionResetError:

@@ -82,6 +82,11 @@ def test_events_are_lines_and_follow(client: AgentClient, tmp_path: Path) -> Non
     assert process.stdout is not None
     try:
         assert json.loads(process.stdout.readline())["name"] == "agent.started"
+        # Nothing happens, and whoever listens sees that the agent is there: twice, at least.
+        for _ in range(2):
+            alive = json.loads(process.stdout.readline())
+            assert alive["name"] == "alive"
+            assert alive["time"] > 0
         trainer = FakeTrainer("r", [disk(tmp_path / "d")])
         trainer.open()
         trainer.begin()
@@ -89,6 +94,8 @@ def test_events_are_lines_and_follow(client: AgentClient, tmp_path: Path) -> Non
         names = []
         while "save.flushed" not in names:
             event = json.loads(process.stdout.readline())
+            if event["name"] == "alive":
+                continue
             names.append(event["name"])
             assert event["seq"] > 0
         assert "run.opened" in names
