@@ -56,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 State = Any
 _EXIT_S = 30.0
+# What the last words with the agent may take, though the deadline has passed.
+_GRACE_S = 1.0
 _open_runs: dict[str, weakref.ref[Checkpointer]] = {}
 
 
@@ -271,10 +273,11 @@ class Checkpointer:
         self._closed = True
         errors: list[CheckpointError] = list(self._pending)
         self._pending.clear()
+        deadline_s = time.monotonic() + timeout_s
         try:
-            errors += self._drain(timeout_s)
+            errors += self._drain(deadline_s)
         finally:
-            self._session.close(5.0)
+            self._session.close(_left_s(deadline_s, 5.0))
             self._saver.ring.clear()
             if _open_runs.get(self._run_key, _no_one)() is self:
                 del _open_runs[self._run_key]
@@ -371,13 +374,12 @@ class Checkpointer:
 
     # -- the end ---------------------------------------------------------------------------------
 
-    def _drain(self, timeout_s: float) -> list[CheckpointError]:
-        deadline_s = time.monotonic() + timeout_s
+    def _drain(self, deadline_s: float) -> list[CheckpointError]:
         session = self._session
         if session.opened is None:
             return []
         errors: list[CheckpointError] = []
-        if not session.wait_idle(timeout_s):
+        if not session.wait_idle(max(0.0, deadline_s - time.monotonic())):
             errors.append(
                 AgentUnavailable("the node agent did not take the last save", run=self.run)
             )
@@ -387,7 +389,12 @@ class Checkpointer:
             if last is not None and session.fenced is None:
                 last._plan(dict.fromkeys(self._labels, "local"))
                 session.watch(last)
-                session.call("flush", protocol.Flush(session.holder), protocol.Done)
+                session.call(
+                    "flush",
+                    protocol.Flush(session.holder),
+                    protocol.Done,
+                    _left_s(deadline_s, self._timeout_s),
+                )
                 errors += self._await_newest(last, deadline_s)
             if last is not None and (error := last.exception()) is not None:
                 self._failed(last, error)  # told before perhaps, and open all the same
@@ -396,7 +403,10 @@ class Checkpointer:
                 self._pending.clear()
             session.stop_listening()
             session.call(
-                "close", protocol.Close(session.holder, free_ram=not errors), protocol.Done
+                "close",
+                protocol.Close(session.holder, free_ram=not errors),
+                protocol.Done,
+                _left_s(deadline_s, self._timeout_s),
             )
         except (CheckpointError, RunLocked) as error:
             if not isinstance(error, RunLocked):
@@ -409,7 +419,8 @@ class Checkpointer:
                 last._pause(0.2)
         if last.done():
             return []
-        owed = "; ".join(f"{k}: {v}" for k, v in last._owed.items()) or "still under way"
+        owed = "; ".join(f"{k}: {v}" for k, v in last._owed.items())
+        owed = owed or f"{', '.join(sorted(last._waiting))}: still under way"
         return [
             SaveFailed(
                 f"step {last.step} did not reach every tier in time: {owed}",
@@ -461,6 +472,11 @@ def _split(tiers: Sequence[TierSettings] | None, run: str) -> tuple[Ram, list[Di
 
 def _as_dict(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__struct_fields__}
+
+
+def _left_s(deadline_s: float, most_s: float) -> float:
+    """For one more call before a deadline: what is left, but never too little for an answer."""
+    return min(most_s, max(_GRACE_S, deadline_s - time.monotonic()))
 
 
 def _no_one() -> None:
