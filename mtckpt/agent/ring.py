@@ -82,6 +82,8 @@ class Ring:
         return slot.grant() if slot else None
 
     def _take_free(self, run: RunState, owner: Owner) -> Slot | None:
+        if _is_out(owner):
+            return None
         plan, _ = run.plans[owner.holder]
         for slot in run.slots.values():
             if slot.state is SlotState.FREE and slot.fits(plan):
@@ -121,7 +123,7 @@ class Ring:
         slot = _slot_of(files, SlotState.CAPTURING)
         slot.holder, slot.rank = owner.holder, owner.rank
         run.slots[slot.slot_id] = slot
-        if run.gone or owner.dead:
+        if run.gone or _is_out(owner):
             await self._free(run, slot)
             return None
         return slot
@@ -145,7 +147,7 @@ class Ring:
         """Make a slot of the oldest save that RAM need not hold any more, CAPTURING."""
         plan, _ = run.plans[owner.holder]
         busy: set[str] = set()
-        while name := queue.pick_recycle(run.facts(), frozenset(busy)):
+        while not _is_out(owner) and (name := queue.pick_recycle(run.facts(), frozenset(busy))):
             save = run.saves[name]
             shard = next((s for s in run.slots.values() if s.save == name), None)
             if shard is None or not shard.fits(plan) or shard.rank != owner.rank:
@@ -155,11 +157,15 @@ class Ring:
             if slot is None:
                 busy.add(name)
                 continue
-            if slot.fits(plan):
+            if not slot.fits(plan):
+                await self._free(run, slot)
+            elif _is_out(owner):
+                # It went while the slot was made, and what it left is settled: nobody has this one.
+                slot.state = SlotState.FREE
+            else:
                 slot.state, slot.holder = SlotState.CAPTURING, owner.holder
                 slot.rank = owner.rank
                 return slot
-            await self._free(run, slot)
         return None
 
     async def _recycle_save(self, run: RunState, save: SaveState, shard: Slot) -> Slot | None:
@@ -267,6 +273,7 @@ class Ring:
         save = run.saves.get(name)
         if save is None:
             save = run.saves[name] = SaveState(parsed, sealed.save_id)
+        save.save_id = sealed.save_id
         save.incarnation_id, save.world_size = sealed.incarnation_id, sealed.world_size
         save.size_bytes += sealed.size_bytes
         save.metrics.update(sealed.metrics)
@@ -388,6 +395,23 @@ class Ring:
             shards = [s for s in run.slots.values() if s.save == str(newest.name)]
             if any(shard.fits(plan) for shard in shards):
                 await self._free_other_plans(run, plan)
+                await self._free_excess(run, plan)
+
+    async def _free_excess(self, run: RunState, plan: Plan) -> None:
+        """Free what a ring has more than it should: an earlier owner or agent had died with it."""
+        wanted = sum(count for other, count in run.plans.values() if other == plan)
+        fitting = [s for s in run.slots.values() if s.fits(plan) and s.holder not in run.fenced]
+        excess = len(fitting) - wanted
+        for slot in fitting:
+            if excess > 0 and slot.state is SlotState.FREE and slot.slot_id in run.slots:
+                excess -= 1
+                await self._free(run, slot)
+        for save in sorted(run.saves.values(), key=lambda s: s.order):
+            if excess <= 0:
+                return
+            num_shards = sum(slot.save == str(save.name) for slot in fitting)
+            if num_shards and await self.drop_from_ram(run, save):
+                excess -= num_shards
 
     async def _free_other_plans(self, run: RunState, plan: Plan, *, hard: bool = False) -> bool:
         """``hard``: memory is short, so a FREE slot goes before the new plan's first save too."""
@@ -450,6 +474,11 @@ class Ring:
                 slot = Slot(_new_id(), SlotState.COMMITTED, save.size_bytes // shards)
                 slot.save, slot.rank = str(save.name), rank
                 run.slots[slot.slot_id] = slot
+
+
+def _is_out(owner: Owner) -> bool:
+    """Whether an owner is to be given nothing more."""
+    return owner.dead or bool(owner.fenced_by)
 
 
 def _slot_of(files: work.SlotFiles, state: SlotState) -> Slot:

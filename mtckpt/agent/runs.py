@@ -77,7 +77,8 @@ class Slot:
 
 @dataclass(slots=True, eq=False)
 class SaveState:
-    """One save. ``ranks`` has, by tier label, the ranks whose records are there."""
+    """One save. ``ranks`` has, by tier label, the ranks whose records are there; none of them where
+    only other files are."""
 
     name: SaveName
     save_id: str
@@ -340,7 +341,14 @@ class RunState:
         found = set()
         for entry in scan.saves:
             name = SaveName.parse(entry.save)
-            if name is None or not entry.ranks or entry.aborted:
+            if name is None or entry.aborted:
+                continue
+            if not entry.ranks:
+                if label != RAM and not entry.problems:
+                    # What a kill left of a flush or of a deletion: retention lets it go.
+                    found.add(entry.save)
+                    remains = self.saves.setdefault(entry.save, SaveState(name, ""))
+                    remains.ranks.setdefault(label, set())
                 continue
             found.add(entry.save)
             save = self.saves.get(entry.save)
@@ -349,6 +357,8 @@ class RunState:
                     name, entry.save_id, entry.incarnation_id, entry.world_size, entry.size_bytes
                 )
                 save.seen_at = entry.saved_at_s or save.seen_at
+            save.save_id = save.save_id or entry.save_id
+            save.incarnation_id = save.incarnation_id or entry.incarnation_id
             save.world_size = entry.world_size or save.world_size
             save.size_bytes = max(save.size_bytes, entry.size_bytes)
             save.ranks[label] = set(entry.ranks)

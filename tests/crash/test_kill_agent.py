@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agent_checks import kill_agent
+from agent_checks import kill_agent, until
 from fake_trainer import FakeTrainer, disk
 
 from mtckpt._manifest import SaveName
@@ -76,6 +76,26 @@ def test_a_place_in_the_news_of_one_agent_is_none_in_those_of_the_next(
         with pytest.raises(AgentUnavailable, match="another agent"):
             ask(first, since)
     assert [change.step for change in ask(second, 0).saves] == [1]
+
+
+def test_what_a_kill_left_of_a_deletion_goes_with_the_next_one(
+    own: Callable[..., FakeTrainer], tmp_path: Path
+) -> None:
+    trainer = own("r", [disk(tmp_path / "d", keep=3)])
+    trainer.open()
+    trainer.begin()
+    for step in (1, 2, 3):
+        trainer.save(step, ["disk"])
+        trainer.wait_stage(step, "local")
+    kill_agent()
+    (oldest, *_) = sorted((tmp_path / "d" / trainer.key).glob("step-*"))
+    for name in ("rank-00000.json", "manifest.json"):  # what goes first
+        (oldest / name).unlink()
+    trainer.open()
+    for step in (4, 5):
+        trainer.save(step, ["disk"])
+        trainer.wait_stage(step, "local")
+    until(lambda: not oldest.exists())
 
 
 def test_who_waits_hears_that_a_save_was_superseded_before_the_agent_died() -> None:
