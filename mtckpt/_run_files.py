@@ -113,6 +113,16 @@ class RunFiles:
         except ObjectNotFound:
             return []
 
+    def drop_empty(self, run_key: str) -> list[str]:
+        """Remove the directories of saves that have nothing in them: a deletion was killed last."""
+        dropped = []
+        with contextlib.suppress(ObjectNotFound), self.directory(run_key) as run_fd:
+            for name in filter(SaveName.parse, os.listdir(run_fd)):
+                with contextlib.suppress(OSError):  # Refused, as it should be, while it has a file.
+                    os.rmdir(name, dir_fd=run_fd)
+                    dropped.append(f"{name} is gone: it was empty")
+        return dropped
+
     def create(self, name: str, dir_fd: int) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | FILE_FLAGS
         fd = os.open(name, flags, self._mode, dir_fd=dir_fd)

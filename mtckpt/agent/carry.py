@@ -185,6 +185,8 @@ class Carrier:
             with self._run_lock(command.tier, run_key):
                 findings = self._slots(command.tier).scan(run_key, repair=command.repair)
             found, repaired = findings.slots, findings.repaired
+        elif command.repair:
+            repaired = files.drop_empty(run_key)
         inventory = _inventory.scan(place.local, run_key, label=command.tier.label or None)
         return work.RunScan(
             run_key=run_key,

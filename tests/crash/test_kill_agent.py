@@ -1,4 +1,4 @@
-"""The agent alone is killed: whoever speaks to the next one first, nobody is told anything wrong."""
+"""The agent alone is killed: whoever speaks to the next one first, nobody is told wrong."""
 
 from __future__ import annotations
 
@@ -91,11 +91,14 @@ def test_what_a_kill_left_of_a_deletion_goes_with_the_next_one(
     (oldest, *_) = sorted((tmp_path / "d" / trainer.key).glob("step-*"))
     for name in ("rank-00000.json", "manifest.json"):  # what goes first
         (oldest / name).unlink()
+    empty = oldest.with_name("step-000000000000.000001.0123456789ab")  # what goes last
+    empty.mkdir()
     trainer.open()
     for step in (4, 5):
         trainer.save(step, ["disk"])
         trainer.wait_stage(step, "local")
     until(lambda: not oldest.exists())
+    assert not empty.exists()
 
 
 def test_who_waits_hears_that_a_save_was_superseded_before_the_agent_died() -> None:
