@@ -21,6 +21,7 @@ __all__ = [
     "check_identity",
     "check_record",
     "incarnation_key",
+    "incarnation_line",
     "save_key",
     "scan",
     "scan_save",
@@ -181,3 +182,23 @@ def all_incarnations(inventories: Iterable[Inventory]) -> list[Incarnation]:
     """Every incarnation that any tier knows, once each."""
     found = {(i.number, i.id): i for inv in inventories for i in inv.incarnations}
     return [found[key] for key in sorted(found)]
+
+
+def incarnation_line(inventories: Iterable[Inventory]) -> list[tuple[int, int | None]]:
+    """The line of ``newest_line``, also where files of incarnations were lost or not copied along.
+
+    An incarnation that only saves tell of is taken to go on from the one before it, at a step below
+    its own first one: what an earlier one saved at those steps or later was abandoned.
+    """
+    inventories = list(inventories)
+    known = all_incarnations(inventories)
+    first: dict[int, int] = {}
+    for name in {name for inventory in inventories for name in inventory.saves}:
+        first[name.incarnation] = min(name.step, first.get(name.incarnation, name.step))
+    numbers = sorted({*first, *(incarnation.number for incarnation in known)})
+    lost = set(numbers) - {incarnation.number for incarnation in known}
+    for before, number in zip([None, *numbers], numbers, strict=False):
+        if number in lost:
+            parent = None if before is None else (before, first[number] - 1)
+            known.append(Incarnation(_manifest.FORMAT_VERSION, "", number, "", parent))
+    return _manifest.newest_line(known)

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from mtckpt import _node, _probe, _reading, _state
+from mtckpt import _inventory, _node, _probe, _reading, _state
 from mtckpt._manifest import ArrayEntry, Record, SaveEntry, SaveName, on_line
-from mtckpt._places import Location, Place, incarnation_line, open_places, unusable
+from mtckpt._places import Location, Place, open_places, unusable
 from mtckpt._steps import list_steps
 from mtckpt.adapters import array_maker
 from mtckpt.errors import (
@@ -145,7 +145,7 @@ def _order(name: SaveName) -> tuple[int, int]:
 
 def candidates(inventory: Inventory, step: int | str) -> list[SaveEntry]:
     """The saves that ``step`` may mean, best first. Raises StepNotFound when there are none."""
-    line = incarnation_line(inventory)
+    line = _inventory.incarnation_line([inventory])
     saves = sorted(inventory.saves.values(), key=lambda save: _order(save.name), reverse=True)
     if step == "latest":
         chosen = [save for save in saves if on_line(save.name, line) and not save.aborted]

@@ -14,19 +14,21 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mtckpt import _inventory, _manifest
-from mtckpt._inventory import Inventory
-from mtckpt._manifest import Incarnation, Record, SaveEntry, SaveName
+from mtckpt._manifest import Record, SaveEntry, SaveName
 from mtckpt.errors import FormatError, TierReadOnly, UsageError
 from mtckpt.tiers._os_errors import tier_error
 from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives, check_key, read_all
 from mtckpt.tiers.local import Lease, LocalTier
 
+if TYPE_CHECKING:
+    from mtckpt._inventory import Inventory
+
 __all__ = [
     "Location",
     "Place",
-    "incarnation_line",
     "is_location",
     "open_places",
     "refuse_one_directory",
@@ -253,21 +255,6 @@ def _name_in_records(path: Path, tier: LocalTier) -> SaveName | None:
             continue  # Another rank's record may be sound; the scan reports this one.
         return _manifest.save_name(record.step, record.incarnation, record.save_id)
     return None
-
-
-def incarnation_line(inventory: Inventory) -> list[tuple[int, int | None]]:
-    """The line of ``newest_line``, also where incarnation files were not copied along.
-
-    An incarnation that only saves tell of is taken to go on from the one before it.
-    """
-    known = {i.number: i for i in inventory.incarnations}
-    numbers = sorted({*known, *(name.incarnation for name in inventory.saves)})
-    everything = list(inventory.incarnations)
-    for before, number in zip([None, *numbers], numbers, strict=False):
-        if number not in known:
-            parent = None if before is None else (before, _manifest.MAX_STEP)
-            everything.append(Incarnation(_manifest.FORMAT_VERSION, "", number, "", parent))
-    return _manifest.newest_line(everything)
 
 
 def unusable(save: SaveEntry) -> list[str]:

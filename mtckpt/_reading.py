@@ -15,12 +15,12 @@ from xxhash import xxh3_64_intdigest
 
 from mtckpt import _inventory, _manifest, _shard
 from mtckpt._dtypes import DTYPES
-from mtckpt._manifest import ArrayEntry, Record, SaveName
 from mtckpt._shard import CHUNK_BYTES, ShardLayout, StoredTensor, Table
 from mtckpt.errors import Damaged, FormatError, FormatTooNew, ShortRead, TierUnavailable
 from mtckpt.tiers.base import read_all
 
 if TYPE_CHECKING:
+    from mtckpt._manifest import ArrayEntry, Record, SaveName
     from mtckpt._places import Place
     from mtckpt.tiers.local import Lease
 

@@ -74,7 +74,7 @@ class Run:
         self._scanned = False
 
     def places(self) -> list[Place]:
-        """Every tier that there is, fastest first. One that hangs says so when it is looked into."""
+        """Every tier that there is, fastest first. One that hangs says so when it is scanned."""
         opened = self.session.open()
         ram = LocalTier(opened.ram_root, name="ram", survives=Survives.PROCESS, read_only=True)
         found = [Place("ram", ram, mapped=True)]
@@ -85,7 +85,7 @@ class Run:
         return found
 
     def _opened(self, label: str, disk: Disk) -> LocalTier | None:
-        """The tier, None where there is no directory yet; looked for in a thread, as it may hang."""
+        """The tier, None where there is no directory yet; opened in a thread, as it may hang."""
 
         def look() -> LocalTier | None:
             if not os.path.isdir(disk.path):

@@ -17,7 +17,7 @@ __all__ = ["list_steps"]
 def list_steps(inventories: Iterable[Inventory]) -> list[Step]:
     """The saves of several inventories as steps, oldest first."""
     inventories = list(inventories)
-    line = _manifest.newest_line(_inventory.all_incarnations(inventories))
+    line = _inventory.incarnation_line(inventories)
     names = sorted({name for inv in inventories for name in inv.saves})
     steps = []
     for name in names:

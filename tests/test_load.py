@@ -138,6 +138,30 @@ def test_without_incarnation_files_the_newest_incarnation_wins(tmp_path: Path) -
     assert load(tmp_path, step=20).incarnation == 1
 
 
+@pytest.mark.parametrize("lost", [(1,), (2,), (3,), (2, 3), (1, 2, 3)])
+def test_lost_incarnation_files_hide_no_step_and_bring_no_branch_back(
+    tmp_path: Path, lost: tuple[int, ...]
+) -> None:
+    """The second start went back to step 10, the third went on from step 13."""
+    for step in (10, 20):
+        save(tmp_path, step, incarnation=1)
+    for step in (11, 13):
+        save(tmp_path, step, incarnation=2, parent=(1, 10))
+    save(tmp_path, 14, incarnation=3, parent=(2, 13))
+    for number in lost:
+        (path,) = (tmp_path / "run").glob(f"incarnation-{number:06d}*")
+        path.unlink()
+    assert load(tmp_path).step == 14
+    listed = {(s.incarnation, s.step): s.abandoned for s in steps(tmp_path)}
+    assert listed == {
+        (1, 10): False,
+        (1, 20): True,
+        (2, 11): False,
+        (2, 13): False,
+        (3, 14): False,
+    }
+
+
 def test_an_incarnation_that_saved_nothing_falls_back_to_its_parent(tmp_path: Path) -> None:
     save(tmp_path, 20, incarnation=1)
     build_incarnation(tmp_path, "run", 2, parent=(1, 20))

@@ -127,8 +127,8 @@ class _Process:
     def end(self, why: str) -> None:
         """Kill it, however it is; everything under way in it fails. Idempotent.
 
-        One that hangs in a device cannot be killed yet. It is left to the kernel, which ends it when
-        the device answers.
+        One that hangs in a device cannot be killed yet. It is left to the kernel, which ends it
+        when the device answers.
         """
         if self.gone:
             return

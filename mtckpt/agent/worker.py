@@ -1,13 +1,13 @@
 """The data process: carries out commands from a socket pair, and ends when the pair does.
 
-Started as ``python -m mtckpt.agent.worker FD``, one for each root of a tier. It knows lines, threads
-and lanes. It does not know what to do on its own, keeps no state that matters, and may be killed
-at any moment. Imports are kept few: it is one of several processes on a node that has a training
-job to run.
+Started as ``python -m mtckpt.agent.worker FD``, one for each root of a tier. It knows lines,
+threads and lanes. It does not know what to do on its own, keeps no state that matters, and may be
+killed at any moment. Imports are kept few: it is one of several processes on a node that has a
+training job to run.
 
 It ends at the end of the socket pair, which the kernel brings about however the control process
-ends. PR_SET_PDEATHSIG is set as well, for a worker that hangs in a device and cannot read; it cannot
-be relied on alone, since it fires when the *thread* that started the worker ends.
+ends. PR_SET_PDEATHSIG is set as well, for a worker that hangs in a device and cannot read; it
+cannot be relied on alone, since it fires when the *thread* that started the worker ends.
 """
 
 from __future__ import annotations
