@@ -169,16 +169,23 @@ class Carrier:
         place, files = self._opened(command.tier)
         swept = place.local.sweep_temporaries() if command.repair else 0
         keys = files.run_keys() if command.run_key is None else [check_key(command.run_key)]
-        usage = os.statvfs(command.tier.path)
+        try:
+            usage = os.statvfs(command.tier.path)
+        except OSError as error:
+            raise TierUnavailable(
+                f"{command.tier.path} went away: {error.strerror}", tier=command.tier.label
+            ) from error
         return work.Scanned(
-            runs=[self._scan_run(command, place, key) for key in keys],
+            runs=[self._scan_run(command, place, files, key) for key in keys],
             swept=swept,
             quarantined=[item.key for item in place.local.quarantined()],
             free_bytes=usage.f_bavail * usage.f_frsize,
             total_bytes=usage.f_blocks * usage.f_frsize,
         )
 
-    def _scan_run(self, command: work.Scan, place: Place, run_key: str) -> work.RunScan:
+    def _scan_run(
+        self, command: work.Scan, place: Place, files: RunFiles, run_key: str
+    ) -> work.RunScan:
         found: list[SlotFinding] = []
         repaired: list[str] = []
         if place.in_memory:
@@ -186,7 +193,7 @@ class Carrier:
                 findings = self._slots(command.tier).scan(run_key, repair=command.repair)
             found, repaired = findings.slots, findings.repaired
         elif command.repair:
-            repaired = files.drop_empty(run_key)
+            repaired = self._opened(command.tier)[1].drop_empty(run_key)
         inventory = _inventory.scan(place.local, run_key, label=command.tier.label or None)
         return work.RunScan(
             run_key=run_key,
