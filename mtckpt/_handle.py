@@ -55,7 +55,7 @@ class Save:
         self._failed: dict[str, CheckpointError] = {}
         self._superseded: frozenset[str] = frozenset()
         self._owed: dict[str, str] = {}
-        # Two tiers may give one stage: the stage is reached with the first, the save done with both.
+        # Two tiers may give one stage: it is reached with the first, the save is done with both.
         self._waiting: frozenset[str] = frozenset()
 
     @property

@@ -201,7 +201,7 @@ class Session:
     # -- saves -----------------------------------------------------------------------------------
 
     def submit(self, seal: protocol.Seal, save: Save, after: Callable[[], None]) -> None:
-        """Hand a captured slot over, in the background. ``after`` runs once a next slot is known."""
+        """Hand a captured slot over, in the background. ``after`` runs once a next one is known."""
         self._saves[save.id] = save
         self._start_threads()
         self._idle.clear()

@@ -115,8 +115,10 @@ class CheckpointError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # An exception travels between processes (multiprocessing, pytest-xdist) by its arguments;
-        # ours are keywords, so it is rebuilt from all of them.
-        return (_rebuild, (type(self), self.what, self.state, self.actions, self.details))
+        # ours are keywords, so it is rebuilt from all of them. What was set later (the errors of a
+        # CloseFailed, the full diff of a StateMismatch) is in its dict.
+        made_from = (type(self), self.what, self.state, self.actions, self.details)
+        return (_rebuild, made_from, dict(self.__dict__))
 
 
 def _rebuild(

@@ -7,6 +7,7 @@ what and where, the state that the user is left in, what to do, and where to rea
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import os
 import pickle
@@ -415,8 +416,20 @@ def test_it_is_raised(name: str, stage: Stage) -> None:
     assert error.actions, f"it does not say what to do: {text}"
     assert all(f"\n  try: {action}\n" in text for action in error.actions)
     assert text.endswith(f"\n  docs: {errors.DOCS}#{name.lower()}")
-    copy = pickle.loads(pickle.dumps(error))
-    assert (type(copy), str(copy)) == (type(error), text)
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert (type(again), str(again), again.args) == (type(error), text, error.args)
+        assert repr(vars(again)) == repr(vars(error))  # errors within have no equality
+
+
+@pytest.mark.parametrize("cls", CLASSES.values())
+def test_every_attribute_goes_along(cls: type[CheckpointError]) -> None:
+    error = cls("what", state="state", actions=("do",), step=3, tier="disk", missing=("a",))
+    error.__dict__.update(errors=(ValueError("x"),), differing=("b", "c"))
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(again) is cls
+        assert repr(vars(again)) == repr(vars(error))
+        assert (again.step, again.tier, again.missing) == (3, "disk", ("a",))
+        assert again.differing == ("b", "c")
 
 
 @pytest.mark.parametrize("name", sorted(NOT_YET))
