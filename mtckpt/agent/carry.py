@@ -176,16 +176,14 @@ class Carrier:
                 f"{command.tier.path} went away: {error.strerror}", tier=command.tier.label
             ) from error
         return work.Scanned(
-            runs=[self._scan_run(command, place, files, key) for key in keys],
+            runs=[self._scan_run(command, place, key) for key in keys],
             swept=swept,
             quarantined=[item.key for item in place.local.quarantined()],
             free_bytes=usage.f_bavail * usage.f_frsize,
             total_bytes=usage.f_blocks * usage.f_frsize,
         )
 
-    def _scan_run(
-        self, command: work.Scan, place: Place, files: RunFiles, run_key: str
-    ) -> work.RunScan:
+    def _scan_run(self, command: work.Scan, place: Place, run_key: str) -> work.RunScan:
         found: list[SlotFinding] = []
         repaired: list[str] = []
         if place.in_memory:
