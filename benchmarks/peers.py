@@ -6,6 +6,8 @@ safetensors: ``save_file``, restored tensor by tensor with ``safe_open`` and ``c
 DCP async: ``dcp.async_save`` with one stager kept over all saves, so its staging memory is warm
 (``DefaultStager`` as documented allocates anew each time); no pinned memory, there is no GPU; one
 writer thread per core, no fsync, since it writes to the tmpfs too. ``dcp.load`` loads in place.
+Orbax async: one ``AsyncCheckpointer`` kept over all saves, OCDBT and Zarr 3, the fastest of its
+layouts here; the arrays are NumPy views of the same memory, so nothing is copied for it first.
 
 Each saves the same state to the same tmpfs as mtckpt, and a fresh process restores it into existing
 tensors; the bytes are compared. A name that is not installed is skipped.
@@ -13,6 +15,7 @@ tensors; the bytes are compared. A name that is not installed is skipped.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -191,10 +194,49 @@ def _dcp_load(path: str, state: _State) -> None:
     load(state, storage_reader=FileSystemReader(f"{path}/dcp"), no_dist=True)
 
 
+def _orbax() -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))
+
+
+def _orbax_save(path: str) -> Callable[[_State], Callable[[], object]]:
+    import orbax.checkpoint as ocp
+
+    checkpointer = _orbax()
+    numbers = itertools.count()
+
+    def save(state: _State) -> Callable[[], object]:
+        number = next(numbers)
+        tree = {name: tensor.numpy() for name, tensor in state.items()}
+        checkpointer.save(f"{path}/{number}", args=ocp.args.PyTreeSave(tree))
+
+        def wait() -> None:
+            checkpointer.wait_until_finished()
+            if number:  # it never writes over an older one; whoever keeps one step deletes it
+                shutil.rmtree(f"{path}/{number - 1}")
+
+        return wait
+
+    return save
+
+
+def _orbax_load(path: str, state: _State) -> None:
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    (number,) = os.listdir(path)
+    wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in state}
+    loaded = _orbax().restore(f"{path}/{number}", args=ocp.args.PyTreeRestore(restore_args=wanted))
+    for name, tensor in state.items():
+        tensor.numpy()[...] = loaded[name]
+
+
 _PEERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "torch.save": (_torch_save, _torch_load),
     "safetensors": (_safetensors_save, _safetensors_load),
     "DCP async": (_dcp_save, _dcp_load),
+    "Orbax async": (_orbax_save, _orbax_load),
 }
 
 
