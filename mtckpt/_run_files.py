@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from mtckpt import _manifest
 from mtckpt._crash import crash_point
 from mtckpt._manifest import SaveName
 from mtckpt.errors import Damaged, ObjectNotFound, UsageError
-from mtckpt.tiers._rooted import FILE_FLAGS, TEMPORARY, Root
+from mtckpt.tiers._rooted import FILE_FLAGS, Root, temporary_name
 from mtckpt.tiers.base import check_key
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class RunFiles:
 
     def write_config(self, run_key: str, data: bytes) -> None:
         """Replace the run's configuration, whole or not at all."""
-        temporary = TEMPORARY + secrets.token_hex(8)
+        temporary = temporary_name()
         with self.directory(run_key, create=True) as run_fd:
             fd = self.create(temporary, run_fd)
             try:

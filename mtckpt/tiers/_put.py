@@ -20,7 +20,7 @@ from typing import Literal
 from mtckpt._crash import crash_point
 from mtckpt.tiers._blocks import Writer
 from mtckpt.tiers._os_errors import free_bytes_at, tier_full
-from mtckpt.tiers._rooted import FILE_FLAGS, TEMPORARY, Root, full_sync, let_go
+from mtckpt.tiers._rooted import FILE_FLAGS, Root, full_sync, let_go, temporary_name
 from mtckpt.tiers.base import PutResult, Source
 
 if sys.platform != "win32":
@@ -125,7 +125,7 @@ class Put:
         raise self.root.taken(self.key)
 
     def _new_temporary(self) -> int:
-        self.temporary = TEMPORARY + os.urandom(8).hex()
+        self.temporary = temporary_name()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | FILE_FLAGS
         mode = 0o660 if self.root.group_access else 0o600
         fd = os.open(self.temporary, flags, mode, dir_fd=self.fds[-1])

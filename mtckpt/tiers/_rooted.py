@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from mtckpt.errors import (
 )
 from mtckpt.tiers._os_errors import free_bytes_at, tier_error
 
-__all__ = ["TEMPORARY", "Root", "full_sync", "let_go"]
+__all__ = ["TEMPORARY", "Root", "full_sync", "is_of_this_host", "let_go", "temporary_name"]
 
 TEMPORARY = ".tmp-"
 
@@ -41,6 +43,26 @@ FILE_FLAGS = (
     | getattr(os, "O_NOCTTY", 0)
     | _CLOEXEC
 )
+
+
+@functools.cache
+def _host() -> str:
+    """This machine in eight characters, the same after a reboot."""
+    machine = b""
+    with contextlib.suppress(OSError), open("/etc/machine-id", "rb") as file:
+        machine = file.read()
+    node = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+    return f"{zlib.crc32(os.fsencode(node) + machine):08x}"
+
+
+def temporary_name() -> str:
+    """A new name for a file that is being written; it tells on which host."""
+    return f"{TEMPORARY}{_host()}-{os.urandom(8).hex()}"
+
+
+def is_of_this_host(name: str) -> bool:
+    """Whether a temporary file was made here, where its lock says whether its writer lives."""
+    return name.startswith(f"{TEMPORARY}{_host()}-")
 
 
 def full_sync(fd: int) -> None:

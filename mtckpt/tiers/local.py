@@ -25,7 +25,7 @@ from mtckpt._crash import crash_point
 from mtckpt.errors import AccessDenied, ObjectNotFound, ShortRead, TierUnavailable, UsageError
 from mtckpt.tiers._blocks import read_blocks
 from mtckpt.tiers._put import DirectIo, Put
-from mtckpt.tiers._rooted import FILE_FLAGS, TEMPORARY, Root, let_go
+from mtckpt.tiers._rooted import FILE_FLAGS, TEMPORARY, Root, is_of_this_host, let_go
 from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives, check_key
 
 if sys.platform != "win32":
@@ -42,6 +42,9 @@ LEASE_TIMEOUT_S = 5.0
 # An owner that recycles the same key over and over; each turn needs a new race.
 MAX_RACES = 64
 MAX_WARNINGS = 100
+# A put of another host that has written nothing for so long is dead. One that is not fails as a
+# typed error when it wants to show its file, and is tried again.
+FOREIGN_AGE_S = 3600.0
 
 
 class Lease:
@@ -264,9 +267,10 @@ class LocalTier:
     def sweep_temporaries(self) -> int:
         """Remove what crashed puts left; the number of files removed.
 
-        For the owner of the tier, at start. Puts in flight, of any process, are left alone. On a
-        tier that syncs, every directory is synced as well: a put that was killed between showing
-        its key and syncing the directory has then become as durable as its listing looks.
+        For the owner of the tier, at start. Puts in flight, of any process, are left alone, and
+        those of other hosts until nothing was written for an hour. On a tier that syncs, every
+        directory is synced as well: a put that was killed between showing its key and syncing the
+        directory has then become as durable as its listing looks.
         """
         removed = 0
         for parts, name, _ in self._hidden(TEMPORARY):
@@ -320,7 +324,7 @@ class LocalTier:
                 if key.startswith(prefix) and self._is_object(key, info):
                     yield ObjectInfo(key, info.st_size)
                 elif prefix.startswith(f"{key}/"):
-                    # A link in the place of a whole directory: to skip it would say "nothing there".
+                    # A link in the place of a directory: to skip it would say "nothing there".
                     self._root.check_file(info, key)
             elif f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
                 yield from self._list((*parts, name), prefix)
@@ -408,14 +412,25 @@ def _is_key(key: str) -> bool:
 
 
 def _is_held(name: str, dir_fd: int) -> bool:
-    """Whether a put of a live process has the temporary file."""
+    """Whether a put of a live process has the temporary file, or one of another host may have it.
+
+    A file system that several hosts have mounted need not pass locks on between them.
+    """
     fd = os.open(name, os.O_RDWR | FILE_FLAGS, dir_fd=dir_fd)
+    try:
+        if _is_locked(fd):
+            return True
+        age_s = time.time() - os.fstat(fd).st_mtime
+        return not is_of_this_host(name) and age_s < FOREIGN_AGE_S
+    finally:
+        let_go(fd)
+
+
+def _is_locked(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False  # No locks here: the owner was told to sweep before anybody puts.
-    finally:
-        let_go(fd)
     return False

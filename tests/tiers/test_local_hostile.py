@@ -19,6 +19,7 @@ import pytest
 from mtckpt import errors
 from mtckpt.testing.tier_suite import in_forks
 from mtckpt.tiers import BytesSource, LocalTier, read_all
+from mtckpt.tiers._rooted import temporary_name
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
@@ -142,7 +143,7 @@ def test_a_hard_link_is_refused(tier: LocalTier, root: Path, tmp_path: Path) -> 
 
 def test_the_second_name_that_a_crash_left_is_no_hard_link(tier: LocalTier, root: Path) -> None:
     tier.put("run/a", BytesSource(b"abc"))
-    os.link(root / "run" / "a", root / "run" / ".tmp-0123")
+    os.link(root / "run" / "a", root / "run" / temporary_name())
     assert read_all(tier, "run/a", max_bytes=3) == b"abc"
     with tier.lease("run/a"):
         pass
