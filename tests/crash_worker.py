@@ -2,11 +2,13 @@
 
 As a program it is the warm process: it imports everything, has no thread, and forks a trainer for
 each line on stdin. What a trainer has seen it appends to a log, one write a line, so that a line
-is there exactly if it was reached before the kill.
+is there exactly if it was reached before the kill. With ``torch`` as its argument it trains a model
+with AdamW instead of saving arrays.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -17,7 +19,7 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,13 +29,17 @@ import mtckpt.adapters.numpy
 from mtckpt.errors import CheckpointError
 
 # More than one digest chunk, several types, an empty and a 0-d array.
-SIZES = {"w": ("<f8", (90_001,)), "half": ("<f2", (3, 50_000)), "bytes": ("u1", (400_003,))}
+SIZES = {"half": ("<f2", (3, 50_000)), "bytes": ("u1", (400_003,))}
+# Every word of this array tells which life and step it is of: a test reads it in a slot.
+TAGGED = "w"
+NUM_WORDS = 131_072
+_STEP_BITS, _INDEX_BITS = 24, 20
 
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """One trainer: ``num`` tells lives apart in what they save; it ends after ``max_steps`` and
-    ``linger_s``."""
+    """One trainer: ``num`` tells lives apart in what they save. After ``max_steps`` it waits for
+    ``linger_s``, and until the file ``hold`` is gone; then it closes."""
 
     run: str
     disk: str
@@ -42,17 +48,42 @@ class Life:
     every: int = 1
     max_steps: int = 100_000
     linger_s: float = 0.0
+    hold: str = ""
+
+
+def tagged_words(num: int, step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """What life ``num`` saves at ``step`` under ``TAGGED``."""
+    return np.arange(NUM_WORDS, dtype=np.int64) + (((num << _STEP_BITS) + step) << _INDEX_BITS)
+
+
+def step_of_word(word: int) -> tuple[int, int]:
+    """Life and step that a word of ``tagged_words`` is of."""
+    tag = word >> _INDEX_BITS
+    return tag >> _STEP_BITS, tag & ((1 << _STEP_BITS) - 1)
+
+
+class State(Protocol):
+    """What a trainer saves and restores; every byte of it tells which life and step it is of."""
+
+    tree: dict[str, Any]
+
+    def fill(self, num: int, step: int) -> None:
+        """Become what life ``num`` saves at ``step``."""
+
+    def life(self) -> int:
+        """The life that saved what is there now."""
+
+    def what_differs(self, step: int) -> str:
+        """Empty if this is what some life saved at ``step``, every byte of it."""
 
 
 def make_state(num: int, step: int) -> dict[str, Any]:
-    """What life ``num`` saves at ``step``: every byte tells which it is of."""
+    """What life ``num`` saves at ``step`` as arrays and plain values."""
     seed = (step * 1_000_003 + num * 7919) % (1 << 16)
-    state: dict[str, Any] = {
-        name: (np.arange(np.prod(shape), dtype=np.int64) * 3 + seed).reshape(shape).astype(code)
-        if code != "<f2"
-        else ((np.arange(np.prod(shape)) + seed) % 1024).reshape(shape).astype(code)
-        for name, (code, shape) in SIZES.items()
-    }
+    state: dict[str, Any] = {TAGGED: tagged_words(num, step)}
+    for name, (code, shape) in SIZES.items():
+        values = (np.arange(np.prod(shape), dtype=np.int32) + seed) % 1024
+        state[name] = values.reshape(shape).astype(code)
     state["scalar"] = np.array(seed, dtype="<i4")
     state["empty"] = np.zeros((0, 3))
     state["plain"] = {"num": num, "step": step, "text": "x" * (seed % 50)}
@@ -60,7 +91,7 @@ def make_state(num: int, step: int) -> dict[str, Any]:
 
 
 def what_differs(state: dict[str, Any], step: int) -> str:
-    """Empty if ``state`` is what some life saved at ``step``, every byte of it."""
+    """Empty if ``state`` is what ``make_state`` made for some life and ``step``, every byte."""
     plain = state["plain"]
     if plain["step"] != step:
         return f"plain values of step {plain['step']}, not {step}"
@@ -75,62 +106,144 @@ def what_differs(state: dict[str, Any], step: int) -> str:
     return ""
 
 
-def train(life: Life) -> None:
+class NumpyState:
+    """Arrays and plain values."""
+
+    def __init__(self) -> None:
+        self.tree = make_state(0, 0)
+
+    def fill(self, num: int, step: int) -> None:
+        self.tree = make_state(num, step)
+
+    def life(self) -> int:
+        return int(self.tree["plain"]["num"])
+
+    def what_differs(self, step: int) -> str:
+        return what_differs(self.tree, step)
+
+
+class TorchState:
+    """A model, AdamW with moments, and a tensor to read in slots."""
+
+    def __init__(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # A fork must not need a pool that its parent had.
+        self._torch = torch
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(200, 300), torch.nn.BatchNorm1d(300), torch.nn.Linear(300, 50)
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.tree: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            TAGGED: torch.zeros(NUM_WORDS, dtype=torch.int64),
+            "plain": {"num": 0, "step": 0},
+        }
+
+    def fill(self, num: int, step: int) -> None:
+        if not self.optimizer.state:  # One step makes the moments, which are filled like the rest.
+            for parameter in self.model.parameters():
+                parameter.grad = self._torch.zeros_like(parameter)
+            self.optimizer.step()
+        for index, tensor in enumerate(self._tensors()):
+            tensor.copy_(self._values(tensor, index, num, step))
+        self.tree[TAGGED].copy_(self._torch.from_numpy(tagged_words(num, step)))
+        self.tree["plain"] = {"num": num, "step": step}
+
+    def life(self) -> int:
+        return int(self.tree["plain"]["num"])
+
+    def what_differs(self, step: int) -> str:
+        plain, num = self.tree["plain"], self.life()
+        if plain["step"] != step:
+            return f"plain values of step {plain['step']}, not {step}"
+        wanted = self._torch.from_numpy(tagged_words(num, step))
+        if not self._torch.equal(self.tree[TAGGED], wanted):
+            return f"{TAGGED} is not that of life {num} step {step}"
+        for index, tensor in enumerate(self._tensors()):
+            if not self._torch.equal(tensor, self._values(tensor, index, num, step)):
+                return f"tensor {index} is not that of life {num} step {step}"
+        return ""
+
+    def _tensors(self) -> list[Any]:
+        model = list(self.model.state_dict().values())
+        of_optimizer = self.optimizer.state.values()
+        return [*model, *(tensor for values in of_optimizer for tensor in values.values())]
+
+    def _values(self, like: Any, index: int, num: int, step: int) -> Any:
+        first = (step * 1_003 + num * 7919 + index * 101) % (1 << 20)
+        values = self._torch.arange(first, first + like.numel())
+        return values.reshape(like.shape).to(like.dtype)
+
+
+def train(life: Life, state: State) -> None:
     """Restore, check, then save at every step until somebody ends it."""
     fd = os.open(life.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def say(*words: object) -> None:
         os.write(fd, (" ".join(map(str, words)) + "\n").encode())
 
-    state = make_state(0, 0)
     tiers: list[mtckpt.Ram | mtckpt.Disk] = [
         mtckpt.Ram(every=life.every),
         mtckpt.Disk(life.disk, every=1, keep=3),
     ]
     try:
-        with mtckpt.Checkpointer(life.run, tiers, timeout_s=15.0, max_stall_s=1.0) as c:
-            restored = c.restore(state)
-            bad = what_differs(state, restored.step) if restored.step is not None else ""
-            num = state["plain"]["num"]
-            say("restored", restored.step, bad or "ok", num, "|", dict(restored.skipped))
+        with mtckpt.Checkpointer(life.run, tiers, timeout_s=30.0, max_stall_s=5.0) as c:
+            restored = c.restore(state.tree)
+            bad = state.what_differs(restored.step) if restored.step is not None else ""
+            say("restored", restored.step, bad or "ok", state.life(), "|", dict(restored.skipped))
             first = max(1, restored.next_step)
             for step in range(first, first + life.max_steps):
-                _save(c, life, step, say)
+                _save(c, life, state, step, say)
+            say("done")
             time.sleep(life.linger_s)
+            while life.hold and os.path.exists(life.hold):
+                time.sleep(0.005)
         say("closed")
     except BaseException:
         say("error", json.dumps(traceback.format_exc()))
         raise
 
 
-def _save(c: mtckpt.Checkpointer, life: Life, step: int, say: Any) -> None:
-    state = make_state(life.num, step)
+def _save(c: mtckpt.Checkpointer, life: Life, state: State, step: int, say: Any) -> None:
+    state.fill(life.num, step)
     say("start", step)
     try:
-        save = c.save(step, state)
+        save = c.save(step, state.tree)
         if not save.due:
             return
-        save.wait("staged", timeout_s=10.0)
+        if save.skipped:
+            say("skipped", step, json.dumps(save.skipped))
+            return
+        say("captured", step)
+        save.wait("staged", timeout_s=15.0)
         say("staged", step)
         if step % 3 == 0:
-            save.wait("local", timeout_s=10.0)
+            # Less than the 20 s after which news that were missed are asked for again.
+            save.wait("local", timeout_s=15.0)
             say("local", step)
     except CheckpointError as error:
         say("failed", step, type(error).__name__, json.dumps(str(error)))
 
 
 class Nursery:
-    """The warm process, from the test's side."""
+    """The warm process, from the test's side. ``kind``: numpy or torch."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "numpy") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
         self._ask("ready")
+
+    @property
+    def pid(self) -> int:
+        """Of the warm process itself."""
+        return self._process.pid
 
     def start(self, life: Life) -> int:
         """Fork a trainer, the leader of a process group of its own; returns its pid."""
@@ -147,7 +260,7 @@ class Nursery:
             if stream is not None:
                 stream.close()
 
-    def _ask(self, *words: Any, timeout_s: float = 60.0) -> Any:
+    def _ask(self, *words: Any, timeout_s: float = 90.0) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         timer = threading.Timer(timeout_s, self._process.kill)
@@ -162,7 +275,7 @@ class Nursery:
         return json.loads(line)
 
 
-def _fork(spec: dict[str, Any]) -> int:
+def _fork(spec: dict[str, Any], kind: type[NumpyState] | type[TorchState]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -172,21 +285,26 @@ def _fork(spec: dict[str, Any]) -> int:
         devnull = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1):
             os.dup2(devnull, fd)
-        train(Life(**spec))
+        train(Life(**spec), kind())
         status = 0
     finally:
         # A fork of a warm process: what the parent had buffered or registered is not ours to run.
         os._exit(status)
 
 
-def main() -> None:
+def main(kind: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    state: type[NumpyState] | type[TorchState] = NumpyState
+    if kind == "torch":
+        importlib.import_module("mtckpt.adapters.torch")
+        state = TorchState
+        state().fill(0, 0)  # torch imports much of itself only now
     for line in sys.stdin:
         verb, *words = json.loads(line)
         answer: Any = None
         if verb == "start":
             assert threading.active_count() == 1
-            answer = _fork(words[0])
+            answer = _fork(words[0], state)
         elif verb == "wait":
             _, status = os.waitpid(words[0], 0)
             answer = os.waitstatus_to_exitcode(status)
@@ -201,4 +319,4 @@ def read_log(path: Path) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
