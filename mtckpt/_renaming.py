@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mtckpt import _state
+from mtckpt._node import MAX_DEPTH
 from mtckpt._state import ArraySpec, Node, escape
 from mtckpt.errors import UsageError
 
@@ -60,7 +61,7 @@ def rename_tree(
     """The tree with every leaf where ``rename`` says; None drops it. Empty containers are leaves.
 
     An item dropped from a list leaves a gap, so that those after it keep their places. Raises
-    UsageError if two leaves land on one path, or a leaf where a container has to be.
+    UsageError if two leaves land on one path, or a leaf where a container has to be, or too deep.
     """
     del plain_paths  # the walk knows them
     stored = list(arrays)
@@ -73,6 +74,13 @@ def rename_tree(
         if new == path:
             _insert(draft, steps, leaf, path)
         elif new is not None:
+            if new.count("/") > 2 * MAX_DEPTH:
+                raise UsageError(
+                    "rename gives a path that is nested too deeply",
+                    path=new[:200],
+                    max_depth=2 * MAX_DEPTH,
+                    state="live state unchanged",
+                )
             moved.append((new, steps, leaf))
     for path, steps, leaf in moved:  # after those that stay: their containers are what they were
         if leaf.kind == _state.ARRAY:

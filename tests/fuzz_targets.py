@@ -252,7 +252,7 @@ def everything(data: bytes) -> None:
         list(TARGETS.values())[data[0] % len(TARGETS)](data[1:])
 
 
-# -- where to begin -----------------------------------------------------------------------------------
+# -- where to begin --------------------------------------------------------------------------------
 
 
 def seeds(target: str) -> list[bytes]:
@@ -340,6 +340,7 @@ _SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "renaming": lambda: [
         *(found + b"\n\n-\na/b\nc/0" for found in _of_record("structure")),
         b'{"dict":[["a",{"list":[{"array":0},{"array":1}]}]]}\na/1\na/0',
+        b'{"dict":[["a",{"array":0}]]}\na' + b"/b" * 2000,
     ],
 }
 

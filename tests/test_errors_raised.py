@@ -104,7 +104,7 @@ def in_record(save_dir: Path, **changes: Any) -> None:
     path.write_bytes(_manifest.encode_sealed(msgspec.structs.replace(record, **changes)))
 
 
-# -- the call -----------------------------------------------------------------------------------------
+# -- the call --------------------------------------------------------------------------------------
 
 
 @raises("UsageError")
@@ -160,7 +160,7 @@ def _(stage: Stage) -> None:
     raise pickle.loads(os.read(read_fd, 65536))
 
 
-# -- saving -------------------------------------------------------------------------------------------
+# -- saving ----------------------------------------------------------------------------------------
 
 
 @raises("SaveFailed", "stage", "tier", "step")
@@ -203,7 +203,7 @@ def _(stage: Stage) -> None:
             break
 
 
-# -- restoring ----------------------------------------------------------------------------------------
+# -- restoring -------------------------------------------------------------------------------------
 
 
 @raises("NoHealthyStep", "reasons")
@@ -250,7 +250,7 @@ def _(stage: Stage) -> None:
     checkpointer.restore({"odd": Odd()})
 
 
-# -- the agent ----------------------------------------------------------------------------------------
+# -- the agent -------------------------------------------------------------------------------------
 
 
 @raises("RunLocked", "run", "owner_pid", "owner_host")
@@ -279,7 +279,7 @@ def _(stage: Stage) -> None:
     mtckpt.Checkpointer("other", [mtckpt.Ram(every=1)], timeout_s=20).restore(state())
 
 
-# -- tiers --------------------------------------------------------------------------------------------
+# -- tiers -----------------------------------------------------------------------------------------
 
 
 @raises("TierError", "tier", "os_error")
@@ -338,7 +338,7 @@ def _(stage: Stage) -> None:
     tier.read_into("run/object", memoryview(bytearray(11)))
 
 
-# -- the bytes ----------------------------------------------------------------------------------------
+# -- the bytes -------------------------------------------------------------------------------------
 
 
 @raises("FormatError", "step", "tier", "key")
@@ -370,7 +370,7 @@ def _(stage: Stage) -> None:
     raise raised.value.__cause__
 
 
-# -- the table ----------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 CLASSES = {
     name: value
@@ -425,7 +425,8 @@ def test_it_is_raised(name: str, stage: Stage) -> None:
 def test_every_attribute_goes_along(cls: type[CheckpointError]) -> None:
     error = cls("what", state="state", actions=("do",), step=3, tier="disk", missing=("a",))
     error.__dict__.update(errors=(ValueError("x"),), differing=("b", "c"))
-    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+    copies: list[Any] = [pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)]
+    for again in copies:
         assert type(again) is cls
         assert repr(vars(again)) == repr(vars(error))
         assert (again.step, again.tier, again.missing) == (3, "disk", ("a",))

@@ -28,7 +28,15 @@ from xxhash import xxh3_64_intdigest
 import mtckpt
 from mtckpt import _inventory, _manifest, _node, _restore, _save, _shard
 from mtckpt._dtypes import DTYPES
-from mtckpt._manifest import Incarnation, Record, decode_sealed, encode_sealed, newest_line
+from mtckpt._manifest import (
+    Incarnation,
+    Record,
+    SaveName,
+    decode_sealed,
+    encode_sealed,
+    newest_line,
+)
+from mtckpt._retention import Held, decide
 from mtckpt._transfer import verify_shard
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import protocol
@@ -306,6 +314,17 @@ def test_an_integer_that_nobody_could_read_is_not_saved(tmp_path: Path) -> None:
         state = {"w": np.zeros(3), "n": 0}
         assert checkpointer.restore(state).step == 3
         assert state["n"] == 1 << 2000
+
+
+def test_with_one_newer_save_nothing_is_deleted() -> None:
+    rule = mtckpt.KeepBest(1, "loss")
+    saves = [
+        Held(SaveName(step, 1, "0" * 12), verified=True, metrics={"loss": -step})
+        for step in (1, 2, 3)
+    ]
+    assert not any(decision.delete for decision in decide(saves[:2], [rule]).values())
+    deleted = [name.step for name, d in decide(saves, [rule]).items() if d.delete]
+    assert deleted == [1]
 
 
 # -- who may save ----------------------------------------------------------------------------------
