@@ -61,7 +61,9 @@ class Source(Protocol):
 
     A tier requests every byte of ``[0, size_bytes)`` exactly once an attempt, in blocks of its own
     size, in any order and from several threads. A source that verifies raises ``Damaged`` from
-    ``read``, and the put then leaves nothing behind. The view stays valid until the put returns.
+    ``read``, and the put then leaves nothing behind. A view stays valid until the same thread asks
+    for another one, or the put returns: a tier is done with a block, or has copied it, before it
+    asks for the next.
     """
 
     @property
