@@ -460,6 +460,14 @@ def test_ids_from_a_trainer_do_not_become_names_of_files(own: Own) -> None:
     assert steps_in(ram_root(), name="ram") == [1]
 
 
+@pytest.mark.parametrize("timeout", ["nan", "-inf", "-1"])
+def test_a_poll_for_no_time_ends_at_once(timeout: str, own: Own) -> None:
+    trainer = own()
+    trainer.open()
+    path = f"changes?since=99&timeout_s={timeout}&holder={trainer.holder}"
+    assert trainer.call(path, None, protocol.Changes, 20.0).saves == []
+
+
 def test_an_incarnation_that_was_not_written_can_be_tried_again(own: Own, ram_dir: Path) -> None:
     trainer = own()
     trainer.open()

@@ -258,7 +258,8 @@ class AgentServer:
         run = await self._run(request)
         try:
             since = int(request.query.get("since", "0"))
-            timeout_s = min(float(request.query.get("timeout_s", "20")), MAX_POLL_S)
+            timeout_s = float(request.query.get("timeout_s", "20"))
+            timeout_s = max(0.0, min(timeout_s, MAX_POLL_S))  # 0 for what is no number, too
         except ValueError as error:
             raise UsageError("since and timeout_s are numbers") from error
         holder = request.query.get("holder", "")
