@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from mtckpt import _manifest, _shard
 from mtckpt._manifest import Incarnation, Metrics, Record, SaveEntry, SaveName
 from mtckpt._shard import ShardLayout, Table
-from mtckpt.errors import Damaged, FormatError, ObjectNotFound, ShortRead
+from mtckpt.errors import Damaged, FormatError, ObjectNotFound, ShortRead, TierUnavailable
 from mtckpt.tiers.base import Tier, read_all
 
 __all__ = [
@@ -143,8 +143,8 @@ def _read_metrics(tier: Tier, key: str, save: SaveEntry) -> None:
         save.metrics.update(_manifest.decode_sealed(data, Metrics).metrics)
     except ObjectNotFound:
         return
-    except (FormatError, ShortRead) as error:
-        save.problems.append(f"{key}: {error.what}")
+    except (FormatError, ShortRead, TierUnavailable) as error:
+        _note_unreadable(key, error, save)
 
 
 def _read_record(
@@ -159,8 +159,8 @@ def _read_record(
         record = _manifest.decode_sealed(data, Record)
     except ObjectNotFound:
         return
-    except (FormatError, ShortRead) as error:
-        save.problems.append(f"{key}: {error.what}")
+    except (FormatError, ShortRead, TierUnavailable) as error:
+        _note_unreadable(key, error, save)
         return
     try:
         check_record(record, save.name, rank)
@@ -176,6 +176,18 @@ def _read_record(
     save.records[rank] = record
     for metric, value in record.metrics.items():
         save.metrics.setdefault(metric, value)
+
+
+def _note_unreadable(
+    key: str, error: FormatError | ShortRead | TierUnavailable, save: SaveEntry
+) -> None:
+    """A problem of that save, also where the device cannot read the file: others it may well read.
+
+    Raises any other error of a tier that does not answer.
+    """
+    if isinstance(error, TierUnavailable) and error.details.get("os_error") != "EIO":
+        raise error
+    save.problems.append(f"{key}: {error.what}")
 
 
 def all_incarnations(inventories: Iterable[Inventory]) -> list[Incarnation]:

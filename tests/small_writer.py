@@ -1,8 +1,8 @@
-"""A writer with a few kilobytes of NumPy state that does one thing at a time, as a test tells it.
+"""A writer with some hundred kilobytes of NumPy state that does what a test tells it, step by step.
 
 As a program it is a warm process: it has imported everything, has no thread, and forks a writer for
 each line on stdin. A writer connects to the test's socket and answers one JSON line with another.
-What it was promised it appends to a log, one write a line: a line is there exactly if it was reached.
+What it was promised it appends to a log, one write a line: a line is there if it was reached.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make_state(num: int, step: int) -> dict[str, Any]:
     """What writer ``num`` saves at ``step``: every element tells which it is of."""
     seed = (step * 1_000_003 + num * 7919) % (1 << 20)
     return {
-        "w": np.arange(3001, dtype="<i8") + seed,
+        "w": np.arange(40_009, dtype="<i8") + seed,  # more than one chunk of the digests
         "bytes": ((np.arange(5003) + seed) % 251).astype("u1"),
         "scalar": np.array(seed, dtype="<i4"),
         "plain": {"num": num, "step": step},
@@ -112,7 +112,7 @@ class Writer:
             self._connection.sendall(json.dumps(words).encode() + b"\n")
 
     def answer(self, timeout_s: float = TIMEOUT_S) -> Any:
-        """The answer to the oldest command that was not answered. Raises WriterGone, WriterError."""
+        """The answer to the oldest open command. Raises WriterGone, WriterError."""
         while b"\n" not in self._buffer:
             ready = select.select([self._connection], [], [], timeout_s)[0]
             assert ready, f"the writer said nothing for {timeout_s:g} s"
@@ -149,7 +149,7 @@ class Writer:
 
 
 class Nursery:
-    """The warm process, from the test's side. Each writer's log is its own file in ``directory``."""
+    """The warm process, from the test's side. Each writer has a log of its own in ``directory``."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -234,13 +234,14 @@ class _Writing:
         ram: str | None = None,
         keep: int = KEEP,
         disk_log: str = "",
+        run: str = RUN,
         **options: Any,
     ) -> None:
         """``disk_log`` is a file whose size is noted with everything that is promised."""
         self._num, self._disk_log = num, disk_log
         tiers = [mtckpt.Ram(ram, every=1, slots=2), mtckpt.Disk(disk, every=1, keep=keep)]
         options = {"timeout_s": 30.0, "max_stall_s": 10.0, **options}
-        self._checkpointer = mtckpt.Checkpointer(RUN, tiers, **options)
+        self._checkpointer = mtckpt.Checkpointer(run, tiers, **options)
 
     def restore(self) -> dict[str, Any]:
         """The step, whose it is, from where, what is wrong with its bytes, what was passed over."""
@@ -265,6 +266,25 @@ class _Writing:
             save.wait(each, timeout_s=TIMEOUT_S / 2)
             self._say(each, step)
 
+    def attempt(self, step: int, wait_s: float = TIMEOUT_S / 2) -> dict[str, Any]:
+        """Save, and say how that ended: the stages that were reached, and the error if any.
+
+        ``where`` is "save", if the call raised (nothing was saved then), or the stage that did.
+        """
+        reached: list[str] = []
+        where = "save"
+        self._say("saving", step)
+        try:
+            save = self._checkpointer.save(step, make_state(self._num, step))
+            for where in ("staged", "local"):
+                save.wait(where, timeout_s=wait_s)
+                self._say(where, step)
+                reached.append(where)
+        except CheckpointError as error:
+            names = [type(error).__name__, *_causes(error)]
+            return {"reached": reached, "where": where, "errors": names, "text": str(error)}
+        return {"reached": reached, "where": "", "errors": [], "text": ""}
+
     def saves(self, first: int, last: int, stage: str = "local") -> None:
         for step in range(first, last + 1):
             self.save(step, stage)
@@ -283,8 +303,8 @@ class _Writing:
 
 
 def _causes(error: BaseException) -> list[str]:
-    causes = []
-    while error.__cause__ is not None:
+    causes: list[str] = []
+    while error.__cause__ is not None and len(causes) < 10:  # one that causes itself has no end
         error = error.__cause__
         causes.append(type(error).__name__)
     return causes

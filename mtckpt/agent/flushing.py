@@ -95,6 +95,8 @@ class Flusher:
                     copied_bytes = await self._copy(run, tier, save)
         except CheckpointError as error:
             save.writing.discard(tier.label)
+            # Retention looks after what it may have left, if no later try completes it.
+            save.ranks.setdefault(tier.label, set())
             if queue.is_owed(error):
                 raise
             await self._failed(run, tier, save, error)

@@ -1,4 +1,4 @@
-"""Power cut at every flush: whatever was acknowledged ``local`` is on the disk, and nothing torn is.
+"""Power cut at every flush: what was acknowledged ``local`` is on the disk, and nothing torn is.
 
 The agent writes to an ext4 whose device is a file that logs writes and flushes. From the log come
 images of the disk at moments after and between flushes; each is mounted, which replays its journal,
@@ -34,8 +34,8 @@ pytestmark = [
 
 NUM_SAVES = 8
 
-# Planted in the data processes: an fsync of directories that does nothing. The manifest comes last and
-# is not synced either: on ext4 the sync of any new file commits the names given before it too.
+# Planted in the data processes: an fsync of directories that does nothing. The manifest comes last
+# and is not synced either: on ext4 the sync of any new file commits the names given before it too.
 NO_DIRECTORIES = """
 import os, stat
 whole = os.fsync
@@ -172,7 +172,7 @@ def resume(
     moments: list[int],
     rng: random.Random,
 ) -> None:
-    """What a job finds that is started again after the cut: the newest promised step, and it goes on."""
+    """A job that is started again after the cut finds the newest promised step, and goes on."""
     ram_dir = Path(os.environ["MTCKPT_RAM_DIR"])
     replay = Replay(recording.events, places)
     place = places / "resumed"
@@ -230,7 +230,7 @@ def test_power_cut_at_every_flush(
     resume(recording, places, tmp_path, runtime_dir, rng.sample(recording.moments(), 60), rng)
 
 
-# -- the test of the test ------------------------------------------------------------------------------
+# -- the test of the test --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("planted", [NO_DIRECTORIES, NOTHING], ids=["directories", "nothing"])
@@ -248,7 +248,9 @@ def test_an_agent_that_leaves_out_fsyncs_loses_steps(
     monkeypatch.syspath_prepend(str(tmp_path / "planted"))  # the nursery's PYTHONPATH is ours
     recording = record(tmp_path, places, runtime_dir, 3)
     rng = random.Random(seed)
-    moments = [moment for n in recording.after_promises() for moment in ((n, None), (n, rng))]
+    moments: list[tuple[int, random.Random | None]] = []
+    for count in recording.after_promises():
+        moments += [(count, None), (count, rng)]
     found = try_images(recording, places, moments)
     assert found["lost"]
 

@@ -1,7 +1,7 @@
-"""SIGKILL before every system call that others can see: of a writer, of the agent, of its processes.
+"""SIGKILL before every system call that others can see: of a writer, the agent, its processes.
 
-Each call is numbered over all threads of its process. `make test` takes a sample of the numbers, the
-torture versions take all of them.
+Each call is numbered over all threads of its process. `make test` takes a sample of the numbers,
+the torture versions take all of them.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def check_end(story: Story) -> None:
     assert not odd, odd
 
 
-# -- the writer --------------------------------------------------------------------------------------
+# -- the writer ------------------------------------------------------------------------------------
 
 
 def numbers_of_a_life(story: Story) -> int:
@@ -253,7 +253,7 @@ def test_writer_killed_before_every_syscall(story: Story) -> None:
     check_end(story)
 
 
-# -- the agent ---------------------------------------------------------------------------------------
+# -- the agent -------------------------------------------------------------------------------------
 
 
 def numbers_of_a_save(story: Story, victim: str) -> int:
