@@ -289,9 +289,9 @@ class _Writing:
         for step in range(first, last + 1):
             self.save(step, stage)
 
-    def life(self, num: int, disk: str, count: int) -> None:
+    def life(self, num: int, disk: str, run: str, count: int) -> None:
         """Open, restore, save so many steps and close, at one go."""
-        self.open(num, disk)
+        self.open(num, disk, run=run)
         restored = self.restore()
         assert not restored["bad"], restored
         for step in range(restored["step"] + 1, restored["step"] + 1 + count):

@@ -34,17 +34,29 @@ class Story:
     """What was promised so far, and what must therefore be there."""
 
     nursery: Nursery
-    disk: Path
+    tmp_path: Path
     ram_dir: Path
     runtime_dir: Path
     rng: random.Random
     num: int = 0
+    run: int = 0
     staged: int = 0
     local: int = 0
     started: int = 0
+    num_local: int = 0
     saved_by: dict[int, int] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     killed_at: list[str] = field(default_factory=list)
+
+    @property
+    def disk(self) -> Path:
+        return self.tmp_path / f"disk-{self.run}"
+
+    def begin(self) -> None:
+        """Another run: a process that opens a run reads something of every start there ever was."""
+        self.run += 1
+        self.staged = self.local = self.started = self.num_local = 0
+        self.saved_by.clear()
 
     def start(self) -> Writer:
         """A fresh process."""
@@ -54,7 +66,7 @@ class Story:
     def resume(self) -> tuple[Writer, int]:
         """A fresh process that has opened the run and restored what must be there; its step."""
         writer = self.start()
-        writer.do("open", self.num, str(self.disk))
+        writer.do("open", self.num, str(self.disk), None, KEEP, "", f"run-{self.run}")
         restored = writer.do("restore")
         self.check(restored)
         return writer, restored["step"]
@@ -70,6 +82,10 @@ class Story:
         self.local = min(self.local, step)
         self.counts["restored"] += 1
 
+    def end(self, writer: Writer) -> None:
+        writer.kill()
+        self.nursery.wait(writer)
+
     def learn(self, writer: Writer) -> None:
         """Take in what a writer was promised."""
         for what, step, _ in writer.said():
@@ -82,6 +98,7 @@ class Story:
                     self.staged = step
                 else:
                     self.local = step
+                    self.num_local += 1
         writer.log.unlink(missing_ok=True)
 
     def check_disk(self) -> None:
@@ -92,7 +109,7 @@ class Story:
         assert self.saved_by.get(self.local, 0) == steps.get(
             self.local, self.saved_by.get(self.local, 0)
         ), told
-        assert len(steps) >= min(KEEP, self.counts["local"]), told
+        assert len(steps) >= min(KEEP, self.num_local), told
 
     def pid_of(self, victim: str) -> int:
         """The agent's process of a tier, or the agent itself; 0 if it does not run."""
@@ -143,7 +160,7 @@ def story(
 ) -> Iterator[Story]:
     monkeypatch.setenv("MTCKPT_AGENT_IDLE_S", "1.0")
     nursery = Nursery(tmp_path)
-    story = Story(nursery, tmp_path / "disk", ram_dir, runtime_dir, random.Random(seed))
+    story = Story(nursery, tmp_path, ram_dir, runtime_dir, random.Random(seed))
     try:
         yield story
     finally:
@@ -159,8 +176,7 @@ def check_end(story: Story) -> None:
     writer.do("saves", step + 1, step + 3)
     story.learn(writer)
     writer.do("close")
-    writer.kill()
-    story.nursery.wait(writer)
+    story.end(writer)
     story.check_disk()
     wait_for(lambda: not agent_pid(story.runtime_dir), "the agent leaves")
     ram = [p for p in story.ram_dir.rglob("*") if p.is_file() and "step-" in str(p)]
@@ -176,15 +192,25 @@ def check_end(story: Story) -> None:
 # -- the writer ------------------------------------------------------------------------------------
 
 
+def one_before(story: Story) -> list[object]:
+    """A run with two steps and no process; the words with which a writer has a life in it."""
+    story.begin()
+    writer, _ = story.resume()
+    writer.do("saves", 1, 2)
+    story.learn(writer)
+    story.end(writer)
+    return ["life", story.num + 1, str(story.disk), f"run-{story.run}", 3]
+
+
 def numbers_of_a_life(story: Story) -> int:
     """How many calls a whole life has: open, restore, three saves, close."""
+    words = one_before(story)
     writer = story.start()
     with Tracer(writer.pid) as tracer:
-        writer.do("life", story.num, str(story.disk), 3)
+        writer.do(*words)
         calls = tracer.stop()
     story.learn(writer)
-    writer.kill()
-    story.nursery.wait(writer)
+    story.end(writer)
     names = Counter(call.name for call in calls)
     assert names["connect"] >= 1, names
     assert names["sendto"] + names["sendmsg"] >= 4, names
@@ -193,16 +219,16 @@ def numbers_of_a_life(story: Story) -> int:
 
 def kill_writer_at(story: Story, number: int) -> None:
     """One life that ends before its call of that number, and what the next one finds."""
+    words = one_before(story)
     writer = story.start()
     with Tracer(writer.pid, kill=number) as tracer:
         gone = False
         try:
-            writer.do("life", story.num, str(story.disk), 3)
+            writer.do(*words)
         except WriterGone:
             gone = True
         calls = tracer.stop()
-    writer.kill()
-    story.nursery.wait(writer)
+    story.end(writer)
     if gone:
         story.counts["killed"] += 1
         story.killed_at.append(f"writer {number}: {calls[-1].name} {calls[-1].path}")
@@ -211,10 +237,8 @@ def kill_writer_at(story: Story, number: int) -> None:
     story.check_disk()
     writer.do("save", step + 1)
     story.learn(writer)
-    if story.rng.random() < 0.5:
-        writer.do("close")
-    writer.kill()
-    story.nursery.wait(writer)
+    writer.do("close")
+    story.end(writer)
 
 
 def sample(story: Story, total: int, count: int) -> list[int]:
@@ -274,8 +298,7 @@ def numbers_of_a_save(story: Story, victim: str) -> int:
     elif victim == "ram":
         assert names["renameat"] + names["rename"] >= 5, names
     story.learn(writer)
-    writer.kill()
-    story.nursery.wait(writer)
+    story.end(writer)
     return len(calls)
 
 
@@ -301,8 +324,7 @@ def kill_agent_at(story: Story, victim: str, number: int) -> None:
     if story.rng.random() < 0.3 and (agent := agent_pid(story.runtime_dir)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(agent, signal.SIGKILL)
-    writer.kill()
-    story.nursery.wait(writer)
+    story.end(writer)
 
 
 @pytest.mark.timeout(180)
