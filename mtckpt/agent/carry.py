@@ -7,6 +7,7 @@ a foreign one is a bug, and travels as such.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -222,9 +223,14 @@ class Carrier:
     def _flush(self, command: work.Flush, report: Report) -> work.Flushed:
         start_s = time.monotonic()
         name = _save_name(command.save)
+        report(work.Progress(0, 0))
         source, target = self._place(command.source), self._place(command.target)
         key = _inventory.shard_keys(command.run_key, name, command.rank)[0]
-        meter = _Meter(source.local.stat(key).size_bytes, report)
+        size_bytes = source.local.stat(key).size_bytes
+        with contextlib.suppress(ObjectNotFound):
+            target.local.stat(key)  # A place that hangs is found here, in little time.
+        report(work.Progress(0, size_bytes))
+        meter = _Meter(size_bytes, report)
         result = _transfer.copy_shard(
             source, target, command.run_key, name, command.rank, progress=meter.add
         )
@@ -302,10 +308,11 @@ class _Meter:
         with self._lock:
             self._done_bytes += size_bytes
             now_s = time.monotonic()
-            if now_s < self._next_s:
+            done_bytes = min(self._done_bytes, self._total_bytes)
+            # That all of it is done is always said: what follows may take a while.
+            if now_s < self._next_s and done_bytes < self._total_bytes:
                 return
             self._next_s = now_s + PROGRESS_INTERVAL_S
-            done_bytes = min(self._done_bytes, self._total_bytes)
         self._report(work.Progress(done_bytes, self._total_bytes))
 
 

@@ -41,11 +41,27 @@ OnProgress = Callable[[work.Progress], None]
 
 @dataclass(slots=True)
 class _Pending:
-    """One command under way. ``last_s`` is when the process last said anything about it."""
+    """One command under way. ``last_s`` is when the process last said anything about it.
+
+    ``stall_s`` is how long it may be silent while bytes are moving, ``timeout_s`` otherwise: while
+    it waits for its turn, and where one step takes as long as there are bytes (reserving, syncing).
+    """
 
     reply: asyncio.Future[work.Result]
     on_progress: OnProgress | None
+    timeout_s: float
+    stall_s: float
+    moving: bool = False
     last_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def silence_s(self) -> float:
+        return min(self.timeout_s, self.stall_s) if self.moving else self.timeout_s
+
+    def note(self, news: work.Progress) -> None:
+        self.moving = news.is_start or 0 < news.done_bytes < news.total_bytes
+        if self.on_progress is not None and not news.is_start:
+            self.on_progress(news)
 
 
 class _Process:
@@ -106,8 +122,7 @@ class _Process:
             return  # Its caller has given up.
         pending.last_s = time.monotonic()
         if reply.progress is not None:
-            if pending.on_progress is not None:
-                pending.on_progress(reply.progress)
+            pending.note(reply.progress)
             return
         del self.pending[reply.id]
         if pending.reply.done():
@@ -188,10 +203,13 @@ class Worker:
         command: work.Command,
         timeout_s: float,
         on_progress: OnProgress | None = None,
+        *,
+        stall_s: float | None = None,
     ) -> work.Result:
         """Have a command carried out. The deadline counts from the last progress, if there is any.
 
-        A process that dies meanwhile is replaced, and the command given to the next one.
+        ``stall_s``, if it is shorter, is the deadline from one progress to the next. A process that
+        dies meanwhile is replaced, and the command given to the next one.
 
         Raises:
             TierUnavailable: no answer in time (the process is given up), or one process after
@@ -202,8 +220,12 @@ class Worker:
         attempt = 1
         while True:
             process = await self._started(verb)
+            reply: asyncio.Future[work.Result] = asyncio.get_running_loop().create_future()
+            pending = _Pending(
+                reply, on_progress, timeout_s, timeout_s if stall_s is None else stall_s
+            )
             try:
-                return await self._once(process, command, attempt > 1, timeout_s, on_progress)
+                return await self._once(process, command, attempt > 1, pending)
             except TierUnavailable:
                 if not process.died or self._closed or attempt == MAX_ATTEMPTS:
                     raise
@@ -216,16 +238,15 @@ class Worker:
         process: _Process,
         command: work.Command,
         again: bool,
-        timeout_s: float,
-        on_progress: OnProgress | None,
+        pending: _Pending,
     ) -> work.Result:
         self._next_id += 1
         request = work.Request(self._next_id, command, again)
-        reply: asyncio.Future[work.Result] = asyncio.get_running_loop().create_future()
-        pending = process.pending[request.id] = _Pending(reply, on_progress)
+        reply = pending.reply
+        process.pending[request.id] = pending
         try:
-            await self._sent(process, request, timeout_s)
-            result = await self._answered(process, pending, type(command).__name__, timeout_s)
+            await self._sent(process, request, pending.timeout_s)
+            result = await self._answered(process, pending, type(command).__name__)
         except CheckpointError:
             if not process.gone:
                 self._failures = 0  # It answered: the process is well, whatever it said.
@@ -249,18 +270,19 @@ class Worker:
                 f"the data process of {self.name} is gone", tier=self.name
             ) from error
 
-    async def _answered(
-        self, process: _Process, pending: _Pending, verb: str, timeout_s: float
-    ) -> work.Result:
+    async def _answered(self, process: _Process, pending: _Pending, verb: str) -> work.Result:
         while True:
-            left_s = pending.last_s + timeout_s - time.monotonic()
-            done, _ = await asyncio.wait({pending.reply}, timeout=max(left_s, 0))
+            left_s = pending.last_s + pending.silence_s - time.monotonic()
+            # What it says meanwhile may shorten the deadline.
+            done, _ = await asyncio.wait(
+                {pending.reply}, timeout=max(min(left_s, pending.stall_s), 0)
+            )
             if done:
                 if process.gone:
                     self._failed(process, f"it ended during {verb}")
                 return pending.reply.result()
-            if pending.last_s + timeout_s <= time.monotonic():
-                raise self._gave_up(process, verb, timeout_s)
+            if pending.last_s + pending.silence_s <= time.monotonic():
+                raise self._gave_up(process, verb, pending.silence_s)
 
     def _gave_up(self, process: _Process, verb: str, timeout_s: float) -> TierUnavailable:
         text = f"{self.name} did not answer {verb} within {timeout_s:g} s"
@@ -366,13 +388,15 @@ class Pool:
         command: work.Command,
         timeout_s: float,
         on_progress: OnProgress | None = None,
+        *,
+        stall_s: float | None = None,
     ) -> work.Result:
         """Have a command carried out by the worker of its place; see ``Worker.call``."""
         place = work.place_of(command)
         if place is None:
             raise ValueError("a Ping is for one worker: pool.worker(ref).call(Ping())")
         worker = self.worker(place)
-        return await worker.call(command, timeout_s, on_progress)
+        return await worker.call(command, timeout_s, on_progress, stall_s=stall_s)
 
     async def close(self) -> None:
         """End all of them. Idempotent."""

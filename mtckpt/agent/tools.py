@@ -23,6 +23,8 @@ __all__ = ["DataProcesses", "Tools"]
 
 logger = logging.getLogger(__name__)
 
+# What the data process has in hand between two words of progress: a block for each of its threads.
+STALL_BYTES = 32 * 2**20
 _T = TypeVar("_T")
 OnProgress = Callable[[work.Progress], None]
 
@@ -36,8 +38,12 @@ class DataProcesses(Protocol):
         *,
         timeout_s: float,
         on_progress: OnProgress | None = None,
+        stall_s: float | None = None,
     ) -> work.Result:
-        """Carry a command out. Raises CheckpointError; TierUnavailable when time is up."""
+        """Carry a command out. Raises CheckpointError; TierUnavailable when time is up.
+
+        ``stall_s`` is how long it may be silent while its bytes are moving.
+        """
 
     async def close(self) -> None:
         """End all data processes; one that hangs is left to the kernel."""
@@ -62,7 +68,10 @@ class Tools:
     ) -> _T:
         """Have a data process do it, within a time that fits its size."""
         result = await self.pool.call(
-            command, timeout_s=self.limits.deadline_s(size_bytes), on_progress=on_progress
+            command,
+            timeout_s=self.limits.deadline_s(size_bytes),
+            on_progress=on_progress,
+            stall_s=self.limits.deadline_s(STALL_BYTES),
         )
         if not isinstance(result, reply_type):
             raise CheckpointError(

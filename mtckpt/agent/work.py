@@ -425,10 +425,18 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a command is, at most ten times a second."""
+    """How far a command is, at most ten times a second.
+
+    Without a total it says that the command's turn has come, and small things are done first; with
+    none of the total done, or all of it, a single step may take as long as there are bytes.
+    """
 
     done_bytes: int
     total_bytes: int
+
+    @property
+    def is_start(self) -> bool:
+        return self.total_bytes == 0
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

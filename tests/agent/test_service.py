@@ -222,7 +222,10 @@ c.close(timeout_s=20)
 """
 
 
-@pytest.mark.parametrize(("agents", "trainers_"), [(0o077, 0o000), (0o000, 0o077)])
+@pytest.mark.parametrize(
+    ("agents", "trainers_"),
+    [(0o000, 0o077), pytest.param(0o077, 0o000, marks=pytest.mark.torture)],
+)
 def test_whatever_the_umasks_a_whole_life_works(
     agents: int,
     trainers_: int,

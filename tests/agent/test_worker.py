@@ -256,7 +256,7 @@ def test_a_root_that_was_made_anew_is_opened_again(ram: work.TierRef) -> None:
     carrier.close()
 
 
-# -- processes ----------------------------------------------------------------------------------------
+# -- processes -----------------------------------------------------------------------------------
 
 
 def is_alive(pid: int) -> bool:
@@ -343,6 +343,39 @@ def test_progress_puts_the_deadline_off(ram_dir: Path, tmp_path: Path) -> None:
     assert len(done) > 1
     assert done == sorted(done)
     assert {progress.total_bytes for progress in news} == {len(shard.data)}
+    assert done[-1] == len(shard.data)
+
+
+def test_bytes_that_stop_moving_are_noticed_long_before_all_could_have_been_moved(
+    ram_dir: Path, tmp_path: Path
+) -> None:
+    shard = make_shard(tmp_path, size=60)
+    ram = work.TierRef("ram", str(ram_dir / "root"))
+    staged(ram, shard)
+    slow = work.TierRef("disk", str(tmp_path / "slow"), bytes_per_s=16_000_000)
+    flush = work.Flush(RUN, str(shard.name), 0, ram, slow)
+
+    async def body(pool: Pool) -> None:
+        await pool.call(work.Scan(slow), 10)
+        (pid,) = pool.pids()
+        stopped: list[int] = []
+
+        def stop(news: work.Progress) -> None:
+            if news.done_bytes and not stopped:
+                stopped.append(news.done_bytes)
+                os.kill(pid, signal.SIGSTOP)
+
+        start_s = time.monotonic()
+        with pytest.raises(TierUnavailable, match="did not answer Flush within 2 s"):
+            await pool.call(flush, 600, stop, stall_s=2)
+        assert 0 < stopped[0] < len(shard.data)
+        assert time.monotonic() - start_s < 30  # and not 600
+        await pool.call(flush, 600, stall_s=2)
+
+    with_pool(body)
+    verified = carry(work.Verify(slow, RUN, str(shard.name), 0))
+    assert isinstance(verified, work.Verified)
+    assert verified.damaged == []
 
 
 def test_what_is_under_way_in_a_process_that_dies_is_done_by_the_next(ram: work.TierRef) -> None:
@@ -396,6 +429,9 @@ CRASH_POINTS = (
     "heal.aside",
     *(f"delete.{index}" for index in range(3)),
 )
+
+
+MANY_MORE = ("free", "put.w", "put.s", "put.u", "put.d", "delete.1", "delete.2", "recycle.d")
 
 
 def prepared(
@@ -456,7 +492,13 @@ def _same(found: object, wanted: object) -> None:
     assert found == wanted
 
 
-@pytest.mark.parametrize("point", CRASH_POINTS)
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param(point, marks=[pytest.mark.torture] if point.startswith(MANY_MORE) else [])
+        for point in CRASH_POINTS
+    ],
+)
 def test_a_command_whose_process_dies_anywhere_in_it_is_done_all_the_same(
     point: str,
     ram: work.TierRef,
