@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_intdigest
 
-from mtckpt import _inventory, _manifest, _shard
+from mtckpt import _inventory, _shard
 from mtckpt._dtypes import DTYPES
-from mtckpt._shard import CHUNK_BYTES, ShardLayout, StoredTensor, Table
+from mtckpt._shard import CHUNK_BYTES
+from mtckpt._source import placed, read_identity
 from mtckpt.errors import Damaged, FormatError, FormatTooNew, ShortRead, TierUnavailable
-from mtckpt.tiers.base import read_all
 
 if TYPE_CHECKING:
     from mtckpt._manifest import ArrayEntry, Record, SaveName
     from mtckpt._places import Place
+    from mtckpt._shard import ShardLayout, StoredTensor, Table
     from mtckpt.tiers.local import Lease
 
 __all__ = ["OpenShard", "open_shard", "stored_name"]
 
 _BLOCK_CHUNKS = 16
-MAX_TABLE_BYTES = _shard.TABLE_HEADER.size + 8 * (_shard.MAX_SHARD_BYTES // CHUNK_BYTES)
 
 
 def stored_name(entry: ArrayEntry) -> str:
@@ -109,72 +109,42 @@ def open_shard(place: Place, name: SaveName, record: Record) -> OpenShard:
     data_key, table_key, record_key = _inventory.shard_keys(place.run_key, name, record.rank)
     lease = place.tier.lease(data_key)
     try:
-        layout = _read_layout(place, data_key, lease, record)
-        table = _read_table(place, table_key, layout, record)
-        entries, tensors = _match(layout, table, record, place.label, record_key)
+        layout, table, _ = read_identity(place.tier, record, lease, data_key, table_key)
+        try:
+            entries, tensors = _match(layout, table, record)
+        except FormatError as error:
+            raise placed(error, place.label, record_key) from error
         return OpenShard(record, layout, table, entries, tensors, data_key, place.label, lease)
     except BaseException:
         lease.close()
         raise
 
 
-def _read_layout(place: Place, key: str, lease: Lease, record: Record) -> ShardLayout:
-    with _located(place.label, key):
-        if lease.size_bytes != record.shard.size_bytes:
-            raise Damaged(
-                "shard has another size than its record says",
-                wanted_bytes=record.shard.size_bytes,
-                got_bytes=lease.size_bytes,
-            )
-        prefix = os.pread(lease.fd, 8, 0)
-        wanted_bytes = _shard.header_length(prefix, lease.size_bytes)
-        header = os.pread(lease.fd, wanted_bytes, 0)
-        layout = _shard.parse_layout(header, lease.size_bytes)
-        if f"{layout.header_digest:016x}" != record.shard.header_digest:
-            raise Damaged("shard header does not match its digest")
-        return layout
-
-
-def _read_table(place: Place, key: str, layout: ShardLayout, record: Record) -> Table:
-    data = read_all(
-        place.tier, key, max_bytes=min(MAX_TABLE_BYTES, layout.table_bytes + CHUNK_BYTES)
-    )
-    with _located(place.label, key):
-        table = Table.parse(data, layout)
-        if table.generation != _manifest.generation_of(record.save_id):
-            raise Damaged("digest table is of another save")
-        if _shard.table_digest(data) != record.shard.table_digest:
-            raise Damaged("digest table does not match its digest")
-        return table
-
-
 def _match(
-    layout: ShardLayout, table: Table, record: Record, tier: str, key: str
+    layout: ShardLayout, table: Table, record: Record
 ) -> tuple[list[ArrayEntry], list[StoredTensor]]:
     """The record's entries and their tensors. Raises FormatError where the two disagree."""
-    with _located(tier, key):
-        entries = record.array_entries()
-        if _shard.root_digests(layout, table.digests) != record.root_bytes():
-            raise Damaged("roots do not match the digest table")
-        by_name = layout.by_name()
-        tensors = []
-        for entry in entries:
-            dtype = DTYPES.get(entry.dtype)
-            if dtype is None:
-                raise FormatTooNew(f"leaf of unknown type {entry.dtype[:40]!r}", leaf=entry.path)
-            _check_box(entry)
-            twin = entry if entry.same_as is None else entries[entry.same_as]
-            tensor = by_name.get(stored_name(twin))
-            if (
-                tensor is None
-                or twin.same_as is not None
-                or (entry.dtype, entry.shape) != (twin.dtype, twin.shape)
-                or (tensor.code, tensor.shape)
-                != (dtype.stored_code, dtype.stored_shape(entry.shape))
-            ):
-                raise Damaged("record and shard header disagree", leaf=entry.path[:200])
-            tensors.append(tensor)
-        return entries, tensors
+    entries = record.array_entries()
+    if _shard.root_digests(layout, table.digests) != record.root_bytes():
+        raise Damaged("roots do not match the digest table")
+    by_name = layout.by_name()
+    tensors = []
+    for entry in entries:
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise FormatTooNew(f"leaf of unknown type {entry.dtype[:40]!r}", leaf=entry.path)
+        _check_box(entry)
+        twin = entry if entry.same_as is None else entries[entry.same_as]
+        tensor = by_name.get(stored_name(twin))
+        if (
+            tensor is None
+            or twin.same_as is not None
+            or (entry.dtype, entry.shape) != (twin.dtype, twin.shape)
+            or (tensor.code, tensor.shape) != (dtype.stored_code, dtype.stored_shape(entry.shape))
+        ):
+            raise Damaged("record and shard header disagree", leaf=entry.path[:200])
+        tensors.append(tensor)
+    return entries, tensors
 
 
 def _check_box(entry: ArrayEntry) -> None:
@@ -186,21 +156,3 @@ def _check_box(entry: ArrayEntry) -> None:
         for offset, size, total in zip(offsets, entry.shape, whole, strict=True)
     ):
         raise Damaged("a box does not lie within its array", leaf=entry.path[:200])
-
-
-class _located:
-    """Adds tier and key to a format error of the block: what is wrong, and where."""
-
-    def __init__(self, tier: str, key: str) -> None:
-        self._tier = tier
-        self._key = key
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, FormatError):
-            facts = {"tier": self._tier, "key": self._key, **error.details}
-            raise type(error)(
-                error.what, state=error.state, actions=error.actions, **facts
-            ) from error

@@ -12,26 +12,26 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mtckpt import _manifest, _shard
 from mtckpt._inventory import check_identity, check_record, shard_keys
 from mtckpt._manifest import Record, SaveName
-from mtckpt.errors import Damaged, ShortRead
+from mtckpt.errors import Damaged, FormatError, ShortRead
 from mtckpt.tiers._os_errors import tier_error
 from mtckpt.tiers.base import read_all
 
 if TYPE_CHECKING:
     from mtckpt._shard import ShardLayout, Table
     from mtckpt.tiers.base import Tier
-    from mtckpt.tiers.local import LocalTier
+    from mtckpt.tiers.local import Lease, LocalTier
 
 __all__ = ["Blocks", "Mapped", "OpenShard", "Place", "Progress", "VerifyingSource", "open_shard"]
 
 BLOCK_BYTES = 8 << 20
 ALIGN_BYTES = 4096
-MAX_TABLE_BYTES = 1 << 31
 Progress = Callable[[int], None]
+_E = TypeVar("_E", bound=FormatError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +181,10 @@ class VerifyingSource:
             raise failed[0]
 
 
-def placed(error: Damaged, tier: str, key: str) -> Damaged:
+def placed(error: _E, tier: str, key: str) -> _E:
     """The same error with the place in it."""
     details: dict[str, Any] = {**error.details, "tier": tier, "key": key}
-    return Damaged(error.what, state=error.state, actions=error.actions, **details)
+    return type(error)(error.what, state=error.state, actions=error.actions, **details)
 
 
 @dataclass(slots=True)
@@ -215,13 +215,7 @@ def open_shard(
     with tier.lease(data_key) as lease:
         # The lease comes first: a slot that is not leased may be recycled between two reads.
         record, record_data = read_record(tier, record_key, name, rank)
-        table_data = read_small(tier, table_key, MAX_TABLE_BYTES)
-        try:
-            header = _shard.read_header(lease.fd, lease.size_bytes)
-            layout, table = check_identity(record, header, lease.size_bytes, table_data)
-        except Damaged as error:
-            key = table_key if error.details.get("kind") == "table" else data_key
-            raise placed(error, tier.name, key) from error
+        layout, table, table_data = read_identity(tier, record, lease, data_key, table_key)
         reader = (
             Mapped(lease.fd, lease.size_bytes)
             if place.in_memory
@@ -234,6 +228,33 @@ def open_shard(
             yield OpenShard(record, record_data, table_data, layout, table, data)
         finally:
             reader.close()
+
+
+def read_identity(
+    tier: Tier, record: Record, lease: Lease, data_key: str, table_key: str
+) -> tuple[ShardLayout, Table, bytes]:
+    """Layout, table and the table's bytes of a leased shard whose files are of one save.
+
+    Raises:
+        FormatError: they are not, with tier and key of the file that is at odds with the record.
+        ObjectNotFound, TierUnavailable: the table is gone, or the tier did not answer.
+    """
+    try:
+        header = _shard.read_header(lease.fd, lease.size_bytes)
+        # At most one tensor a byte of header: no table of a shard like this is larger.
+        most = lease.size_bytes // _shard.CHUNK_BYTES + len(header)
+        table_data = read_small(tier, table_key, _shard.TABLE_HEADER.size + 8 * most)
+        layout, table = check_identity(record, header, lease.size_bytes, table_data)
+    except FormatError as error:
+        if "key" in error.details:
+            raise
+        key = table_key if error.details.get("kind") == "table" else data_key
+        raise placed(error, tier.name, key) from error
+    except OSError as error:
+        raise tier_error(
+            error, doing="read", tier=tier.name, key=data_key, place=data_key
+        ) from error
+    return layout, table, table_data
 
 
 def read_small(tier: Tier, key: str, max_bytes: int) -> bytes:
