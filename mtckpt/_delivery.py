@@ -123,7 +123,7 @@ def _stored_name(entry: ArrayEntry) -> str:
     return f"{entry.path}@{','.join(map(str, entry.offsets))}"
 
 
-# -- bytes from one place ----------------------------------------------------------------------------
+# -- bytes from one place --------------------------------------------------------------------------
 
 # Copying as many bytes once more takes a few milliseconds.
 _CHEAP_BYTES = 64 * 1024 * 1024

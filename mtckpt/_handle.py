@@ -18,7 +18,7 @@ __all__ = ["Restored", "Save", "Stage", "Status", "Step", "stage_of_tier"]
 
 Stage = Literal["captured", "staged", "local", "replicated", "durable"]
 
-# A stage is reached with any of these: the diamond of guarantees, staged < local, replicated < durable.
+# A stage is reached with any of these: the diamond of staged < local, replicated < durable.
 _AT_OR_ABOVE: dict[str, frozenset[str]] = {
     "captured": frozenset({"captured", "staged", "local", "replicated", "durable"}),
     "staged": frozenset({"staged", "local", "replicated", "durable"}),

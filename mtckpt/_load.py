@@ -1,4 +1,4 @@
-"""Reading checkpoints where they lie: ``load()`` and ``steps()``, without a run and without an agent.
+"""Reading checkpoints where they lie: ``load()`` and ``steps()``, without a run or an agent.
 
 Knows which save of a directory is meant and how the shards of all ranks join into whole arrays.
 Does not know live training state: ``Checkpointer.restore`` does. Writes nothing, and promises

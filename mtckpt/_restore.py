@@ -20,7 +20,6 @@ from mtckpt import _inventory, _manifest, _state
 from mtckpt._delivery import Attempt, Delivery, Loaded, Place, Within, describe
 from mtckpt._placing import Placing, Stored, rename_tree, settle
 from mtckpt._state import ArraySpec, StateAdapter
-from mtckpt.capture.base import Engine
 from mtckpt.capture.collector import collector_paused
 from mtckpt.errors import (
     CheckpointError,
@@ -36,6 +35,7 @@ from mtckpt.errors import (
 if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
     from mtckpt._manifest import Record, SaveEntry, SaveName
+    from mtckpt.capture.base import Engine
 
 __all__ = ["Attempt", "Candidate", "Place", "RestorePlan", "plan_restore", "restore_from"]
 
@@ -129,7 +129,7 @@ def why_unusable(save: SaveEntry) -> str:
     return f"records of ranks {lacking[:8]} are missing"
 
 
-# -- one save into live state ------------------------------------------------------------------------
+# -- one save into live state ----------------------------------------------------------------------
 
 
 @dataclass(slots=True)

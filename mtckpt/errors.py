@@ -2,7 +2,7 @@
 
     CheckpointError
     |-- UsageError (ValueError)      the call itself cannot be right; nothing was done
-    |   |-- UnsupportedState           a value in the state that cannot be saved, with its path and type
+    |   |-- UnsupportedState           a value that cannot be saved, with its path and type
     |   |-- StageNotPlanned            wait(stage) for a stage that no due tier gives
     |   |-- StepExists                 the same step twice in one incarnation
     |   |-- GroupMissing               more than one rank, and no group that joins them
@@ -17,7 +17,7 @@
     |   |-- NoHealthyStep              steps exist and none of them is usable, a line a step
     |   |-- StepNotFound               the step that was asked for is in no tier
     |   |-- RestoreUnavailable         a tier did not answer, and no other one has a step
-    |   |-- StateMismatch              the template and the checkpoint differ; live state is unchanged
+    |   |-- StateMismatch              template and checkpoint differ; live state is unchanged
     |   `-- RestoreFailed              live state may be part old, part new (state="undefined")
     |-- RunLocked                    another live process owns the run, or took it over
     |-- AgentUnavailable             the node agent did not answer within the deadline
@@ -35,7 +35,8 @@
         `-- FormatTooNew               written by a later version of mtckpt
 
 Every message says what and where with the value, the state the user is left in, and what to do, one
-action a line. Attributes carry the same facts for programs. ``docs/errors.md`` has an anchor a class.
+action a line. Attributes carry the same facts for programs. ``docs/errors.md`` has an anchor for
+each class.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ class CloseFailed(CheckpointError):
 
 
 class WaitTimeout(CheckpointError, TimeoutError):
-    """A stage was not reached in time; the work goes on. Carries ``stage``, ``step``, ``timeout_s``."""
+    """A stage was not reached in time, the work goes on: ``stage``, ``step``, ``timeout_s``."""
 
     usual_state = "the work goes on"
     usual_actions = ("wait longer, or look at `mtckpt status`",)
@@ -218,7 +219,7 @@ class RestoreUnavailable(RestoreError):
 
 
 class StateMismatch(RestoreError):
-    """Template and checkpoint differ. ``missing``, ``unused`` and ``differing`` are the full diff."""
+    """Template and checkpoint differ: ``missing``, ``unused``, ``differing`` are the full diff."""
 
 
 class RestoreFailed(RestoreError):
@@ -302,7 +303,7 @@ class ShortRead(TierError):
 
     usual_state = "nothing was changed"
     usual_actions = (
-        "mtckpt verify --read-data shows every damaged file; another copy is used where there is one",
+        "mtckpt verify --read-data shows every damaged file; another copy is used if there is one",
     )
 
 
@@ -311,7 +312,7 @@ class FormatError(CheckpointError):
 
     usual_state = "nothing of it was used"
     usual_actions = (
-        "mtckpt verify --read-data shows every damaged file; another copy is used where there is one",
+        "mtckpt verify --read-data shows every damaged file; another copy is used if there is one",
     )
 
 

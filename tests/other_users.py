@@ -1,4 +1,4 @@
-"""Programs as other users, in namespaces of their own, on kernels that know less: for tests by root."""
+"""Programs as other users, in namespaces of their own, on kernels that know less."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def open_pidfd(pid: int, start_ticks: int) -> int | None:
 class Owner:
     """One Checkpointer. ``pid`` is as this agent sees it; ``pidfd`` is -1 where it has none.
 
-    ``seen`` is False for a process of a pid namespace that is not ours: its pid is a stranger's here.
+    ``seen`` is False for a process of another pid namespace: its pid is a stranger's here.
     """
 
     holder: str

@@ -150,7 +150,8 @@ def test_metrics_without_the_package_say_what_to_install(
         b"GET /status HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 100_000 + b"\r\n\r\n",
         b"POST /v1/runs/r/open HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n{}",
         b"POST /v1/runs/r/open HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"POST /v1/runs/r/open HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nfffffff0\r\n",
+        b"POST /v1/runs/r/open HTTP/1.1\r\nHost: x\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nfffffff0\r\n",
         b"POST /v1/runs/r/open HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n[[[[[",
         b"GET /v1/runs/../../etc/changes?since=x HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /v1/runs/%00/changes HTTP/1.1\r\nHost: x\r\n\r\n",
