@@ -24,7 +24,17 @@ from mtckpt.errors import AccessDenied, AgentUnavailable, UnsupportedPlatform
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Address", "Peer", "bind", "connect", "find", "locked", "make_directory", "peer_of"]
+__all__ = [
+    "Address",
+    "Peer",
+    "bind",
+    "connect",
+    "find",
+    "locked",
+    "make_directory",
+    "open_private",
+    "peer_of",
+]
 
 SERVICE_DIRECTORY = "/run/mtckpt"
 LOCK_NAME = "agent.lock"
@@ -93,6 +103,7 @@ def make_directory(path: str) -> None:
     try:
         os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
         os.mkdir(path, 0o700)
+        os.chmod(path, 0o700)  # a umask may have taken our own rights as well
     except FileExistsError:
         pass  # made before, or by another rank just now: the checks below are the same
     except OSError as error:
@@ -190,10 +201,18 @@ def answers(path: str, timeout_s: float) -> bool:
     return True
 
 
+def open_private(path: str, flags: int) -> int:
+    """A descriptor of a file that is ours alone to read and write, whatever the umask. OSError."""
+    fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(PermissionError):  # somebody else's, who has let us in
+        os.fchmod(fd, 0o600)
+    return fd
+
+
 @contextlib.contextmanager
 def locked(address: Address, timeout_s: float) -> Iterator[None]:
     """Held by whoever starts an agent in this directory, and by one that is leaving."""
-    fd = os.open(address.lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = open_private(address.lock_path, os.O_RDWR)
     try:
         deadline_s = time.monotonic() + timeout_s
         while True:

@@ -82,8 +82,7 @@ def _start(where: address.Address) -> subprocess.Popen[bytes]:
             socket=where.socket_path,
         )
     with contextlib.ExitStack() as stack:
-        log_flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        log_fd = os.open(where.log_path, log_flags, 0o600)
+        log_fd = address.open_private(where.log_path, os.O_WRONLY | os.O_APPEND)
         stack.callback(os.close, log_fd)
         listener = stack.enter_context(address.bind(where.socket_path))
         fd = listener.fileno()

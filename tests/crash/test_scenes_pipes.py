@@ -51,12 +51,16 @@ def test_whoever_reads_both_outputs_to_their_end_is_not_kept(tmp_path: Path) -> 
 
 def test_a_terminal_is_let_go_and_its_hangup_does_not_end_the_agent(tmp_path: Path) -> None:
     """As ssh with a terminal does: the trainer leads the session, and the session ends with it."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        try:
-            os.execve(sys.executable, [sys.executable, "-c", TRAIN, str(tmp_path)], environment())
-        finally:
-            os._exit(127)
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen(
+        # setsid does not fork here: the trainer itself leads the session and has the terminal.
+        ["setsid", "--ctty", sys.executable, "-c", TRAIN, str(tmp_path)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(),
+    )
+    os.close(theirs)
     said = b""
     deadline_s = time.monotonic() + 60
     try:
@@ -72,8 +76,8 @@ def test_a_terminal_is_let_go_and_its_hangup_does_not_end_the_agent(tmp_path: Pa
             said += data
     finally:
         os.close(terminal)
-        status = os.waitpid(pid, 0)[1]
-    assert os.waitstatus_to_exitcode(status) == 3, said
+        status = process.wait(30)
+    assert status == 3, said
     assert b"to stdout" in said
     running = agent_pid()
     stat = Path(f"/proc/{running}/stat").read_text().rpartition(")")[2].split()
