@@ -125,6 +125,7 @@ class Saver:
             layout.table_bytes,
             self._num_slots(layout),
             max(0.0, deadline_s - time.monotonic()),
+            held=[],
         )
         try:
             slots = self._ask_slot(want)
@@ -182,6 +183,7 @@ class Saver:
                     layout.table_bytes,
                     self._num_slots(layout),
                     0.0,
+                    held=[],
                 )
                 grant = self._session.call("slots", want, protocol.Slots).grant
             if grant is not None:

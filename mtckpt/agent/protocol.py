@@ -101,13 +101,18 @@ class Begun(msgspec.Struct, frozen=True):
 
 
 class WantSlots(msgspec.Struct, frozen=True):
-    """``count`` slots are the ring wanted; what is there counts. ``wait_s`` for a free one."""
+    """``count`` slots are the ring wanted; what is there counts. ``wait_s`` for a free one.
+
+    ``held`` are the slots that the holder is writing to, None if it does not say: others that were
+    granted to it never arrived, and are given again.
+    """
 
     holder: str
     shard_bytes: int
     table_bytes: int
     count: int
     wait_s: float = 0.0
+    held: list[str] | None = None
 
 
 class SlotGrant(msgspec.Struct, frozen=True):

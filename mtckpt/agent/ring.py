@@ -45,6 +45,7 @@ class Ring:
         """A slot, now or within ``wait_s``. Raises TierFull where not even two fit."""
         plan = Plan(message.shard_bytes, message.table_bytes)
         run.plans[owner.holder] = (plan, max(1, message.count))
+        run.doubt_others(owner, message.held)
         deadline_s = time.monotonic() + min(message.wait_s, MAX_WAIT_S)
         looked_at_doubtful = False
         while True:
@@ -280,7 +281,7 @@ class Ring:
         save.due |= set(sealed.due) & run.tiers.keys()
         save.ranks.setdefault(RAM, set()).add(sealed.rank)
         slot.state, slot.save, slot.rank, slot.holder = SlotState.SEALED, name, sealed.rank, ""
-        slot.shard_bytes = sealed.size_bytes
+        slot.shard_bytes, slot.doubtful = sealed.size_bytes, False
         if save.is_complete(RAM):
             for shard in run.slots.values():
                 if shard.save == name:

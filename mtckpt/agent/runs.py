@@ -307,6 +307,14 @@ class RunState:
             )
         ]
 
+    def doubt_others(self, owner: Owner, held: list[str] | None) -> None:
+        """An owner says which slots it is writing to: it may never have heard of its others."""
+        if held is None:
+            return
+        for slot in self.slots.values():
+            if slot.state is SlotState.CAPTURING and slot.holder == owner.holder:
+                slot.doubtful = slot.doubtful or slot.slot_id not in held
+
     def drop_copy(self, save: SaveState, label: str) -> None:
         """A save is not in a tier any more; forgotten once it is in none."""
         save.ranks.pop(label, None)

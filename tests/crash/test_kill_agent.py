@@ -101,6 +101,31 @@ def test_what_a_kill_left_of_a_deletion_goes_with_the_next_one(
     assert not empty.exists()
 
 
+def test_slots_whose_grant_never_arrived_are_given_again(own: Callable[..., FakeTrainer]) -> None:
+    """The agent was stopped, or slow, and whoever had asked for a slot asked no longer."""
+    trainer = own("r", [])
+    trainer.open()
+    trainer.begin()
+    trainer.save(1)
+    held: list[str] = []
+    for _ in range(5):
+        want = protocol.WantSlots(
+            trainer.holder, trainer.layout.size_bytes, trainer.layout.table_bytes, 3, 5.0, held
+        )
+        lost = trainer.call("slots", want, protocol.Slots).grant
+        assert lost is not None
+    seal = trainer.capture(2, lost, [])
+    held = [lost.slot_id]
+    for _ in range(3):
+        want = protocol.WantSlots(
+            trainer.holder, trainer.layout.size_bytes, trainer.layout.table_bytes, 3, 5.0, held
+        )
+        other = trainer.call("slots", want, protocol.Slots).grant
+        assert other is not None
+        assert other.inode != lost.inode  # it is being written
+    trainer.seal(seal)
+
+
 def test_who_waits_hears_that_a_save_was_superseded_before_the_agent_died() -> None:
     """RAM is read first, and the news of that are told before the disk has been read."""
     run = RunState("r", "r", work.TierRef("ram", "/nowhere"))
