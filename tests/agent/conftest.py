@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from fake_trainer import FakeTrainer, TrainerProcess
+from shard_maker import Shard, make_shard
 
+from mtckpt.agent import work
 from mtckpt.agent.protocol import TierConfig
 
 
@@ -37,3 +39,18 @@ def own(runtime_dir: Path, ram_dir: Path) -> Iterator[Callable[..., FakeTrainer]
     yield make
     for trainer in made:
         trainer.client.close()
+
+
+@pytest.fixture
+def ram(ram_dir: Path) -> work.TierRef:
+    return work.TierRef("ram", str(ram_dir / "root"))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> work.TierRef:
+    return work.TierRef("disk", str(tmp_path / "disk"), label="disk-2")
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Shard:
+    return make_shard(tmp_path)
