@@ -144,8 +144,10 @@ class Replay:
     def __init__(self, events: list[Event], directory: Path) -> None:
         self._events = events
         self._done = 0
+        self._directory = directory
         self._base = directory / "flushed.img"
-        self.image = directory / "crash.img"
+        self._count = 0
+        self.image = directory / "crash-0.img"
         with open(self._base, "wb") as file:
             file.truncate(SIZE_BYTES)
 
@@ -159,6 +161,10 @@ class Replay:
             for event in self._events[self._done : flushed]:
                 _apply(file.fileno(), event)
         self._done = max(self._done, flushed)
+        # Never the file of the image before: its loop device may go a moment after its mount.
+        self.image.unlink(missing_ok=True)
+        self._count += 1
+        self.image = self._directory / f"crash-{self._count}.img"
         shutil.copyfile(self._base, self.image)
         blocks = [
             Event(event.end, event.offset + start, event.data[start : start + BLOCK_BYTES])

@@ -46,6 +46,23 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Budget(limit_from_environment()), "mtckpt-budget")
 
 
+# Tests that fork in their own process, into a child that makes one call and exits.
+_FORKING = {
+    "test_a_fork_does_not_speak_on_its_parents_connection",
+    "test_a_fork_is_told",
+    "test_it_is_raised[ForkedProcess]",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # JAX warns of every fork once it was imported, which some test before in this process may have
+    # done; the child that it warns about never uses JAX. Elsewhere the warning is an error.
+    harmless = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+    for item in items:
+        if item.name in _FORKING:
+            item.add_marker(harmless)
+
+
 def pytest_report_header() -> str:
     return f"mtckpt: --seed={os.environ['MTCKPT_SEED']}"
 

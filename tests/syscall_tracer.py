@@ -7,6 +7,7 @@ process with one thread, since ptrace answers only the thread that attached. Lin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -17,8 +18,11 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
 
 NUMBERS = {
     "read": 0, "write": 1, "open": 2, "close": 3, "mmap": 9, "munmap": 11, "pread64": 17,
@@ -77,6 +81,7 @@ class Tracer:
         kill: SIGKILL before the call of that number, from 1; 0 for never.
         fail: that call fails with ``error``, and ``times`` in all (0: for ever).
         below: only calls on files below this directory count.
+        along: killed at the same moment, before the process itself.
     """
 
     def __init__(
@@ -89,10 +94,11 @@ class Tracer:
         error: int = errno.EIO,
         times: int = 1,
         below: str = "",
+        along: Sequence[int] = (),
     ) -> None:
         self.pid = pid
         spec = {"pid": pid, "calls": sorted(calls), "kill": kill, "fail": fail, "error": error,
-                "times": times, "below": below}  # fmt: skip
+                "times": times, "below": below, "along": list(along)}  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, json.dumps(spec)],
             stdin=subprocess.DEVNULL,
@@ -167,6 +173,7 @@ class _Program:
         self.error: int = spec["error"]
         self.last = spec["fail"] + spec["times"] - 1 if spec["times"] else float("inf")
         self.below: str = spec["below"]
+        self.along: list[int] = spec["along"]
         self.wanted = {NUMBERS[name] for name in spec["calls"]}
         self.log: list[list[Any]] = []
         self.tids: set[int] = set()
@@ -259,7 +266,9 @@ class _Program:
         self.log.append([name, path, False])
         count = len(self.log)
         if count == self.kill:
-            os.kill(self.pid, signal.SIGKILL)
+            for pid in (*self.along, self.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         if self.fail and self.fail <= count <= self.last:
             self.log[-1][2] = True
             self.failing[tid] = self.error

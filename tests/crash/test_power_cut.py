@@ -121,7 +121,7 @@ def wrong_with(recording: Recording, count: int, disk: Path) -> str:
     """What of the promises is broken on a disk whose power went after ``count`` events."""
     try:
         steps = whole_steps(disk)
-    except (AssertionError, CheckpointError) as error:
+    except (AssertionError, CheckpointError, OSError) as error:
         return f"torn: {error}"
     promised = recording.promised_at(count)
     if promised and promised[-1] not in steps:

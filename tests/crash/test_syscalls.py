@@ -302,6 +302,29 @@ def numbers_of_a_save(story: Story, victim: str) -> int:
     return len(calls)
 
 
+def kill_everything_at(story: Story, victim: str, number: int) -> None:
+    """A save under which that process, the agent and the writer are killed at the same moment.
+
+    Nobody repairs anything before it is looked at.
+    """
+    writer, step = story.resume()
+    writer.do("saves", step + 1, step + 3)
+    along = [story.pid_of(""), writer.pid]
+    with Tracer(story.pid_of(victim), kill=number, along=along) as tracer:
+        writer.send("save", step + 4)
+        with contextlib.suppress(WriterGone):
+            writer.answer()
+            wait_for(lambda: tracer.ended() or story.kept(), "retention")
+        killed = tracer.ended(0.1)
+        calls = tracer.stop()
+    story.end(writer)
+    story.learn(writer)
+    if killed:
+        story.counts[f"killed {victim}"] += 1
+        story.killed_at.append(f"everything at {victim} {number}: {calls[-1]}")
+    story.check_disk()
+
+
 def kill_agent_at(story: Story, victim: str, number: int) -> None:
     """A save under which that process is killed; the writer goes on, and so does a fresh one."""
     writer, step = story.resume()
@@ -332,7 +355,8 @@ def kill_agent_at(story: Story, victim: str, number: int) -> None:
 def test_agent_killed_before_some_syscalls(story: Story, victim: str) -> None:
     total = numbers_of_a_save(story, victim)
     for number in sample(story, total, 3):
-        kill_agent_at(story, victim, number)
+        kill = kill_everything_at if victim and story.rng.random() < 0.7 else kill_agent_at
+        kill(story, victim, number)
     assert story.counts[f"killed {victim or 'agent'}"] >= 1
     check_end(story)
 
@@ -347,5 +371,19 @@ def test_agent_killed_before_every_syscall(story: Story, victim: str) -> None:
         f"killed {victim or 'agent'}",
         total,
         lambda number: kill_agent_at(story, victim, number),
+    )
+    check_end(story)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("victim", ["ram", "disk"])
+def test_everything_killed_before_every_syscall(story: Story, victim: str) -> None:
+    total = numbers_of_a_save(story, victim)
+    sweep(
+        story,
+        f"killed {victim}",
+        total,
+        lambda number: kill_everything_at(story, victim, number),
     )
     check_end(story)
