@@ -25,7 +25,7 @@ from builders import build_save
 from fake_trainer import TrainerProcess
 
 import mtckpt
-from mtckpt import _manifest, errors
+from mtckpt import _manifest, _shard, errors
 from mtckpt.agent import protocol
 from mtckpt.errors import CheckpointError
 from mtckpt.tiers import BytesSource, LocalTier
@@ -360,9 +360,15 @@ def _(stage: Stage) -> None:
 
 @raises("FormatTooNew", "version", "supported", "tier", "key")
 def _(stage: Stage) -> None:
-    with (stage.saved() / _manifest.table_file(0)).open("r+b") as table:
-        table.seek(8)
-        table.write(b"\x02")
+    save_dir = stage.saved()
+    table = bytearray((save_dir / _manifest.table_file(0)).read_bytes())
+    table[8] = 2
+    (save_dir / _manifest.table_file(0)).write_bytes(table)
+    record = _manifest.decode_sealed(
+        (save_dir / _manifest.record_file(0)).read_bytes(), _manifest.Record
+    )
+    shard = msgspec.structs.replace(record.shard, table_digest=_shard.table_digest(table))
+    in_record(save_dir, shard=shard)
     with pytest.raises(errors.NoHealthyStep) as raised:
         mtckpt.load(stage.disk)
     # What is wrong with the newest step is the cause of there being none.

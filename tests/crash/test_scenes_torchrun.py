@@ -63,9 +63,11 @@ def _files_held(pid: int, root: Path) -> dict[int, str]:
 def saved_inodes(root: Path) -> set[int]:
     """Of every file of a save below ``root``; what is renamed meanwhile may be left out."""
     inodes = set()
-    for path in root.rglob("step-*/*"):
-        with contextlib.suppress(FileNotFoundError):
-            inodes.add(path.stat().st_ino)
+    for home, _, names in os.walk(root):  # which passes over directories that go meanwhile
+        if "/step-" in home:
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    inodes.add(os.stat(os.path.join(home, name)).st_ino)
     return inodes
 
 
