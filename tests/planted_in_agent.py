@@ -193,7 +193,7 @@ SECURITY = (
         "_manifest.py",
         're.compile(r"[a-z0-9][a-z0-9_.=-]{0,99}")',
         're.compile(r"[a-z0-9./][a-z0-9_.=/-]{0,99}")',
-        ("test_guards.py::test_a_run_of_any_name_lies_right_in_its_tier",),
+        ("test_guards_format.py::test_a_run_of_any_name_lies_right_in_its_tier",),
     ),
     Bug(
         "agent-of-a-stranger",

@@ -24,7 +24,7 @@ SHARD = (
         "_shard.py",
         "return -(-self.size_bytes // CHUNK_BYTES)",
         "return max(self.size_bytes // CHUNK_BYTES, self.size_bytes > 0)",
-        ("test_guards.py::test_the_last_byte_of_a_tensor_has_a_digest",),
+        ("test_guards_format.py::test_the_last_byte_of_a_tensor_has_a_digest",),
     ),
     Bug(
         "holes-in-a-shard",
@@ -59,7 +59,7 @@ SHARD = (
         "_shard.py",
         "rows.append((-dtype.stored_item_bytes, name, dtype, shape))",
         "rows.append((dtype.stored_item_bytes, name, dtype, shape))",
-        ("test_guards.py::test_every_tensor_is_aligned_to_its_elements",),
+        ("test_guards_format.py::test_every_tensor_is_aligned_to_its_elements",),
     ),
 )
 
@@ -114,7 +114,7 @@ RECORDS = (
         "_inventory.py",
         "if _shard.table_digest(table_data) != record.shard.table_digest:",
         "if not record.shard.table_digest:",
-        ("test_guards.py::test_a_table_that_was_made_of_the_damaged_bytes_blesses_nothing",),
+        ("test_guards_format.py::test_a_table_that_was_made_of_the_damaged_bytes_blesses_nothing",),
     ),
     Bug(
         "shard-size-not-compared",
@@ -128,14 +128,14 @@ RECORDS = (
         "tiers/base.py",
         "    if size_bytes > max_bytes:",
         "    if size_bytes < 0:",
-        ("test_guards.py::test_a_record_of_any_size_costs_no_memory",),
+        ("test_guards_format.py::test_a_record_of_any_size_costs_no_memory",),
     ),
     Bug(
         "save-id-with-a-newline",
         "_manifest.py",
         r"[0-9a-f]{12}\\Z",
         "[0-9a-f]{12}$",
-        ("test_guards.py::test_an_id_is_an_id_to_its_end",),
+        ("test_guards_format.py::test_an_id_is_an_id_to_its_end",),
     ),
 )
 
@@ -183,7 +183,9 @@ INCARNATIONS = (
         "_manifest.py",
         "limit = step if limit is None else min(step, limit)",
         "limit = step",
-        ("test_guards.py::test_a_branch_from_before_its_parent_began_counts_no_step_after_it",),
+        (
+            "test_guards_format.py::test_a_branch_from_before_its_parent_began_counts_no_step_after_it",
+        ),
     ),
 )
 
