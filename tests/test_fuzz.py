@@ -109,8 +109,19 @@ def run_fuzzer(
         f"-timeout={INPUT_TIMEOUT_S}",
         f"-artifact_prefix={tmp_path}/found-",
     ]
+    # By way of a shell that forks: a program counts as its own peak what the process that became it
+    # had in memory, and this one may have imported torch.
+    through = ["sh", "-c", '"$@"; exit $?', "sh"]
     return subprocess.run(
-        [sys.executable, str(script), target, str(seconds), str(tmp_path / "corpus"), *options],
+        [
+            *through,
+            sys.executable,
+            str(script),
+            target,
+            str(seconds),
+            str(tmp_path / "corpus"),
+            *options,
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
