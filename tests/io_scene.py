@@ -123,6 +123,7 @@ def has_open(pid: int, root: str) -> bool:
 def wait_for(what: Callable[[], bool], name: str, scene: Scene) -> None:
     deadline_s = time.monotonic() + LONG_S
     while not what():
-        there = [str(path) for path in scene.disk.rglob("*")]
-        assert time.monotonic() < deadline_s, (name, there)
+        if time.monotonic() > deadline_s:
+            there = "\n".join(sorted(str(path) for path in scene.disk.rglob("*")))
+            raise AssertionError(f"{name}\n{there}")
         time.sleep(0.005)
