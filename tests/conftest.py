@@ -48,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Tests that fork in their own process, into a child that makes one call and exits.
 _FORKING = {
+    "test_a_forked_child_gives_back_nothing_of_its_parent",
     "test_a_fork_does_not_speak_on_its_parents_connection",
     "test_a_fork_is_told",
     "test_it_is_raised[ForkedProcess]",

@@ -51,15 +51,16 @@ class Lease:
     """A read-only descriptor of one object whose bytes cannot be recycled while it is open.
 
     It is a shared flock: the kernel drops it when the last process that holds it is gone. A child
-    that was forked meanwhile prolongs it, which is safe.
+    that was forked while its parent held it and died prolongs it, which is safe.
     """
 
-    __slots__ = ("_fd", "key", "size_bytes")
+    __slots__ = ("_fd", "_pid", "key", "size_bytes")
 
     def __init__(self, key: str, fd: int, size_bytes: int) -> None:
         self.key = key
         self.size_bytes = size_bytes
         self._fd = fd
+        self._pid = os.getpid()
 
     @property
     def fd(self) -> int:
@@ -71,8 +72,14 @@ class Lease:
     def close(self) -> None:
         """Give the lease back. Idempotent."""
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            let_go(fd)
+        if fd < 0:
+            return
+        if os.getpid() == self._pid:  # a forked child must not give back what is its parent's
+            # Not by closing alone: a mapping has a copy of the descriptor, and lives for as long as
+            # the traceback of an error refers to a slice of it.
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+        let_go(fd)
 
     def __enter__(self) -> Lease:
         return self

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from mtckpt import errors
+from mtckpt._source import Mapped
 from mtckpt.tiers import BytesSource, LocalTier, Survives
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,28 @@ def test_a_lease_of_another_process_holds_off_the_owner_until_it_dies(tier: Loca
         child.kill()
         child.wait(20)
         assert may_recycle(tier)
+
+
+def test_a_lease_ends_though_an_error_still_refers_to_the_mapped_bytes(tier: LocalTier) -> None:
+    lease = tier.lease("run/a")
+    mapped = Mapped(lease.fd, lease.size_bytes)
+    part_of_a_traceback = mapped.window(0, 2)
+    mapped.close()
+    lease.close()
+    assert may_recycle(tier)
+    assert bytes(part_of_a_traceback) == b"ab"
+
+
+def test_a_forked_child_gives_back_nothing_of_its_parent(tier: LocalTier) -> None:
+    lease = tier.lease("run/a")
+    child = os.fork()
+    if child == 0:
+        lease.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not may_recycle(tier)
+    lease.close()
+    assert may_recycle(tier)
 
 
 def test_an_owner_in_another_process_holds_off_readers_for_a_bounded_time(tier: LocalTier) -> None:
