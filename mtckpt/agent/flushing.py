@@ -224,25 +224,53 @@ class Flusher:
             async with tier.keeping:
                 if self.stopping or not await self._healer.verify_save(run, save, tier.label):
                     return
-                for name in self._healer.not_kept(run, tier):
-                    if self.stopping:
-                        return
-                    await self._delete(run, tier, run.saves[name])
+                done = await self._let_go(run, tier)
         finally:
             tier.to_keep -= 1
             run.touch()
+        if not done and (tier.again is None or tier.again.done()):
+            tier.again = self._tools.start(
+                self._keep_again(run, tier), f"retention of {run.key} in {tier.label}"
+            )
 
-    async def _delete(self, run: RunState, tier: TierState, save: SaveState) -> None:
+    async def _keep_again(self, run: RunState, tier: TierState) -> None:
+        """Try what could not go yet from time to time: there may be no later flush."""
+        attempt, done = 0, False
+        while not done:
+            attempt += 1
+            await asyncio.sleep(queue.backoff_s(attempt, random.random()))
+            if self.stopping or run.gone or run.tiers.get(tier.label) is not tier:
+                return
+            async with tier.keeping:
+                done = await self._let_go(run, tier)
+            run.touch()
+
+    async def _let_go(self, run: RunState, tier: TierState) -> bool:
+        """Delete what the rules let go; False if some of it could not go now."""
+        done = True
+        for name in self._healer.not_kept(run, tier):
+            if self.stopping:
+                return True
+            try:
+                done &= await self._delete(run, tier, run.saves[name])
+            except CheckpointError as error:
+                logger.warning("run %s: %s keeps %s: %s", run.key, tier.label, name, error)
+                done = False
+        return done
+
+    async def _delete(self, run: RunState, tier: TierState, save: SaveState) -> bool:
+        """Delete one save; False if a reader has it."""
         async with run.lock(save, tier.label):
             command = work.Delete(tier.ref, run.key, str(save.name))
             deleted = await self._tools.call(command, work.Deleted)
         if deleted.busy:
-            return  # a reader has it; it goes after a later flush
+            return False
         run.drop_copy(save, tier.label)
         run.counters["deleted"] += 1
         self._tools.count("save_deleted", tier.label)
         self._tools.events.emit("save.deleted", run=run.run, step=save.name.step, tier=tier.label)
         run.touch()
+        return True
 
 
 def metrics_file(run: RunState, save: SaveState) -> tuple[str, bytes]:

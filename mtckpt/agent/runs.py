@@ -159,6 +159,7 @@ class TierState:
     task: asyncio.Task[None] | None = None
     to_keep: int = 0
     keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
+    again: asyncio.Task[None] | None = None
 
     @property
     def stage(self) -> str | None:

@@ -110,6 +110,23 @@ def test_retention_keeps_what_the_rule_says(own: Own, tmp_path: Path) -> None:
     trainer.close()
 
 
+def test_what_a_reader_held_goes_when_the_reader_has_gone(own: Own, tmp_path: Path) -> None:
+    trainer = own("r", [disk(tmp_path / "d", keep=2)])
+    trainer.open()
+    trainer.begin(1)
+    first = trainer.save(1, ["disk"])
+    trainer.wait_stage(1, "local")
+    reader = LocalTier(tmp_path / "d", read_only=True)
+    with reader.lease(f"r/{first.save}/{_manifest.shard_file(0)}"):
+        for step in (2, 3, 4):
+            trainer.save(step, ["disk"])
+            trainer.wait_stage(step, "local")
+        until(lambda: steps_in(tmp_path / "d") == [1, 3, 4])
+    reader.close()
+    until(lambda: steps_in(tmp_path / "d") == [3, 4])  # with no flush after the reader
+    trainer.close()
+
+
 def test_damage_is_found_healed_and_told(own: Own, tmp_path: Path) -> None:
     trainer = own("r", [disk(tmp_path / "d")])
     trainer.open()
