@@ -279,13 +279,21 @@ class Registry:
         elif run.owners.get(owner.rank) is owner:
             del run.owners[owner.rank]
 
-    async def leave(self, run: RunState, owner: Owner) -> None:
-        """An owner closed the run: like its death, but for the event."""
+    async def leave(self, run: RunState, owner: Owner, wait_s: float) -> None:
+        """An owner closed the run: like its death, but for the event; its RAM is freed.
+
+        At most ``wait_s`` is waited for what still reads it; it is freed later then.
+        """
         self._unwatch(owner)
         owner.dead = True
         await self._settle(run, owner)
         run.finished.clear()
         self.tools.events.emit("run.closed", run=run.run, pid=owner.pid)
+        # What was closed is free when that is told, unless its retention takes long.
+        deadline_s = time.monotonic() + (wait_s if run.closing else 0.0)
+        while is_busy(run) and not run.living() and (left_s := deadline_s - time.monotonic()) > 0:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(run.changed.wait(), min(left_s, 0.1))
         await self._let_go(run)
 
     # -- letting go ------------------------------------------------------------------------------
