@@ -216,21 +216,22 @@ CAPTURE = (
     Bug(
         "conjugation-forgotten",
         "adapters/torch/leaves.py",
-        "            and COMPLEX.isdisjoint(set(dtypes))\n",
+        "        and COMPLEX.isdisjoint(dtypes)\n",
         "",
         ("adapters/test_torch_leaves.py::test_lazy_conjugation_and_negation",),
     ),
     Bug(
         "negation-forgotten",
         "adapters/torch/leaves.py",
-        "            and not any(negative)\n",
+        "        and not any(map(torch.Tensor.is_neg, block))\n",
         "",
         ("adapters/test_torch_leaves.py::test_lazy_conjugation_and_negation",),
     ),
     Bug(
         "memory-that-was-given-back",
         "adapters/torch/leaves.py",
-        "            if checked != last:\n                _check_storages(values, held, paths)\n",
+        "            if last is None or layouts.where() != last.where():\n"
+        "                _check_storages(values, layouts.held_bytes, paths)\n",
         "",
         ("adapters/test_torch_leaves.py::test_memory_given_back_between_two_saves_is_noticed",),
     ),
