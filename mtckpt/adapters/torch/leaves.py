@@ -339,7 +339,9 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def bump_versions(tensors: Sequence[torch.Tensor]) -> None:
-    """Tell autograd that bytes were written behind its back, as an in-place operation would."""
-    torch.autograd.graph.increment_version(
-        [tensor for tensor in tensors if not tensor.is_inference()]
-    )
+    """Tell autograd that bytes were written behind its back, as in-place operations would."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # some are of inference mode, which count nothing
+        counting = [tensor for tensor in tensors if not tensor.is_inference()]
+        torch.autograd.graph.increment_version(counting)
