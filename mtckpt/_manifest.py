@@ -14,10 +14,10 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
-from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
+from xxhash import xxh3_64_hexdigest, xxh3_128
 
 from mtckpt.errors import Damaged, FormatTooNew, UsageError
 
@@ -168,7 +168,15 @@ class Metrics(msgspec.Struct, frozen=True):
     metrics: dict[str, float]
 
 
-class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
+class _Sealed(NamedTuple):
+    """The parts of a sealed file."""
+
+    kind: str
+    digest: str
+    body: memoryview
+
+
+class _AnySealed(msgspec.Struct, forbid_unknown_fields=True):
     kind: str
     digest: str
     body: msgspec.Raw
@@ -177,33 +185,67 @@ class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
 _T = TypeVar("_T", Record, Manifest, Incarnation, Metrics)
 
 
+# As ``encode_sealed`` begins; between it and the last two bytes lies the body.
+_HEAD = re.compile(rb'\{"kind":"([a-z]+)","digest":"([0-9a-f]{32})","body":')
+_TAIL = b"}\n"
+
+
 def encode_sealed(value: Record | Manifest | Incarnation | Metrics) -> bytes:
     """JSON of ``value`` with its kind and the XXH3-128 of its body."""
     body = msgspec.json.encode(value)
     kind = type(value).__name__.lower()
-    digest = xxh3_128_hexdigest(kind.encode() + body)
-    return msgspec.json.encode(_Sealed(kind, digest, msgspec.Raw(body))) + b"\n"
+    head = f'{{"kind":"{kind}","digest":"{_digest(kind, body)}","body":'
+    return b"".join((head.encode(), body, _TAIL))
 
 
 def decode_sealed(data: bytes | memoryview, type_: type[_T]) -> _T:
     """Read what ``encode_sealed`` wrote. Raises Damaged, or FormatTooNew for a later version."""
-    try:
-        sealed = msgspec.json.decode(data, type=_Sealed)
-        body = bytes(sealed.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Damaged(f"{type_.__name__.lower()} does not parse: {error}") from error
     kind = type_.__name__.lower()
-    if sealed.kind != kind or sealed.digest != xxh3_128_hexdigest(kind.encode() + body):
+    sealed = _opened(data, kind)
+    if sealed.kind != kind or sealed.digest != _digest(kind, sealed.body):
         raise Damaged(f"{kind} does not match its digest")
     try:
-        version = msgspec.json.decode(body, type=_Version).version
-        if version > FORMAT_VERSION:
-            raise FormatTooNew(
-                f"{kind} of a later version of mtckpt", version=version, supported=FORMAT_VERSION
-            )
-        return msgspec.json.decode(body, type=type_)
+        value = msgspec.json.decode(sealed.body, type=type_)
+        version = value.version
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        version = _version_in(sealed.body)
+        if version <= FORMAT_VERSION:
+            raise Damaged(f"{kind} does not parse: {error}") from error
+    if version > FORMAT_VERSION:
+        raise FormatTooNew(
+            f"{kind} of a later version of mtckpt", version=version, supported=FORMAT_VERSION
+        )
+    return value
+
+
+def _opened(data: bytes | memoryview, kind: str) -> _Sealed:
+    """The parts of a sealed file. Cut where it looks as it is written: parsing walks through all.
+
+    A body that was cut is one JSON value for sure only once its digest was compared.
+    """
+    head = _HEAD.match(data)
+    if head is not None and data[-len(_TAIL) :] == _TAIL:
+        body = memoryview(data)[head.end() : -len(_TAIL)]
+        return _Sealed(head[1].decode(), head[2].decode(), body)
+    try:
+        sealed = msgspec.json.decode(data, type=_AnySealed)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged(f"{kind} does not parse: {error}") from error
+    return _Sealed(sealed.kind, sealed.digest, memoryview(sealed.body))
+
+
+def _digest(kind: str, body: bytes | memoryview) -> str:
+    digest = xxh3_128(kind.encode())
+    digest.update(body)
+    return digest.hexdigest()
+
+
+def _version_in(body: memoryview) -> int:
+    """The version of a body that is none of this version, or 0."""
+    try:
+        return msgspec.json.decode(body, type=_Version).version
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return 0
 
 
 class _Version(msgspec.Struct):

@@ -10,6 +10,8 @@ import base64
 import math
 from typing import Any
 
+import msgspec
+
 from mtckpt.errors import FormatError, UnsupportedState
 
 __all__ = [
@@ -47,46 +49,40 @@ DROPPED = "dropped"  # a gap in a list, made by rename and never saved
 PLAIN_TYPES = frozenset({int, float, str, bool, type(None), bytes})
 
 
-class Node:
-    """One place in a tree. ``index`` counts arrays or plain values in the order of the walk."""
+class Node(msgspec.Struct, eq=False):
+    """One place in a tree. ``index`` counts arrays or plain values in the order of the walk.
 
-    __slots__ = (
-        *("all_plain", "children", "index", "key_types", "keys"),
-        *("kind", "name", "type", "types"),
-    )
+    What follows from the others is set with them: ``types`` has the types of a container's items
+    where all are arrays, ``key_types`` those of its keys unless all are texts.
+    """
 
-    def __init__(
-        self,
-        kind: str,
-        *,
-        type_: type = object,
-        keys: list[Any] | None = None,
-        children: list[Node] | None = None,
-        index: int = -1,
-        name: str = "",
-    ) -> None:
-        self.kind = kind
-        self.type: Any = type_
-        self.keys = keys
-        self.index = index
-        self.name = name
-        self.key_types: list[type] | None = None
-        self.types: list[type] | None = None
-        self.all_plain = False
-        if keys:
+    kind: str
+    type_: Any = object
+    keys: list[Any] | None = None
+    children: list[Node] = []
+    index: int = -1
+    name: str = ""
+    key_types: list[type] | None = None
+    types: list[type] | None = None
+    all_plain: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keys:
             # 1, 1.0 and True are equal keys and not the same; texts are equal only to texts.
-            key_types = list(map(type, keys))
-            self.key_types = None if key_types.count(str) == len(keys) else key_types
-        if not children:
-            self.children: list[Node] = []
-            return
-        self.children = children
-        # A container of nothing but arrays, or of nothing but plain values, is walked in one go.
-        kinds = {child.kind for child in children}
-        if kinds == {ARRAY}:
-            self.types = [child.type for child in children]
-        else:
-            self.all_plain = kinds == {PLAIN}
+            key_types = list(map(type, self.keys))
+            self.key_types = None if key_types.count(str) == len(self.keys) else key_types
+        if self.children:
+            # A container of nothing but arrays, or of nothing but plain values, is walked in one go
+            kinds = {child.kind for child in self.children}
+            if kinds == {ARRAY}:
+                self.types = [child.type_ for child in self.children]
+            else:
+                self.all_plain = kinds == {PLAIN}
+
+    @property
+    def type(self) -> Any:
+        """The type of the value that stood here."""
+        return self.type_
 
 
 def encode_plain(value: Any) -> Any:
@@ -179,7 +175,11 @@ def node_from_json(tree: Any, num_arrays: int, num_plain: int, depth: int = 0) -
                 raise FormatError("not a structure of a state")
             key, child = pair
             keys.append(key if type(key) is str else decode_plain(key))
-            children.append(node_from_json(child, num_arrays, num_plain, depth + 1))
+            index = child.get(ARRAY) if type(child) is dict and len(child) == 1 else None
+            if type(index) is int and 0 <= index < num_arrays:  # as nearly all are
+                children.append(Node(ARRAY, index=index))
+            else:
+                children.append(node_from_json(child, num_arrays, num_plain, depth + 1))
         return Node(DICT, keys=keys, children=children)
     if kind == CODEC:
         if len(body) != 2 or not isinstance(body[0], str):

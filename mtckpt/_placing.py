@@ -155,23 +155,30 @@ class Placing:
         self, lives: Sequence[Any], nodes: Sequence[Node], paths: Sequence[str]
     ) -> list[Any]:
         """``array_into`` for many, all at once where all fit."""
-        owner = self._owner(lives[0]) if lives else None
-        if (
-            owner is not None
-            and all(node.kind == _state.ARRAY for node in nodes)
-            and {self._owner_of(type(live), live) for live in lives} == {owner}
-        ):
-            indexes = [node.index for node in nodes]
-            addresses = owner.writable_addresses(lives, [self.arrays[i].spec for i in indexes])
-            if addresses is not None:
-                self._wanted.update(zip(addresses, indexes, strict=True))
-                self._wanted.pop(0, None)  # empty arrays
-                self._note_in_place(owner, lives)
-                return list(lives)
+        if self._all_into(lives, nodes):
+            return list(lives)
         return [
             self.array_into(live, node, path)
             for live, node, path in zip(lives, nodes, paths, strict=True)
         ]
+
+    def _all_into(self, lives: Sequence[Any], nodes: Sequence[Node]) -> bool:
+        """Place arrays onto live ones if all of them fit and can be written; else do nothing."""
+        examples = dict(zip(map(type, lives), lives, strict=True))
+        if not all(map(self._is_array, examples.values())):
+            return False
+        owners = {self._owner(live) for live in examples.values()}
+        if len(owners) != 1 or {node.kind for node in nodes} != {_state.ARRAY}:
+            return False
+        (owner,) = owners
+        indexes = [node.index for node in nodes]
+        addresses = owner.writable_addresses(lives, [self.arrays[i].spec for i in indexes])
+        if addresses is None:
+            return False
+        self._wanted.update(zip(addresses, indexes, strict=True))
+        self._wanted.pop(0, None)  # empty arrays
+        self._note_in_place(owner, lives)
+        return True
 
     def missing(self, path: str) -> None:
         """The template wants what the checkpoint lacks."""
@@ -257,6 +264,13 @@ class Placing:
     def _match_dict(self, live: Mapping[Any, Any], node: Node, path: str, top: bool) -> Any:
         if node.kind != _state.DICT:
             return self.differs(live, node, path)
+        if (
+            isinstance(live, MutableMapping)
+            and node.keys == list(live)
+            and {str}.issuperset(map(type, live))  # 1 and True are equal, and have other paths
+            and self._all_into(list(live.values()), node.children)
+        ):
+            return live  # every byte goes into what is there: nothing is left to do
         pairs = list(zip(node.keys or [], node.children, strict=True))
         prefix = f"{path}/" if path else ""
         if not top and not _has_arrays(node) and not _has_objects(live, self.adapters):

@@ -34,7 +34,7 @@ from mtckpt.errors import (
 
 if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
-    from mtckpt._manifest import Record, SaveEntry, SaveName
+    from mtckpt._manifest import ArrayEntry, Record, SaveEntry, SaveName
     from mtckpt.capture.base import Engine
 
 __all__ = ["Attempt", "Candidate", "Place", "RestorePlan", "plan_restore", "restore_from"]
@@ -223,20 +223,26 @@ def _match(
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged(f"record does not parse: {error}", step=record.step) from error
     root = _state.node_from_json(tree, len(loaded.entries), len(plain))
-    stored = [
-        Stored(
-            entry.path,
-            ArraySpec(entry.dtype, entry.shape, entry.framework, entry.offsets, entry.global_shape),
-            index if entry.same_as is None else entry.same_as,
-        )
-        for index, entry in enumerate(loaded.entries)
-    ]
+    stored = _stored(loaded.entries)
     if rename is not None:
         root, stored = rename_tree(root, stored, [], rename)
     placing = Placing(stored, plain, adapters, partial=partial)
     resolved = placing.match(state, root)
     placing.raise_diff(record.step)
     return placing, resolved
+
+
+def _stored(entries: Sequence[ArrayEntry]) -> list[Stored]:
+    """The arrays of a record; those of one type and shape share a spec."""
+    specs: dict[tuple[Any, ...], ArraySpec] = {}
+    stored = []
+    for index, entry in enumerate(entries):
+        kind = entry.dtype, entry.shape, entry.framework, entry.offsets, entry.global_shape
+        spec = specs.get(kind)
+        if spec is None:
+            spec = specs[kind] = ArraySpec(*kind)
+        stored.append(Stored(entry.path, spec, index if entry.same_as is None else entry.same_as))
+    return stored
 
 
 def _finish(

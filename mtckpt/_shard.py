@@ -14,16 +14,16 @@ XXH3: https://github.com/Cyan4973/xxHash. safetensors: https://github.com/huggin
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-import operator
 import os
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128_digest, xxh3_128_hexdigest
@@ -76,6 +76,12 @@ class StoredTensor(NamedTuple):
     @property
     def num_chunks(self) -> int:
         return -(-self.size_bytes // CHUNK_BYTES)
+
+
+# From a tuple of its fields: calling the class takes three times as long.
+_tensor_of: Callable[[tuple[Any, ...]], StoredTensor] = functools.partial(
+    tuple.__new__, StoredTensor
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,27 +180,24 @@ def _check_name(name: str, taken: set[str]) -> None:
 
 
 def _layout(
-    spans: Sequence[tuple[str, str, tuple[int, ...], int, int]], header: bytes
+    spans: Iterable[tuple[str, str, tuple[int, ...], int, int]], header: bytes
 ) -> ShardLayout:
     tensors = []
     first_chunk = 0
     data_start = size_bytes = len(header)
     for name, code, shape, offset, tensor_bytes in spans:
         start = data_start + offset
-        tensors.append(StoredTensor(name, code, shape, start, tensor_bytes, first_chunk))
+        tensors.append(_tensor_of((name, code, shape, start, tensor_bytes, first_chunk)))
         first_chunk += -(-tensor_bytes // CHUNK_BYTES)
         size_bytes = start + tensor_bytes
     return ShardLayout(tuple(tensors), header, size_bytes, first_chunk)
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=False, gc=False):
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
+    """One tensor of a header; by its defaults ``__metadata__`` decodes in the same call.
 
-
-class _AnyEntry(msgspec.Struct, forbid_unknown_fields=False, gc=False):
-    """As ``_Entry``, but ``__metadata__`` decodes too: all of a header then takes one call."""
+    No tensor can be as they say.
+    """
 
     dtype: str = ""
     shape: tuple[int, ...] = ()
@@ -235,57 +238,63 @@ def parse_layout(header: bytes, file_bytes: int) -> ShardLayout:
     if header_length(header, file_bytes) != len(header):
         raise Damaged("shard header is cut short", got_bytes=len(header))
     entries = _entries(header[8:])
-    end = 0
-    spans = []
-    for name, entry in _in_file_order(entries):
-        start, stop = entry.data_offsets
-        dtype = _CODES.get(entry.dtype)
-        if dtype is None:
-            raise FormatTooNew(f"shard has a tensor of unknown type {entry.dtype[:20]!r}")
-        shape = entry.shape
-        if shape and (min(shape) < 0 or max(shape) >= 2**48 or len(shape) > 64):
-            raise Damaged("shard header has an impossible shape", tensor=name[:200])
-        size_bytes = math.prod(shape) * dtype.stored_item_bytes
-        if start != end or stop - start != size_bytes or stop > file_bytes:
-            raise Damaged("shard header has offsets that do not fit", tensor=name[:200])
-        end = stop
-        spans.append((name, entry.dtype, shape, start, size_bytes))
-    if len(header) + end != file_bytes:
+    try:
+        layout = _layout(_spans(entries.items()), bytes(header))
+    except Damaged:
+        # What mtckpt has written comes in the order of the file, others may write it in any.
+        items = sorted(entries.items(), key=lambda item: item[1].data_offsets)
+        layout = _layout(_spans(items), bytes(header))
+    if layout.size_bytes != file_bytes:
         raise Damaged(
             "shard file has another size than its header says",
-            wanted_bytes=len(header) + end,
+            wanted_bytes=layout.size_bytes,
             got_bytes=file_bytes,
         )
-    return _layout(spans, bytes(header))
+    return layout
 
 
-def _in_file_order(entries: dict[str, _AnyEntry]) -> list[tuple[str, _AnyEntry]]:
-    """By offset. What mtckpt has written comes so, others may write their header in any order."""
-    items = list(entries.items())
-    starts = [entry.data_offsets for _, entry in items]
-    if any(map(operator.gt, starts, starts[1:])):
-        items.sort(key=lambda item: item[1].data_offsets)
-    return items
+def _spans(
+    items: Iterable[tuple[str, _Entry]],
+) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
+    """Name, code, shape, offset in the data and size of each tensor. Raises as ``parse_layout``."""
+    end = 0
+    bytes_of: dict[tuple[str, tuple[int, ...]], int] = {}  # many tensors are of few kinds
+    for name, entry in items:
+        kind = code, shape = entry.dtype, entry.shape
+        size_bytes = bytes_of.get(kind)
+        if size_bytes is None:
+            size_bytes = bytes_of[kind] = _stored_bytes(code, shape, name)
+        start, stop = entry.data_offsets
+        if start != end or stop - start != size_bytes:
+            raise Damaged("shard header has offsets that do not fit", tensor=name[:200])
+        end = stop
+        yield name, code, shape, start, size_bytes
 
 
-def _entries(text: bytes) -> dict[str, _AnyEntry]:
+def _stored_bytes(code: str, shape: tuple[int, ...], name: str) -> int:
+    dtype = _CODES.get(code)
+    if dtype is None and code:
+        raise FormatTooNew(f"shard has a tensor of unknown type {code[:20]!r}")
+    if dtype is None:
+        raise Damaged("shard header has a tensor without a type", tensor=name[:200])
+    if shape and (min(shape) < 0 or max(shape) >= 2**48 or len(shape) > 64):
+        raise Damaged("shard header has an impossible shape", tensor=name[:200])
+    return math.prod(shape) * dtype.stored_item_bytes
+
+
+def _entries(text: bytes) -> dict[str, _Entry]:
     try:
-        found = msgspec.json.decode(text, type=dict[str, _AnyEntry])
+        found = msgspec.json.decode(text, type=dict[str, _Entry])
         found.pop("__metadata__", None)
-        if all(entry.dtype and entry.data_offsets[0] >= 0 for entry in found.values()):
-            return found
+        return found
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        pass  # whatever is wrong is said below, entry by entry
+        pass  # the metadata may have entries of these names and any kind
     try:
         raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         raw.pop("__metadata__", None)
-        checked = {name: msgspec.json.decode(body, type=_Entry) for name, body in raw.items()}
+        return {name: msgspec.json.decode(body, type=_Entry) for name, body in raw.items()}
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged(f"shard header does not parse: {error}") from error
-    return {
-        name: _AnyEntry(entry.dtype, entry.shape, entry.data_offsets)
-        for name, entry in checked.items()
-    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,35 +45,50 @@ class _Unit(NamedTuple):
     chunk: int
 
 
+class _Arrays:
+    """Where the arrays of a capture lie and go, kept for the next one: making this takes as long.
+
+    ``large`` has indexes. Of small ones there is a view over the source, its place in the shard
+    and its chunk. A view is only ever used in a call that was handed its address and size, so it
+    cannot outlive what it shows.
+    """
+
+    __slots__ = ("chunks", "end", "large", "places", "sources", "spans", "views")
+
+    def __init__(self, sources: Sequence[int], spans: Sequence[Span]) -> None:
+        self.sources = list(sources)
+        self.spans = list(spans)
+        self.large = [i for i, span in enumerate(spans) if span.size_bytes > CHUNK_BYTES]
+        small = [i for i, span in enumerate(spans) if 0 < span.size_bytes <= CHUNK_BYTES]
+        self.chunks = [spans[i].chunk for i in small]
+        self.places = [slice(spans[i].start, spans[i].start + spans[i].size_bytes) for i in small]
+        self.views = [view_at(sources[i], spans[i].size_bytes) for i in small]
+        self.end = max((place.stop for place in self.places), default=0)
+
+
 class CpuEngine:
     """See ``base.Engine``. ``max_threads`` bounds what one call uses, the caller included."""
 
     def __init__(self, max_threads: int = 4) -> None:
         self.max_threads = max_threads
-        self._small_sources: list[tuple[int, int]] = []
-        self._small_views: list[memoryview] = []
+        self._arrays = _Arrays([], [])
 
     def capture(
         self, sources: Sequence[int], spans: Sequence[Span], base: int, digests: memoryview
     ) -> None:
+        arrays = self._arrays
+        if arrays.sources != sources or arrays.spans != spans:
+            arrays = self._arrays = _Arrays(sources, spans)
         units: list[_Unit] = []
-        small: list[Span] = []
-        small_sources: list[tuple[int, int]] = []
-        for index, (source, span) in enumerate(zip(sources, spans, strict=True)):
-            size_bytes = span[1]
-            if size_bytes > CHUNK_BYTES:
-                units += _units(index, source, base + span.start, size_bytes, span.chunk)
-            elif size_bytes:
-                small.append(span)
-                small_sources.append((source, size_bytes))
+        for index in arrays.large:
+            start, size_bytes, chunk = spans[index]
+            units += _units(index, sources[index], base + start, size_bytes, chunk)
         self._run(units, lambda unit: _capture_unit(unit, digests))
-        if not small:
-            return
-        end = small[-1].start + small[-1].size_bytes
-        target = view_at(base, max(end, max(s.start + s.size_bytes for s in small)))
-        for (start, size_bytes, chunk), view in zip(small, self._views(small_sources), strict=True):
-            digests[chunk] = xxh3_64_intdigest(view)
-            target[start : start + size_bytes] = view
+        if arrays.views:
+            target = view_at(base, arrays.end)
+            for chunk, place, view in zip(arrays.chunks, arrays.places, arrays.views, strict=True):
+                digests[chunk] = xxh3_64_intdigest(view)
+                target[place] = view
 
     def verify(self, base: int, spans: Sequence[Span], digests: memoryview) -> list[int]:
         bad: set[int] = set()
@@ -140,17 +155,6 @@ class CpuEngine:
             else:
                 _copy(target, source, size_bytes)
         self._run(units, _copy_unit)
-
-    def _views(self, sources: list[tuple[int, int]]) -> list[memoryview]:
-        """Views over small sources, kept for the next save at the same addresses.
-
-        Making a view costs as much as the digest. One is only ever used in a call that was handed
-        its address and size, so it cannot outlive what it shows.
-        """
-        if sources != self._small_sources:
-            self._small_views = [view_at(address, size_bytes) for address, size_bytes in sources]
-            self._small_sources = sources
-        return self._small_views
 
     def _run(self, units: Sequence[_Unit], work: Callable[[_Unit], None]) -> None:
         """Let several threads, the caller among them, take the units one by one."""

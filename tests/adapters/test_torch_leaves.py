@@ -256,15 +256,19 @@ def test_a_tensor_whose_memory_was_given_back_is_an_error(make: Any, left_bytes:
 def test_memory_given_back_between_two_saves_is_noticed() -> None:
     adapter = TorchAdapter()
     tensors = [torch.ones(4), torch.ones(8)[4:]]
+
+    def addresses() -> list[int]:
+        found, _ = adapter.host_addresses(tensors, (), adapter.fingerprint(tensors))
+        return found
+
     known = adapter.fingerprint(tensors)
-    first, _ = adapter.host_addresses(tensors, (), known)
-    assert adapter.host_addresses(tensors, (), known)[0] == first
+    assert addresses() == addresses() == [tensor.data_ptr() for tensor in tensors]
     tensors[0] = torch.zeros(4)
-    assert adapter.host_addresses(tensors, (), known)[0][0] == tensors[0].data_ptr()
+    assert addresses()[0] == tensors[0].data_ptr()
     tensors[1].untyped_storage().resize_(0)
     assert adapter.fingerprint(tensors) == known
     with pytest.raises(UnsupportedState, match="given back"):
-        adapter.host_addresses(tensors, (), known)
+        addresses()
 
 
 def test_plain_tensors_are_not_copied_and_others_are() -> None:

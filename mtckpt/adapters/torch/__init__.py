@@ -23,7 +23,7 @@ class TorchAdapter:
     framework = "torch"
 
     def __init__(self) -> None:
-        self._checked: leaves.Checked | None = None
+        self._last: leaves.Layouts | None = None
 
     def is_array(self, value: object) -> bool:
         """True for every tensor, those that cannot be saved too: ``spec`` says why not."""
@@ -41,10 +41,8 @@ class TorchAdapter:
         self, values: Sequence[Any], paths: Sequence[str] = (), fingerprint: object = None
     ) -> tuple[list[int], object]:
         """The live memory of plain host tensors, and of copies for all others."""
-        addresses, copies, checked = leaves.host_addresses(
-            values, paths, fingerprint, self._checked
-        )
-        self._checked = checked or self._checked
+        addresses, copies, last = leaves.host_addresses(values, paths, fingerprint, self._last)
+        self._last = last or self._last
         return addresses, copies
 
     def identity(self, value: Any) -> object | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from mtckpt._state import ArraySpec
 from mtckpt.errors import UnsupportedState
 
 __all__ = [
-    "Checked",
     "Layouts",
     "assign",
     "bump_versions",
@@ -47,6 +46,10 @@ COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
 _ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
 # Moving bytes as integers asks no kernel for a type that has none (int4, float4) and leaves the
 # payload of every NaN alone.
+_storage = torch.Tensor.untyped_storage
+_held_bytes = torch.UntypedStorage.nbytes
+# So many tensors, with their storages, stay in a first-level cache while they are asked.
+_BLOCK = 128
 BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -55,13 +58,20 @@ class Layouts:
     """The fingerprint of a list of tensors, by column; ``odd`` are those that are not plain.
 
     A plain tensor is a dense one in host memory whose bytes are its elements in C order.
-    ``details`` says of the others what the columns do not.
+    ``details`` says of the others what the columns do not. Where the bytes lie and how long the
+    storages are is looked up along with it and no part of what is compared.
     """
 
-    dtypes: list[Any]
-    shapes: list[Any]
-    odd: list[int]
-    details: list[object]
+    dtypes: list[Any] = field(default_factory=list)
+    shapes: list[Any] = field(default_factory=list)
+    odd: list[int] = field(default_factory=list)
+    details: list[object] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list, compare=False)
+    held_bytes: list[int] = field(default_factory=list, compare=False)
+
+    def where(self) -> tuple[object, ...]:
+        """All of it. As long as this is the same, tensors that lay in their storages still do."""
+        return (self.addresses, self.held_bytes, self)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -78,26 +88,38 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 def fingerprint(values: Sequence[torch.Tensor]) -> Layouts:
     """Compares equal exactly when dtype, shape, layout and device of all do. Never raises."""
+    found = Layouts()
+    plain = True
     # Without this, torch.set_default_device and the like add microseconds to every call.
     with torch._C.DisableTorchFunction():
         try:
-            dtypes = [tensor.dtype for tensor in values]
-            shapes: list[Any] = [tensor.shape for tensor in values]
-            contiguous = [tensor.is_contiguous() for tensor in values]
-            on_host = [tensor.is_cpu for tensor in values]
-            negative = [tensor.is_neg() for tensor in values]
+            for start in range(0, len(values), _BLOCK):
+                plain = _look(values[start : start + _BLOCK], found) and plain
         except RuntimeError:  # sparse and nested tensors have no strides, nested ones no shape
-            return Layouts([], [], [], [_details(tensor) for tensor in values])
-        plain = (
-            all(contiguous)
-            and all(on_host)
-            and not any(negative)
-            and COMPLEX.isdisjoint(set(dtypes))
-        )
-        if plain:
-            return Layouts(dtypes, shapes, [], [])
-        odd = [i for i, tensor in enumerate(values) if not is_plain(tensor)]
-        return Layouts(dtypes, shapes, odd, [_details(values[i]) for i in odd])
+            return Layouts(details=[_details(tensor) for tensor in values])
+        if not plain:
+            found.odd = [i for i, tensor in enumerate(values) if not is_plain(tensor)]
+            found.details = [_details(values[i]) for i in found.odd]
+    return found
+
+
+def _look(block: Sequence[torch.Tensor], found: Layouts) -> bool:
+    """Add the columns of a few tensors, which come into the cache but once; True if all are plain.
+
+    The first look at a tensor costs as much as all others together.
+    """
+    dtypes = [tensor.dtype for tensor in block]
+    on_host = [tensor.is_cpu for tensor in block]
+    found.dtypes += dtypes
+    found.shapes += map(torch.Tensor.size, block)
+    found.addresses += map(torch.Tensor.data_ptr, block)
+    found.held_bytes += map(_held_bytes, map(_storage, block))
+    return (
+        all(map(torch.Tensor.is_contiguous, block))
+        and all(on_host)
+        and not any(map(torch.Tensor.is_neg, block))
+        and COMPLEX.isdisjoint(dtypes)
+    )
 
 
 def _details(tensor: torch.Tensor) -> object:
@@ -110,41 +132,27 @@ def _details(tensor: torch.Tensor) -> object:
     )
 
 
-@dataclass(slots=True)
-class Checked:
-    """Plain tensors that were found to lie within their storages: where, and how long those were.
-
-    As long as all of that is the same, so is the answer.
-    """
-
-    layouts: Layouts
-    addresses: list[int]
-    held_bytes: list[int]
-
-
 def host_addresses(
     values: Sequence[torch.Tensor],
     paths: Sequence[str],
     known: object,
-    last: Checked | None = None,
-) -> tuple[list[int], list[torch.Tensor], Checked | None]:
+    last: Layouts | None = None,
+) -> tuple[list[int], list[torch.Tensor], Layouts | None]:
     """Where the bytes lie, the copies among them, and what to pass as ``last`` the next time.
 
-    ``known`` is the fingerprint of these very values, or anything else.
+    ``known`` is the fingerprint just taken of these very values, or anything else. Raises
+    UnsupportedState.
     """
     layouts = known if isinstance(known, Layouts) else fingerprint(values)
     odd = layouts.odd
     if layouts.details and not odd:  # some cannot even be described by columns
         odd = list(range(len(values)))
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        held = [tensor.untyped_storage().nbytes() for tensor in values]
         if not odd:
-            addresses = [tensor.data_ptr() for tensor in values]
-            checked = Checked(layouts, addresses, held)
-            if checked != last:
-                _check_storages(values, held, paths)
-            return addresses, [], checked
-        _check_storages(values, held, paths)
+            if last is None or layouts.where() != last.where():
+                _check_storages(values, layouts.held_bytes, paths)
+            return layouts.addresses, [], layouts
+        _check_storages(values, [_held_bytes(_storage(tensor)) for tensor in values], paths)
         copied = {i: _host_copy(values[i]) for i in odd}
         addresses = [copied.get(i, tensor).data_ptr() for i, tensor in enumerate(values)]
     return addresses, list(copied.values()), None
@@ -281,11 +289,10 @@ def writable_addresses(
     if layouts.dtypes != [DTYPE_OF.get(spec.dtype) for spec in specs]:
         return None
     with torch._C.DisableTorchFunction():
-        held = [tensor.untyped_storage().nbytes() for tensor in values]
         sizes = [tensor.nbytes for tensor in values]
-        if _outside_storage(values, held, sizes) is not None:
+        if _outside_storage(values, layouts.held_bytes, sizes) is not None:
             return None
-        return [tensor.data_ptr() for tensor in values]  # which is 0 for an empty one
+    return layouts.addresses  # 0 for an empty one
 
 
 def new_tensor(spec: ArraySpec, path: str = "") -> tuple[torch.Tensor, int]:
@@ -332,7 +339,9 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def bump_versions(tensors: Sequence[torch.Tensor]) -> None:
-    """Tell autograd that bytes were written behind its back, as an in-place operation would."""
-    torch.autograd.graph.increment_version(
-        [tensor for tensor in tensors if not tensor.is_inference()]
-    )
+    """Tell autograd that bytes were written behind its back, as in-place operations would."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # some are of inference mode, which count nothing
+        counting = [tensor for tensor in tensors if not tensor.is_inference()]
+        torch.autograd.graph.increment_version(counting)
