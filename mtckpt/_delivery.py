@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from mtckpt import _shard
 from mtckpt._dtypes import DTYPES
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mtckpt.tiers import LocalTier
     from mtckpt.tiers.local import Lease
 
-__all__ = ["Attempt", "Delivery", "Loaded", "Place", "Within", "describe"]
+__all__ = ["Attempt", "Delivery", "Loaded", "Place", "Want", "Within", "describe", "whole_wants"]
 
 
 class Within(Protocol):
@@ -125,6 +125,44 @@ def _stored_name(entry: ArrayEntry) -> str:
     return f"{entry.path}@{','.join(map(str, entry.offsets))}"
 
 
+# -- what is wanted of one shard -------------------------------------------------------------------
+
+
+class Want(NamedTuple):
+    """Whole chunks of tensor ``number`` of the file, all of them or some, and where they are to be.
+
+    ``span`` begins where one of the tensor's chunks does.
+    """
+
+    number: int
+    span: Span
+    address: int
+
+
+def whole_wants(
+    loaded: Loaded, addresses: Sequence[tuple[int, int]]
+) -> tuple[list[Want], list[Move]]:
+    """Wants for ``(address, entry)`` of whole tensors, in the order of the file.
+
+    What is wanted at several addresses is brought to one of them and copied on by the moves.
+    """
+    tensors = loaded.layout.tensors
+    targets: dict[int, int] = {}
+    repeats: list[Move] = []
+    for address, index in addresses:
+        number = loaded.numbers[index]
+        if number in targets:
+            repeats.append(Move(targets[number], address, tensors[number].size_bytes))
+        elif tensors[number].size_bytes:
+            targets[number] = address
+    wants = []
+    for number in sorted(targets):
+        tensor = tensors[number]
+        span = Span(tensor.start, tensor.size_bytes, tensor.first_chunk)
+        wants.append(Want(number, span, targets[number]))
+    return wants, repeats
+
+
 # -- bytes from one place --------------------------------------------------------------------------
 
 # Copying as many bytes once more takes a few milliseconds.
@@ -133,7 +171,7 @@ _STAGE_BYTES = 64 * 1024 * 1024
 
 
 class Delivery:
-    """Brings the wanted tensors of one save to their targets, from one place after the other.
+    """Brings what is wanted of one shard to its targets, from one place after the other.
 
     From storage, and where there is little of it, everything is brought to staging memory and
     checked there before the first live byte changes. A large copy in RAM is not copied twice: each
@@ -145,7 +183,7 @@ class Delivery:
         self,
         loaded: Loaded,
         key: str,
-        addresses: Sequence[tuple[int, int]],
+        wants: Sequence[Want],
         engine: Engine,
         within: Within,
         attempt: Attempt,
@@ -161,19 +199,11 @@ class Delivery:
         self._stages: list[MemoryMapping] = []
         self._moves: list[Move] = []
         self.by_label: dict[str, int] = {}
-        self._targets: dict[int, int] = {}
-        self._repeats: list[tuple[int, int]] = []  # a tensor that is wanted at one more address
-        tensors = loaded.layout.tensors
-        for address, index in addresses:
-            number = loaded.numbers[index]
-            if number in self._targets:
-                self._repeats.append((number, address))
-            elif tensors[number].size_bytes:
-                self._targets[number] = address
+        self._wants = sorted(wants, key=lambda want: want.span.start)
 
-    def run(self, usable: Sequence[Place], reasons: list[str], *, last_resort: bool) -> None:
-        """Raises NoHealthyStep if no place has every byte."""
-        wanted = sorted(self._targets)
+    def fetch(self, usable: Sequence[Place], reasons: list[str], *, last_resort: bool) -> None:
+        """Get every byte here, and check it. Raises NoHealthyStep if no place has all of them."""
+        wanted = list(range(len(self._wants)))
         for place in usable:
             if not wanted:
                 break
@@ -188,14 +218,15 @@ class Delivery:
                 self._attempt.bad.append((place.label, self._key, error.what))
                 continue
             if left:
-                names = ", ".join(self._loaded.layout.tensors[i].name[:80] for i in left[:3])
-                reason = f"{len(left)} tensors differ from their digests ({names})"
+                tensors = self._loaded.layout.tensors
+                bad = {self._wants[i].number: tensors[self._wants[i].number].name for i in left}
+                names = ", ".join(name[:80] for name in list(bad.values())[:3])
+                reason = f"{len(bad)} tensors differ from their digests ({names})"
                 reasons.append(f"{place.label}: {reason}")
                 self._attempt.bad.append((place.label, self._key, reason))
             wanted = left
         if wanted:
             raise NoHealthyStep("; ".join(reasons), step=self._loaded.record.step)
-        self._finish()
 
     def _from_ram(self, place: Place, wanted: list[int], last: bool) -> list[int]:
         spans = self._spans(wanted)
@@ -210,7 +241,7 @@ class Delivery:
                 bad = self._read(place, check, size_bytes)
                 if bad:
                     return [wanted[i] for i in bad]
-            targets = [self._targets[number] for number in wanted]
+            targets = [self._wants[i].address for i in wanted]
             place_all = functools.partial(
                 engine.fetch, lease.fd, spans, targets, digests, self._count
             )
@@ -275,24 +306,19 @@ class Delivery:
             base = memory.address
             bad = set(self._engine.verify(base, spans, self._loaded.table.digests))
         moves = [
-            Move(base + span.start, self._targets[number], span.size_bytes)
-            for i, (number, span) in enumerate(zip(wanted, spans, strict=True))
+            Move(base + span.start, self._wants[which].address, span.size_bytes)
+            for i, (which, span) in enumerate(zip(wanted, spans, strict=True))
             if i not in bad
         ]
         return sorted(wanted[i] for i in bad), moves, memory
 
-    def _finish(self) -> None:
-        """Every byte is here: copy what was staged, and what is wanted more than once."""
+    def finish(self) -> None:
+        """Every byte is here: copy what was staged to where it is wanted."""
         if self._moves:
             self._attempt.touched = True
             self._engine.copy(self._moves)
-        tensors = self._loaded.layout.tensors
-        self._engine.copy(
-            [
-                Move(self._targets[number], address, tensors[number].size_bytes)
-                for number, address in self._repeats
-            ]
-        )
+        self._moves = []
+        self._stages = []
 
     def _lease(self, place: Place) -> Lease:
         lease = place.tier.lease(self._key)
@@ -301,13 +327,11 @@ class Delivery:
             raise Damaged("shard has another size", key=self._key, tier=place.label)
         return lease
 
-    def _size_of(self, numbers: Sequence[int]) -> int:
-        tensors = self._loaded.layout.tensors
-        return sum(tensors[number].size_bytes for number in numbers)
+    def _size_of(self, wanted: Sequence[int]) -> int:
+        return sum(self._wants[i].span.size_bytes for i in wanted)
 
     def _spans(self, wanted: Sequence[int]) -> list[Span]:
-        tensors = self._loaded.layout.tensors
-        return [Span(t.start, t.size_bytes, t.first_chunk) for t in (tensors[i] for i in wanted)]
+        return [self._wants[i].span for i in wanted]
 
     def _credit(self, place: Place, size_bytes: int) -> None:
         if size_bytes:
@@ -333,7 +357,7 @@ def _extents(spans: Sequence[Span]) -> list[tuple[int, int]]:
     for span in spans:
         stop = span.start + span.size_bytes
         if found and span.start <= found[-1][1] + _shard.CHUNK_BYTES:
-            found[-1] = (found[-1][0], stop)
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
         else:
             found.append((span.start, stop))
     return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mtckpt import _state
+from mtckpt._boxes import Box, whole
 from mtckpt._renaming import Stored, rename_tree
 from mtckpt._state import ArraySpec, Node, StateAdapter, codec_named, escape
 from mtckpt.errors import StateMismatch
@@ -56,6 +57,8 @@ class Placing:
         self.diff = Diff()
         self.finish: list[Callable[[], object]] = []
         self._wanted: dict[int, int] = {}  # the array that is wanted at an address
+        self._boxes: dict[int, tuple[int, Box]] = {}  # and of which arrays only a part is
+        self._has_boxes = any(stored.spec.offsets is not None for stored in arrays)
         self._owners: dict[type, StateAdapter | None] = {}
         self._fresh: dict[int, Any] = {}
         self._in_place: dict[str, tuple[StateAdapter, list[Any]]] = {}
@@ -75,19 +78,36 @@ class Placing:
         arrays = self.arrays
         return [(address, arrays[index].bytes_of) for address, index in self._wanted.items()]
 
+    @property
+    def boxes(self) -> list[tuple[int, int, Box]]:
+        """Where boxes of global arrays are wanted, of which stored array, and which box of it."""
+        arrays = self.arrays
+        return [
+            (address, arrays[index].bytes_of, box) for address, (index, box) in self._boxes.items()
+        ]
+
     # -- what an adapter asks for -------------------------------------------------------------
 
-    def into(self, index: int, address: int) -> None:
-        """Want the bytes of array ``index`` at ``address``."""
-        if self.arrays[index].spec.size_bytes:
-            self._wanted[address] = index
+    def into(self, index: int, address: int, box: Box | None = None) -> None:
+        """Want the bytes of array ``index`` at ``address``: of all of it, or of one box."""
+        spec = self.arrays[index].spec
+        if box is None and spec.offsets is not None:
+            box = whole(spec.whole_shape)
+        if box is None:
+            if spec.size_bytes:
+                self._wanted[address] = index
+        elif not box.is_empty:
+            self._boxes[address] = (index, box)
 
     def fresh(self, index: int, like: object | None = None) -> Any:
         """A new host array for ``index``, filled before ``finish`` runs; the same one if tied."""
         stored = self.arrays[index]
         array = self._fresh.get(stored.bytes_of)
         if array is None:
-            array, address = self._adapter_named(stored.spec.framework).new(stored.spec, like)
+            spec = stored.spec
+            if spec.offsets is not None:
+                spec = ArraySpec(spec.dtype, spec.whole_shape, spec.framework)
+            array, address = self._adapter_named(spec.framework).new(spec, like)
             self.into(index, address)
             self._fresh[stored.bytes_of] = array
         return array
@@ -124,11 +144,11 @@ class Placing:
         else:
             stored = self.arrays[node.index].spec
             wanted = self._owner(live).spec(live, path, template=True)
-            if (stored.shape, stored.dtype) == (wanted.shape, wanted.dtype):
+            if (stored.whole_shape, stored.dtype) == (wanted.whole_shape, wanted.dtype):
                 return True
             line = (
-                f"{path}: {wanted.dtype}{list(wanted.shape)} here, "
-                f"{stored.dtype}{list(stored.shape)} in the checkpoint"
+                f"{path}: {wanted.dtype}{list(wanted.whole_shape)} here, "
+                f"{stored.dtype}{list(stored.whole_shape)} in the checkpoint"
             )
         if not quiet:
             self.diff.differing.append(line)
@@ -139,16 +159,28 @@ class Placing:
         if not self.fits(live, node, path):
             return live
         owner = self._owner(live)
+        parts = owner.parts(live, path, template=True)
+        if parts is None:
+            return self._one_into(owner, live, node.index, None)
+        arrays = [
+            self._one_into(
+                owner, part.array, node.index, Box(part.spec.offsets or (), part.spec.shape)
+            )
+            for part in parts
+        ]
+        return _Later(lambda: owner.assembled(live, [settle(array) for array in arrays]))
+
+    def _one_into(self, owner: StateAdapter, live: Any, index: int, box: Box | None) -> Any:
+        """Place an array, or one box of it, onto a live array of that very shape."""
         address = owner.writable_address(live)
         if address is not None:
-            self.into(node.index, address)
+            self.into(index, address, box)
             self._note_in_place(owner, [live])
             return live
-        stored = self.arrays[node.index].spec
-        array, fresh_address = owner.new(
-            ArraySpec(stored.dtype, stored.shape, owner.framework), live
-        )
-        self.into(node.index, fresh_address)
+        stored = self.arrays[index].spec
+        shape = stored.whole_shape if box is None else box.shape
+        array, fresh_address = owner.new(ArraySpec(stored.dtype, shape, owner.framework), live)
+        self.into(index, fresh_address, box)
         return _Later(lambda: owner.assign(live, array))
 
     def arrays_into(
@@ -168,7 +200,8 @@ class Placing:
         if not all(map(self._is_array, examples.values())):
             return False
         owners = {self._owner(live) for live in examples.values()}
-        if len(owners) != 1 or {node.kind for node in nodes} != {_state.ARRAY}:
+        kinds = {node.kind for node in nodes}
+        if self._has_boxes or len(owners) != 1 or kinds != {_state.ARRAY}:
             return False
         (owner,) = owners
         indexes = [node.index for node in nodes]
@@ -242,6 +275,10 @@ class Placing:
             if live is None:
                 return self.tree(node, path)  # the template leaves this place open
             return self.differs(live, node, path)
+        if kind is _state.Replicated:
+            result = self.match(live.value, node, path, top=False)
+            self.finish.append(lambda: setattr(live, "value", settle(result)))
+            return live
         if kind in _state._codecs:
             same = node.kind == _state.CODEC and node.name == _state._codecs[kind].name
             return self._decoded(node, path) if same else self.differs(live, node, path)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mtckpt._shard import ShardLayout, StoredTensor, Table
     from mtckpt.tiers.local import Lease
 
-__all__ = ["OpenShard", "open_shard", "stored_name"]
+__all__ = ["OpenShard", "check_box", "open_shard", "stored_name"]
 
 _BLOCK_CHUNKS = 16
 
@@ -133,7 +133,7 @@ def _match(
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:
             raise FormatTooNew(f"leaf of unknown type {entry.dtype[:40]!r}", leaf=entry.path)
-        _check_box(entry)
+        check_box(entry)
         twin = entry if entry.same_as is None else entries[entry.same_as]
         tensor = by_name.get(stored_name(twin))
         if (
@@ -147,7 +147,8 @@ def _match(
     return entries, tensors
 
 
-def _check_box(entry: ArrayEntry) -> None:
+def check_box(entry: ArrayEntry) -> None:
+    """Raise Damaged for a box that does not lie within its array."""
     if entry.offsets is None and entry.global_shape is None:
         return
     offsets, whole = entry.offsets or (), entry.global_shape or ()

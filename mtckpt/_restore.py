@@ -11,13 +11,15 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
 from mtckpt import _inventory, _manifest, _state
-from mtckpt._delivery import Attempt, Delivery, Loaded, Place, Within, describe
+from mtckpt._assembly import Assembly, Stores, assemble
+from mtckpt._delivery import Attempt, Delivery, Loaded, Place, Within, describe, whole_wants
 from mtckpt._placing import Placing, Stored, rename_tree, settle
 from mtckpt._state import ArraySpec, StateAdapter
 from mtckpt.capture.collector import collector_paused
@@ -37,7 +39,15 @@ if TYPE_CHECKING:
     from mtckpt._manifest import ArrayEntry, Record, SaveEntry, SaveName
     from mtckpt.capture.base import Engine
 
-__all__ = ["Attempt", "Candidate", "Place", "RestorePlan", "plan_restore", "restore_from"]
+__all__ = [
+    "Attempt",
+    "Candidate",
+    "Place",
+    "RestorePlan",
+    "Scope",
+    "plan_restore",
+    "restore_from",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -142,16 +152,38 @@ class Outcome:
     sources: dict[str, int]
 
 
+class Together(Protocol):
+    """What the ranks of a job do at the same time: it succeeds on all of them or on none.
+
+    Entered with the name of a stage; leaving it waits for all ranks. An error of this rank is
+    raised as it is, one of another rank names that rank.
+    """
+
+    def __call__(self, stage: str) -> AbstractContextManager[None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a restore is about and how it reads: the same for every save that it tries.
+
+    ``rank`` is this process's; ``together`` joins it with the others.
+    """
+
+    run_key: str
+    places: Mapping[str, Place]
+    inventories: Mapping[str, Inventory]
+    adapters: Sequence[StateAdapter]
+    engine: Engine
+    within: Within
+    rank: int = 0
+    together: Together = lambda _: nullcontext()
+
+
 @collector_paused()
 def restore_from(
     candidate: Candidate,
-    places: Mapping[str, Place],
-    inventories: Mapping[str, Inventory],
-    run_key: str,
+    scope: Scope,
     state: Any,
-    adapters: Sequence[StateAdapter],
-    engine: Engine,
-    within: Within,
     *,
     partial: bool,
     rename: Callable[[str], str | None] | None,
@@ -167,45 +199,100 @@ def restore_from(
             whether live state is as it was.
         RestoreFailed: live state is undefined.
     """
-    keys = _inventory.shard_keys(run_key, candidate.name, 0)
-    reasons: list[str] = []
-    loaded, usable = _open(candidate, places, inventories, keys, within, attempt.bad, reasons)
-    placing, resolve = _match(loaded, state, adapters, partial=partial, rename=rename)
-    delivery = Delivery(loaded, keys[0], placing.addresses, engine, within, attempt, progress)
-    delivery.run(usable, reasons, last_resort=last)
-    return _finish(candidate, loaded, placing, state, resolve, delivery.by_label)
+    with scope.together("match"):
+        shards = _Shards(candidate, scope, attempt.bad)
+        loaded = shards.open(shards.base)
+        placing, resolve = _match(loaded, state, scope.adapters, partial=partial, rename=rename)
+        wants, repeats = whole_wants(loaded, placing.addresses)
+        joined = _join(placing, shards)
+        joined.wants[shards.base] = wants + joined.wants.get(shards.base, [])
+    sources: dict[str, int] = {}
+    with scope.together("fetch"):
+        deliveries = []
+        for rank, parts in joined.wants.items():
+            delivery = Delivery(
+                shards.open(rank), shards.keys(rank)[0], parts, scope.engine, scope.within,
+                attempt, progress,
+            )  # fmt: skip
+            delivery.fetch(shards.usable[rank], shards.reasons, last_resort=last)
+            deliveries.append(delivery)
+    with scope.together("place"):
+        for delivery in deliveries:
+            delivery.finish()
+            for label, size_bytes in delivery.by_label.items():
+                sources[label] = sources.get(label, 0) + size_bytes
+        attempt.touched |= bool(joined.moves or repeats)
+        scope.engine.copy([*joined.moves, *repeats])
+        return _finish(candidate, loaded, placing, state, resolve, sources)
 
 
-def _open(
-    candidate: Candidate,
-    places: Mapping[str, Place],
-    inventories: Mapping[str, Inventory],
-    keys: tuple[str, str, str],
-    within: Within,
-    bad: list[tuple[str, str, str]],
-    reasons: list[str],
-) -> tuple[Loaded, list[Place]]:
-    """The shard's description, and the places whose small files agree with it."""
-    loaded: Loaded | None = None
-    usable: list[Place] = []
-    for label in candidate.sources:
-        place = places[label]
-        record = inventories[label].saves[candidate.name].records[0]
-        look = functools.partial(describe, place, keys, record)
-        try:
-            found = within(label, look, record.shard.data_start)
-        except (FormatError, TierError) as error:
-            bad.append((label, getattr(error, "key", None) or keys[0], error.what))
-            reasons.append(f"{label}: {error.what}")
-            continue
-        if loaded is not None and found.record.shard != loaded.record.shard:
-            reasons.append(f"{label}: another shard than {usable[0].label} has")
-            continue
-        loaded = loaded or found
-        usable.append(place)
-    if loaded is None:
-        raise NoHealthyStep("; ".join(reasons), step=candidate.name.step)
-    return loaded, usable
+def _join(placing: Placing, shards: _Shards) -> Assembly:
+    """What of which shards the wanted boxes are made of; nothing is looked at where none is."""
+    if not placing.boxes:
+        return Assembly()
+    stores = Stores(shards.entries(), shards.base)
+    return assemble(placing.boxes, shards.base, stores, shards.open)
+
+
+class _Shards:
+    """The shards of one save, opened when they are needed.
+
+    ``base`` is the rank whose private state this one takes: its own where the save has one, and
+    else the one that ``rank`` is modulo the number of ranks that saved. ``usable`` has the places
+    whose small files agree with the description, by rank.
+    """
+
+    def __init__(self, candidate: Candidate, scope: Scope, bad: list[tuple[str, str, str]]) -> None:
+        self._candidate = candidate
+        self._scope = scope
+        self._bad = bad
+        self._loaded: dict[int, Loaded] = {}
+        self.usable: dict[int, list[Place]] = {}
+        self.reasons: list[str] = []
+        self._records = {
+            label: scope.inventories[label].saves[candidate.name].records
+            for label in candidate.sources
+        }
+        world_size = len(self._records[candidate.sources[0]])
+        self.base = scope.rank % world_size
+        if scope.rank >= world_size > 1:
+            logger.warning(
+                "step %d has %d ranks: rank %d takes the private state of rank %d",
+                candidate.name.step, world_size, scope.rank, self.base,
+            )  # fmt: skip
+
+    def keys(self, rank: int) -> tuple[str, str, str]:
+        return _inventory.shard_keys(self._scope.run_key, self._candidate.name, rank)
+
+    def entries(self) -> dict[int, Sequence[ArrayEntry]]:
+        """What every rank has, from the records of the first tier."""
+        records = self._records[self._candidate.sources[0]]
+        return {rank: record.array_entries() for rank, record in records.items()}
+
+    def open(self, rank: int) -> Loaded:
+        """A shard's description. Raises NoHealthyStep where no place has a sound one."""
+        loaded = self._loaded.get(rank)
+        if loaded is not None:
+            return loaded
+        keys, usable = self.keys(rank), self.usable.setdefault(rank, [])
+        for label in self._candidate.sources:
+            place, record = self._scope.places[label], self._records[label][rank]
+            look = functools.partial(describe, place, keys, record)
+            try:
+                found: Loaded = self._scope.within(label, look, record.shard.data_start)
+            except (FormatError, TierError) as error:
+                self._bad.append((label, getattr(error, "key", None) or keys[0], error.what))
+                self.reasons.append(f"{label}: {error.what}")
+                continue
+            if loaded is not None and found.record.shard != loaded.record.shard:
+                self.reasons.append(f"{label}: another shard than {usable[0].label} has")
+                continue
+            loaded = loaded or found
+            usable.append(place)
+        if loaded is None:
+            raise NoHealthyStep("; ".join(self.reasons), step=self._candidate.name.step)
+        self._loaded[rank] = loaded
+        return loaded
 
 
 def _match(

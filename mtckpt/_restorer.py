@@ -66,7 +66,14 @@ def restore(
             raise _no_healthy_step(skipped)
         return Restored(None, state)
     skipped.update({f"tier {label}": why for label, why in silent.items()})
-    by_label = {place.label: place for place in places}
+    scope = _restore.Scope(
+        run_key,
+        {place.label: place for place in places},
+        inventories,
+        active_adapters(),
+        engine,
+        run.within,
+    )
     attempt = _restore.Attempt()
     for candidate in plan.candidates:
         size = sum(
@@ -78,8 +85,7 @@ def restore(
                 "restore", total_bytes=size, run=run.name, step=candidate.name.step
             ) as show:
                 outcome = _restore.restore_from(
-                    candidate, by_label, inventories, run_key, state, active_adapters(), engine,
-                    run.within, partial=partial, rename=rename, attempt=attempt,
+                    candidate, scope, state, partial=partial, rename=rename, attempt=attempt,
                     last=candidate is plan.candidates[-1], progress=show,
                 )  # fmt: skip
         except (NoHealthyStep, FormatError) as error:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 from xxhash import xxh3_128
 
-from mtckpt import _manifest, _shard, _state
+from mtckpt import _manifest, _pieces, _shard, _state
 from mtckpt._crash import crash_point
 from mtckpt._manifest import ArrayEntry, Record, ShardEntry
+from mtckpt._pieces import ALONE, Members, Recipe
 from mtckpt._shard import ShardLayout, Table
 from mtckpt.capture.base import Engine, Span
 from mtckpt.capture.collector import collector_paused
@@ -52,12 +53,18 @@ class Identity:
 class Plan:
     """Where every leaf of one structure lies in the shard. Valid while ``fingerprint`` holds.
 
-    ``stored`` has the index of the leaf behind each tensor of the file, in file order.
+    ``owners`` and ``paths`` go with the leaves, ``ties`` too: the leaf whose bytes a leaf has. All
+    else is about the pieces of ``recipe``: ``stored`` has the index of the piece behind each tensor
+    of the file, in file order.
     """
 
     root: Node
     layout: ShardLayout
     owners: list[StateAdapter]
+    paths: list[str]
+    ties: dict[int, int]
+    recipe: Recipe
+    piece_owners: list[StateAdapter]
     stored: list[int]
     spans: list[Span]
     same_as: dict[int, int]
@@ -83,9 +90,13 @@ class Captured:
 
 
 class Planner:
-    """Turns states into plans, and keeps the last one for as long as it fits exactly."""
+    """Turns states into plans, and keeps the last one for as long as it fits exactly.
 
-    def __init__(self) -> None:
+    ``members`` may be set anew, before the first state is seen.
+    """
+
+    def __init__(self, members: Members = ALONE) -> None:
+        self.members = members
         self._plan: Plan | None = None
 
     @collector_paused()
@@ -104,18 +115,21 @@ class Planner:
                     return captured
         return self._by_new_plan(state, adapters)
 
-    def _by_plan(self, plan: Plan, arrays: list[Any], plain: list[Any]) -> Captured | None:
-        fingerprint = _fingerprint(plan.owners, arrays)
+    def _by_plan(self, plan: Plan, leaves: list[Any], plain: list[Any]) -> Captured | None:
+        arrays = _pieces.gather(plan.recipe, plan.owners, leaves)
+        if arrays is None:
+            return None
+        fingerprint = _fingerprint(plan.piece_owners, arrays)
         if fingerprint != plan.fingerprint:
             return None
         try:
-            addresses, keep = _addresses(plan.owners, arrays, fingerprint)
+            addresses, keep = _addresses(plan.piece_owners, arrays, fingerprint)
         except UnsupportedState:
             return None  # a new plan knows the paths, and says which leaf it is
         if addresses != plan.sources or _has_copies(keep):
             # Other memory than last time: the same leaves may be tied differently now. Where a leaf
             # was copied, the same address proves nothing: a copy that was freed left it behind.
-            if _ties(plan.owners, arrays, plan_paths(plan)) != plan.same_as:
+            if _ties(plan.owners, leaves, plan.paths) != plan.ties:
                 return None
             plan.sources = addresses
         return Captured(plan, [addresses[i] for i in plan.stored], plain, (keep, arrays))
@@ -128,57 +142,81 @@ class Planner:
         ]
         for spec, path in zip(specs, flat.paths, strict=True):
             _state.check_dtype(spec.dtype, path)
-        plan = make_plan(flat, specs)
-        addresses, keep = _addresses(flat.owners, flat.arrays, plan.fingerprint, flat.paths)
+        plan, arrays = make_plan(flat, specs, self.members)
+        paths = [flat.paths[piece.leaf] for piece in plan.recipe.pieces]
+        addresses, keep = _addresses(plan.piece_owners, arrays, plan.fingerprint, paths)
         plan.sources = addresses
         self._plan = plan
-        return Captured(plan, [addresses[i] for i in plan.stored], flat.plain, (keep, flat.arrays))
+        return Captured(plan, [addresses[i] for i in plan.stored], flat.plain, (keep, arrays))
 
 
-def make_plan(flat: _state.Flat, specs: Sequence[ArraySpec]) -> Plan:
-    """Lay out the leaves of ``flat``; tied ones once, under the first path in sorted order."""
-    same_as = _ties(flat.owners, flat.arrays, flat.paths)
-    own = [i for i in range(len(specs)) if i not in same_as]
+def make_plan(
+    flat: _state.Flat, specs: Sequence[ArraySpec], members: Members
+) -> tuple[Plan, list[Any]]:
+    """Lay out the pieces of ``flat``, and give them; tied leaves once, under the first path."""
+    ties = _ties(flat.owners, flat.arrays, flat.paths)
+    recipe = _pieces.divide(flat, specs, ties, members)
+    arrays = _pieces.gather(recipe, flat.owners, flat.arrays)
+    assert arrays is not None  # nothing has changed since
+    owners = [flat.owners[piece.leaf] for piece in recipe.pieces]
+    same_as = _same_as(recipe, ties)
+    names = [_stored_name(flat.paths[piece.leaf], piece.spec) for piece in recipe.pieces]
+    own = [i for i in range(len(names)) if i not in same_as]
     layout = _shard.plan_layout(
-        (_stored_name(flat.paths[i], specs[i]), specs[i].dtype, specs[i].shape) for i in own
+        (names[i], recipe.pieces[i].spec.dtype, recipe.pieces[i].spec.shape) for i in own
     )
-    index_of = {_stored_name(flat.paths[i], specs[i]): i for i in own}
+    index_of = {names[i]: i for i in own}
     entries = [
         ArrayEntry(
-            path=path,
-            dtype=spec.dtype,
-            shape=spec.shape,
-            framework=spec.framework,
-            offsets=spec.offsets,
-            global_shape=spec.global_shape,
+            path=flat.paths[piece.leaf],
+            dtype=piece.spec.dtype,
+            shape=piece.spec.shape,
+            framework=piece.spec.framework,
+            offsets=piece.spec.offsets,
+            global_shape=piece.spec.global_shape,
             same_as=same_as.get(i),
         )
-        for i, (path, spec) in enumerate(zip(flat.paths, specs, strict=True))
+        for i, piece in enumerate(recipe.pieces)
     ]
     arrays_json = msgspec.json.encode(entries)
-    return Plan(
+    plan = Plan(
         root=flat.root,
         layout=layout,
         owners=flat.owners,
+        paths=flat.paths,
+        ties=ties,
+        recipe=recipe,
+        piece_owners=owners,
         stored=[index_of[tensor.name] for tensor in layout.tensors],
         spans=[Span(t.start, t.size_bytes, t.first_chunk) for t in layout.tensors],
         same_as=same_as,
-        fingerprint=_fingerprint(flat.owners, flat.arrays),
+        fingerprint=_fingerprint(owners, arrays),
         arrays_json=msgspec.Raw(arrays_json),
         structure_json=msgspec.Raw(msgspec.json.encode(_state.node_to_json(flat.root))),
-        digest=xxh3_128(arrays_json).hexdigest(),
+        digest=recipe.agreed if members.world_size > 1 else xxh3_128(arrays_json).hexdigest(),
         sources=[],
     )
+    return plan, arrays
+
+
+def _same_as(recipe: Recipe, ties: dict[int, int]) -> dict[int, int]:
+    """Piece -> the piece whose bytes it has. Tied leaves are divided alike, piece by piece."""
+    if recipe.is_plain or not ties:
+        return dict(ties)
+    pieces_of: dict[int, list[int]] = {}
+    for i, piece in enumerate(recipe.pieces):
+        pieces_of.setdefault(piece.leaf, []).append(i)
+    return {
+        piece: twin
+        for leaf, first in ties.items()
+        for piece, twin in zip(pieces_of[leaf], pieces_of[first], strict=True)
+    }
 
 
 def _stored_name(path: str, spec: ArraySpec) -> str:
     if spec.offsets is None:
         return path
     return f"{path}@{','.join(map(str, spec.offsets))}"
-
-
-def plan_paths(plan: Plan) -> list[str]:
-    return [entry.path for entry in msgspec.json.decode(plan.arrays_json, type=list[ArrayEntry])]
 
 
 def _groups(owners: Sequence[StateAdapter]) -> list[tuple[StateAdapter, list[int] | None]]:

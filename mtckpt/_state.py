@@ -50,6 +50,8 @@ __all__ = [
     "ArraySpec",
     "Flat",
     "Node",
+    "Part",
+    "Replicated",
     "StateAdapter",
     "Stateful",
     "decode_plain",
@@ -87,6 +89,39 @@ class ArraySpec(NamedTuple):
     def size_bytes(self) -> int:
         return size_bytes_of(self.dtype, self.shape)
 
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the global array; that of the array itself where it is held whole."""
+        return self.shape if self.global_shape is None else self.global_shape
+
+
+class Part(NamedTuple):
+    """One box of a global array, as one process holds it.
+
+    ``array`` is an array of the same adapter whose elements are the box. ``holders`` are the ranks
+    that hold this very box, in order: one of them stores each byte; none stands for this rank.
+    ``sharers`` are all that have a box of the array.
+    """
+
+    spec: ArraySpec
+    array: Any
+    holders: tuple[int, ...] = ()
+    sharers: tuple[int, ...] = ()
+
+
+class Replicated:
+    """What several ranks hold alike, bit for bit: each byte is stored by one of them.
+
+    ``ranks`` are those ranks, all of the job where it is None. Whoever wraps a value promises that
+    it is equal on all of them; nothing is compared before it is saved.
+    """
+
+    __slots__ = ("ranks", "value")
+
+    def __init__(self, value: Any, ranks: tuple[int, ...] | None = None) -> None:
+        self.value = value
+        self.ranks = ranks
+
 
 class StateAdapter(Protocol):
     """What mtckpt needs from a framework. Lists where it can be: a call a leaf is dear."""
@@ -100,6 +135,22 @@ class StateAdapter(Protocol):
         """Type and shape. Raises UnsupportedState for what cannot be stored (sparse, quantised).
 
         With ``template`` also for a leaf that has no memory yet (torch's meta device).
+        """
+
+    def parts(self, value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
+        """The boxes of a global array that this process holds; None for an array of its own.
+
+        Both directions use it: a save stores the boxes (the same one twice only once), a restore
+        fills the arrays of a template's parts, or new ones for them, and calls ``assembled``.
+        """
+
+    def rows(self, array: Any, first: int, stop: int) -> Any:
+        """``array[first:stop]`` along the first axis, of the same memory where that can be."""
+
+    def assembled(self, live: Any, arrays: Sequence[Any]) -> Any:
+        """What stands in the place of a global array whose parts are now ``arrays``.
+
+        They come in the order of ``parts``; ``live`` itself where they were filled in its memory.
         """
 
     def fingerprint(self, values: Sequence[Any]) -> object:
@@ -156,7 +207,10 @@ class StateAdapter(Protocol):
 
 @dataclass(slots=True)
 class Flat:
-    """A state, taken apart. ``paths`` and ``specs`` go with ``arrays``, index for index."""
+    """A state, taken apart. ``paths`` and ``specs`` go with ``arrays``, index for index.
+
+    ``replicas`` has the arrays that are ``Replicated``, and the ranks that hold them.
+    """
 
     root: Node
     arrays: list[Any] = field(default_factory=list)
@@ -164,6 +218,7 @@ class Flat:
     paths: list[str] = field(default_factory=list)
     plain: list[Any] = field(default_factory=list)
     plain_paths: list[str] = field(default_factory=list)
+    replicas: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +296,12 @@ def _walk(value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, d
         if kind is dict:
             return _walk_dict(value, path, adapters, flat, depth)
         return _walk_sequence(value, path, adapters, flat, depth)
+    if kind is Replicated:
+        first = len(flat.arrays)
+        child = _walk(value.value, path, adapters, flat, depth + 1)
+        for index in range(first, len(flat.arrays)):
+            flat.replicas.setdefault(index, value.ranks)
+        return Node(OBJECT, type_=kind, children=[child], name=repr(value.ranks))
     for adapter in adapters:
         if adapter.is_array(value):
             _check_name(path)
@@ -368,6 +429,10 @@ def refill(
     if type(value) is not node.type:
         return False
     if kind == OBJECT:
+        if type(value) is Replicated:
+            return node.name == repr(value.ranks) and refill(
+                node.children[0], value.value, adapters, arrays, plain
+            )
         inner = _inner_state(value, adapters)
         return inner is not None and refill(node.children[0], inner[0], adapters, arrays, plain)
     if kind == CODEC:

@@ -53,6 +53,19 @@ class NumpyAdapter:
         kind = self.framework if isinstance(value, np.ndarray) else SCALAR
         return ArraySpec(name, tuple(value.shape), kind)
 
+    def parts(self, value: Any, path: str, *, template: bool = False) -> None:
+        """None: an ndarray is no part of anything."""
+        del value, path, template
+
+    def rows(self, array: Any, first: int, stop: int) -> Any:
+        """A view."""
+        return array[first:stop]
+
+    def assembled(self, live: Any, arrays: Sequence[Any]) -> Any:
+        """Nothing has parts here."""
+        del arrays
+        return live
+
     def fingerprint(self, values: Sequence[Any]) -> object:
         """Types, shapes and strides; the byte order is part of the type."""
         return [

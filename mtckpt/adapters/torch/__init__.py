@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mtckpt.adapters.torch import leaves, objects
+from mtckpt.adapters.torch import leaves, objects, sharded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mtckpt._placing import Placing
-    from mtckpt._state import ArraySpec, Node
+    from mtckpt._state import ArraySpec, Node, Part
 
 __all__ = ["TorchAdapter"]
 
@@ -31,7 +31,21 @@ class TorchAdapter:
 
     def spec(self, value: Any, path: str, *, template: bool = False) -> ArraySpec:
         """Raises UnsupportedState for tensors that are not dense bytes."""
+        if sharded.is_sharded(value):
+            return sharded.spec_of(value, path, template=template)
         return leaves.spec_of(value, path, template=template)
+
+    def parts(self, value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
+        """The local shard of a DTensor."""
+        return sharded.parts_of(value, path, template=template)
+
+    def rows(self, array: Any, first: int, stop: int) -> Any:
+        """A view without a graph."""
+        return array.detach()[first:stop]
+
+    def assembled(self, live: Any, arrays: Sequence[Any]) -> Any:
+        """The DTensor itself: its shard was filled, or gets the memory that it had none of."""
+        return sharded.assembled(live, arrays)
 
     def fingerprint(self, values: Sequence[Any]) -> object:
         """By columns, for speed."""
@@ -47,7 +61,7 @@ class TorchAdapter:
 
     def identity(self, value: Any) -> object | None:
         """The same memory seen with the same type, shape and strides."""
-        return leaves.identity(value)
+        return sharded.identity(value) if sharded.is_sharded(value) else leaves.identity(value)
 
     def state_of(self, value: object) -> object | None:
         """The state of modules, optimizers and generators."""

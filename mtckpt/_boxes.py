@@ -1,0 +1,148 @@
+"""Boxes of global arrays: which stored ones cover a wanted one, and which bytes that means. Pure.
+
+Knows intervals in any number of dimensions and C order. Does not know files, ranks' memory or
+frameworks. A box without dimensions is one element; a box with a length of 0 is empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from xxhash import xxh3_64_intdigest
+
+__all__ = ["Box", "Run", "cover", "intersection", "runs", "share_of", "whole"]
+
+# What is smaller is not worth dividing among the ranks of a node.
+MIN_SPLIT_BYTES = 256 * 1024
+
+
+class Box(NamedTuple):
+    """The elements ``offsets[d] <= i < offsets[d] + shape[d]`` of a global array."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not math.prod(self.shape)
+
+
+class Run(NamedTuple):
+    """Bytes that lie together in both: where they begin in the source and in the target."""
+
+    source: int
+    target: int
+    size_bytes: int
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    """All of an array of this shape."""
+    return Box((0,) * len(shape), shape)
+
+
+def intersection(one: Box, other: Box) -> Box | None:
+    """What two boxes of one array have in common; None if that is nothing."""
+    offsets = tuple(map(max, one.offsets, other.offsets))
+    ends = [
+        min(a + m, b + n)
+        for a, m, b, n in zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)
+    ]
+    shape = tuple(end - offset for end, offset in zip(ends, offsets, strict=True))
+    return Box(offsets, shape) if all(length > 0 for length in shape) else None
+
+
+def cover(wanted: Box, stored: Sequence[Box]) -> tuple[list[tuple[int, Box]], list[Box]]:
+    """Pieces of ``stored`` that make up ``wanted``, none of it twice, and what is in none of them.
+
+    A piece is ``(index in stored, box)``; boxes that come first in ``stored`` are preferred.
+    """
+    pieces: list[tuple[int, Box]] = []
+    left = [] if wanted.is_empty else [wanted]
+    for index, box in enumerate(stored):
+        if not left:
+            break
+        still: list[Box] = []
+        for part in left:
+            common = intersection(part, box)
+            if common is None:
+                still.append(part)
+            else:
+                pieces.append((index, common))
+                still += _without(part, common)
+        left = still
+    return pieces, left
+
+
+def _without(box: Box, hole: Box) -> list[Box]:
+    """``box`` without ``hole``, which lies in it, as boxes that do not overlap."""
+    parts = []
+    offsets, shape = list(box.offsets), list(box.shape)
+    for axis, (start, length) in enumerate(zip(hole.offsets, hole.shape, strict=True)):
+        before = start - offsets[axis]
+        after = offsets[axis] + shape[axis] - start - length
+        if before:
+            cut = [*shape[:axis], before, *shape[axis + 1 :]]
+            parts.append(Box(tuple(offsets), tuple(cut)))
+        if after:
+            at = [*offsets[:axis], start + length, *offsets[axis + 1 :]]
+            parts.append(Box(tuple(at), (*shape[:axis], after, *shape[axis + 1 :])))
+        offsets[axis], shape[axis] = start, length
+    return parts
+
+
+def runs(piece: Box, source: Box, target: Box, item_bytes: int) -> Iterator[Run]:
+    """How the bytes of ``piece`` go from ``source`` to ``target``, boxes that both hold all of it.
+
+    Runs are as long as can be, in the order of both.
+    """
+    if piece.is_empty:
+        return
+    # From the last axis on, as many as are whole in both: what they hold lies together.
+    axis = len(piece.shape)
+    while axis > 0 and (
+        axis == len(piece.shape) or piece.shape[axis] == source.shape[axis] == target.shape[axis]
+    ):
+        axis -= 1
+    size_bytes = math.prod(piece.shape[axis:]) * item_bytes
+    source_steps, target_steps = _strides(source.shape), _strides(target.shape)
+    source_at = sum(map(_steps, piece.offsets, source.offsets, source_steps))
+    target_at = sum(map(_steps, piece.offsets, target.offsets, target_steps))
+    for position in itertools.product(*map(range, piece.shape[:axis])):
+        yield Run(
+            (source_at + sum(map(int.__mul__, position, source_steps))) * item_bytes,
+            (target_at + sum(map(int.__mul__, position, target_steps))) * item_bytes,
+            size_bytes,
+        )
+
+
+def _steps(offset: int, base: int, stride: int) -> int:
+    return (offset - base) * stride
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 1, 0, -1):
+        strides[axis - 1] = strides[axis] * shape[axis]
+    return strides
+
+
+def share_of(shape: tuple[int, ...], size_bytes: int, name: str, member: int, members: int) -> Box:
+    """The part of an array that ``member`` of those that all hold it has to store; maybe empty.
+
+    The parts of all members are the whole, each byte once: every member computes its own from
+    nothing but this array, so they agree without a word. Large arrays are divided along the first
+    axis, which keeps each part in one piece; small ones go to one member, chosen by their name.
+    An array without dimensions is one element, which every member stores.
+    """
+    if members <= 1 or not shape:
+        return whole(shape)
+    length = shape[0]
+    if size_bytes >= MIN_SPLIT_BYTES and length >= members:
+        first, stop = length * member // members, length * (member + 1) // members
+    else:
+        owner = xxh3_64_intdigest(name.encode()) % members
+        first, stop = (0, length) if owner == member else (0, 0)
+    return Box((first, *([0] * (len(shape) - 1))), (stop - first, *shape[1:]))

@@ -1,0 +1,135 @@
+"""DTensors as boxes of global arrays: FSDP2, tensor parallelism, and meshes of several dimensions.
+
+Knows placements and device meshes. Does not communicate: which box a rank holds, and which other
+ranks hold the same one, follows from the placements. Does not know pending sums (``Partial``):
+there is no array yet that could be saved.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mtckpt._state import ArraySpec, Part
+from mtckpt.adapters.torch import leaves
+from mtckpt.errors import UnsupportedState
+
+__all__ = ["assembled", "empty_like", "identity", "is_sharded", "parts_of", "spec_of"]
+
+# (mesh, placements, shape) -> offsets, local shape, and the ranks that hold the same.
+_Place = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+_places: dict[tuple[Any, tuple[Any, ...], tuple[int, ...]], _Place] = {}
+_MAX_PLACES = 100_000
+
+
+def is_sharded(value: object) -> bool:
+    """True for a DTensor; nothing is imported to find out."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def spec_of(value: Any, path: str, *, template: bool = False) -> ArraySpec:
+    """The box that this rank holds. Raises UnsupportedState for a pending sum."""
+    offsets, shape, _ = _place_of(value, path)
+    local = leaves.spec_of(value._local_tensor, path, template=template)
+    return ArraySpec(local.dtype, shape, local.framework, offsets, tuple(value.shape))
+
+
+def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
+    """The local tensor with its box; None for a tensor that is no DTensor."""
+    if not is_sharded(value):
+        return None
+    _, _, holders = _place_of(value, path)
+    spec = spec_of(value, path, template=template)
+    return (Part(spec, value._local_tensor, holders, _sharers(value.device_mesh)),)
+
+
+def identity(value: Any) -> object | None:
+    """The same local memory as the same box."""
+    local = leaves.identity(value._local_tensor)
+    return None if local is None else (local, value.shape, value.placements, value.device_mesh)
+
+
+def assembled(live: Any, arrays: Sequence[torch.Tensor]) -> Any:
+    """``live``; a shard of the meta device has got memory, so a new DTensor around that."""
+    (local,) = arrays
+    if local is live._local_tensor:
+        return live
+    return _around(local, live, live.requires_grad)
+
+
+def empty_like(value: Any, dtype: torch.dtype) -> Any:
+    """A DTensor of that type with the layout of another, its shard not filled."""
+    local = torch.empty_like(value._local_tensor, dtype=dtype, requires_grad=False)
+    return _around(local, value, False)
+
+
+def _around(local: torch.Tensor, like: Any, requires_grad: bool) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    made = DTensor.from_local(
+        local.detach(),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+    return made.requires_grad_(requires_grad)
+
+
+def _place_of(value: Any, path: str) -> _Place:
+    key = (value.device_mesh, tuple(value.placements), tuple(value.shape))
+    found = _places.get(key)
+    if found is None:
+        if any(placement.is_partial() for placement in value.placements):
+            raise UnsupportedState(
+                "cannot save a DTensor that is a pending sum",
+                path=path,
+                type_name="DTensor",
+                placements=str(value.placements),
+                state="nothing was written",
+                actions=("redistribute it to Shard or Replicate first",),
+            )
+        if len(_places) >= _MAX_PLACES:
+            _places.clear()
+        found = _places[key] = _compute(*key)
+    local = tuple(value._local_tensor.shape)
+    if local != found[1]:
+        raise UnsupportedState(
+            f"a DTensor whose shard has the shape {list(local)} where its placements mean"
+            f" {list(found[1])}",
+            path=path,
+            type_name="DTensor",
+            placements=str(value.placements),
+            state="nothing was written",
+            actions=("make it with distribute_tensor",),
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=1000)
+def _sharers(mesh: Any) -> tuple[int, ...]:
+    return tuple(sorted(map(int, mesh.mesh.flatten().tolist())))
+
+
+def _compute(mesh: Any, placements: tuple[Any, ...], shape: tuple[int, ...]) -> _Place:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:  # this rank has no part of that mesh
+        return (0,) * len(shape), (0,) * len(shape), ()
+    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    local, offset = tuple(map(int, local)), tuple(map(int, offset))
+    # An empty shard lies anywhere: at the end, as far as its array goes.
+    offset = tuple(min(at, size) for at, size in zip(offset, shape, strict=True))
+    where = tuple(
+        slice(None) if placement.is_replicate() else at
+        for placement, at in zip(placements, coordinate, strict=True)
+    )
+    holders = tuple(int(rank) for rank in mesh.mesh[where].flatten().tolist())
+    return offset, local, tuple(sorted(holders))

@@ -1,0 +1,182 @@
+"""Boxes that one job wants, out of the boxes that another one stored: real files, all ranks."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import builders
+import numpy as np
+import pytest
+from boxed import Boxed, boxed_arrays, place
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtckpt import _delivery, _inventory, _restore
+from mtckpt._boxes import Box, whole
+from mtckpt._restore import Attempt, Candidate, Place, Scope
+from mtckpt._shard import CHUNK_BYTES
+from mtckpt.adapters import active_adapters
+from mtckpt.capture.cpu import CpuEngine
+from mtckpt.errors import Damaged, NoHealthyStep, StateMismatch
+from mtckpt.tiers import LocalTier
+
+Stored = dict[str, tuple[np.ndarray[Any, Any], list[list[Box]]]]
+
+
+def write(root: Path, stored: Stored) -> int:
+    """One save of as many ranks as each array has lists of boxes."""
+    world_size = len(next(iter(stored.values()))[1])
+    for rank in range(world_size):
+        arrays, boxes = {}, {}
+        for path, (array, ranks) in stored.items():
+            assert len(ranks[rank]) == 1
+            box = ranks[rank][0]
+            arrays[path] = np.array(array[place(box)], order="C")
+            boxes[path] = (box.offsets, array.shape)
+        builders.build_save(root, "run", 1, arrays, boxes=boxes, rank=rank, world_size=world_size)
+    return world_size
+
+
+def restore(root: Path, state: Any, rank: int = 0) -> dict[str, int]:
+    """Bytes by tier."""
+    tier = LocalTier(root, read_only=True)
+    inventory = _inventory.scan(tier, "run", label="disk")
+    (name,) = inventory.saves
+    scope = Scope(
+        "run",
+        {"disk": Place("disk", tier, mapped=True)},
+        {"disk": inventory},
+        active_adapters(),
+        CpuEngine(),
+        lambda label, work, size_bytes=0: work(),
+        rank,
+    )
+    return _restore.restore_from(
+        Candidate(name, ("disk",)), scope, state,
+        partial=False, rename=None, attempt=Attempt(), last=True,
+    ).sources  # fmt: skip
+
+
+def rows(shape: tuple[int, ...], ranks: int) -> list[list[Box]]:
+    edges = [shape[0] * rank // ranks for rank in range(ranks + 1)]
+    return [[Box((a, *[0] * (len(shape) - 1)), (b - a, *shape[1:]))] for a, b in pairwise(edges)]
+
+
+def columns(shape: tuple[int, int], ranks: int) -> list[list[Box]]:
+    return [
+        [Box((0, box.offsets[0]), (shape[0], box.shape[0]))]
+        for ((box,),) in zip(rows((shape[1], shape[0]), ranks), strict=True)
+    ]
+
+
+@st.composite
+def boxes_in(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
+    edges = [sorted((draw(st.integers(0, n)), draw(st.integers(0, n)))) for n in shape]
+    return Box(tuple(a for a, _ in edges), tuple(b - a for a, b in edges))
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_box_comes_from_any_boxes(data: st.DataObject, tmp_path_factory: Any) -> None:
+    shape = data.draw(st.lists(st.integers(1, 5), max_size=3).map(tuple))
+    dtype = data.draw(st.sampled_from(["uint8", "float32", "complex128"]))
+    array = np.arange(math.prod(shape)).astype(dtype).reshape(shape)
+    ranks = data.draw(st.lists(boxes_in(shape), min_size=1, max_size=4))
+    stored = [[box] for box in ranks]
+    wanted = data.draw(st.lists(boxes_in(shape), min_size=1, max_size=3))
+    covered = np.zeros(shape, bool)
+    for box in ranks:
+        covered[place(box)] = True
+    complete = all(covered[place(box)].all() for box in wanted)
+    root = tmp_path_factory.mktemp("root")
+    try:
+        write(root, {"w": (array, stored)})
+        with boxed_arrays():
+            live = Boxed(shape, dtype, wanted)
+            if complete:
+                restore(root, {"w": live})
+                assert live.equals(array)
+            else:
+                with pytest.raises(NoHealthyStep, match="no shard has"):
+                    restore(root, {"w": live})
+    finally:
+        shutil.rmtree(root)
+
+
+@pytest.fixture(params=[0, 1 << 30], ids=["checked while placed", "staged"])
+def cheap_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(_delivery, "_CHEAP_BYTES", request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("saved", [rows, columns])
+@pytest.mark.parametrize("wanted", [rows, columns])
+def test_large_arrays_of_many_chunks(
+    tmp_path: Path, saved: Any, wanted: Any, cheap_bytes: int
+) -> None:
+    shape = (701, 1003)
+    array = np.random.default_rng(5).standard_normal(shape, np.float32)
+    write(tmp_path, {"w": (array, saved(shape, 3))})
+    with boxed_arrays():
+        for boxes in [*wanted(shape, 2), [whole(shape)], *wanted(shape, 3)]:
+            live = Boxed(shape, np.float32, boxes)
+            restore(tmp_path, {"w": live})
+            assert live.equals(array)
+        plain = np.zeros(shape, np.float32)
+        restore(tmp_path, {"w": plain})
+        assert np.array_equal(plain, array)
+
+
+def test_only_the_chunks_that_are_needed_are_read(tmp_path: Path) -> None:
+    rows_bytes = CHUNK_BYTES // 4
+    array = np.arange(64 * rows_bytes // 8).reshape(64, -1)  # 16 chunks, 4 rows each
+    write(tmp_path, {"w": (array, [[whole(array.shape)]])})
+    with boxed_arrays():
+        live = Boxed(array.shape, array.dtype, [Box((8, 0), (4, array.shape[1]))])
+        assert restore(tmp_path, {"w": live}) == {"disk": CHUNK_BYTES}
+        assert live.equals(array)
+        live = Boxed(array.shape, array.dtype, [Box((6, 0), (4, array.shape[1]))])
+        assert restore(tmp_path, {"w": live}) == {"disk": 2 * CHUNK_BYTES}
+        assert live.equals(array)
+
+
+def test_what_is_private_stays_with_its_rank(tmp_path: Path) -> None:
+    for rank in range(3):
+        builders.build_save(tmp_path, "run", 1, {"w": np.full(5, rank)}, rank=rank, world_size=3)
+    for rank, expected in enumerate([0, 1, 2, 0, 1]):
+        live = np.zeros(5, int)
+        restore(tmp_path, {"w": live}, rank)
+        assert live.tolist() == [expected] * 5
+
+
+def test_a_flipped_bit_in_any_shard_is_found(tmp_path: Path, cheap_bytes: int) -> None:
+    shape = (400, 500)
+    array = np.random.default_rng(6).standard_normal(shape)
+    write(tmp_path, {"w": (array, columns(shape, 2))})
+    (shard,) = tmp_path.rglob("rank-00001.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1000] ^= 1
+    shard.write_bytes(data)
+    with boxed_arrays():
+        live = Boxed(shape, float, rows(shape, 2)[1])
+        with pytest.raises(NoHealthyStep, match="differ from their digests"):
+            restore(tmp_path, {"w": live})
+        assert live.equals(np.zeros(shape))
+
+
+def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
+    array = np.zeros((4, 4))
+    for rank, shape in enumerate([(4, 4), (8, 4)]):
+        builders.build_save(
+            tmp_path, "run", 1, {"w": array[:2]}, boxes={"w": ((2 * rank, 0), shape)},
+            rank=rank, world_size=2,
+        )  # fmt: skip
+    with boxed_arrays():
+        with pytest.raises(Damaged, match="ranks disagree"):
+            restore(tmp_path, {"w": np.zeros((4, 4))})
+        with pytest.raises(StateMismatch):
+            restore(tmp_path, {"w": np.zeros((2, 4))})

@@ -1,0 +1,113 @@
+"""Boxes of global arrays, held against NumPy on every example that hypothesis can think of."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtckpt._boxes import MIN_SPLIT_BYTES, Box, cover, intersection, runs, share_of, whole
+
+shapes = st.lists(st.integers(0, 6), max_size=4).map(tuple)
+
+
+@st.composite
+def boxes_in(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
+    edges = [sorted((draw(st.integers(0, n)), draw(st.integers(0, n)))) for n in shape]
+    return Box(tuple(a for a, _ in edges), tuple(b - a for a, b in edges))
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> tuple[tuple[int, ...], Box, list[Box]]:
+    """An array's shape, a wanted box of it, and stored ones that may leave some of it out."""
+    shape = draw(shapes)
+    stored = draw(st.lists(boxes_in(shape), max_size=6))
+    if draw(st.booleans()):
+        stored.append(whole(shape))
+    return shape, draw(boxes_in(shape)), stored
+
+
+def place(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(box.offsets, box.shape, strict=True))
+
+
+def marked(shape: tuple[int, ...], boxes: list[Box]) -> np.ndarray[Any, Any]:
+    count = np.zeros(shape, int)
+    for box in boxes:
+        count[place(box)] += 1
+    return count
+
+
+@given(scenes())
+def test_pieces_and_what_is_missing_make_up_the_wanted_box_once(
+    scene: tuple[tuple[int, ...], Box, list[Box]],
+) -> None:
+    shape, wanted, stored = scene
+    pieces, missing = cover(wanted, stored)
+    for index, piece in pieces:
+        assert intersection(piece, stored[index]) == piece
+    found = marked(shape, [piece for _, piece in pieces])
+    assert np.array_equal(found + marked(shape, missing), marked(shape, [wanted]))
+    assert not np.any(found & (marked(shape, stored) == 0))
+    assert not np.any(marked(shape, missing) & (marked(shape, stored) > 0))
+
+
+@given(scenes())
+def test_a_wanted_box_is_put_together_byte_for_byte(
+    scene: tuple[tuple[int, ...], Box, list[Box]],
+) -> None:
+    shape, wanted, stored = scene
+    array = np.arange(math.prod(shape), dtype=np.int16).reshape(shape)
+    target = np.full(wanted.shape, -1, np.int16)
+    out = bytearray(target.tobytes())
+    pieces, missing = cover(wanted, stored)
+    for index, piece in pieces:
+        source = array[place(stored[index])].tobytes()
+        for start, to, size_bytes in runs(piece, stored[index], wanted, 2):
+            out[to : to + size_bytes] = source[start : start + size_bytes]
+    expected = array.copy()
+    for box in missing:
+        expected[place(box)] = -1
+    assert bytes(out) == expected[place(wanted)].tobytes()
+
+
+@given(scenes())
+def test_runs_are_as_long_as_can_be(scene: tuple[tuple[int, ...], Box, list[Box]]) -> None:
+    _, wanted, stored = scene
+    for index, piece in cover(wanted, stored)[0]:
+        found = list(runs(piece, stored[index], wanted, 4))
+        assert sum(run.size_bytes for run in found) == math.prod(piece.shape) * 4
+        for before, after in pairwise(found):
+            touching = (
+                before.source + before.size_bytes == after.source,
+                before.target + before.size_bytes == after.target,
+            )
+            assert before.source < after.source
+            assert before.target < after.target
+            assert touching != (True, True)
+
+
+@given(shapes, st.integers(1, 5), st.text(max_size=5), st.booleans())
+def test_shares_are_the_whole_each_byte_once(
+    shape: tuple[int, ...], members: int, name: str, large: bool
+) -> None:
+    size_bytes = MIN_SPLIT_BYTES if large else 1
+    shares = [share_of(shape, size_bytes, name, member, members) for member in range(members)]
+    if shape:
+        assert np.array_equal(marked(shape, shares), np.ones(shape, int))
+    else:
+        assert shares == [whole(())] * members
+
+
+def test_large_arrays_are_divided_evenly_and_small_ones_spread() -> None:
+    sizes = [share_of((1001, 7), 2**20, "w", member, 4).shape[0] for member in range(4)]
+    assert sorted(sizes) == [250, 250, 250, 251]
+    owners = [
+        next(m for m in range(4) if not share_of((3,), 12, f"layer/{i}", m, 4).is_empty)
+        for i in range(400)
+    ]
+    assert all(60 < owners.count(member) < 140 for member in range(4))
