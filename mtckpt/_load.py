@@ -335,7 +335,7 @@ class Checkpoint(Mapping[str, Any]):
 
     def ranks(self, path: str) -> tuple[int, ...]:
         """The ranks that hold a part of the array, or one of their own."""
-        return tuple(shard.record.rank for shard, _ in self._where[path])
+        return tuple(dict.fromkeys(shard.record.rank for shard, _ in self._where[path]))
 
     def same_as(self, path: str) -> str | None:
         """The path under which the bytes of a tied array are stored; None for its own."""

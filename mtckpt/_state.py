@@ -76,7 +76,8 @@ class ArraySpec(NamedTuple):
     """One array, or one box of a global array.
 
     ``shape`` is what this rank holds. ``offsets`` and ``global_shape`` place it in the global
-    array; both are None for an array that is held whole. ``framework`` says which adapter made it.
+    array; both are None for an array that is held whole. ``framework`` says which adapter made it,
+    and behind a dot what kind of its arrays it was: "numpy.scalar", "jax.weak", "jax.key.rbg".
     """
 
     dtype: str
@@ -127,6 +128,7 @@ class StateAdapter(Protocol):
     """What mtckpt needs from a framework. Lists where it can be: a call a leaf is dear."""
 
     framework: str
+    replaces: bool  # arrays never change: a restored one is a new object, found in Restored.state
 
     def is_array(self, value: object) -> bool:
         """True for a leaf that this adapter owns; decided by its type alone."""
@@ -194,14 +196,18 @@ class StateAdapter(Protocol):
     def assign(self, live: Any, fresh: Any) -> Any:
         """Copy a fresh host array into a live one; returns what stands in its place."""
 
+    def number(self, live: Any, value: Any) -> Any | None:
+        """A saved plain number as an array like ``live``; None where the two are not the same."""
+
     def written(self, lives: Sequence[Any]) -> None:
         """Told, in ``finish``, which live arrays had bytes put straight into them."""
 
-    def place_object(self, live: Any, node: Node, path: str, placing: Any) -> bool:
+    def place_object(self, live: Any, node: Node, path: str, placing: Any) -> Any | None:
         """Match an object this adapter knows (a module, an optimizer) with its saved tree.
 
         ``placing`` is a ``Placing``: wants go to ``array_into`` and ``tree``, differences to
-        ``missing``, ``unused`` and ``diff``, work for later to ``finish``. False: not its object.
+        ``missing``, ``unused`` and ``diff``, work for later to ``finish``. Returns what stands in
+        its place, as ``Placing.match`` does; None: not its object.
         """
 
 
@@ -337,13 +343,11 @@ def _walk_sequence(
 
 
 def _refused(kind: type, path: str) -> UnsupportedState:
-    actions: tuple[str, ...] = (
+    actions = (
         "leave it out of the state if it can be built again",
         "give it state_dict() and load_state_dict()",
         "or describe it once with mtckpt.register_codec(type, name=, encode=, decode=)",
     )
-    if kind.__module__.partition(".")[0] in ("jax", "jaxlib"):
-        actions = ("save numpy.asarray(array): arrays of JAX cannot be saved yet",)
     return UnsupportedState(
         f"cannot save a value of type {kind.__module__}.{kind.__qualname__}",
         path=path,
@@ -385,6 +389,8 @@ def _plain(value: Any, path: str, flat: Flat) -> Node:
 
 def _inner_state(value: Any, adapters: Sequence[StateAdapter]) -> tuple[object] | None:
     """The tree inside an object, in a tuple since that tree may itself be None."""
+    if isinstance(value, tuple):
+        return (named_fields(value),) if hasattr(value, "_fields") else None
     for adapter in adapters:
         inner = adapter.state_of(value)
         if inner is not None:
@@ -392,6 +398,11 @@ def _inner_state(value: Any, adapters: Sequence[StateAdapter]) -> tuple[object] 
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         return (value.state_dict(),)
     return None
+
+
+def named_fields(value: Any) -> dict[str, Any]:
+    """A named tuple as the dict that stands for it in a checkpoint."""
+    return dict(zip(value._fields, value, strict=True))
 
 
 def _check_name(name: str, path: str | None = None) -> None:

@@ -268,12 +268,11 @@ def test_unknown_values_are_named_with_what_to_do(value: Any) -> None:
     assert "register_codec" in str(caught.value)
 
 
-def test_arrays_of_jax_are_refused_for_now() -> None:
-    jax = pytest.importorskip("jax")
-    with pytest.raises(UnsupportedState) as caught:
-        flatten({"a": {"b": jax.numpy.ones(2)}}, active_adapters())
-    assert caught.value.details["path"] == "a/b"
-    assert "numpy.asarray" in str(caught.value)
+def test_fields_of_a_named_tuple_are_names() -> None:
+    flat = flatten({"at": Pair(np.zeros(2), 3)}, active_adapters())
+    assert (flat.paths, flat.plain_paths) == (["at/left"], ["at/right"])
+    assert refill(flat.root, {"at": Pair(np.zeros(2), 4)}, active_adapters(), [], [])
+    assert not refill(flat.root, {"at": (np.zeros(2), 4)}, active_adapters(), [], [])
 
 
 @pytest.mark.parametrize("key", [(1, 2), b"x", 1j, Colour.RED])

@@ -21,6 +21,7 @@ __all__ = ["active_adapters", "array_maker"]
 # Asked in this order which of them owns a leaf. NumPy is last: it is the most general.
 _TABLE = (
     ("torch", "mtckpt.adapters.torch", "TorchAdapter"),
+    ("jax", "mtckpt.adapters.jax", "JaxAdapter"),
     ("", "mtckpt.adapters.numpy", "NumpyAdapter"),
 )
 
@@ -32,7 +33,7 @@ def active_adapters() -> list[StateAdapter]:
     return [
         _made.get(module) or _make(module, name)
         for framework, module, name in _TABLE
-        if not framework or framework in sys.modules
+        if not framework or sys.modules.get(framework) is not None  # None: its import is blocked
     ]
 
 
