@@ -17,7 +17,7 @@ from mtckpt._boxes import Box, whole
 from mtckpt._diff import Diff
 from mtckpt._renaming import Stored, rename_tree
 from mtckpt._settling import assign_items, later, sequence_like, settle
-from mtckpt._state import ArraySpec, Node, StateAdapter, codec_named, escape
+from mtckpt._state import CODECS, ArraySpec, Node, StateAdapter, codec_named, escape
 
 __all__ = ["Diff", "Fill", "Placing", "Stored", "later", "rename_tree", "settle"]
 
@@ -253,8 +253,8 @@ class Placing:
             result = self.match(live.value, node, path, top=False)
             self.finish.append(lambda: setattr(live, "value", settle(result)))
             return live
-        if kind in _state._codecs:
-            same = node.kind == _state.CODEC and node.name == _state._codecs[kind].name
+        if kind in CODECS:
+            same = node.kind == _state.CODEC and node.name == CODECS[kind].name
             return self._decoded(node, path) if same else self.differs(live, node, path)
         owner = self._owner_of(kind, live)
         if owner is not None:
@@ -419,7 +419,7 @@ class Placing:
 
     def _is_array(self, value: Any) -> bool:
         kind = type(value)
-        return kind not in _state._codecs and self._owner_of(kind, value) is not None
+        return kind not in CODECS and self._owner_of(kind, value) is not None
 
     def _owner_of(self, kind: type, value: Any) -> StateAdapter | None:
         """The adapter whose array a value of this type is, or None; asked once for each type."""

@@ -13,10 +13,11 @@ never be written: what does not match is flattened anew.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from mtckpt._codecs import CODECS, codec_named, register_codec
 from mtckpt._dtypes import DTYPES, size_bytes_of
 from mtckpt._node import (
     ARRAY,
@@ -40,6 +41,7 @@ from mtckpt.errors import UnsupportedState
 __all__ = [
     "ARRAY",
     "CODEC",
+    "CODECS",
     "DICT",
     "DROPPED",
     "LIST",
@@ -54,6 +56,7 @@ __all__ = [
     "Replicated",
     "StateAdapter",
     "Stateful",
+    "codec_named",
     "decode_plain",
     "encode_plain",
     "escape",
@@ -227,37 +230,7 @@ class Flat:
     replicas: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Codec:
-    """How values of a user's type travel: as a tree of what mtckpt can store."""
-
-    name: str
-    type: type
-    encode: Callable[[Any], Any]
-    decode: Callable[[Any], Any]
-
-
 _CONTAINERS = frozenset({dict, list, tuple})
-
-_codecs: dict[type, Codec] = {}
-_codec_names: dict[str, Codec] = {}
-
-
-def register_codec(
-    type_: type, *, name: str, encode: Callable[[Any], Any], decode: Callable[[Any], Any]
-) -> None:
-    """Let values of exactly ``type_`` be saved.
-
-    ``encode`` returns arrays, plain values and containers of them; ``decode`` takes the same back.
-    ``name`` stands in the checkpoint, and a process that restores must have registered it.
-    Nothing in a checkpoint ever names code.
-    """
-    known = _codec_names.get(name)
-    if known is not None and known.type is not type_:
-        raise UnsupportedState(
-            f"codec name {name!r} is taken", type_name=known.type.__qualname__, path=""
-        )
-    _codecs[type_] = _codec_names[name] = Codec(name, type_, encode, decode)
 
 
 def escape(component: object) -> str:
@@ -294,8 +267,8 @@ def _walk(value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, d
         )
     if kind in PLAIN_TYPES:
         return _plain(value, path, flat)
-    if kind in _codecs:  # before the adapters: a codec may speak for a kind of array they refuse
-        codec = _codecs[kind]
+    if kind in CODECS:  # before the adapters: a codec may speak for a kind of array they refuse
+        codec = CODECS[kind]
         child = _walk(codec.encode(value), path, adapters, flat, depth + 1)
         return Node(CODEC, type_=kind, children=[child], name=codec.name)
     if kind in _CONTAINERS:  # nothing but what they look like: nobody needs to be asked
@@ -447,7 +420,7 @@ def refill(
         inner = _inner_state(value, adapters)
         return inner is not None and refill(node.children[0], inner[0], adapters, arrays, plain)
     if kind == CODEC:
-        return refill(node.children[0], _codecs[type(value)].encode(value), adapters, arrays, plain)
+        return refill(node.children[0], CODECS[type(value)].encode(value), adapters, arrays, plain)
     if kind == DICT:
         if list(value) != node.keys:
             return False
@@ -484,19 +457,6 @@ def _is_plain_now(value: Any, node: Node) -> bool:
             return False
         return True
     return kind in PLAIN_TYPES or kind is node.type
-
-
-def codec_named(name: str, path: str) -> Codec:
-    """The codec that a checkpoint names. Raises UnsupportedState where none is registered."""
-    try:
-        return _codec_names[name]
-    except KeyError:
-        raise UnsupportedState(
-            f"the checkpoint uses the codec {name!r}, and this process has not registered it",
-            path=path,
-            state="live state unchanged",
-            actions=("call mtckpt.register_codec with that name before restore",),
-        ) from None
 
 
 def check_dtype(name: str, path: str) -> str:

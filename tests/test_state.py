@@ -6,8 +6,10 @@ import enum
 import json
 import math
 from collections import OrderedDict, namedtuple
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from state_harness import restore, save
 
-from mtckpt import _state
+from mtckpt import _codecs
 from mtckpt._state import (
     decode_plain,
     encode_plain,
@@ -52,9 +54,10 @@ class Colour(enum.IntEnum):
 
 
 @pytest.fixture(autouse=True)
-def _own_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_state, "_codecs", {})
-    monkeypatch.setattr(_state, "_codec_names", {})
+def _own_codecs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(_codecs, "_by_name", {})
+    with mock.patch.dict(_codecs.CODECS, clear=True):
+        yield
 
 
 class Counter:
@@ -374,7 +377,7 @@ def test_a_name_belongs_to_one_type() -> None:
 def test_a_codec_that_this_process_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     register_point()
     saved = save({"p": Point(1, 2)})
-    monkeypatch.setattr(_state, "_codec_names", {})
+    monkeypatch.setattr(_codecs, "_by_name", {})
     with pytest.raises(UnsupportedState, match="has not registered it") as caught:
         restore(saved, {"p": Point(0, 0)})
     assert caught.value.details["path"] == "p"
