@@ -314,13 +314,15 @@ class Checkpoint(Mapping[str, Any]):
         parts = self._where[path]
         shape, entry = self.shape(path), parts[0][0].entries[parts[0][1]]
         if entry.global_shape is not None:
-            return self._make(_joined(parts, entry), entry.dtype, shape, path)
+            raw = _joined(parts, entry)
+            return self._make(raw, entry.dtype, shape, path, entry.framework)
         whole = [part for part in parts if rank is None or part[0].record.rank == rank]
         if not whole:
             raise KeyError(f"{path} of rank {rank}")
         shard, index = whole[0]
         entry = shard.entries[index]
-        return self._make(_bytes_of(shard, index), entry.dtype, entry.shape, path)
+        raw = _bytes_of(shard, index)
+        return self._make(raw, entry.dtype, entry.shape, path, entry.framework)
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Shape of the whole array, without reading it."""

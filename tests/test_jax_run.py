@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -117,6 +118,43 @@ def test_frameworks_share_a_state(tmp_path: Path) -> None:
         assert np.array_equal(crossed["torch"]["weight"], state["torch"].weight.detach().numpy())
         assert crossed["jax"][0].tolist() == [1, 1, 1]
         assert crossed["jax"][1][0].tolist() == [[1, 1], [1, 1]]
+
+
+BOTH = ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "bool"]
+BOTH += ["float8_e8m0fnu", "float16", "float32", "complex64", "int8", "uint16", "uint32"]
+
+
+def test_what_one_framework_saved_the_other_reads(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    host = {name: rng.integers(0, 2, (3, 4 * 8), np.uint8) for name in BOTH}
+    tensors = {name: torch.from_numpy(raw).view(getattr(torch, name)) for name, raw in host.items()}
+    arrays = {
+        name: jax.device_put(raw.view(getattr(ml_dtypes, name, name))) for name, raw in host.items()
+    }
+    with open_run(tmp_path) as checkpointer:
+        state = {"torch": tensors, "jax": arrays, "key": jax.random.key(3), "weak": jnp.asarray(1)}
+        checkpointer.save(1, state).wait("local", timeout_s=20)
+        crossed = checkpointer.restore(
+            {
+                "torch": {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays.items()},
+                "jax": {n: torch.zeros_like(tensor) for n, tensor in tensors.items()},
+            }
+        ).state
+    for name, raw in host.items():
+        assert np.asarray(crossed["torch"][name]).tobytes() == raw.tobytes()
+        assert crossed["jax"][name].view(torch.uint8).numpy().tobytes() == raw.tobytes()
+    for framework in ("torch", "jax", "numpy"):
+        with mtckpt.load(tmp_path / "disk", framework=framework) as checkpoint:
+            for path in [f"{whose}/{name}" for name in BOTH for whose in ("torch", "jax")]:
+                found, wanted = checkpoint[path], host[path.partition("/")[2]]
+                assert str(found.dtype).removeprefix("torch.") == path.partition("/")[2]
+                found = found.view(torch.uint8) if framework == "torch" else np.asarray(found)
+                assert np.asarray(found).tobytes() == wanted.tobytes()
+            if framework == "jax":
+                assert checkpoint["key"] == jax.random.key(3)
+                assert checkpoint["weak"].weak_type
+            else:
+                assert checkpoint["key"].tolist() == [0, 3]
 
 
 NO_JAX = """

@@ -37,10 +37,10 @@ def active_adapters() -> list[StateAdapter]:
     ]
 
 
-def array_maker(framework: str) -> Callable[[Any, str, tuple[int, ...], str], Any]:
+def array_maker(framework: str) -> Callable[[Any, str, tuple[int, ...], str, str], Any]:
     """What makes arrays of a framework from bytes, which is imported now; see ``from_bytes``."""
     module = importlib.import_module("mtckpt.adapters.from_bytes")
-    return cast("Callable[[Any, str, tuple[int, ...], str], Any]", module.maker(framework))
+    return cast("Callable[[Any, str, tuple[int, ...], str, str], Any]", module.maker(framework))
 
 
 def _make(module: str, name: str) -> StateAdapter:

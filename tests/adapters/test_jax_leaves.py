@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import ml_dtypes
@@ -128,6 +129,14 @@ def test_keys_of_another_generator_differ() -> None:
     assert vars(caught.value)["differing"] == (
         "key: uint32[4] (key.unsafe_rbg) here, uint32[4] (key.rbg) in the checkpoint",
     )
+
+
+def test_keys_of_an_unknown_generator_are_refused() -> None:
+    saved = save({"key": jax.random.key(0)})
+    (stored,) = saved.arrays
+    odd = stored._replace(spec=stored.spec._replace(framework="jax.key.mine"))
+    with pytest.raises(UnsupportedState, match="no keys that jax"):
+        plan(dataclasses.replace(saved, arrays=[odd]), {"key": None})
 
 
 # -- placement -------------------------------------------------------------------------------------

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from jax.sharding import Sharding
 
 __all__ = [
+    "PLAIN",
     "Fresh",
+    "check",
     "fingerprint",
     "host_addresses",
     "identity",
@@ -231,24 +233,53 @@ def identity(value: Any) -> object | None:
 
 def new(spec: ArraySpec) -> tuple[Fresh, int]:
     """Host memory for an array. Raises UnsupportedState where JAX would not keep its type."""
-    dtype = _dtype(spec.dtype)
-    narrowed = dtype if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
-    if dtype is None or narrowed != dtype:
-        raise UnsupportedState(
-            f"jax {jax.__version__} has no type {spec.dtype}"
-            if dtype is None
-            else f"jax would narrow {spec.dtype} to {narrowed}",
-            path="",
-            type_name=spec.dtype,
-            state="live state unchanged",
-            actions=(
-                "read it with mtckpt.load(location)"
-                if dtype is None
-                else "jax.config.update('jax_enable_x64', True) before the first array is made",
-            ),
-        )
+    dtype = check(spec, "", state="live state unchanged")
     host = _aligned(spec.size_bytes).view(dtype).reshape(spec.shape)
     return Fresh(host, spec), address_of(host)
+
+
+def check(spec: ArraySpec, path: str, *, state: str) -> np.dtype[Any]:
+    """The type as JAX keeps it. Raises UnsupportedState for one that it lacks or would narrow."""
+    try:
+        dtype = np.dtype(getattr(ml_dtypes, spec.dtype, spec.dtype))
+    except TypeError:  # complex32 and packed pairs are torch's alone
+        raise UnsupportedState(
+            f"jax {jax.__version__} has no type {spec.dtype}",
+            path=path,
+            type_name=spec.dtype,
+            state=state,
+            actions=("load it with framework='numpy'",),
+        ) from None
+    kept = jax.dtypes.canonicalize_dtype(dtype)
+    if kept != dtype:
+        raise UnsupportedState(
+            f"jax would narrow {spec.dtype} to {kept}",
+            path=path,
+            type_name=spec.dtype,
+            state=state,
+            actions=(
+                "jax.config.update('jax_enable_x64', True) before arrays are made",
+                "or load with framework='numpy'",
+            ),
+        )
+    if spec.framework.startswith(KEY):
+        _check_impl(spec, path, state)
+    return dtype
+
+
+def _check_impl(spec: ArraySpec, path: str, state: str) -> None:
+    impl = spec.framework[len(KEY) :]
+    numbers: Any = jax.ShapeDtypeStruct(spec.shape, spec.dtype)  # type: ignore[no-untyped-call]  # jax leaves it untyped
+    try:
+        jax.eval_shape(lambda data: jax.random.wrap_key_data(data, impl=impl), numbers)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedState(
+            f"these are no keys that jax {jax.__version__} knows: {error}",
+            path=path,
+            type_name=spec.framework[:80],
+            state=state,
+            actions=("register its generator first, or load it with framework='numpy'",),
+        ) from error
 
 
 def made(fresh: Fresh, like: Any = None) -> Any:
@@ -298,14 +329,6 @@ def _weakened(array: Any) -> Any:
     if weak.dtype != array.dtype or not weak.weak_type:
         return array  # no number of Python's has this type
     return weak.at[...].set(array)
-
-
-def _dtype(name: str) -> np.dtype[Any] | None:
-    """JAX's type of this name, or None: complex32 and packed pairs are torch's alone."""
-    try:
-        return np.dtype(getattr(ml_dtypes, name, name))
-    except TypeError:
-        return None
 
 
 def _aligned(size_bytes: int) -> np.ndarray[Any, Any]:
