@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mtckpt._checkpointer import Checkpointer
+    from mtckpt._codecs import register_codec
     from mtckpt._handle import Restored, Save, Status, Step
     from mtckpt._load import load, steps
     from mtckpt._retention import KeepBest, KeepEvery, KeepLast
     from mtckpt._rng import rng
     from mtckpt._schedule import Disk, Ram
-    from mtckpt._state import register_codec
 
 __all__ = [
     "Checkpointer",
@@ -53,7 +53,7 @@ _HOME = {
     "Status": "mtckpt._handle",
     "Step": "mtckpt._handle",
     "load": "mtckpt._load",
-    "register_codec": "mtckpt._state",
+    "register_codec": "mtckpt._codecs",
     "rng": "mtckpt._rng",
     "steps": "mtckpt._load",
 }

@@ -332,7 +332,7 @@ class Checkpointer:
         elif failures:
             raise failures[0] from failures[0].__cause__
         restored = self._restored
-        if restored is not None and getattr(restored, "_must_read", False):
+        if restored is not None and restored._must_read:
             raise RestoreIgnored(
                 "the restored state was never read",
                 state="nothing was saved",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -221,12 +221,12 @@ class Restored:
         self._state = state
         self._incarnation = 0
         self._every = 0
-        self._on_read: Callable[[], None] = _nothing
+        self._must_read = False  # new arrays are in the state, and nobody has looked
 
     @property
     def state(self) -> Any:
         """The restored state. Live objects are the ones given; functional state is new."""
-        self._on_read()
+        self._must_read = False
         return self._state
 
     def __bool__(self) -> bool:
@@ -248,10 +248,6 @@ class Restored:
     def _origin(self) -> str:
         parts = [f"{tier} ({size_text(size)})" for tier, size in self.sources.items()]
         return ", ".join(parts) or "no bytes"
-
-
-def _nothing() -> None:
-    return None
 
 
 def size_text(size_bytes: float) -> str:

@@ -314,13 +314,15 @@ class Checkpoint(Mapping[str, Any]):
         parts = self._where[path]
         shape, entry = self.shape(path), parts[0][0].entries[parts[0][1]]
         if entry.global_shape is not None:
-            return self._make(_joined(parts, entry), entry.dtype, shape, path)
+            raw = _joined(parts, entry)
+            return self._make(raw, entry.dtype, shape, path, entry.framework)
         whole = [part for part in parts if rank is None or part[0].record.rank == rank]
         if not whole:
             raise KeyError(f"{path} of rank {rank}")
         shard, index = whole[0]
         entry = shard.entries[index]
-        return self._make(_bytes_of(shard, index), entry.dtype, entry.shape, path)
+        raw = _bytes_of(shard, index)
+        return self._make(raw, entry.dtype, entry.shape, path, entry.framework)
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Shape of the whole array, without reading it."""
@@ -335,7 +337,7 @@ class Checkpoint(Mapping[str, Any]):
 
     def ranks(self, path: str) -> tuple[int, ...]:
         """The ranks that hold a part of the array, or one of their own."""
-        return tuple(shard.record.rank for shard, _ in self._where[path])
+        return tuple(dict.fromkeys(shard.record.rank for shard, _ in self._where[path]))
 
     def same_as(self, path: str) -> str | None:
         """The path under which the bytes of a tied array are stored; None for its own."""

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mtckpt import _state
 from mtckpt._boxes import Box, whole
+from mtckpt._diff import Diff
 from mtckpt._renaming import Stored, rename_tree
-from mtckpt._state import ArraySpec, Node, StateAdapter, codec_named, escape
-from mtckpt.errors import StateMismatch
+from mtckpt._settling import assign_items, later, sequence_like, settle
+from mtckpt._state import CODECS, ArraySpec, Node, StateAdapter, codec_named, escape
 
-__all__ = ["Diff", "Fill", "Placing", "Stored", "rename_tree", "settle"]
+__all__ = ["Diff", "Fill", "Placing", "Stored", "later", "rename_tree", "settle"]
+
+
+# What the names of element types begin with that hold such numbers.
+_NUMBERS: dict[type, tuple[str, ...]] = {
+    bool: ("bool",),
+    int: ("int", "uint"),
+    float: ("float", "bfloat"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +37,6 @@ class Fill:
     index: int
     address: int
     size_bytes: int
-
-
-@dataclass(slots=True)
-class Diff:
-    """How a template and a checkpoint differ; every entry is one line for the user."""
-
-    missing: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    differing: list[str] = field(default_factory=list)
 
 
 class Placing:
@@ -56,6 +56,7 @@ class Placing:
         self.partial = partial
         self.diff = Diff()
         self.finish: list[Callable[[], object]] = []
+        self.replaced = False  # something restored is a new object, to be read from the result
         self._wanted: dict[int, int] = {}  # the array that is wanted at an address
         self._boxes: dict[int, tuple[int, Box]] = {}  # and of which arrays only a part is
         self._has_boxes = any(stored.spec.offsets is not None for stored in arrays)
@@ -144,12 +145,10 @@ class Placing:
         else:
             stored = self.arrays[node.index].spec
             wanted = self._owner(live).spec(live, path, template=True)
-            if (stored.whole_shape, stored.dtype) == (wanted.whole_shape, wanted.dtype):
+            same = (stored.whole_shape, stored.dtype) == (wanted.whole_shape, wanted.dtype)
+            if same and not _differ_in_kind(stored.framework, wanted.framework):
                 return True
-            line = (
-                f"{path}: {wanted.dtype}{list(wanted.whole_shape)} here, "
-                f"{stored.dtype}{list(stored.whole_shape)} in the checkpoint"
-            )
+            line = f"{path}: {_described(wanted)} here, {_described(stored)} in the checkpoint"
         if not quiet:
             self.diff.differing.append(line)
         return False
@@ -168,7 +167,7 @@ class Placing:
             )
             for part in parts
         ]
-        return _Later(lambda: owner.assembled(live, [settle(array) for array in arrays]))
+        return later(lambda: owner.assembled(live, [settle(array) for array in arrays]))
 
     def _one_into(self, owner: StateAdapter, live: Any, index: int, box: Box | None) -> Any:
         """Place an array, or one box of it, onto a live array of that very shape."""
@@ -179,9 +178,12 @@ class Placing:
             return live
         stored = self.arrays[index].spec
         shape = stored.whole_shape if box is None else box.shape
-        array, fresh_address = owner.new(ArraySpec(stored.dtype, shape, owner.framework), live)
+        is_own = stored.framework.partition(".")[0] == owner.framework
+        framework = stored.framework if is_own else owner.framework
+        array, fresh_address = owner.new(ArraySpec(stored.dtype, shape, framework), live)
         self.into(index, fresh_address, box)
-        return _Later(lambda: owner.assign(live, array))
+        self.replaced = self.replaced or owner.replaces
+        return later(lambda: owner.assign(live, array))
 
     def arrays_into(
         self, lives: Sequence[Any], nodes: Sequence[Node], paths: Sequence[str]
@@ -225,31 +227,7 @@ class Placing:
 
     def raise_diff(self, step: int) -> None:
         """Raise StateMismatch with the whole difference, if there is one."""
-        diff = self.diff
-        if not (diff.missing or diff.unused or diff.differing):
-            return
-        lines = [f"  missing in the checkpoint: {p}" for p in diff.missing[:50]]
-        lines += [f"  not in the template: {p}" for p in diff.unused[:50]]
-        lines += [f"  differs: {p}" for p in diff.differing[:50]]
-        total = len(diff.missing) + len(diff.unused) + len(diff.differing)
-        if total > len(lines):
-            lines.append(f"  and {total - len(lines)} more, in the attributes of this error")
-        error = StateMismatch(
-            "template and checkpoint differ:\n" + "\n".join(lines) + "\n ",
-            step=step,
-            state="live state unchanged",
-            actions=(
-                "partial=True restores what both have",
-                "rename=function maps or drops (None) paths of the checkpoint",
-            ),
-        )
-        # Attributes only: as details they would be in the text, all 20,000 of them.
-        error.__dict__.update(
-            missing=tuple(diff.missing),
-            unused=tuple(diff.unused),
-            differing=tuple(diff.differing),
-        )
-        raise error
+        self.diff.raise_any(step)
 
     def differs(self, live: Any, node: Node, path: str) -> Any:
         """The checkpoint has something else here than the template; returns ``live``."""
@@ -274,18 +252,27 @@ class Placing:
                 return self.plain[node.index]
             if live is None:
                 return self.tree(node, path)  # the template leaves this place open
+            if self._is_number(kind, node):
+                self.replaced = True
+                return self._fresh_leaf(node.index)
             return self.differs(live, node, path)
         if kind is _state.Replicated:
             result = self.match(live.value, node, path, top=False)
             self.finish.append(lambda: setattr(live, "value", settle(result)))
             return live
-        if kind in _state._codecs:
-            same = node.kind == _state.CODEC and node.name == _state._codecs[kind].name
+        if kind in CODECS:
+            same = node.kind == _state.CODEC and node.name == CODECS[kind].name
             return self._decoded(node, path) if same else self.differs(live, node, path)
-        if self._owner_of(kind, live) is not None:
-            return self.array_into(live, node, path)
-        if any(adapter.place_object(live, node, path, self) for adapter in self.adapters):
-            return live
+        owner = self._owner_of(kind, live)
+        if owner is not None:
+            number = (
+                owner.number(live, self.plain[node.index]) if node.kind == _state.PLAIN else None
+            )
+            return self.array_into(live, node, path) if number is None else number
+        for adapter in self.adapters:
+            placed = adapter.place_object(live, node, path, self)
+            if placed is not None:
+                return placed
         if hasattr(live, "state_dict") and hasattr(live, "load_state_dict"):
             tree = self.tree(node, path)
             self.finish.append(lambda: live.load_state_dict(settle(tree)))
@@ -346,6 +333,8 @@ class Placing:
         return self._rebuilt(live, changes, replace=False)
 
     def _match_sequence(self, live: Sequence[Any], node: Node, path: str) -> Any:
+        if node.kind == _state.DICT and hasattr(live, "_fields"):
+            return self._match_fields(_state.named_fields(live), live, node, path)
         if node.kind not in (_state.LIST, _state.TUPLE):
             return self.differs(live, node, path)
         prefix = f"{path}/" if path else ""
@@ -360,9 +349,26 @@ class Placing:
         else:
             values = self._match_items(live, node.children, prefix)
         if isinstance(live, MutableSequence):
-            self.finish.append(lambda: _assign_items(live, values))
+            self.finish.append(lambda: assign_items(live, values))
             return live
-        return _Later(lambda: _sequence_like(live, [settle(value) for value in values]))
+        return later(lambda: sequence_like(live, [settle(value) for value in values]))
+
+    def _match_fields(
+        self, fields: Mapping[str, Any], live: Sequence[Any], node: Node, path: str
+    ) -> Any:
+        prefix = f"{path}/" if path else ""
+        saved = dict(zip(map(escape, node.keys or []), node.children, strict=True))
+        values = []
+        for name, value in fields.items():
+            child = saved.pop(name, None)
+            if child is None:
+                self.missing(prefix + name)
+                values.append(value)
+            else:
+                values.append(self.match(value, child, prefix + name, top=False))
+        for name in saved:
+            self.unused(prefix + name)
+        return later(lambda: sequence_like(live, [settle(value) for value in values]))
 
     def _match_items(self, live: Sequence[Any], children: Sequence[Node], prefix: str) -> list[Any]:
         if all(node.kind == _state.ARRAY for node in children) and all(map(self._is_array, live)):
@@ -376,7 +382,7 @@ class Placing:
         if not isinstance(live, MutableMapping):
             make: Any = type(live)
             kept = {} if replace else dict(live)
-            return _Later(lambda: make({**kept, **settle(changes)}))
+            return later(lambda: make({**kept, **settle(changes)}))
 
         def write_back() -> None:
             if replace:
@@ -395,14 +401,14 @@ class Placing:
     def _decoded(self, node: Node, path: str) -> Any:
         codec = codec_named(node.name, path)
         tree = self.tree(node.children[0], path)
-        return _Later(lambda: codec.decode(settle(tree)))
+        return later(lambda: codec.decode(settle(tree)))
 
     def _fresh_leaf(self, index: int) -> Any:
         """A fresh array that is handed out as what it was: a NumPy scalar is no array."""
         spec = self.arrays[index].spec
         array = self.fresh(index)
         owner = self._adapter_named(spec.framework)
-        return _Later(lambda: owner.finished(array, spec))
+        return later(lambda: owner.finished(array, spec))
 
     def _note_in_place(self, owner: StateAdapter, more: Sequence[Any]) -> None:
         known = self._in_place.get(owner.framework)
@@ -417,9 +423,17 @@ class Placing:
         assert owner is not None
         return owner
 
+    def _is_number(self, kind: type, node: Node) -> bool:
+        """True for one element of a framework in which a number and an array of it are the same."""
+        if node.kind != _state.ARRAY or kind not in _NUMBERS:
+            return False
+        spec = self.arrays[node.index].spec
+        owner = self._adapter_named(spec.framework)
+        return owner.replaces and not spec.shape and spec.dtype.startswith(_NUMBERS[kind])
+
     def _is_array(self, value: Any) -> bool:
         kind = type(value)
-        return kind not in _state._codecs and self._owner_of(kind, value) is not None
+        return kind not in CODECS and self._owner_of(kind, value) is not None
 
     def _owner_of(self, kind: type, value: Any) -> StateAdapter | None:
         """The adapter whose array a value of this type is, or None; asked once for each type."""
@@ -439,45 +453,16 @@ class Placing:
         return next(adapter for adapter in self.adapters if adapter.framework == "numpy")
 
 
-class _Later:
-    """A value that exists only once the bytes have arrived; made at the first ``get``."""
-
-    __slots__ = ("_made", "_make")
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make: Callable[[], Any] | None = make
-        self._made: Any = None
-
-    def get(self) -> Any:
-        if self._make is not None:
-            self._made, self._make = self._make(), None
-        return self._made
+def _differ_in_kind(one: str, other: str) -> bool:
+    """True for arrays of two kinds of one framework: the keys of two random number generators."""
+    first, _, kind = one.partition(".")
+    second, _, other_kind = other.partition(".")
+    return first == second and bool(kind) and bool(other_kind) and kind != other_kind
 
 
-def settle(value: Any) -> Any:
-    """``value`` with all that had to wait in its place. Containers without stay as they are."""
-    kind = type(value)
-    if kind is _Later:
-        return value.get()
-    if kind is dict:
-        settled = {key: settle(item) for key, item in value.items()}
-        return settled if any(settled[key] is not value[key] for key in value) else value
-    if kind in (list, tuple):
-        items = [settle(item) for item in value]
-        return kind(items) if any(map(operator.is_not, items, value)) else value
-    return value
-
-
-def _assign_items(live: MutableSequence[Any], values: list[Any]) -> None:
-    live[:] = [settle(value) for value in values]
-
-
-def _sequence_like(live: Sequence[Any], items: list[Any]) -> Any:
-    """A tuple of the same kind; the same one if nothing in it has changed."""
-    if not any(map(operator.is_not, items, live)) and len(items) == len(live):
-        return live
-    make: Any = type(live)
-    return make(*items) if hasattr(live, "_fields") else make(items)
+def _described(spec: ArraySpec) -> str:
+    kind = spec.framework.partition(".")[2]
+    return f"{spec.dtype}{list(spec.whole_shape)}{f' ({kind})' if kind else ''}"
 
 
 def _has_arrays(node: Node) -> bool:

@@ -144,12 +144,16 @@ def why_unusable(save: SaveEntry) -> str:
 
 @dataclass(slots=True)
 class Outcome:
-    """A restore that happened. ``record`` is of the save; ``sources`` has bytes by tier."""
+    """A restore that happened. ``record`` is of the save; ``sources`` has bytes by tier.
+
+    ``replaced``: some of ``state`` is new, and only there.
+    """
 
     name: SaveName
     record: Record
     state: Any
     sources: dict[str, int]
+    replaced: bool
 
 
 class Together(Protocol):
@@ -355,7 +359,7 @@ def _finish(
             live_state="undefined",
             state="live state is undefined",
         ) from error
-    return Outcome(candidate.name, loaded.record, state, sources)
+    return Outcome(candidate.name, loaded.record, state, sources, placing.replaced)
 
 
 def scan_places(

@@ -125,6 +125,7 @@ def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> R
     )
     restored._incarnation = record.incarnation
     restored._every = record.every
+    restored._must_read = outcome.replaced
     return restored
 
 

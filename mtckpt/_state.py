@@ -13,10 +13,11 @@ never be written: what does not match is flattened anew.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from mtckpt._codecs import CODECS, codec_named, register_codec
 from mtckpt._dtypes import DTYPES, size_bytes_of
 from mtckpt._node import (
     ARRAY,
@@ -40,6 +41,7 @@ from mtckpt.errors import UnsupportedState
 __all__ = [
     "ARRAY",
     "CODEC",
+    "CODECS",
     "DICT",
     "DROPPED",
     "LIST",
@@ -54,6 +56,7 @@ __all__ = [
     "Replicated",
     "StateAdapter",
     "Stateful",
+    "codec_named",
     "decode_plain",
     "encode_plain",
     "escape",
@@ -76,7 +79,8 @@ class ArraySpec(NamedTuple):
     """One array, or one box of a global array.
 
     ``shape`` is what this rank holds. ``offsets`` and ``global_shape`` place it in the global
-    array; both are None for an array that is held whole. ``framework`` says which adapter made it.
+    array; both are None for an array that is held whole. ``framework`` says which adapter made it,
+    and behind a dot what kind of its arrays it was: "numpy.scalar", "jax.weak", "jax.key.rbg".
     """
 
     dtype: str
@@ -127,6 +131,7 @@ class StateAdapter(Protocol):
     """What mtckpt needs from a framework. Lists where it can be: a call a leaf is dear."""
 
     framework: str
+    replaces: bool  # arrays never change: a restored one is a new object, found in Restored.state
 
     def is_array(self, value: object) -> bool:
         """True for a leaf that this adapter owns; decided by its type alone."""
@@ -194,14 +199,18 @@ class StateAdapter(Protocol):
     def assign(self, live: Any, fresh: Any) -> Any:
         """Copy a fresh host array into a live one; returns what stands in its place."""
 
+    def number(self, live: Any, value: Any) -> Any | None:
+        """A saved plain number as an array like ``live``; None where the two are not the same."""
+
     def written(self, lives: Sequence[Any]) -> None:
         """Told, in ``finish``, which live arrays had bytes put straight into them."""
 
-    def place_object(self, live: Any, node: Node, path: str, placing: Any) -> bool:
+    def place_object(self, live: Any, node: Node, path: str, placing: Any) -> Any | None:
         """Match an object this adapter knows (a module, an optimizer) with its saved tree.
 
         ``placing`` is a ``Placing``: wants go to ``array_into`` and ``tree``, differences to
-        ``missing``, ``unused`` and ``diff``, work for later to ``finish``. False: not its object.
+        ``missing``, ``unused`` and ``diff``, work for later to ``finish``. Returns what stands in
+        its place, as ``Placing.match`` does; None: not its object.
         """
 
 
@@ -221,37 +230,7 @@ class Flat:
     replicas: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Codec:
-    """How values of a user's type travel: as a tree of what mtckpt can store."""
-
-    name: str
-    type: type
-    encode: Callable[[Any], Any]
-    decode: Callable[[Any], Any]
-
-
 _CONTAINERS = frozenset({dict, list, tuple})
-
-_codecs: dict[type, Codec] = {}
-_codec_names: dict[str, Codec] = {}
-
-
-def register_codec(
-    type_: type, *, name: str, encode: Callable[[Any], Any], decode: Callable[[Any], Any]
-) -> None:
-    """Let values of exactly ``type_`` be saved.
-
-    ``encode`` returns arrays, plain values and containers of them; ``decode`` takes the same back.
-    ``name`` stands in the checkpoint, and a process that restores must have registered it.
-    Nothing in a checkpoint ever names code.
-    """
-    known = _codec_names.get(name)
-    if known is not None and known.type is not type_:
-        raise UnsupportedState(
-            f"codec name {name!r} is taken", type_name=known.type.__qualname__, path=""
-        )
-    _codecs[type_] = _codec_names[name] = Codec(name, type_, encode, decode)
 
 
 def escape(component: object) -> str:
@@ -288,8 +267,8 @@ def _walk(value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, d
         )
     if kind in PLAIN_TYPES:
         return _plain(value, path, flat)
-    if kind in _codecs:  # before the adapters: a codec may speak for a kind of array they refuse
-        codec = _codecs[kind]
+    if kind in CODECS:  # before the adapters: a codec may speak for a kind of array they refuse
+        codec = CODECS[kind]
         child = _walk(codec.encode(value), path, adapters, flat, depth + 1)
         return Node(CODEC, type_=kind, children=[child], name=codec.name)
     if kind in _CONTAINERS:  # nothing but what they look like: nobody needs to be asked
@@ -337,13 +316,11 @@ def _walk_sequence(
 
 
 def _refused(kind: type, path: str) -> UnsupportedState:
-    actions: tuple[str, ...] = (
+    actions = (
         "leave it out of the state if it can be built again",
         "give it state_dict() and load_state_dict()",
         "or describe it once with mtckpt.register_codec(type, name=, encode=, decode=)",
     )
-    if kind.__module__.partition(".")[0] in ("jax", "jaxlib"):
-        actions = ("save numpy.asarray(array): arrays of JAX cannot be saved yet",)
     return UnsupportedState(
         f"cannot save a value of type {kind.__module__}.{kind.__qualname__}",
         path=path,
@@ -385,6 +362,8 @@ def _plain(value: Any, path: str, flat: Flat) -> Node:
 
 def _inner_state(value: Any, adapters: Sequence[StateAdapter]) -> tuple[object] | None:
     """The tree inside an object, in a tuple since that tree may itself be None."""
+    if isinstance(value, tuple):
+        return (named_fields(value),) if hasattr(value, "_fields") else None
     for adapter in adapters:
         inner = adapter.state_of(value)
         if inner is not None:
@@ -392,6 +371,11 @@ def _inner_state(value: Any, adapters: Sequence[StateAdapter]) -> tuple[object] 
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         return (value.state_dict(),)
     return None
+
+
+def named_fields(value: Any) -> dict[str, Any]:
+    """A named tuple as the dict that stands for it in a checkpoint."""
+    return dict(zip(value._fields, value, strict=True))
 
 
 def _check_name(name: str, path: str | None = None) -> None:
@@ -436,7 +420,7 @@ def refill(
         inner = _inner_state(value, adapters)
         return inner is not None and refill(node.children[0], inner[0], adapters, arrays, plain)
     if kind == CODEC:
-        return refill(node.children[0], _codecs[type(value)].encode(value), adapters, arrays, plain)
+        return refill(node.children[0], CODECS[type(value)].encode(value), adapters, arrays, plain)
     if kind == DICT:
         if list(value) != node.keys:
             return False
@@ -473,19 +457,6 @@ def _is_plain_now(value: Any, node: Node) -> bool:
             return False
         return True
     return kind in PLAIN_TYPES or kind is node.type
-
-
-def codec_named(name: str, path: str) -> Codec:
-    """The codec that a checkpoint names. Raises UnsupportedState where none is registered."""
-    try:
-        return _codec_names[name]
-    except KeyError:
-        raise UnsupportedState(
-            f"the checkpoint uses the codec {name!r}, and this process has not registered it",
-            path=path,
-            state="live state unchanged",
-            actions=("call mtckpt.register_codec with that name before restore",),
-        ) from None
 
 
 def check_dtype(name: str, path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -45,6 +45,29 @@ def test_plain_values_are_written_back_into_the_dict_that_was_given() -> None:
     )
     assert live == {"step": 7, "best": 0.5, "name": None, "in": {"deep": [2, 3]}}
     assert live["in"] is inner
+
+
+class Pair(NamedTuple):
+    """Two values with names."""
+
+    left: Any
+    right: Any
+
+
+def test_a_named_tuple_is_matched_by_its_fields() -> None:
+    inner = np.zeros(2)
+    live = {"at": Pair(inner, 0)}
+    restored = restore(save({"at": Pair(np.ones(2), 7)}), live)["at"]
+    assert type(restored) is Pair
+    assert restored.left is inner
+    assert (inner.tolist(), restored.right) == ([1, 1], 7)
+    assert differences({"at": {"left": 1, "more": 2}}, live) == {
+        "missing": ("at/right",),
+        "unused": ("at/more",),
+        "differing": ("at/left: an array here, plain in the checkpoint",),
+    }
+    # Saved as a plain tuple, as early versions did.
+    assert restore(save({"at": (np.full(2, 5.0), 8)}), live)["at"] == Pair(inner, 8)
 
 
 def test_a_dict_of_plain_values_becomes_what_was_saved() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from state_harness import plan, restore, save
 
-from mtckpt import _state
+from mtckpt import _codecs
 from mtckpt.errors import StateMismatch, UsageError
 
 
@@ -91,13 +92,13 @@ class Point:
 
 
 def test_codecs_move_with_their_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_state, "_codecs", {})
-    monkeypatch.setattr(_state, "_codec_names", {})
-    _state.register_codec(
-        Point, name="point", encode=lambda p: {"x": p.x}, decode=lambda tree: Point(**tree)
-    )
+    monkeypatch.setattr(_codecs, "_by_name", {})
     live: dict[str, Any] = {"b": {"p": Point(0)}}
-    restore(save({"a": {"p": Point(7)}}), live, rename=lambda p: p.replace("a/", "b/"))
+    with mock.patch.dict(_codecs.CODECS, clear=True):
+        _codecs.register_codec(
+            Point, name="point", encode=lambda p: {"x": p.x}, decode=lambda tree: Point(**tree)
+        )
+        restore(save({"a": {"p": Point(7)}}), live, rename=lambda p: p.replace("a/", "b/"))
     assert live["b"]["p"] == Point(7)
 
 

@@ -21,6 +21,7 @@ __all__ = ["active_adapters", "array_maker"]
 # Asked in this order which of them owns a leaf. NumPy is last: it is the most general.
 _TABLE = (
     ("torch", "mtckpt.adapters.torch", "TorchAdapter"),
+    ("jax", "mtckpt.adapters.jax", "JaxAdapter"),
     ("", "mtckpt.adapters.numpy", "NumpyAdapter"),
 )
 
@@ -32,14 +33,14 @@ def active_adapters() -> list[StateAdapter]:
     return [
         _made.get(module) or _make(module, name)
         for framework, module, name in _TABLE
-        if not framework or framework in sys.modules
+        if not framework or sys.modules.get(framework) is not None  # None: its import is blocked
     ]
 
 
-def array_maker(framework: str) -> Callable[[Any, str, tuple[int, ...], str], Any]:
+def array_maker(framework: str) -> Callable[[Any, str, tuple[int, ...], str, str], Any]:
     """What makes arrays of a framework from bytes, which is imported now; see ``from_bytes``."""
     module = importlib.import_module("mtckpt.adapters.from_bytes")
-    return cast("Callable[[Any, str, tuple[int, ...], str], Any]", module.maker(framework))
+    return cast("Callable[[Any, str, tuple[int, ...], str, str], Any]", module.maker(framework))
 
 
 def _make(module: str, name: str) -> StateAdapter:

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from mtckpt._state import ArraySpec
 from mtckpt.errors import UnsupportedState, UsageError
 
 __all__ = ["FRAMEWORKS", "maker"]
 
-Maker = Callable[[Any, str, tuple[int, ...], str], Any]
+Maker = Callable[[Any, str, tuple[int, ...], str, str], Any]
 
 FRAMEWORKS = ("numpy", "torch", "jax")
 # Packed or paired types that NumPy has no name for: their bytes under the nearest type.
@@ -24,7 +25,9 @@ _PACKED = "float4_e2m1fn_x2"
 
 
 def maker(framework: str) -> Maker:
-    """``(bytes as a NumPy array, type, shape, path) -> array``. Imports the framework now.
+    """``(bytes as a NumPy array, type, shape, path, kind) -> array``. Imports the framework now.
+
+    ``kind`` is the ``framework`` of the array's ``ArraySpec``: what it was when it was saved.
 
     Raises UsageError for a name that is none, or for one that is not installed.
     """
@@ -48,11 +51,11 @@ def maker(framework: str) -> Maker:
     return makers[framework]
 
 
-def to_numpy(raw: Any, dtype: str, shape: tuple[int, ...], path: str) -> Any:
+def to_numpy(raw: Any, dtype: str, shape: tuple[int, ...], path: str, kind: str = "") -> Any:
     """An ndarray over ``raw``. complex32 is float16 pairs on one more axis, packed types uint8."""
     import numpy as np
 
-    del path
+    del path, kind
     _require_little_endian()
     if dtype == _PAIRS:
         return raw.view(np.float16).reshape((*shape, 2))
@@ -69,42 +72,32 @@ def _numpy_dtype(name: str) -> Any:
     return np.dtype(extended if extended is not None else name)
 
 
-def _to_torch(raw: Any, dtype: str, shape: tuple[int, ...], path: str) -> Any:
+def _to_torch(raw: Any, dtype: str, shape: tuple[int, ...], path: str, kind: str) -> Any:
     import torch
 
     from mtckpt.adapters.torch.leaves import DTYPE_OF
 
     _require_little_endian()
-    kind = DTYPE_OF.get(dtype)
-    if kind is None:
+    del kind
+    torch_dtype = DTYPE_OF.get(dtype)
+    if torch_dtype is None:
         raise _lacking("torch", torch.__version__, dtype, path)
     flat = torch.from_numpy(raw)
     if dtype == _PAIRS:  # by way of pairs: the constructor of this type warns that it is young
         return torch.view_as_complex(flat.view(torch.float16).reshape((*shape, 2)))
     if not raw.size:
-        return torch.empty(shape, dtype=kind, device="cpu")
-    return flat.view(kind).reshape(shape)
+        return torch.empty(shape, dtype=torch_dtype, device="cpu")
+    return flat.view(torch_dtype).reshape(shape)
 
 
-def _to_jax(raw: Any, dtype: str, shape: tuple[int, ...], path: str) -> Any:
-    import jax
-    import jax.numpy as jnp
+def _to_jax(raw: Any, dtype: str, shape: tuple[int, ...], path: str, kind: str) -> Any:
+    from mtckpt.adapters.jax import leaves
 
-    if dtype in (_PAIRS, _PACKED):
-        raise _lacking("jax", jax.__version__, dtype, path)
-    host = to_numpy(raw, dtype, shape, path)
-    if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
-        raise UnsupportedState(
-            f"jax would narrow {dtype} to {jax.dtypes.canonicalize_dtype(host.dtype)}",
-            path=path,
-            type_name=dtype,
-            state="nothing was handed out",
-            actions=(
-                "jax.config.update('jax_enable_x64', True) before loading",
-                "or load with framework='numpy'",
-            ),
-        )
-    return jnp.asarray(host)
+    _require_little_endian()
+    framework = kind if kind.partition(".")[0] == leaves.PLAIN else leaves.PLAIN
+    spec = ArraySpec(dtype, shape, framework)
+    leaves.check(spec, path, state="nothing was handed out")
+    return leaves.made(leaves.Fresh(to_numpy(raw, dtype, shape, path), spec))
 
 
 def _lacking(framework: str, version: str, dtype: str, path: str) -> UnsupportedState:

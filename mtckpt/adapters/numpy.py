@@ -30,6 +30,7 @@ class NumpyAdapter:
     """``StateAdapter`` of NumPy; where a torch dtype has no NumPy twin, its nearest plain form."""
 
     framework = "numpy"
+    replaces = False  # the few that cannot be written into are written back by who holds them
 
     def is_array(self, value: object) -> bool:
         """True for arrays and for NumPy's scalars (``numpy.float64`` is a Python float too)."""
@@ -162,13 +163,18 @@ class NumpyAdapter:
         fresh.flags.writeable = live.flags.writeable
         return fresh
 
+    def number(self, live: Any, value: Any) -> Any | None:
+        """None: a number is no array."""
+        del live, value
+        return None
+
     def written(self, lives: Sequence[Any]) -> None:
         """Nothing: NumPy keeps no record of writes."""
 
-    def place_object(self, live: Any, node: Node, path: str, placing: Any) -> bool:
-        """False: NumPy has no objects that carry a tree."""
+    def place_object(self, live: Any, node: Node, path: str, placing: Any) -> Any | None:
+        """None: NumPy has no objects that carry a tree."""
         del live, node, path, placing
-        return False
+        return None
 
 
 def _dtype(name: str) -> Any:

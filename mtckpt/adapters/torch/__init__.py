@@ -21,6 +21,7 @@ class TorchAdapter:
     """``StateAdapter`` of PyTorch. Holds no tensor, only where those of the last save lay."""
 
     framework = "torch"
+    replaces = False
 
     def __init__(self) -> None:
         self._last: leaves.Layouts | None = None
@@ -91,10 +92,15 @@ class TorchAdapter:
         """Copy into a live tensor of any layout and device."""
         return leaves.assign(live, fresh)
 
+    def number(self, live: Any, value: Any) -> Any | None:
+        """None: a number is no tensor."""
+        del live, value
+        return None
+
     def written(self, lives: Sequence[Any]) -> None:
         """Bump autograd's version counters."""
         leaves.bump_versions(lives)
 
-    def place_object(self, live: Any, node: Node, path: str, placing: Placing) -> bool:
-        """Modules, optimizers and generators; False for everything else."""
-        return objects.place_object(live, node, path, placing)
+    def place_object(self, live: Any, node: Node, path: str, placing: Placing) -> Any | None:
+        """Modules, optimizers and generators; None for everything else."""
+        return live if objects.place_object(live, node, path, placing) else None

@@ -56,7 +56,7 @@ def state_of(value: object) -> object | None:
 
 
 def place_object(live: Any, node: Node, path: str, placing: Placing) -> bool:
-    """See ``StateAdapter.place_object``."""
+    """True if ``live`` is an object of torch's, which now is matched; it is filled in its place."""
     if isinstance(live, Module):
         _place_module(live, node, path, placing)
         return True

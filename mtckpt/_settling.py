@@ -1,0 +1,59 @@
+"""Values that exist only once the bytes of a restore have arrived, and what is built of them.
+
+Knows containers. Does not know where bytes come from, trees of a checkpoint, or frameworks.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, MutableSequence, Sequence
+from typing import Any
+
+__all__ = ["assign_items", "later", "sequence_like", "settle"]
+
+
+class _Later:
+    """A value that exists only once the bytes have arrived; made at the first ``get``."""
+
+    __slots__ = ("_made", "_make")
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make: Callable[[], Any] | None = make
+        self._made: Any = None
+
+    def get(self) -> Any:
+        if self._make is not None:
+            self._made, self._make = self._make(), None
+        return self._made
+
+
+def later(make: Callable[[], Any]) -> Any:
+    """What ``settle`` turns into the result of ``make``, which is called once."""
+    return _Later(make)
+
+
+def settle(value: Any) -> Any:
+    """``value`` with all that had to wait in its place. Containers without stay as they are."""
+    kind = type(value)
+    if kind is _Later:
+        return value.get()
+    if kind is dict:
+        settled = {key: settle(item) for key, item in value.items()}
+        return settled if any(settled[key] is not value[key] for key in value) else value
+    if kind in (list, tuple):
+        items = [settle(item) for item in value]
+        return kind(items) if any(map(operator.is_not, items, value)) else value
+    return value
+
+
+def assign_items(live: MutableSequence[Any], values: list[Any]) -> None:
+    """Put settled values into a live list."""
+    live[:] = [settle(value) for value in values]
+
+
+def sequence_like(live: Sequence[Any], items: list[Any]) -> Any:
+    """A tuple of the same kind; the same one if nothing in it has changed."""
+    if not any(map(operator.is_not, items, live)) and len(items) == len(live):
+        return live
+    make: Any = type(live)
+    return make(*items) if hasattr(live, "_fields") else make(items)

@@ -1,0 +1,342 @@
+"""Arrays of JAX as leaves: what they are, where their bytes lie, and how bytes become arrays.
+
+Knows ``jax.Array`` of every type and sharding that this process can read, ``jax.random`` keys of
+both styles, and ``jax.ShapeDtypeStruct`` as a template. Does not know pytrees (``nodes``). Does not
+promise speed for other devices than the CPU: their bytes come through host memory of JAX's own.
+
+JAX's arrays never change, so nothing is ever written into one: bytes go into fresh host memory,
+aligned so that a CPU device adopts it as it is, and become new arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from mtckpt._state import ArraySpec, check_dtype
+from mtckpt.errors import UnsupportedState
+
+if TYPE_CHECKING:
+    from jax.sharding import Sharding
+
+__all__ = [
+    "PLAIN",
+    "Fresh",
+    "check",
+    "fingerprint",
+    "host_addresses",
+    "identity",
+    "is_leaf",
+    "made",
+    "new",
+    "number",
+    "on_device",
+    "spec_of",
+]
+
+# What ArraySpec.framework says: an array whose type yields to others' (weak), a new-style key.
+PLAIN = "jax"
+WEAK = "jax.weak"
+KEY = "jax.key."
+# Two or more elements share a byte in XLA's memory; NumPy and our files give each its own.
+_PACKED_ON_DEVICE = frozenset({"int4", "uint4", "int2", "uint2", "float4_e2m1fn"})
+# XLA's CPU devices adopt memory that starts at a multiple of this.
+_ALIGN_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Host memory that is waiting for bytes, and what they will be."""
+
+    host: np.ndarray[Any, Any]
+    spec: ArraySpec
+
+
+def is_leaf(value: object) -> bool:
+    """True for arrays, keys and tracers (which ``spec_of`` refuses), and for their descriptions."""
+    return isinstance(value, (jax.Array, jax.ShapeDtypeStruct))
+
+
+def is_key(value: Any) -> bool:
+    """True for an array of new-style random keys."""
+    return bool(jnp.issubdtype(value.dtype, jax.dtypes.prng_key))
+
+
+def spec_of(value: Any, path: str, *, template: bool = False) -> ArraySpec:
+    """Type and shape; of a key, those of its numbers. Raises UnsupportedState for the rest."""
+    what, action = _refusal(value, template)
+    if what:
+        raise UnsupportedState(
+            what,
+            path=path,
+            type_name=type(value).__qualname__,
+            state="live state unchanged" if template else "nothing was written",
+            actions=(action,),
+        )
+    if is_key(value):
+        data = jax.eval_shape(jax.random.key_data, value)
+        return ArraySpec(data.dtype.name, tuple(data.shape), KEY + _impl(value))
+    name = check_dtype(value.dtype.name, path)
+    return ArraySpec(name, tuple(value.shape), WEAK if value.weak_type else PLAIN)
+
+
+def _refusal(value: Any, template: bool) -> tuple[str, str]:
+    """Why this cannot be saved (or restored into), and what to do; two empty strings if it can."""
+    if isinstance(value, jax.core.Tracer):
+        return (
+            "cannot save a traced value: it has no bytes while its function is compiled",
+            "call save() and restore() outside of jax.jit, jax.grad and the like",
+        )
+    if isinstance(value, jax.ShapeDtypeStruct):
+        if not template:
+            return "a jax.ShapeDtypeStruct has no bytes", "save the array that it describes"
+        return _unusable(value.sharding, tuple(value.shape))
+    if not value.is_fully_addressable:
+        return (
+            "this array lies partly on devices of other processes",
+            "save it from a job whose processes are joined, or gather it first",
+        )
+    if value.is_deleted() and not template:
+        return (
+            "the memory of this array was given back: it was donated or deleted",
+            "save the arrays that the step returned, not those that were donated to it",
+        )
+    return "", ""
+
+
+def _unusable(sharding: Sharding | None, shape: tuple[int, ...]) -> tuple[str, str]:
+    if sharding is None:
+        return "", ""
+    if not sharding.is_fully_addressable:
+        return (
+            "the sharding of this template has devices of other processes",
+            "restore in a job whose processes are joined, or give devices of this one",
+        )
+    try:
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        return f"the sharding of this template does not fit: {error}", "give it another sharding"
+    return "", ""
+
+
+def _impl(value: Any) -> str:
+    """The name of a key's random number generator."""
+    if isinstance(value, jax.Array):
+        return str(jax.random.key_impl(value))
+    return str(value.dtype._impl.name)  # JAX tells it of arrays only
+
+
+def fingerprint(values: Sequence[Any]) -> object:
+    """By columns, for speed: types, shapes, weakness and placement."""
+    return [
+        [value.dtype for value in values],
+        [value.shape for value in values],
+        [getattr(value, "weak_type", False) for value in values],
+        [value.sharding for value in values],
+    ]
+
+
+def host_addresses(
+    values: Sequence[Any], paths: Sequence[str] = ()
+) -> tuple[list[int], list[np.ndarray[Any, Any]]]:
+    """Where the bytes lie once they are computed, and the copies among them.
+
+    On a CPU device that is where XLA keeps them; from all others they are copied to host memory.
+    """
+    _wait(values, paths)
+    pieces = [_one_of_many(value) for value in values]
+    in_place = _readable_in_place(pieces)
+    for piece, here in zip(pieces, in_place, strict=True):
+        if not here:
+            piece.copy_to_host_async()  # all devices at once
+    copies: list[np.ndarray[Any, Any]] = []
+    addresses = []
+    for piece, here in zip(pieces, in_place, strict=True):
+        if here:
+            addresses.append(piece.unsafe_buffer_pointer())
+            continue
+        copy = np.ascontiguousarray(np.asarray(piece))
+        copies.append(copy)
+        addresses.append(address_of(copy))
+    return addresses, copies
+
+
+def _one_of_many(value: Any) -> Any:
+    """One device's copy of an array that each of its devices holds whole; of a key, its numbers."""
+    plain = value if _is_plain(value) else jax.random.key_data(value)
+    return plain if plain.sharding.num_devices == 1 else plain.addressable_data(0)
+
+
+def _wait(values: Sequence[Any], paths: Sequence[str]) -> None:
+    """Wait until all are computed. Raises UnsupportedState for one that is gone."""
+    try:
+        jax.block_until_ready(list(values))  # type: ignore[no-untyped-call]  # jax leaves it untyped
+    except RuntimeError:
+        for i, value in enumerate(values):
+            if value.is_deleted():
+                spec_of(value, paths[i] if paths else "")  # which says so
+        raise
+    for i, value in enumerate(values):
+        if not _is_plain(value) and value.is_deleted():
+            spec_of(value, paths[i] if paths else "")
+
+
+def _readable_in_place(values: Sequence[Any]) -> list[bool]:
+    """For each array, whether its buffer holds its elements in C order in host memory."""
+    here: dict[object, bool] = {}
+    found = []
+    for value in values:
+        sharding = value.sharding
+        known = here.get(sharding)
+        if known is None:
+            devices = sharding.device_set
+            known = len(devices) == 1 and next(iter(devices)).platform == "cpu"
+            here[sharding] = known
+        found.append(known and _is_dense(value))
+    return found
+
+
+def _is_dense(value: Any) -> bool:
+    if not _is_plain(value) or value.dtype.name in _PACKED_ON_DEVICE:
+        return False
+    ndim = value.ndim
+    return ndim < 2 or bool(value.format.layout.major_to_minor == _C_ORDERS[ndim])
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is _PLAIN_TYPE
+
+
+class _COrders(dict[int, tuple[int, ...]]):
+    def __missing__(self, ndim: int) -> tuple[int, ...]:
+        order = self[ndim] = tuple(range(ndim))
+        return order
+
+
+_C_ORDERS = _COrders()
+_PLAIN_TYPE: type = type(jnp.zeros(()))
+
+
+def identity(value: Any) -> object | None:
+    """The same object: JAX's arrays never change, so sharing a buffer otherwise means nothing."""
+    return (PLAIN, id(value)) if value.size else None
+
+
+# -- from bytes to arrays --------------------------------------------------------------------------
+
+
+def new(spec: ArraySpec) -> tuple[Fresh, int]:
+    """Host memory for an array. Raises UnsupportedState where JAX would not keep its type."""
+    dtype = check(spec, "", state="live state unchanged")
+    host = _aligned(spec.size_bytes).view(dtype).reshape(spec.shape)
+    return Fresh(host, spec), address_of(host)
+
+
+def check(spec: ArraySpec, path: str, *, state: str) -> np.dtype[Any]:
+    """The type as JAX keeps it. Raises UnsupportedState for one that it lacks or would narrow."""
+    try:
+        dtype = np.dtype(getattr(ml_dtypes, spec.dtype, spec.dtype))
+    except TypeError:  # complex32 and packed pairs are torch's alone
+        raise UnsupportedState(
+            f"jax {jax.__version__} has no type {spec.dtype}",
+            path=path,
+            type_name=spec.dtype,
+            state=state,
+            actions=("load it with framework='numpy'",),
+        ) from None
+    kept = jax.dtypes.canonicalize_dtype(dtype)
+    if kept != dtype:
+        raise UnsupportedState(
+            f"jax would narrow {spec.dtype} to {kept}",
+            path=path,
+            type_name=spec.dtype,
+            state=state,
+            actions=(
+                "jax.config.update('jax_enable_x64', True) before arrays are made",
+                "or load with framework='numpy'",
+            ),
+        )
+    if spec.framework.startswith(KEY):
+        _check_impl(spec, path, state)
+    return dtype
+
+
+def _check_impl(spec: ArraySpec, path: str, state: str) -> None:
+    impl = spec.framework[len(KEY) :]
+    numbers: Any = jax.ShapeDtypeStruct(spec.shape, spec.dtype)  # type: ignore[no-untyped-call]  # jax leaves it untyped
+    try:
+        jax.eval_shape(lambda data: jax.random.wrap_key_data(data, impl=impl), numbers)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedState(
+            f"these are no keys that jax {jax.__version__} knows: {error}",
+            path=path,
+            type_name=spec.framework[:80],
+            state=state,
+            actions=("register its generator first, or load it with framework='numpy'",),
+        ) from error
+
+
+def made(fresh: Fresh, like: Any = None) -> Any:
+    """The array of filled host memory, placed as ``like`` is; on the default device without it."""
+    sharding = None if like is None else like.sharding
+    if sharding is None or not getattr(like, "committed", True):
+        return _put(fresh, like, None)
+    return _put(fresh, like, sharding)
+
+
+def on_device(fresh: Fresh, like: Any, device: Any) -> Any:
+    """What the host memory of one box becomes on one device of those that ``like`` is on."""
+    kind = like.sharding.memory_kind
+    return _put(fresh, like, jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
+
+
+def _put(fresh: Fresh, like: Any, where: Any) -> Any:
+    kind = fresh.spec.framework
+    array: Any = fresh.host
+    if is_key(like) if like is not None else kind.startswith(KEY):
+        # An old-style key becomes a new-style one where the template says so.
+        impl = kind[len(KEY) :] if kind.startswith(KEY) else _impl(like)
+        array = jax.random.wrap_key_data(jax.device_put(array), impl=impl)
+    array = jax.device_put(array, where, may_alias=True)
+    return _weakened(array) if kind == WEAK else array
+
+
+def number(live: Any, value: Any) -> Any | None:
+    """A number as an array like ``live``, or None where that would not be the same number."""
+    kinds = {bool: np.bool_, int: np.integer, float: np.floating}
+    kind = kinds.get(type(value))
+    if kind is None or live.shape or not jnp.issubdtype(live.dtype, kind):
+        return None
+    if kind is np.integer:
+        limits: Any = jnp.iinfo(live.dtype)  # type: ignore[no-untyped-call]  # jax leaves it untyped
+        if not limits.min <= value <= limits.max:
+            return None
+    weak = WEAK if live.weak_type else PLAIN
+    host = np.asarray(value, live.dtype)
+    return made(Fresh(host, ArraySpec(live.dtype.name, (), weak)), live)
+
+
+def _weakened(array: Any) -> Any:
+    """The same values with a type that yields to others', as Python's numbers have."""
+    scalar: Any = array.dtype.type(0).item()
+    weak = jax.lax.full_like(jnp.asarray(scalar), 0, shape=array.shape)
+    if weak.dtype != array.dtype or not weak.weak_type:
+        return array  # no number of Python's has this type
+    return weak.at[...].set(array)
+
+
+def _aligned(size_bytes: int) -> np.ndarray[Any, Any]:
+    memory = np.empty(size_bytes + _ALIGN_BYTES, np.uint8)
+    start = -address_of(memory) % _ALIGN_BYTES
+    return memory[start : start + size_bytes]
+
+
+def address_of(array: np.ndarray[Any, Any]) -> int:
+    """Where an array's memory starts; 0 for an empty one."""
+    return int(array.__array_interface__["data"][0]) if array.nbytes else 0

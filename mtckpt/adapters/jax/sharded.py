@@ -1,0 +1,84 @@
+"""Arrays over several devices as boxes of a global array, and global arrays from such boxes.
+
+Knows shardings: which device has which box, and that devices with the same box hold the same
+bytes. Does not know meshes: any sharding that JAX can tell the boxes of will do. An array that
+every device holds whole is no sharded one: it is stored and restored as one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from mtckpt._state import ArraySpec, Part
+from mtckpt.adapters.jax import leaves
+
+if TYPE_CHECKING:
+    from jax.sharding import Sharding
+
+__all__ = ["Cell", "assembled", "is_sharded", "parts_of"]
+
+_Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The place of one box in a template: bytes for it go into fresh host memory."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def is_sharded(value: Any) -> bool:
+    """True if no device holds all of the array."""
+    sharding = value.sharding
+    return sharding is not None and not sharding.is_fully_replicated
+
+
+def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
+    """Every box of this process's devices once; None for an array that is held whole."""
+    if not is_sharded(value):
+        return None
+    whole = leaves.spec_of(value, path, template=template)
+    boxes = _boxes(value.sharding, tuple(value.shape), whole.shape)
+    if template:
+        arrays: dict[_Box, Any] = {box: Cell(*box) for box in boxes.values()}
+    else:
+        plain = jax.random.key_data(value) if leaves.is_key(value) else value
+        arrays = {boxes[shard.device]: shard.data for shard in plain.addressable_shards}
+    return [
+        Part(ArraySpec(whole.dtype, shape, whole.framework, offsets, whole.shape), array)
+        for (offsets, shape), array in sorted(arrays.items(), key=lambda item: item[0])
+    ]
+
+
+def assembled(live: Any, freshes: Sequence[leaves.Fresh]) -> Any:
+    """A global array of filled boxes, each put on every device that has it."""
+    parts = parts_of(live, "", template=True)
+    assert parts is not None
+    by_box = {
+        (part.spec.offsets, part.spec.shape): fresh
+        for part, fresh in zip(parts, freshes, strict=True)
+    }
+    sharding = live.sharding
+    whole = parts[0].spec.global_shape or ()
+    arrays = [
+        leaves.on_device(by_box[box], live, device)
+        for device, box in _boxes(sharding, tuple(live.shape), whole).items()
+    ]
+    return jax.make_array_from_single_device_arrays(tuple(live.shape), sharding, arrays)
+
+
+def _boxes(sharding: Sharding, shape: tuple[int, ...], stored: tuple[int, ...]) -> dict[Any, _Box]:
+    """Device -> offsets and shape of its box. ``stored`` has the axes of a key's numbers too."""
+    more = stored[len(shape) :]
+    boxes = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        spans = [piece.indices(size) for piece, size in zip(index or (), shape, strict=True)]
+        offsets = tuple(start for start, _, _ in spans)
+        lengths = tuple(max(0, stop - start) for start, stop, _ in spans)
+        boxes[device] = (offsets + (0,) * len(more), lengths + more)
+    return boxes

@@ -1,0 +1,168 @@
+"""Arrays over several devices: stored box by box, restored onto any other mesh or sharding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mtckpt
+from mtckpt.errors import StateMismatch, UnsupportedState
+
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+
+P = jax.sharding.PartitionSpec
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
+
+
+@pytest.fixture(autouse=True)
+def _eight_devices() -> None:
+    if len(jax.devices()) < 8:
+        pytest.skip("JAX has started with fewer than 8 devices in this process")
+
+
+def on(axes: dict[str, int], *spec: Any) -> Any:
+    """A sharding over a mesh of the first devices."""
+    size = int(np.prod(list(axes.values())))
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), devices=jax.devices()[:size])
+    return jax.sharding.NamedSharding(mesh, P(*spec))
+
+
+def placements() -> dict[str, Any]:
+    """Shardings of an array of shape (16, 8, 4)."""
+    cube = {"x": 2, "y": 2, "z": 2}
+    return {
+        "one": jax.sharding.SingleDeviceSharding(jax.devices()[3]),
+        "replicated": on({"x": 8}),
+        "rows": on({"x": 8}, "x"),
+        "some": on({"x": 4, "y": 2}, None, "y"),
+        "columns": on({"x": 2, "y": 4}, None, "y"),
+        "both": on({"x": 2, "y": 4}, "y", "x"),
+        "joined": on({"x": 2, "y": 4}, ("x", "y")),
+        "cube": on(cube, "z", "x", "y"),
+        "part": on(cube, None, None, "y"),
+        "fewer": on({"x": 2}, "x"),
+    }
+
+
+def make_whole(seed: int, dtype: Any) -> np.ndarray[Any, Any]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(16, 8, 4)).astype(dtype)
+
+
+def bits(array: Any) -> bytes:
+    return np.asarray(array).tobytes()
+
+
+def open_run(tmp_path: Path) -> mtckpt.Checkpointer:
+    tiers = [mtckpt.Ram(every=1), mtckpt.Disk(tmp_path / "disk", every=1)]
+    return mtckpt.Checkpointer("r", tiers, timeout_s=20, max_stall_s=10)
+
+
+def test_any_sharding_comes_back_as_any_other(tmp_path: Path) -> None:
+    wholes = {
+        name: make_whole(i, [jnp.float32, jnp.bfloat16][i % 2])
+        for i, name in enumerate(placements())
+    }
+    state = {name: jax.device_put(wholes[name], to) for name, to in placements().items()}
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, state).wait("local", timeout_s=20)
+        names = list(placements())
+        for shift in (0, 1, 4, 7):
+            targets = dict(zip(names, [*names[shift:], *names[:shift]], strict=True))
+            template = {
+                name: jax.ShapeDtypeStruct(
+                    wholes[name].shape, wholes[name].dtype, sharding=placements()[target]
+                )
+                for name, target in targets.items()
+            }
+            restored = checkpointer.restore(template).state
+            for name, target in targets.items():
+                assert restored[name].sharding == placements()[target]
+                assert bits(restored[name]) == wholes[name].tobytes()
+                for shard in restored[name].addressable_shards:
+                    assert bits(shard.data) == wholes[name][shard.index].tobytes()
+        template = jax.tree.map(jnp.zeros_like, state)
+        restored = checkpointer.restore(template).state
+        assert {n: a.sharding for n, a in restored.items()} == {
+            n: a.sharding for n, a in template.items()
+        }
+        assert all(bits(array) == wholes[name].tobytes() for name, array in restored.items())
+        host: dict[str, Any] = {name: np.zeros_like(whole) for name, whole in wholes.items()}
+        host["rows"] = torch.zeros((16, 8, 4))
+        restored = checkpointer.restore(host).state
+        assert all(bits(array) == wholes[name].tobytes() for name, array in restored.items())
+        open_places = checkpointer.restore(dict.fromkeys(wholes)).state
+        assert all(bits(array) == wholes[name].tobytes() for name, array in open_places.items())
+    with mtckpt.load(tmp_path / "disk") as checkpoint:
+        for name, whole in wholes.items():
+            assert bits(checkpoint[name]) == whole.tobytes()
+            assert checkpoint.shape(name) == (16, 8, 4)
+            assert checkpoint.ranks(name) == (0,)
+
+
+def test_each_box_is_stored_once_and_named_by_its_offsets(tmp_path: Path) -> None:
+    array = jax.device_put(np.arange(32, dtype=np.float32).reshape(8, 4), on({"x": 4, "y": 2}, "y"))
+    tied = {"a": array, "b": array}
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, tied).wait("local", timeout_s=20)
+        save_dir = next((tmp_path / "disk" / "r").glob("**/*.safetensors"))
+        restored = checkpointer.restore(jax.tree.map(jnp.zeros_like, tied)).state
+        assert bits(restored["b"]) == bits(array)
+    safetensors = pytest.importorskip("safetensors.numpy")
+    tensors = safetensors.load_file(save_dir)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        "a@0,0": (4, 4),
+        "a@4,0": (4, 4),
+    }
+    assert tensors["a@4,0"].tobytes() == np.asarray(array)[4:].tobytes()
+
+
+def test_keys_are_sharded_too(tmp_path: Path) -> None:
+    keys = jax.random.split(jax.random.key(3), 8)
+    there = on({"x": 8}, "x")
+    state = {"keys": jax.device_put(keys, there), "same": jax.device_put(keys, on({"x": 8}))}
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, state).wait("staged", timeout_s=20)
+        halves = on({"x": 2, "y": 4}, "x")
+        template = {
+            "keys": jax.ShapeDtypeStruct((8,), keys.dtype, sharding=halves),
+            "same": jax.device_put(jax.random.split(jax.random.key(0), 8), there),
+        }
+        restored = checkpointer.restore(template).state
+        assert [array.sharding for array in restored.values()] == [halves, there]
+        for array in restored.values():
+            assert bits(jax.random.key_data(array)) == bits(jax.random.key_data(keys))
+
+
+def test_the_sharding_may_change_between_saves(tmp_path: Path) -> None:
+    whole = make_whole(0, np.float32)
+    with open_run(tmp_path) as checkpointer:
+        for step, placement in enumerate(placements().values()):
+            array = jax.device_put(whole + step, placement)
+            checkpointer.save(step, {"w": array}, tiers="all").wait("staged", timeout_s=20)
+            restored = checkpointer.restore({"w": np.zeros_like(whole)}, step=step).state
+            assert bits(restored["w"]) == bits(whole + step)
+
+
+def test_shards_that_are_gone_and_shardings_that_do_not_fit(tmp_path: Path) -> None:
+    array = jax.device_put(np.zeros((8, 2), np.float32), on({"x": 8}, "x"))
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, {"w": array}).wait("staged", timeout_s=20)
+        deleted = array + 1
+        deleted.delete()
+        with pytest.raises(UnsupportedState, match="donated or deleted") as caught:
+            checkpointer.save(2, {"w": deleted})
+        assert caught.value.details["path"] == "w"
+        with pytest.raises(StateMismatch, match=r"float32\[4, 2\] here, float32\[8, 2\] in the"):
+            checkpointer.restore({"w": jnp.zeros((4, 2))})
+        misfit = jax.ShapeDtypeStruct((8, 2), np.float32, sharding=on({"x": 8}, None, "x"))
+        with pytest.raises(UnsupportedState, match="does not fit") as caught:
+            checkpointer.restore({"w": misfit})
+        assert caught.value.details["path"] == "w"
+        checkpointer.save(3, {"w": array}).wait("staged", timeout_s=20)
