@@ -100,17 +100,15 @@ def _numbers(entries: Sequence[ArrayEntry], layout: ShardLayout, key: str) -> li
     tensors = layout.tensors
     number_of = {tensor.name: number for number, tensor in enumerate(tensors)}
     numbers = []
-    stored: dict[tuple[str, tuple[int, ...]], object] = {}  # many arrays are of few kinds
     for entry in entries:
         twin = entry if entry.same_as is None else entries[entry.same_as]
         number = number_of.get(twin.path if twin.offsets is None else _stored_name(twin), -1)
-        kind = entry.dtype, entry.shape
-        if kind not in stored:
-            dtype = DTYPES.get(entry.dtype)
-            stored[kind] = dtype and (dtype.stored_code, dtype.stored_shape(entry.shape))
+        dtype = DTYPES.get(entry.dtype)
         if (
             number < 0
-            or tensors[number][1:3] != stored[kind]  # code and shape
+            or dtype is None
+            or tensors[number].code != dtype.stored_code
+            or tensors[number].shape != dtype.stored_shape(entry.shape)
             or (twin is not entry and (twin.same_as is not None or twin.dtype != entry.dtype))
         ):
             raise Damaged("record and shard header disagree", key=key, leaf=entry.path)

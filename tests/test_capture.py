@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import array
 import ctypes
+import errno
+import os
 import tempfile
 
 import pytest
@@ -14,7 +16,7 @@ from xxhash import xxh3_64_intdigest
 from mtckpt._shard import CHUNK_BYTES
 from mtckpt.capture.base import Move, Span
 from mtckpt.capture.cpu import CpuEngine
-from mtckpt.capture.memory import anonymous, view_at
+from mtckpt.capture.memory import anonymous, map_file, view_at
 
 EDGES = [0, 1, 7, 4095, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 5]
 
@@ -129,6 +131,46 @@ def test_what_is_fetched_is_checked_before_it_is_placed(
             assert got == source[:low] + bytes(high - low) + source[high:]
         else:
             assert got == source
+
+
+@pytest.mark.parametrize("has_memfd", [True, False])
+def test_small_arrays_go_where_they_should(
+    has_memfd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than one call takes, some not wanted, one damaged."""
+
+    def refused(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "no memfd")
+
+    if not has_memfd:
+        monkeypatch.setattr(os, "memfd_create", refused)
+    sizes = [1 + i % 7 for i in range(5000)]
+    _, sources, spans, chunks = make(sizes)
+    image, digests = anonymous(64 + sum(sizes)), digests_of(chunks)
+    engine = CpuEngine(2)
+    engine.capture(sources, spans, image.address, digests)
+    image.view[spans[4001].start] ^= 1
+    places = anonymous(16 * len(sizes))
+    targets = [places.address + 16 * i if i % 100 else 0 for i in range(len(sizes))]
+    with tempfile.TemporaryFile() as file:
+        file.write(image.view)
+        file.flush()
+        assert engine.fetch(file.fileno(), spans, targets, digests, lambda _: None) == [4001]
+    for i, size in enumerate(sizes):
+        want = ctypes.string_at(sources[i], size) if i % 100 and i != 4001 else bytes(size)
+        assert bytes(places.view[16 * i : 16 * i + 16]) == want + bytes(16 - size)
+
+
+def test_a_place_that_cannot_be_written_to_is_an_error() -> None:
+    _, sources, spans, chunks = make([100, 100])
+    image, digests = anonymous(64 + 200), digests_of(chunks)
+    engine = CpuEngine(1)
+    engine.capture(sources, spans, image.address, digests)
+    with tempfile.TemporaryFile() as file, pytest.raises(OSError, match="Bad address"):
+        file.write(image.view)
+        file.flush()
+        there = map_file(file.fileno(), 264, writable=False)
+        engine.fetch(file.fileno(), spans, [image.address, there.address], digests, lambda _: None)
 
 
 @pytest.mark.parametrize("size", [5000, 3 * CHUNK_BYTES + 5, 20 * 2**20])

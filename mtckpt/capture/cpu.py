@@ -2,8 +2,8 @@
 
 A piece stays in the second-level cache between digest and copy, so both cost little more than the
 copy. No OpenMP: a barrier of somebody else's threads collapses as soon as one core is busy.
-Small arrays are moved one after the other by the caller alone; at a microsecond each, handing them
-between threads would cost more than moving them.
+Small arrays are captured one after the other by the caller alone; at a microsecond each, handing
+them between threads would cost more than that. They are fetched a buffer at a time.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from xxhash import xxh3_64_intdigest
 
 from mtckpt._shard import CHUNK_BYTES
-from mtckpt.capture.memory import Mapping, anonymous, view_at
+from mtckpt.capture.memory import Buffer, Mapping, anonymous, view_at
 
 if TYPE_CHECKING:
     from mtckpt.capture.base import Move, Span
@@ -31,6 +32,7 @@ _BYTES_A_THREAD = _UNIT_BYTES
 _BUFFER_BYTES = 2 * CHUNK_BYTES
 # A small array: its index, offset in the file, size, chunk, and target.
 _Piece = tuple[int, int, int, int, int]
+_T = TypeVar("_T", bound="_Unit | _Window")
 _chunk_at = (ctypes.c_char * CHUNK_BYTES).from_address
 _copy = ctypes.memmove
 
@@ -64,6 +66,13 @@ class _Arrays:
         self.places = [slice(spans[i].start, spans[i].start + spans[i].size_bytes) for i in small]
         self.views = [view_at(sources[i], spans[i].size_bytes) for i in small]
         self.end = max((place.stop for place in self.places), default=0)
+
+
+class _Window(NamedTuple):
+    """Small arrays that lie close together, and how many bytes they have."""
+
+    pieces: list[_Piece]
+    size_bytes: int
 
 
 class CpuEngine:
@@ -121,7 +130,7 @@ class CpuEngine:
         progress: Callable[[int], None],
     ) -> list[int]:
         bad: set[int] = set()
-        units: list[_Unit] = []
+        units: list[_Unit | _Window] = []
         small: list[_Piece] = []
         for index, (span, target) in enumerate(zip(spans, targets, strict=True)):
             start, size_bytes, chunk = span
@@ -129,22 +138,22 @@ class CpuEngine:
                 units += _units(index, start, target, size_bytes, chunk)
             elif size_bytes:
                 small.append((index, start, size_bytes, chunk, target))
+        units += _windows(small)
         buffers = threading.local()
 
-        def fetch(unit: _Unit) -> None:
-            buffer = getattr(buffers, "mapping", None)
-            if buffer is None:
-                buffer = buffers.mapping = anonymous(_BUFFER_BYTES)
-            if not _fetch_unit(fd, unit, buffer, digests):
-                bad.add(unit.which)
+        def fetch(unit: _Unit | _Window) -> None:
+            if isinstance(unit, _Window):
+                if not hasattr(buffers, "scattered"):
+                    buffers.scattered = Buffer(_BUFFER_BYTES)
+                bad.update(_fetch_window(fd, unit, buffers.scattered, digests))
+            else:
+                if not hasattr(buffers, "mapping"):
+                    buffers.mapping = anonymous(_BUFFER_BYTES)
+                if not _fetch_unit(fd, unit, buffers.mapping, digests):
+                    bad.add(unit.which)
             progress(unit.size_bytes)
 
         self._run(units, fetch)
-        if small:
-            buffer = anonymous(_BUFFER_BYTES)
-            for window in _windows(small):
-                bad.update(_fetch_window(fd, window, buffer, digests))
-                progress(sum(piece[2] for piece in window))
         return sorted(bad)
 
     def copy(self, moves: Sequence[Move]) -> None:
@@ -156,7 +165,7 @@ class CpuEngine:
                 _copy(target, source, size_bytes)
         self._run(units, _copy_unit)
 
-    def _run(self, units: Sequence[_Unit], work: Callable[[_Unit], None]) -> None:
+    def _run(self, units: Sequence[_T], work: Callable[[_T], None]) -> None:
         """Let several threads, the caller among them, take the units one by one."""
         if not units:
             return
@@ -254,33 +263,41 @@ def _fetch_unit(fd: int, unit: _Unit, buffer: Mapping, digests: memoryview) -> b
     return sound
 
 
-def _windows(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+def _windows(pieces: list[_Piece]) -> Iterator[_Window]:
     """The pieces in the order of the file, as many at a time as fit a buffer with their gaps."""
     pieces.sort(key=itemgetter(1))
-    begin = 0
+    begin = total_bytes = 0
     for number, (_, start, size_bytes, _, _) in enumerate(pieces):
         if start + size_bytes - pieces[begin][1] > _BUFFER_BYTES:
-            yield pieces[begin:number]
-            begin = number
-    yield pieces[begin:]
+            yield _Window(pieces[begin:number], total_bytes)
+            begin, total_bytes = number, 0
+        total_bytes += size_bytes
+    if pieces:
+        yield _Window(pieces[begin:], total_bytes)
 
 
-def _fetch_window(
-    fd: int, pieces: Sequence[_Piece], buffer: Mapping, digests: memoryview
-) -> list[int]:
-    """Small arrays that lie close together: one read, then each by itself."""
+def _fetch_window(fd: int, window: _Window, buffer: Buffer, digests: memoryview) -> list[int]:
+    """Small arrays that lie close together: one read, a digest each, one copy to their targets."""
+    pieces = window.pieces
     first = pieces[0][1]
     view = buffer.view[: pieces[-1][1] + pieces[-1][2] - first]
     got = _read(fd, view, first)
-    base = buffer.address - first
     bad = []
+    sound = array("Q")  # targets and sizes of what lies without a gap up to ``done``
+    done = 0
     for which, start, size_bytes, chunk, target in pieces:
         begin = start - first
         stop = begin + size_bytes
         if stop > got or xxh3_64_intdigest(view[begin:stop]) != digests[chunk]:
             bad.append(which)
         elif target:
-            _copy(target, base + start, size_bytes)
+            if begin != done:
+                buffer.scatter(done - sum(sound[1::2]), sound)
+                del sound[:]
+            sound.append(target)
+            sound.append(size_bytes)
+            done = stop
+    buffer.scatter(done - sum(sound[1::2]), sound)
     return bad
 
 

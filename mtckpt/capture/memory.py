@@ -8,12 +8,17 @@ Whoever holds a ``Mapping`` keeps its bytes; nothing here checks what a caller d
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+from typing import TYPE_CHECKING
 
 from mtckpt.errors import CaptureFailed, TierFull
 
-__all__ = ["Mapping", "anonymous", "map_file", "view_at"]
+if TYPE_CHECKING:
+    from array import array
+
+__all__ = ["Buffer", "Mapping", "anonymous", "map_file", "view_at"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -25,6 +30,8 @@ _libc.mmap.argtypes = [
     ctypes.c_int,
     ctypes.c_long,
 ]
+_libc.preadv.restype = ctypes.c_ssize_t
+_libc.preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -34,6 +41,7 @@ _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 _MADV_DONTFORK = 10
 _MADV_HUGEPAGE = 14
+_IOV_MAX = 1024
 
 
 def view_at(address: int, size_bytes: int) -> memoryview:
@@ -64,8 +72,8 @@ class Mapping:
         """
         advice = _MADV_POPULATE_WRITE if self.writable else _MADV_POPULATE_READ
         if self.size_bytes and _libc.madvise(self.address, self.size_bytes, advice) != 0:
-            error = ctypes.get_errno()
-            if error in (14, 28):  # EFAULT, ENOSPC
+            code = ctypes.get_errno()
+            if code in (errno.EFAULT, errno.ENOSPC):
                 raise TierFull(
                     "no room for the pages of a slot", tier="ram", needed_bytes=self.size_bytes
                 )
@@ -113,3 +121,45 @@ def anonymous(size_bytes: int) -> Mapping:
     address = _map(size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1)
     _libc.madvise(address, size_bytes, _MADV_HUGEPAGE)
     return Mapping(address, size_bytes, writable=True)
+
+
+class Buffer:
+    """Memory whose bytes are copied to many addresses by one call, without the interpreter lock."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._fd = -1
+        try:
+            self._fd = os.memfd_create("mtckpt", os.MFD_CLOEXEC)
+            os.ftruncate(self._fd, size_bytes)
+            self._mapping = map_file(self._fd, size_bytes, writable=True)
+        except OSError:
+            # Some kernels are told to refuse it. A copy a place then does the same, more slowly.
+            self._mapping = anonymous(size_bytes)
+        self.view = self._mapping.view
+
+    def scatter(self, offset: int, places: array[int]) -> None:
+        """Copy what lies from ``offset`` on to ``places``: addresses and sizes in turns.
+
+        Raises OSError for an address that cannot be written to.
+        """
+        address = places.buffer_info()[0]
+        for first in range(0, len(places), 2 * _IOV_MAX):
+            sizes = places[first + 1 : first + 2 * _IOV_MAX : 2]
+            wanted = sum(sizes)
+            if self._fd < 0:
+                self._copy_each(offset, places[first : first + 2 * _IOV_MAX])
+            elif _libc.preadv(self._fd, address + 8 * first, len(sizes), offset) != wanted:
+                error = ctypes.get_errno() or errno.EFAULT  # after fewer bytes, too
+                raise OSError(error, os.strerror(error))
+            offset += wanted
+
+    def _copy_each(self, offset: int, places: array[int]) -> None:
+        source = self._mapping.address + offset
+        for target, size_bytes in zip(places[::2], places[1::2], strict=True):
+            ctypes.memmove(target, source, size_bytes)
+            source += size_bytes
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

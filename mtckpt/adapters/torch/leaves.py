@@ -281,16 +281,28 @@ def writable_addresses(
     values: Sequence[torch.Tensor], specs: Sequence[ArraySpec]
 ) -> list[int] | None:
     """Addresses of tensors that all are plain and as their specs say, 0 for empty ones; or None."""
-    if not _ORDINARY.issuperset(set(map(type, values))):
+    if not _ORDINARY.issuperset(map(type, values)):
         return None
-    layouts = fingerprint(values)
+    addresses: list[int] = []
+    for start in range(0, len(values), _BLOCK):
+        stop = start + _BLOCK
+        found = _writable(values[start:stop], specs[start:stop])
+        if found is None:
+            return None
+        addresses += found
+    return addresses
+
+
+def _writable(block: Sequence[torch.Tensor], specs: Sequence[ArraySpec]) -> list[int] | None:
+    """``writable_addresses`` of a few, which come into the cache but once."""
+    layouts = fingerprint(block)
     if layouts.odd or layouts.details or layouts.shapes != [spec.shape for spec in specs]:
         return None
     if layouts.dtypes != [DTYPE_OF.get(spec.dtype) for spec in specs]:
         return None
     with torch._C.DisableTorchFunction():
-        sizes = [tensor.nbytes for tensor in values]
-        if _outside_storage(values, layouts.held_bytes, sizes) is not None:
+        sizes = [tensor.nbytes for tensor in block]
+        if _outside_storage(block, layouts.held_bytes, sizes) is not None:
             return None
     return layouts.addresses  # 0 for an empty one
 
