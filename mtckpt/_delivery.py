@@ -137,6 +137,11 @@ class Want(NamedTuple):
     address: int
 
 
+# From their fields in order: calling the class takes three times as long.
+_span_of: Callable[[tuple[Any, ...]], Span] = functools.partial(tuple.__new__, Span)
+_want_of: Callable[[tuple[int, Span, int]], Want] = functools.partial(tuple.__new__, Want)
+
+
 def whole_wants(
     loaded: Loaded, addresses: Sequence[tuple[int, int]]
 ) -> tuple[list[Want], list[Move]]:
@@ -144,20 +149,19 @@ def whole_wants(
 
     What is wanted at several addresses is brought to one of them and copied on by the moves.
     """
-    tensors = loaded.layout.tensors
+    tensors, numbers = loaded.layout.tensors, loaded.numbers
     targets: dict[int, int] = {}
     repeats: list[Move] = []
     for address, index in addresses:
-        number = loaded.numbers[index]
+        number = numbers[index]
         if number in targets:
             repeats.append(Move(targets[number], address, tensors[number].size_bytes))
         elif tensors[number].size_bytes:
             targets[number] = address
     wants = []
     for number in sorted(targets):
-        tensor = tensors[number]
-        span = Span(tensor.start, tensor.size_bytes, tensor.first_chunk)
-        wants.append(Want(number, span, targets[number]))
+        span = _span_of(tensors[number][3:6])  # start, size and first chunk
+        wants.append(_want_of((number, span, targets[number])))
     return wants, repeats
 
 

@@ -52,7 +52,7 @@ Uuid = Annotated[
 ]
 
 
-class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True):
+class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True, gc=False):
     """One leaf, in the order of the walk. ``same_as`` is the entry whose bytes a tied leaf has."""
 
     path: str

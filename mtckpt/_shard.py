@@ -237,7 +237,7 @@ def parse_layout(header: bytes, file_bytes: int) -> ShardLayout:
     """
     if header_length(header, file_bytes) != len(header):
         raise Damaged("shard header is cut short", got_bytes=len(header))
-    entries = _entries(header[8:])
+    entries = _entries(memoryview(header)[8:])
     try:
         layout = _layout(_spans(entries.items()), bytes(header))
     except Damaged:
@@ -282,7 +282,7 @@ def _stored_bytes(code: str, shape: tuple[int, ...], name: str) -> int:
     return math.prod(shape) * dtype.stored_item_bytes
 
 
-def _entries(text: bytes) -> dict[str, _Entry]:
+def _entries(text: memoryview) -> dict[str, _Entry]:
     try:
         found = msgspec.json.decode(text, type=dict[str, _Entry])
         found.pop("__metadata__", None)
