@@ -30,8 +30,12 @@ from mtckpt.capture.memory import map_file
 from mtckpt.errors import CaptureFailed, CheckpointError, TierFull, UnsupportedState
 
 if TYPE_CHECKING:
+    import struct
+
     from mtckpt._state import ArraySpec, Node, StateAdapter
     from mtckpt.agent.protocol import SlotGrant
+
+    _Groups = list[tuple[StateAdapter, list[int] | None]]
 
 __all__ = ["Captured", "Identity", "Plan", "Planner", "SlotRing"]
 
@@ -55,7 +59,7 @@ class Plan:
 
     ``owners`` and ``paths`` go with the leaves, ``ties`` too: the leaf whose bytes a leaf has. All
     else is about the pieces of ``recipe``: ``stored`` has the index of the piece behind each tensor
-    of the file, in file order.
+    of the file, in file order. ``sources`` are where the pieces lay, ``in_order`` those in it.
     """
 
     root: Node
@@ -64,7 +68,7 @@ class Plan:
     paths: list[str]
     ties: dict[int, int]
     recipe: Recipe
-    piece_owners: list[StateAdapter]
+    groups: _Groups
     stored: list[int]
     spans: list[Span]
     same_as: dict[int, int]
@@ -72,7 +76,13 @@ class Plan:
     arrays_json: msgspec.Raw
     structure_json: msgspec.Raw
     digest: str
+    roots: struct.Struct
     sources: list[int]
+    in_order: list[int]
+
+    def lie_at(self, sources: list[int]) -> None:
+        """Note where the pieces lie."""
+        self.sources, self.in_order = sources, [sources[i] for i in self.stored]
 
 
 @dataclass(slots=True)
@@ -119,11 +129,11 @@ class Planner:
         arrays = _pieces.gather(plan.recipe, plan.owners, leaves)
         if arrays is None:
             return None
-        fingerprint = _fingerprint(plan.piece_owners, arrays)
+        fingerprint = _fingerprint(plan.groups, arrays)
         if fingerprint != plan.fingerprint:
             return None
         try:
-            addresses, keep = _addresses(plan.piece_owners, arrays, fingerprint)
+            addresses, keep = _addresses(plan.groups, arrays, fingerprint)
         except UnsupportedState:
             return None  # a new plan knows the paths, and says which leaf it is
         if addresses != plan.sources or _has_copies(keep):
@@ -131,8 +141,8 @@ class Planner:
             # was copied, the same address proves nothing: a copy that was freed left it behind.
             if _ties(plan.owners, leaves, plan.paths) != plan.ties:
                 return None
-            plan.sources = addresses
-        return Captured(plan, [addresses[i] for i in plan.stored], plain, (keep, arrays))
+            plan.lie_at(addresses)
+        return Captured(plan, plan.in_order, plain, (keep, arrays))
 
     def _by_new_plan(self, state: Any, adapters: Sequence[StateAdapter]) -> Captured:
         flat = _state.flatten(state, adapters)
@@ -144,10 +154,10 @@ class Planner:
             _state.check_dtype(spec.dtype, path)
         plan, arrays = make_plan(flat, specs, self.members)
         paths = [flat.paths[piece.leaf] for piece in plan.recipe.pieces]
-        addresses, keep = _addresses(plan.piece_owners, arrays, plan.fingerprint, paths)
-        plan.sources = addresses
+        addresses, keep = _addresses(plan.groups, arrays, plan.fingerprint, paths)
+        plan.lie_at(addresses)
         self._plan = plan
-        return Captured(plan, [addresses[i] for i in plan.stored], flat.plain, (keep, arrays))
+        return Captured(plan, plan.in_order, flat.plain, (keep, arrays))
 
 
 def make_plan(
@@ -158,7 +168,7 @@ def make_plan(
     recipe = _pieces.divide(flat, specs, ties, members)
     arrays = _pieces.gather(recipe, flat.owners, flat.arrays)
     assert arrays is not None  # nothing has changed since
-    owners = [flat.owners[piece.leaf] for piece in recipe.pieces]
+    groups = _groups([flat.owners[piece.leaf] for piece in recipe.pieces])
     same_as = _same_as(recipe, ties)
     names = [_stored_name(flat.paths[piece.leaf], piece.spec) for piece in recipe.pieces]
     own = [i for i in range(len(names)) if i not in same_as]
@@ -186,15 +196,17 @@ def make_plan(
         paths=flat.paths,
         ties=ties,
         recipe=recipe,
-        piece_owners=owners,
+        groups=groups,
         stored=[index_of[tensor.name] for tensor in layout.tensors],
         spans=[Span(t.start, t.size_bytes, t.first_chunk) for t in layout.tensors],
         same_as=same_as,
-        fingerprint=_fingerprint(owners, arrays),
+        fingerprint=_fingerprint(groups, arrays),
         arrays_json=msgspec.Raw(arrays_json),
         structure_json=msgspec.Raw(msgspec.json.encode(_state.node_to_json(flat.root))),
         digest=recipe.agreed if members.world_size > 1 else xxh3_128(arrays_json).hexdigest(),
+        roots=_shard.root_pieces(layout),
         sources=[],
+        in_order=[],
     )
     return plan, arrays
 
@@ -219,8 +231,8 @@ def _stored_name(path: str, spec: ArraySpec) -> str:
     return f"{path}@{','.join(map(str, spec.offsets))}"
 
 
-def _groups(owners: Sequence[StateAdapter]) -> list[tuple[StateAdapter, list[int] | None]]:
-    """The leaves of each adapter; None stands for all of them, the common case."""
+def _groups(owners: Sequence[StateAdapter]) -> _Groups:
+    """The pieces of each adapter; None stands for all of them, the common case."""
     distinct = list(dict.fromkeys(map(id, owners)))
     if len(distinct) <= 1:
         return [(owners[0], None)] if owners else []
@@ -230,15 +242,15 @@ def _groups(owners: Sequence[StateAdapter]) -> list[tuple[StateAdapter, list[int
     ]
 
 
-def _fingerprint(owners: Sequence[StateAdapter], arrays: list[Any]) -> list[object]:
+def _fingerprint(groups: _Groups, arrays: list[Any]) -> list[object]:
     return [
         adapter.fingerprint(arrays if indexes is None else [arrays[i] for i in indexes])
-        for adapter, indexes in _groups(owners)
+        for adapter, indexes in groups
     ]
 
 
 def _addresses(
-    owners: Sequence[StateAdapter],
+    groups: _Groups,
     arrays: list[Any],
     fingerprint: Sequence[object],
     paths: Sequence[str] = (),
@@ -246,7 +258,7 @@ def _addresses(
     """Where the bytes lie; ``fingerprint`` is that of these very arrays."""
     addresses = [0] * len(arrays)
     kept = []
-    for (adapter, indexes), known in zip(_groups(owners), fingerprint, strict=True):
+    for (adapter, indexes), known in zip(groups, fingerprint, strict=True):
         if indexes is None:
             return adapter.host_addresses(arrays, paths, known)
         own_paths = [paths[i] for i in indexes] if paths else ()
@@ -412,7 +424,7 @@ def _record(
             table_digest=table_digest,
             chunk_bytes=_shard.CHUNK_BYTES,
         ),
-        roots=base64.b64encode(_shard.root_digests(plan.layout, digests)).decode(),
+        roots=base64.b64encode(_shard.root_digests(plan.layout, digests, plan.roots)).decode(),
         arrays=plan.arrays_json,
         structure=plan.structure_json,
         plain=msgspec.Raw(plain),

@@ -50,7 +50,11 @@ class TorchAdapter:
 
     def fingerprint(self, values: Sequence[Any]) -> object:
         """By columns, for speed."""
-        return leaves.fingerprint(values)
+        found, last = leaves.fingerprint(values), self._last
+        if last is not None and found == last:
+            # Lists of the same objects: whoever compares them again is done at once.
+            found.dtypes, found.shapes = last.dtypes, last.shapes
+        return found
 
     def host_addresses(
         self, values: Sequence[Any], paths: Sequence[str] = (), fingerprint: object = None
