@@ -77,6 +77,8 @@ class ShardEntry(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one rank saved at one step. ``roots`` is base64 of 16 bytes a stored tensor.
 
+    ``plan_digest`` is of what all ranks have to have alike: the same in all records of a save.
+
     ``due`` names the slower tiers that this save is to reach, so that the next agent knows what an
     agent that died still owed. ``aborted`` says why a save was called off. ``saved_at_s`` (Unix
     time) is for people to read; nothing is ordered by it. ``every`` carries the automatic interval.
@@ -336,13 +338,24 @@ def parse_incarnation_file(name: str) -> int | None:
 
 @dataclass(slots=True)
 class SaveEntry:
-    """One save as one tier has it. ``records`` by rank; ``problems`` says what is wrong with it."""
+    """One save as one tier has it. ``records`` by rank; ``problems`` says what is wrong with it.
+
+    ``has_manifest``: it was complete here once.
+    """
 
     name: SaveName
     tier: str
     records: dict[int, Record] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    has_manifest: bool = False
+
+    @property
+    def unfinished(self) -> bool:
+        """Some ranks' parts are here, whole, and it was never more: no step was lost."""
+        return not (self.complete or self.problems or self.aborted or self.has_manifest) and bool(
+            self.records
+        )
 
     @property
     def complete(self) -> bool:
@@ -364,8 +377,8 @@ def is_complete(records: Mapping[int, Record]) -> bool:
         return False
     first = next(iter(records.values()))
     return sorted(records) == list(range(len(records))) and all(
-        (r.save_id, r.world_size, r.step, r.incarnation)
-        == (first.save_id, len(records), first.step, first.incarnation)
+        (r.save_id, r.world_size, r.step, r.incarnation, r.plan_digest)
+        == (first.save_id, len(records), first.step, first.incarnation, first.plan_digest)
         for r in records.values()
     )
 

@@ -77,6 +77,8 @@ def divide(
     """Decide what this rank stores of every leaf. Raises UnsupportedState as adapters do."""
     everybody = tuple(range(members.world_size))
     replicas = {leaf: ranks or everybody for leaf, ranks in flat.replicas.items()}
+    if members.world_size == 1:
+        replicas = {}  # there is nobody else to hold it
     firsts: list[Piece] = []
     others: list[Piece] = []
     shared: list[tuple[str, str, tuple[int, ...]]] = []

@@ -62,10 +62,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """What to try, in order, and what was passed over with the reason."""
+    """What to try, in order, and what was passed over with the reason.
+
+    ``lost``: something was passed over that had been a step, or may have been.
+    """
 
     candidates: tuple[Candidate, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
+    lost: bool = False
 
 
 def plan_restore(
@@ -84,6 +88,7 @@ def plan_restore(
     found: dict[SaveName, list[str]] = {}
     problems: dict[SaveName, list[str]] = {}
     metrics: dict[SaveName, dict[str, float]] = {}
+    lost: set[SaveName] = set()
     for inventory in inventories:
         for name, save in inventory.saves.items():
             metrics.setdefault(name, {}).update(save.metrics)
@@ -91,6 +96,8 @@ def plan_restore(
                 found.setdefault(name, []).append(inventory.tier)
             else:
                 problems.setdefault(name, []).append(f"{inventory.tier}: {why_unusable(save)}")
+                if not save.unfinished:
+                    lost.add(name)
     names = sorted(found, key=lambda name: (name.step, name.incarnation), reverse=True)
     counted = [name for name in names if not line or _manifest.on_line(name, line)]
     if isinstance(step, int):
@@ -115,15 +122,19 @@ def plan_restore(
             )
     else:
         chosen = counted
-    skipped = {
-        f"step {name.step}": "; ".join(lines)
-        for name, lines in sorted(problems.items(), reverse=True)
+    passed_over = [
+        name
+        for name in sorted(problems, reverse=True)
         if name not in found
         and (not line or _manifest.on_line(name, line))
         and (step == "latest" or name.step == step)
         and (not chosen or name.step >= chosen[0].step)
-    }
-    return RestorePlan(tuple(Candidate(n, tuple(found[n])) for n in chosen), skipped)
+    ]
+    return RestorePlan(
+        tuple(Candidate(n, tuple(found[n])) for n in chosen),
+        {f"step {name.step}": "; ".join(problems[name]) for name in passed_over},
+        not lost.isdisjoint(passed_over),
+    )
 
 
 def why_unusable(save: SaveEntry) -> str:
@@ -147,6 +158,7 @@ class Outcome:
     """A restore that happened. ``record`` is of the save; ``sources`` has bytes by tier.
 
     ``replaced``: some of ``state`` is new, and only there.
+    ``every`` is the automatic interval that the save's rank 0 carries on.
     """
 
     name: SaveName
@@ -154,6 +166,7 @@ class Outcome:
     state: Any
     sources: dict[str, int]
     replaced: bool
+    every: int = 0
 
 
 class Together(Protocol):
@@ -227,7 +240,9 @@ def restore_from(
                 sources[label] = sources.get(label, 0) + size_bytes
         attempt.touched |= bool(joined.moves or repeats)
         scope.engine.copy([*joined.moves, *repeats])
-        return _finish(candidate, loaded, placing, state, resolve, sources)
+        outcome = _finish(candidate, loaded, placing, state, resolve, sources)
+        outcome.every = shards.first_record.every
+        return outcome
 
 
 def _join(placing: Placing, shards: _Shards) -> Assembly:
@@ -257,6 +272,7 @@ class _Shards:
             label: scope.inventories[label].saves[candidate.name].records
             for label in candidate.sources
         }
+        self.first_record = self._records[candidate.sources[0]][0]
         world_size = len(self._records[candidate.sources[0]])
         self.base = scope.rank % world_size
         if scope.rank >= world_size > 1:

@@ -135,6 +135,8 @@ class Planner:
         return Captured(plan, [addresses[i] for i in plan.stored], plain, (keep, arrays))
 
     def _by_new_plan(self, state: Any, adapters: Sequence[StateAdapter]) -> Captured:
+        for adapter in adapters:
+            adapter.survey(state)
         flat = _state.flatten(state, adapters)
         specs = [
             owner.spec(array, path)

@@ -125,6 +125,12 @@ class Schedule:
 
     tiers: list[DueTier] = field(default_factory=list)
     auto: bool = False
+    next_every: int | None = None
+
+    @property
+    def every_to_carry(self) -> int:
+        """The automatic interval that the next start of the job begins with; 0 if it is fixed."""
+        return (self.next_every or self.tiers[0].every_steps or 0) if self.auto else 0
 
     def due(self, step: int, now_s: float) -> list[str]:
         """Labels of the tiers due at ``step``; empty when there is nothing to do."""

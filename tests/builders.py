@@ -80,7 +80,7 @@ def build_save(
         save_id=save_id,
         rank=rank,
         world_size=world_size,
-        plan_digest=xxh3_128_hexdigest(msgspec.json.encode(entries)),
+        plan_digest=xxh3_128_hexdigest(msgspec.json.encode(entries) if world_size == 1 else b""),
         shard=_manifest.ShardEntry(
             layout.size_bytes,
             layout.data_start,
