@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import os
 import sys
 import threading
@@ -175,7 +174,9 @@ class Checkpointer:
             return Save(step)
         started_s = time.perf_counter()
         self._check_save(step)
-        labels = self._due_labels(step, tiers)
+        self._link.join()
+        labels = self._schedule.wanted(step, tiers, keeps_time=self._link.group.rank == 0)
+        self._raise_failed(step, labels)
         if not labels:
             return Save(step)
         if step in self._saver.steps:
@@ -185,10 +186,14 @@ class Checkpointer:
                 state="nothing was written",
                 actions=("save each step once; restart or restore to save it again",),
             )
+        if self._link.group.world_size > 1:
+            # All ranks are due at the same steps, whatever comes of this one here.
+            self._schedule.done(step, labels, time.monotonic())
         save = self._saver.save(step, state, metrics or {}, labels, self._schedule.every_to_carry)
         # A save that raised was not started: the tiers are still due.
         self._schedule.done(step, labels, time.monotonic())
-        self._adjust(step, time.perf_counter() - started_s)
+        wanted = self._tempo.note(step, time.perf_counter() - started_s)
+        self._schedule.adapt(wanted, self.run, at_once=self._link.group.world_size == 1)
         return save
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -330,12 +335,6 @@ class Checkpointer:
         self._check_alive()
         if type(step) is not int or not 0 <= step < _manifest.MAX_STEP:
             raise UsageError(f"step must be an int of 0 or more, not {step!r}")
-        with self._lock:
-            failures, self._pending = self._pending, []
-        if failures and self._on_failure == "warn":
-            warnings.warn(str(failures[0]), RuntimeWarning, stacklevel=3)
-        elif failures:
-            raise failures[0] from failures[0].__cause__
         restored = self._restored
         if restored is not None and restored._must_read:
             raise RestoreIgnored(
@@ -344,15 +343,17 @@ class Checkpointer:
                 actions=("use `state = restored.state` after restore()",),
             )
 
-    def _due_labels(self, step: int, tiers: str) -> list[str]:
-        self._link.join()
-        if tiers == "all":
-            return [tier.label for tier in self._schedule.tiers]
-        if tiers != "due":
-            raise UsageError(f"tiers={tiers!r}: must be 'due' or 'all'", state="nothing was done")
-        # Times are told by one clock: what is due by that of rank 0 is captured on all ranks.
-        now_s = time.monotonic() if self._link.group.rank == 0 else -math.inf
-        return self._schedule.due(step, now_s)
+    def _raise_failed(self, step: int, labels: Sequence[str]) -> None:
+        """What went wrong since the last save; where that is raised, no rank saves this step."""
+        with self._lock:
+            failures, self._pending = self._pending, []
+        if failures and self._on_failure == "warn":
+            warnings.warn(str(failures[0]), RuntimeWarning, stacklevel=3)
+        elif failures:
+            if labels and self._link.group.world_size > 1:
+                self._schedule.done(step, labels, time.monotonic())
+                self._saver.decline(step, "an earlier save had failed")
+            raise failures[0] from failures[0].__cause__
 
     def _failed(self, save: Save, error: CheckpointError) -> None:
         """A tier failed in the background: the next save raises it, or it is a warning."""
@@ -367,20 +368,6 @@ class Checkpointer:
         failure.__cause__ = error
         with self._lock:
             self._pending.append(failure)
-
-    def _adjust(self, step: int, stall_s: float) -> None:
-        """Ram(every="auto"): the interval that keeps the measured loss under 1 %."""
-        wanted = self._tempo.note(step, stall_s)
-        if self._link.group.world_size > 1:
-            # All ranks save at the same steps: what is found out now, the next start goes by.
-            self._schedule.next_every = wanted or self._schedule.next_every
-            return
-        first = self._schedule.tiers[0]
-        if self._schedule.auto and wanted is not None and wanted != first.every_steps:
-            old = first.every_steps or wanted
-            if wanted > old or wanted < 0.8 * old:
-                logger.info("run %s: saving every %d steps (was %d)", self.run, wanted, old)
-                first.every_steps = wanted
 
     # -- the end ---------------------------------------------------------------------------------
 

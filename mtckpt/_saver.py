@@ -200,6 +200,12 @@ class Saver:
             # Only a head start is lost: the next save asks for its slot itself and raises.
             logger.debug("run %s: no slot ahead of time: %s", self.run.name, error)
 
+    def decline(self, step: int, reason: str) -> None:
+        """Take no part in a step that this rank does not come to save."""
+        incarnation = self.run.incarnation
+        if incarnation is not None:
+            self._decline(Save(step, _manifest.save_id(incarnation.id, step, 0)), reason)
+
     def _decline(self, save: Save, reason: str) -> None:
         """Nobody skips alone: the other ranks are told, where there are any."""
         if self.run.members.world_size > 1 and save.id:

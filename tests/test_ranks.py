@@ -236,6 +236,13 @@ def test_a_rank_that_never_comes_is_named(
             each.wait("staged", timeout_s=30)
         assert isinstance(raised.value.__cause__, RankTimeout)
         assert raised.value.__cause__.details["rank"] == 2
+    # Two ranks raise it instead of saving: then the third does not save alone.
+    found = save(three, 3)
+    assert [type(each) for each in found] == [SaveFailed, SaveFailed, mtckpt.Save]
+    with pytest.raises(SaveFailed, match="an earlier save had failed"):
+        found[2].wait("staged", timeout_s=30)
+    for each in save(three, 4):
+        each.wait("staged", timeout_s=30)
 
 
 def test_a_restore_without_a_rank_ends_in_time(job: Callable[..., Job]) -> None:
