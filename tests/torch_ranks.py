@@ -7,12 +7,9 @@ What holds is asserted here, on every rank; the test looks at the exit status an
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 import mtckpt
-from mtckpt.errors import CheckpointError
+from mtckpt.errors import CheckpointError, RankTimeout, SaveFailed
 
 WIDTH = 302  # over 4 ranks uneven, and of the bias of 3 one shard is empty
 
@@ -44,10 +41,6 @@ def mesh_of(*shape: int) -> Any:
 
     names = ("replicate", "shard") if len(shape) == 2 else ("shard",)
     return init_device_mesh("cpu", shape, mesh_dim_names=names)
-
-
-def plain(net: Net) -> nn.Module:
-    return net
 
 
 def ddp(net: Net) -> nn.Module:
@@ -130,6 +123,11 @@ def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): buffer.clone() for name, buffer in model.named_buffers()}
 
 
+def say(text: str) -> None:
+    """One line, in one piece: other ranks write to the same pipe."""
+    os.write(1, f"rank {dist.get_rank()}: {text}\n".encode())
+
+
 def open_run(directory: Path, run: str) -> mtckpt.Checkpointer:
     tiers = [mtckpt.Ram(every=1), mtckpt.Disk(directory / "disk")]
     return mtckpt.Checkpointer(run, tiers, timeout_s=40, max_stall_s=20)
@@ -178,49 +176,44 @@ def restore_all(directory: Path, *saved: str) -> None:
             for name, value in own.items():
                 assert torch.equal(kept[name], value), (source, kind, name)
             train(model, optimizer, 3)
-            print(f"rank {dist.get_rank()}: {source} into {kind}", flush=True)
+            say(f"{source} into {kind}")
 
 
-def loop(directory: Path, kind: str, steps: str, kill_at: str) -> None:
-    """Train with a checkpoint at each step; rank 1 is killed, or stopped, at one of them."""
-    model, optimizer = build(kind, 3)
-    state = {"model": model, "optimizer": optimizer, "rng": mtckpt.rng()}
-    rank = dist.get_rank()
-    with open_run(directory, "loop") as checkpointer:
-        restored = checkpointer.restore(state)
-        print(f"rank {rank}: from {restored.step} {sorted(restored.sources)}", flush=True)
-        for step in range(restored.next_step, int(steps)):
-            train(model, optimizer, step)
-            torch.rand(3)
-            save = checkpointer.save(step, state)
-            if step == int(kill_at) and not restored and rank == 1:
-                save.wait("staged")
-                os.kill(os.getpid(), signal.SIGKILL)
-    digest = hashlib.sha256()
-    for name, value in sorted({**contents(model, optimizer), **buffers(model)}.items()):
-        digest.update(name.encode() + value.numpy().tobytes())
-    digest.update(torch.get_rng_state().numpy().tobytes())
-    print(f"rank {rank}: {digest.hexdigest()}", flush=True)
+def matrix(directory: Path) -> None:
+    """Every kind into every kind."""
+    save_all(directory, *KINDS)
+    restore_all(directory, *KINDS)
 
 
 def stuck(directory: Path) -> None:
-    """Rank 1 does not come to the second save: the others are told who it is, and go on."""
+    """Rank 1 is stopped at the second save: the others are told who it is, and all go on."""
     model, optimizer = build("ddp", 4)
     state = {"model": model, "optimizer": optimizer}
+    rank = dist.get_rank()
+    pids: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
     checkpointer = open_run(directory, "stuck")
     checkpointer.restore(state)
     checkpointer.save(1, state).wait("staged")
-    if dist.get_rank() != 1:
+    for step in (2, 3, 4):
+        if rank == 1 and step == 2:
+            os.kill(pids[1], signal.SIGSTOP)
+        said = "staged"
         try:
-            checkpointer.save(2, state).wait("staged", timeout_s=30)
-        except CheckpointError as error:
-            print(f"rank {dist.get_rank()}: {error.__cause__!r}", flush=True)
-    dist.barrier()
-    try:
-        checkpointer.save(3, state)
-    except CheckpointError as error:
-        print(f"rank {dist.get_rank()}: {type(error).__name__}", flush=True)
-    checkpointer.save(4, state).wait("staged")
+            save = checkpointer.save(step, state)
+            try:
+                save.wait("staged", timeout_s=30)
+            except CheckpointError as error:
+                cause = error.__cause__
+                said = save.skipped or str(error)
+                if isinstance(cause, RankTimeout):
+                    said = f"RankTimeout of {cause.details['ranks']} at {cause.details['stage']}"
+        except SaveFailed as error:
+            said = f"SaveFailed: {error.what}"
+        say(f"step {step}: {said}")
+        if rank == 0 and step == 2:
+            os.kill(pids[1], signal.SIGCONT)
+        dist.barrier()
     checkpointer.close()
 
 
@@ -230,11 +223,10 @@ def main() -> None:
     dist.init_process_group("gloo")
     try:
         globals()[command](Path(directory), *arguments)
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("default")
-    json.dumps(None)
     main()
