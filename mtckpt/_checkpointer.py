@@ -241,8 +241,7 @@ class Checkpointer:
         restored = _restorer.restore(self._link, self._engine, state, step, source, partial, rename)
         restored.elapsed_s = time.perf_counter() - started_s
         if restored:
-            self._link.parent = None if source else (restored._incarnation, restored.step or 0)
-            self._link.incarnation = None
+            self._link.restart(None if source else (restored._incarnation, restored.step or 0))
             if self._schedule.auto and restored._every:
                 self._schedule.tiers[0].every_steps = restored._every
             self._saver.steps.clear()

@@ -55,6 +55,9 @@ def restore(
     if not candidates:
         return Restored(None, state)
     skipped.update({f"tier {label}": why for label, why in silent.items()})
+    most_bytes = max(
+        save.size_bytes for inventory in inventories.values() for save in inventory.saves.values()
+    )
     scope = _restore.Scope(
         run_key,
         {place.label: place for place in places},
@@ -63,7 +66,7 @@ def restore(
         engine,
         run.within,
         run.group.rank,
-        lambda stage: run.together(stage, _elsewhere),
+        lambda stage: run.together(stage, _elsewhere, most_bytes),
     )
     attempt = _restore.Attempt()
     for candidate in candidates:

@@ -23,6 +23,7 @@ from mtckpt.errors import (
     CheckpointError,
     GroupMissing,
     RestoreUnavailable,
+    RunLocked,
     StepDisagreement,
     TierUnavailable,
 )
@@ -87,6 +88,7 @@ class Run:
             for label, disk in zip(self.labels, self.disks, strict=True)
         }
         self._highest = 0
+        self._starting: Incarnation | None = None  # agreed on, and not yet known to the agent
         self._scanned = False
 
     # -- the ranks of the job --------------------------------------------------------------------
@@ -126,10 +128,12 @@ class Run:
         return _coordination.exchange(self.group, stage, value, self.timeout_s)
 
     def together(
-        self, stage: str, foreign: Callable[[int, str, str], CheckpointError]
+        self, stage: str, foreign: Callable[[int, str, str], CheckpointError], size_bytes: int = 0
     ) -> AbstractContextManager[None]:
-        """See ``_coordination.together``."""
-        return _coordination.together(self.group, stage, self.timeout_s, foreign)
+        """See ``_coordination.together``. Others may have to wait for each of their tiers, and for
+        so many bytes, while this rank had luck."""
+        patience_s = self.timeout_s * (2 + len(self.disks)) + size_bytes / _MIN_BYTES_PER_S
+        return _coordination.together(self.group, stage, patience_s, foreign)
 
     def places(self) -> list[Place]:
         """Every tier that there is, fastest first. One that hangs says so when it is scanned."""
@@ -221,11 +225,27 @@ class Run:
             )
         return [Place("disk", tier, mapped=False)], key
 
+    def restart(self, parent: tuple[int, int] | None) -> None:
+        """Go on from another step: the next save starts an incarnation."""
+        self.parent, self.incarnation, self._starting = parent, None, None
+
     def begin(self) -> None:
         """Start an incarnation before the first save of this start of the job."""
         if self.incarnation is not None:
             return
         self.session.open()
+        if self._starting is None:
+            self._starting = self._agree_on_start()
+        try:
+            self.send_begin(self._starting)
+        except RunLocked:
+            self._starting = None  # somebody else took that number
+            raise
+        self.incarnation, self._starting = self._starting, None
+        self._highest = self.session.incarnation = self.incarnation.number
+
+    def _agree_on_start(self) -> Incarnation:
+        """The same incarnation on every rank: a number above all that any of them has seen."""
         if not self._scanned:
             self.scan(self.places())
         told = self.exchange("begin", [self._highest, str(uuid.uuid4()), self.parent])
@@ -237,17 +257,13 @@ class Run:
                 state="nothing was saved",
                 actions=("call restore on every rank, with the same arguments",),
             )
-        incarnation = Incarnation(
+        return Incarnation(
             version=_manifest.FORMAT_VERSION,
             run=self.name,
             number=max(highest for highest, _, _ in told) + 1,
             id=told[0][1],
             parent=self.parent,
         )
-        self.send_begin(incarnation)
-        self._highest = incarnation.number
-        self.session.incarnation = incarnation.number
-        self.incarnation = incarnation
 
     def send_begin(self, incarnation: Incarnation) -> None:
         message = protocol.Begin(

@@ -173,7 +173,8 @@ class Saver:
         wanted = layout.size_bytes + layout.table_bytes
         if self._ring_of != wanted:
             self._ring_of = wanted
-            self._ring_slots = 3 if _free_bytes(self._session.ram_path) >= 4 * wanted else 2
+            needed = 4 * wanted * len(self.run.members.node)  # by all ranks of this node
+            self._ring_slots = 3 if _free_bytes(self._session.ram_path) >= needed else 2
         return self._ring_slots
 
     def _disk_path(self) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -296,3 +298,60 @@ def test_a_global_array_without_dimensions(job: Callable[..., Job]) -> None:
         return float(live["t"].arrays[0])
 
     assert two(work) == [7.0, 7.0]
+
+
+def test_an_agent_that_dies_takes_nothing_along(job: Callable[..., Job], runtime_dir: Path) -> None:
+    three = job(3)
+    for each in save(three, 1):
+        each.wait("staged", timeout_s=30)
+    for step in (2, 3):
+        os.kill(int((runtime_dir / "agent.pid").read_text()), signal.SIGKILL)
+        for each in save(three, step):
+            each.wait("local", timeout_s=30)
+    assert [restored.step for restored in restore(three)] == [3, 3, 3]
+
+
+def test_what_no_rank_finished_holds_no_slot(job: Callable[..., Job], runtime_dir: Path) -> None:
+    """All are killed while one has not captured its part: the next start has its slots."""
+    settings = {"tiers": [mtckpt.Ram(every=1, slots=2)]}
+    two = job(2, **settings)
+    for each in save(two, 1):
+        each.wait("staged", timeout_s=30)
+    two.ranks[0].save(2, state(0, 2, filled=True)).wait("captured", timeout_s=30)
+    two.ranks[0]._session.wait_idle(20)
+    os.kill(int((runtime_dir / "agent.pid").read_text()), signal.SIGKILL)
+    again = job(2, **settings)
+    assert [restored.step for restored in restore(again)] == [1, 1]
+    for step in (2, 3, 4):
+        for each in save(again, step):
+            each.wait("staged", timeout_s=30)
+
+
+def test_a_first_save_that_was_never_whole_is_no_step(job: Callable[..., Job]) -> None:
+    two = job(2)
+    two(lambda _, checkpointer: checkpointer.restore({"n": 0}))
+    groups = [checkpointer._link for checkpointer in two.ranks]
+    two(lambda rank, _: groups[rank].begin())
+    two.ranks[0].save(1, {"n": 1})
+    two.ranks[0]._session.wait_idle(20)
+    assert not any(restore(job(2)))
+
+
+def test_ranks_that_are_left_over_do_not_hold_the_others_up(job: Callable[..., Job]) -> None:
+    four = job(4)
+    for each in save(four, 1):
+        each.wait("local", timeout_s=30)
+    two = job(2)
+
+    def work(rank: int, checkpointer: mtckpt.Checkpointer) -> int | None:
+        live = state(rank, 2, filled=False)
+        restored = checkpointer.restore(live)
+        check(live, rank)
+        return restored.step
+
+    assert two(work) == [1, 1]
+    for step in range(2, 7):
+        for each in save(two, step):
+            each.wait("local", timeout_s=30)
+    (run,) = two.ranks[0]._session.status().runs
+    assert len(run.slots) <= 2 * 3 + 2  # of the old job nothing is left

@@ -97,6 +97,12 @@ class Agreement:
                 )
                 await self._call_off(run, save, error.what, error)
 
+    async def begun(self, run: RunState, number: int) -> None:
+        """An incarnation starts: nobody finishes what an earlier one left open."""
+        for save in list(run.saves.values()):
+            if save.is_open and save.name.incarnation < number:
+                await self._call_off(run, save, "the job was started anew before all ranks had it")
+
     async def overdue(self, run: RunState) -> None:
         """Call off what ranks have let others wait for too long."""
         limit_s = self._tools.limits.rank_s

@@ -232,6 +232,7 @@ class Verbs:
             # Ranks that the job had more before, left behind by a launcher that was killed.
             if old.rank >= owner.world_size and old.incarnation < message.number:
                 await self._fence(run, old, owner)
+        await self._registry.agreement.begun(run, message.number)
         await self._registry.write_config(run)
         owed = await self._put_everywhere(list(run.tiers.values()), key, data)
         run.touch()
