@@ -15,11 +15,12 @@ from boxed import Boxed, boxed_arrays, place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtckpt import _delivery, _inventory, _restore
+from mtckpt import _assembly, _delivery, _inventory, _restore
 from mtckpt._boxes import Box, whole
 from mtckpt._restore import Attempt, Candidate, Place, Scope
 from mtckpt._shard import CHUNK_BYTES
 from mtckpt.adapters import active_adapters
+from mtckpt.capture import memory
 from mtckpt.capture.cpu import CpuEngine
 from mtckpt.errors import Damaged, NoHealthyStep, StateMismatch
 from mtckpt.tiers import LocalTier
@@ -129,6 +130,30 @@ def test_large_arrays_of_many_chunks(
         plain = np.zeros(shape, np.float32)
         restore(tmp_path, {"w": plain})
         assert np.array_equal(plain, array)
+
+
+@pytest.mark.parametrize("limit", [1, 300_000, 1 << 30])
+def test_scratch_memory_is_bounded(
+    tmp_path: Path, cheap_bytes: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_assembly, "MAX_SCRATCH_BYTES", limit)
+    taken: list[int] = []
+
+    def anonymous(size_bytes: int) -> Any:
+        taken.append(size_bytes)
+        return memory.anonymous(size_bytes)
+
+    monkeypatch.setattr(_assembly, "anonymous", anonymous)
+    shape = (300, 1003)
+    arrays = {name: np.random.default_rng(i).standard_normal(shape) for i, name in enumerate("ab")}
+    write(tmp_path, {name: (array, rows(shape, 3)) for name, array in arrays.items()})
+    with boxed_arrays():
+        live = {name: Boxed(shape, float, columns(shape, 2)[1]) for name in arrays}
+        restore(tmp_path, live)
+        assert all(live[name].equals(array) for name, array in arrays.items())
+    # A slab of rows that is planned, on top of a limit that was not quite reached before.
+    assert max(taken) <= 2 * limit + 5 * CHUNK_BYTES
+    assert (len(taken) == 1) is (limit > 2 * arrays["a"].nbytes)
 
 
 def test_only_the_chunks_that_are_needed_are_read(tmp_path: Path) -> None:
