@@ -60,6 +60,8 @@ class Stores:
         """Every stored box of one array. Raises Damaged where ranks disagree about the array."""
         found = []
         for rank, index, entry in self._by_path.get(wanted.path, ()):
+            if entry.ranks != wanted.ranks:
+                continue  # another array, of other ranks, that has the same path there
             if (entry.dtype, entry.global_shape) != (wanted.dtype, wanted.global_shape):
                 raise Damaged(
                     "ranks disagree about an array", leaf=wanted.path[:200], rank=rank, step=step

@@ -53,7 +53,11 @@ Uuid = Annotated[
 
 
 class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True):
-    """One leaf, in the order of the walk. ``same_as`` is the entry whose bytes a tied leaf has."""
+    """One leaf, in the order of the walk. ``same_as`` is the entry whose bytes a tied leaf has.
+
+    ``ranks`` are those that a global array is spread over; None stands for all of the save. Under
+    one path there may be an array for each of several groups of ranks.
+    """
 
     path: str
     dtype: str
@@ -62,6 +66,7 @@ class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True):
     offsets: tuple[int, ...] | None = None
     global_shape: tuple[int, ...] | None = None
     same_as: int | None = None
+    ranks: tuple[int, ...] | None = None
 
 
 class ShardEntry(msgspec.Struct, frozen=True):

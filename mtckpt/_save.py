@@ -177,6 +177,7 @@ def make_plan(
             offsets=piece.spec.offsets,
             global_shape=piece.spec.global_shape,
             same_as=same_as.get(i),
+            ranks=piece.ranks,
         )
         for i, piece in enumerate(recipe.pieces)
     ]

@@ -15,6 +15,7 @@ from boxed import Boxed, boxed_arrays, place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mtckpt
 from mtckpt import _assembly, _delivery, _inventory, _restore
 from mtckpt._boxes import Box, whole
 from mtckpt._restore import Attempt, Candidate, Place, Scope
@@ -176,6 +177,26 @@ def test_what_is_private_stays_with_its_rank(tmp_path: Path) -> None:
         live = np.zeros(5, int)
         restore(tmp_path, {"w": live}, rank)
         assert live.tolist() == [expected] * 5
+
+
+def test_groups_of_ranks_have_arrays_of_their_own_under_one_path(tmp_path: Path) -> None:
+    shape = (6, 4)
+    arrays = [np.arange(24.0).reshape(shape) + 100 * group for group in range(2)]
+    for rank in range(4):
+        group = rank // 2
+        (box,) = rows(shape, 2)[rank % 2]
+        builders.build_save(
+            tmp_path, "run", 1, {"w": arrays[group][place(box)]},
+            boxes={"w": (box.offsets, shape)}, ranks=(2 * group, 2 * group + 1),
+            rank=rank, world_size=4,
+        )  # fmt: skip
+    for rank in range(4):
+        live = np.zeros(shape)
+        restore(tmp_path, {"w": live}, rank)
+        assert np.array_equal(live, arrays[rank // 2])
+    with mtckpt.load(tmp_path) as checkpoint:
+        assert np.array_equal(checkpoint["w"], arrays[0])
+        assert np.array_equal(checkpoint.read("w", rank=3), arrays[1])
 
 
 def test_a_flipped_bit_in_any_shard_is_found(tmp_path: Path, cheap_bytes: int) -> None:

@@ -80,6 +80,11 @@ def test_ranks_agree_by_what_they_share_alone() -> None:
             "pair": Replicated(np.zeros(rank // 2 + 1), (0, 1) if rank < 2 else (2,)),
         }
         digests.add(recipe_of(state, Members(rank, 3, (0, 1, 2)))[0].agreed)
+        recipe, _ = recipe_of(state, Members(rank, 3, (0, 1, 2)))
+        assert [piece.ranks for piece in recipe.pieces[1:]] == [
+            None,
+            (0, 1) if rank < 2 else (2,),
+        ]
     assert len(digests) == 1
     other, _ = recipe_of({"shared": Replicated(np.zeros(8))}, Members(0, 3, (0, 1, 2)))
     assert other.agreed not in digests
