@@ -8,15 +8,20 @@ speaks to the agent of its node only. Every exchange has a deadline and names wh
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import msgspec
 
-from mtckpt.errors import CheckpointError, GroupMissing, StepDisagreement, UsageError
+from mtckpt.errors import CheckpointError, GroupMissing, RankTimeout, UsageError
 
-__all__ = ["Group", "Single", "choose", "exchange", "same", "together"]
+__all__ = ["Group", "Single", "Store", "StoreGroup", "choose", "exchange", "together"]
+
+_PAUSE_S = (0.001, 0.1)
+_numbers: dict[str, itertools.count[int]] = {}
 
 
 @runtime_checkable
@@ -36,6 +41,77 @@ class Group(Protocol):
 
         Raises RankTimeout with the ranks that did not come within ``timeout_s``.
         """
+
+
+class Store(Protocol):
+    """Small values under keys that all ranks can see. Raises RuntimeError, whatever goes wrong."""
+
+    def put(self, key: str, value: bytes) -> None:
+        """Set a key that nobody set before."""
+
+    def have(self, directory: str, names: Sequence[str]) -> bool:
+        """Whether all of ``directory/name`` are there."""
+
+    def read(self, directory: str, names: Sequence[str]) -> dict[str, bytes]:
+        """Those of ``directory/name`` that are there, by name."""
+
+    def delete(self, key: str) -> None:
+        """Remove a key."""
+
+
+class StoreGroup:
+    """Ranks that are joined by a key-value store. ``name`` keeps the runs of a job apart.
+
+    It polls, so a rank that hangs does not take the others along, and who is missing can be said.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int, name: str) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        # All ranks open their runs in the same order: the n-th of a name here is the n-th there.
+        number = next(_numbers.setdefault(name, itertools.count()))
+        self._directory = f"mtckpt/{name}/{number}"
+        self._store = store
+        self._turn = 0
+
+    def exchange(self, stage: str, value: bytes, timeout_s: float) -> list[bytes]:
+        """See ``Group.exchange``. What was exchanged before the last time is deleted."""
+        turn, self._turn = self._turn, self._turn + 1
+        deadline_s = time.monotonic() + timeout_s
+        directory = f"{self._directory}/{turn}"
+        names = [str(rank) for rank in range(self.world_size)]
+        try:
+            self._store.put(f"{directory}/{self.rank}", value)
+            pause_s, most_s = _PAUSE_S
+            while not self._store.have(directory, names) and time.monotonic() < deadline_s:
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, most_s)
+            found = self._store.read(directory, names)
+            if turn and len(found) == self.world_size:
+                # Everybody has come to this turn, so everybody has read the one before.
+                self._store.delete(f"{self._directory}/{turn - 1}/{self.rank}")
+        except RuntimeError as error:
+            raise RankTimeout(
+                f"{stage}: the store that joins the ranks does not answer: {error}",
+                stage=stage,
+                rank=self.rank,
+            ) from error
+        missing = [rank for rank, name in enumerate(names) if name not in found]
+        if missing:
+            raise RankTimeout(
+                f"{stage}: {_listed(missing)} of {self.world_size} did not come"
+                f" within {timeout_s:.1f} s",
+                stage=stage,
+                rank=missing[0],
+                ranks=missing,
+                timeout_s=round(timeout_s, 1),
+            )
+        return [found[name] for name in names]
+
+
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{', ...' if len(ranks) > 8 else ''}"
 
 
 class Single:
@@ -59,7 +135,7 @@ def choose(given: object, find: Callable[[], Group | None]) -> Group:
         if not isinstance(given, Group):
             raise UsageError(
                 f"group={given!r}: must have rank, world_size and exchange()",
-                actions=("leave it out: torch.distributed is found by itself",),
+                actions=("leave it out: torch.distributed and jax.distributed are found",),
             )
         return given
     found = find()
@@ -73,7 +149,8 @@ def choose(given: object, find: Callable[[], Group | None]) -> Group:
             world_size=world_size,
             state="nothing was done",
             actions=(
-                "call torch.distributed.init_process_group() before the first restore or save",
+                "call torch.distributed.init_process_group() (or jax.distributed.initialize())"
+                " before the first restore or save",
                 "or give Checkpointer(group=...)",
                 "or unset WORLD_SIZE, if this process trains by itself",
             ),
@@ -87,21 +164,6 @@ def exchange(group: Group, stage: str, value: object, timeout_s: float) -> list[
         return [value]
     data = group.exchange(stage, msgspec.json.encode(value), timeout_s)
     return [msgspec.json.decode(each) for each in data]
-
-
-def same(group: Group, stage: str, what: str, value: object, timeout_s: float) -> None:
-    """Raise StepDisagreement, on every rank, unless all of them have the same value."""
-    values = [str(each) for each in exchange(group, stage, value, timeout_s)]
-    if len(set(values)) > 1:
-        others = [rank for rank, each in enumerate(values) if each != values[0]]
-        raise StepDisagreement(
-            f"ranks have different {what}: rank 0 has {values[0]}, rank {others[0]} has"
-            f" {values[others[0]]}",
-            stage=stage,
-            ranks=others,
-            state="nothing was done",
-            actions=("call restore and save on every rank, with the same arguments",),
-        )
 
 
 @contextlib.contextmanager

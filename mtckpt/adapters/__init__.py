@@ -27,7 +27,10 @@ _TABLE = (
 )
 
 # What joins ranks, by framework; asked in this order.
-_GROUPS = (("torch.distributed", "mtckpt.adapters.torch.group"),)
+_GROUPS = (
+    ("torch.distributed", "mtckpt.adapters.torch.group"),
+    ("jax", "mtckpt.adapters.jax.group"),
+)
 
 _made: dict[str, StateAdapter] = {}
 

@@ -1,84 +1,45 @@
 """The ranks of ``torch.distributed``, joined by the key-value store that it was started with.
 
-Knows the store only: no collective is called, so it works beside any backend, a rank that hangs
-does not take the others along, and who is missing can be said.
+Knows the store only: no collective is called, so it works beside any backend.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
+from collections.abc import Sequence
 from typing import Any
 
-from mtckpt.errors import RankTimeout
+from mtckpt._coordination import StoreGroup
 
-__all__ = ["TorchGroup", "find_group"]
-
-_PAUSE_S = (0.001, 0.1)
-_numbers: dict[str, itertools.count[int]] = {}
+__all__ = ["find_group"]
 
 
-class TorchGroup:
-    """See ``Group``. ``name`` keeps apart what is exchanged for different runs."""
+class _Store:
+    """See ``Store``; what torch's own raise are RuntimeErrors."""
 
-    def __init__(self, store: Any, rank: int, world_size: int, name: str) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        # All ranks open their runs in the same order: the n-th of a name here is the n-th there.
-        number = next(_numbers.setdefault(name, itertools.count()))
-        self._prefix = f"mtckpt/{name}/{number}"
+    def __init__(self, store: Any) -> None:
         self._store = store
-        self._turn = 0
 
-    def exchange(self, stage: str, value: bytes, timeout_s: float) -> list[bytes]:
-        """See ``Group.exchange``. What was exchanged before the last time is deleted."""
-        turn, self._turn = self._turn, self._turn + 1
-        deadline_s = time.monotonic() + timeout_s
-        keys = [self._key(turn, rank) for rank in range(self.world_size)]
-        try:
-            self._store.set(keys[self.rank], value)
-            pause_s, most_s = _PAUSE_S
-            while not self._store.check(keys):
-                if time.monotonic() >= deadline_s:
-                    break
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, most_s)
-            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            if not missing:
-                values = [bytes(self._store.get(key)) for key in keys]
-                # Everybody has come to this turn, so everybody has read the one before.
-                if turn:
-                    self._store.delete_key(self._key(turn - 1, self.rank))
-                return values
-        except RuntimeError as error:  # what torch's stores raise, whatever went wrong
-            raise RankTimeout(
-                f"{stage}: the store of torch.distributed does not answer: {error}",
-                stage=stage,
-                rank=self.rank,
-            ) from error
-        raise RankTimeout(
-            f"{stage}: {_ranks(missing)} of {self.world_size} did not come"
-            f" within {timeout_s:.1f} s",
-            stage=stage,
-            rank=missing[0],
-            ranks=missing,
-            timeout_s=round(timeout_s, 1),
-        )
+    def put(self, key: str, value: bytes) -> None:
+        self._store.set(key, value)
 
-    def _key(self, turn: int, rank: int) -> str:
-        return f"{self._prefix}/{turn}/{rank}"
+    def have(self, directory: str, names: Sequence[str]) -> bool:
+        return bool(self._store.check([f"{directory}/{name}" for name in names]))
+
+    def read(self, directory: str, names: Sequence[str]) -> dict[str, bytes]:
+        keys = {name: f"{directory}/{name}" for name in names}
+        if not self._store.check(list(keys.values())):
+            keys = {name: key for name, key in keys.items() if self._store.check([key])}
+        return {name: bytes(self._store.get(key)) for name, key in keys.items()}
+
+    def delete(self, key: str) -> None:
+        self._store.delete_key(key)
 
 
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8]))
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{', ...' if len(ranks) > 8 else ''}"
-
-
-def find_group(name: str) -> TorchGroup | None:
+def find_group(name: str) -> StoreGroup | None:
     """The job's group if ``torch.distributed`` has been started with several ranks."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
         return None
-    store = dist.distributed_c10d._get_default_store()
-    return TorchGroup(store, dist.get_rank(), dist.get_world_size(), name)
+    store = _Store(dist.distributed_c10d._get_default_store())
+    return StoreGroup(store, dist.get_rank(), dist.get_world_size(), name)
