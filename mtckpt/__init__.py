@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mtckpt._codecs import register_codec
     from mtckpt._handle import Restored, Save, Status, Step
     from mtckpt._load import load, steps
+    from mtckpt._replicas import replicated
     from mtckpt._retention import KeepBest, KeepEvery, KeepLast
     from mtckpt._rng import rng
     from mtckpt._schedule import Disk, Ram
@@ -37,6 +38,7 @@ __all__ = [
     "Step",
     "load",
     "register_codec",
+    "replicated",
     "rng",
     "steps",
 ]
@@ -54,6 +56,7 @@ _HOME = {
     "Step": "mtckpt._handle",
     "load": "mtckpt._load",
     "register_codec": "mtckpt._codecs",
+    "replicated": "mtckpt._replicas",
     "rng": "mtckpt._rng",
     "steps": "mtckpt._load",
 }

@@ -7,9 +7,10 @@ where they are wanted; of the others the wanted bytes are taken out of scratch m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mtckpt import _boxes
 from mtckpt._boxes import Box
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from mtckpt._shard import StoredTensor
 
 __all__ = ["Assembly", "Stores", "assemble"]
+
+# How much memory besides the live one a restore onto another mesh takes at a time.
+MAX_SCRATCH_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -56,6 +60,8 @@ class Stores:
         """Every stored box of one array. Raises Damaged where ranks disagree about the array."""
         found = []
         for rank, index, entry in self._by_path.get(wanted.path, ()):
+            if entry.ranks != wanted.ranks:
+                continue  # another array, of other ranks, that has the same path there
             if (entry.dtype, entry.global_shape) != (wanted.dtype, wanted.global_shape):
                 raise Damaged(
                     "ranks disagree about an array", leaf=wanted.path[:200], rank=rank, step=step
@@ -64,8 +70,7 @@ class Stores:
         return found
 
 
-@dataclass(slots=True)
-class _Cut:
+class _Cut(NamedTuple):
     """Bytes of a tensor that are wanted at an address, and share chunks with others."""
 
     rank: int
@@ -80,15 +85,15 @@ def assemble(
     base: int,
     stores: Stores,
     open_shard: Callable[[int], Loaded],
-) -> Assembly:
+) -> list[Assembly]:
     """Plan ``(address, entry of the base rank's record, box)``; each address has C order.
 
-    ``open_shard`` gives the description of a rank's shard. Raises NoHealthyStep for bytes that no
-    shard has, and what ``open_shard`` raises.
+    ``open_shard`` gives the description of a rank's shard. What needs much scratch memory comes in
+    several parts, one to be done with before the next. Raises NoHealthyStep for bytes that no shard
+    has, and what ``open_shard`` raises.
     """
-    assembly = Assembly()
-    cuts: list[_Cut] = []
     own = open_shard(base)
+    drafts = [_Draft(open_shard)]
     for address, index, box in wanted:
         entry = own.entries[index]
         stored = (
@@ -96,81 +101,116 @@ def assemble(
             if entry.offsets is None
             else stores.of(entry, own.record.step)
         )
-        pieces, missing = _boxes.cover(box, [place for _, _, place in stored])
-        if missing:
-            raise NoHealthyStep(
-                f"no shard has {list(missing[0].shape)} at {list(missing[0].offsets)}"
-                f" of {entry.path[:200]}",
-                step=own.record.step,
-                leaf=entry.path[:200],
-            )
-        item_bytes = DTYPES[entry.dtype].item_bytes
-        for which, piece in pieces:
-            rank, entry_index, place = stored[which]
-            loaded = open_shard(rank)
-            number = loaded.numbers[entry_index]
-            tensor = loaded.layout.tensors[number]
-            for run in _boxes.runs(piece, place, box, item_bytes):
-                _plan_run(assembly, cuts, rank, number, tensor, run, address)
-    _plan_cuts(assembly, cuts, open_shard)
-    return assembly
+        for slab_address, slab in _slabs(address, box, entry):
+            if drafts[-1].scratch_bytes >= MAX_SCRATCH_BYTES:
+                drafts.append(_Draft(open_shard))
+            _plan_box(drafts[-1], slab_address, slab, entry, stored, own.record.step)
+    return [draft.finished() for draft in drafts]
 
 
-def _plan_run(
-    assembly: Assembly,
-    cuts: list[_Cut],
-    rank: int,
-    number: int,
-    tensor: StoredTensor,
-    run: _boxes.Run,
-    address: int,
-) -> None:
-    """Chunks that lie wholly in a run go straight to their place; its edges are cut out."""
-    start, stop, target = run.source, run.source + run.size_bytes, address + run.target
-    first = -(-start // CHUNK_BYTES)
-    last = tensor.num_chunks if stop == tensor.size_bytes else stop // CHUNK_BYTES
-    if first >= last:
-        cuts.append(_Cut(rank, number, start, run.size_bytes, target))
+def _slabs(address: int, box: Box, entry: ArrayEntry) -> Iterator[tuple[int, Box]]:
+    """A box in slabs of rows, where the chunks that it is cut out of would be too many at once."""
+    whole = entry.shape if entry.global_shape is None else entry.global_shape
+    item_bytes = DTYPES[entry.dtype].item_bytes
+    length = box.shape[0] if box.shape else 0
+    most = max(1, MAX_SCRATCH_BYTES // max(1, math.prod(whole[1:]) * item_bytes))
+    if length <= most or box.shape[1:] == whole[1:]:
+        yield address, box
         return
-    begin, end = first * CHUNK_BYTES, min(last * CHUNK_BYTES, tensor.size_bytes)
-    span = Span(tensor.start + begin, end - begin, tensor.first_chunk + first)
-    assembly.wants.setdefault(rank, []).append(Want(number, span, target + begin - start))
-    if start < begin:
-        cuts.append(_Cut(rank, number, start, begin - start, target))
-    if end < stop:
-        cuts.append(_Cut(rank, number, end, stop - end, target + end - start))
-
-
-def _plan_cuts(
-    assembly: Assembly, cuts: Sequence[_Cut], open_shard: Callable[[int], Loaded]
-) -> None:
-    """Scratch memory for the chunks that are wanted in part, each once, and the moves out of it."""
-    chunks: dict[tuple[int, int], set[int]] = {}
-    for cut in cuts:
-        last = -(-(cut.start + cut.size_bytes) // CHUNK_BYTES)
-        chunks.setdefault((cut.rank, cut.number), set()).update(
-            range(cut.start // CHUNK_BYTES, last)
+    row_bytes = math.prod(box.shape[1:]) * item_bytes
+    for first in range(0, length, most):
+        offsets = (box.offsets[0] + first, *box.offsets[1:])
+        yield (
+            address + first * row_bytes,
+            Box(offsets, (min(most, length - first), *box.shape[1:])),
         )
-    spans: list[tuple[int, int, Span, int]] = []  # rank, number, span, offset in the scratch
-    where: dict[tuple[int, int, int], int] = {}
-    total = 0
-    for (rank, number), needed in sorted(chunks.items()):
-        tensor = open_shard(rank).layout.tensors[number]
-        for first, last in _ranges(sorted(needed)):
-            begin, end = first * CHUNK_BYTES, min(last * CHUNK_BYTES, tensor.size_bytes)
-            span = Span(tensor.start + begin, end - begin, tensor.first_chunk + first)
-            spans.append((rank, number, span, total))
-            for chunk in range(first, last):
-                where[rank, number, chunk] = total + (chunk - first) * CHUNK_BYTES
-            total += end - begin
-    if not spans:
-        return
-    scratch = assembly.scratch = anonymous(total)
-    for rank, number, span, at in spans:
-        assembly.wants.setdefault(rank, []).append(Want(number, span, scratch.address + at))
-    for cut in cuts:
-        at = where[cut.rank, cut.number, cut.start // CHUNK_BYTES] + cut.start % CHUNK_BYTES
-        assembly.moves.append(Move(scratch.address + at, cut.address, cut.size_bytes))
+
+
+def _plan_box(
+    draft: _Draft,
+    address: int,
+    box: Box,
+    entry: ArrayEntry,
+    stored: Sequence[tuple[int, int, Box]],
+    step: int,
+) -> None:
+    pieces, missing = _boxes.cover(box, [place for _, _, place in stored])
+    if missing:
+        raise NoHealthyStep(
+            f"no shard has {list(missing[0].shape)} at {list(missing[0].offsets)}"
+            f" of {entry.path[:200]}",
+            step=step,
+            leaf=entry.path[:200],
+        )
+    for which, piece in pieces:
+        rank, entry_index, place = stored[which]
+        for run in _boxes.runs(piece, place, box, DTYPES[entry.dtype].item_bytes):
+            draft.add(rank, entry_index, run, address)
+
+
+class _Draft:
+    """An assembly that is being planned; ``scratch_bytes`` is what it needs so far."""
+
+    def __init__(self, open_shard: Callable[[int], Loaded]) -> None:
+        self.scratch_bytes = 0
+        self._open = open_shard
+        self._assembly = Assembly()
+        self._cuts: list[_Cut] = []
+        self._chunks: dict[tuple[int, int], set[int]] = {}
+
+    def add(self, rank: int, index: int, run: _boxes.Run, address: int) -> None:
+        """Chunks that lie wholly in a run go straight to their place; its edges are cut out."""
+        loaded = self._open(rank)
+        number = loaded.numbers[index]
+        tensor = loaded.layout.tensors[number]
+        start, stop, target = run.source, run.source + run.size_bytes, address + run.target
+        first = -(-start // CHUNK_BYTES)
+        last = tensor.num_chunks if stop == tensor.size_bytes else stop // CHUNK_BYTES
+        if first >= last:
+            self._cut(_Cut(rank, number, start, run.size_bytes, target))
+            return
+        span = _span(tensor, first, last)
+        begin, end = first * CHUNK_BYTES, first * CHUNK_BYTES + span.size_bytes
+        want = Want(number, span, target + begin - start)
+        self._assembly.wants.setdefault(rank, []).append(want)
+        if start < begin:
+            self._cut(_Cut(rank, number, start, begin - start, target))
+        if end < stop:
+            self._cut(_Cut(rank, number, end, stop - end, target + end - start))
+
+    def _cut(self, cut: _Cut) -> None:
+        self._cuts.append(cut)
+        chunks = self._chunks.setdefault((cut.rank, cut.number), set())
+        before = len(chunks)
+        last = -(-(cut.start + cut.size_bytes) // CHUNK_BYTES)
+        chunks.update(range(cut.start // CHUNK_BYTES, last))
+        self.scratch_bytes += (len(chunks) - before) * CHUNK_BYTES
+
+    def finished(self) -> Assembly:
+        """With scratch memory for the chunks that are wanted in part, each once."""
+        if not self._cuts:
+            return self._assembly
+        scratch = self._assembly.scratch = anonymous(self.scratch_bytes)
+        where: dict[tuple[int, int, int], int] = {}
+        address = scratch.address
+        for (rank, number), chunks in sorted(self._chunks.items()):
+            tensor = self._open(rank).layout.tensors[number]
+            for first, last in _ranges(sorted(chunks)):
+                want = Want(number, _span(tensor, first, last), address)
+                self._assembly.wants.setdefault(rank, []).append(want)
+                for chunk in range(first, last):
+                    where[rank, number, chunk] = address
+                    address += CHUNK_BYTES
+        for cut in self._cuts:
+            source = where[cut.rank, cut.number, cut.start // CHUNK_BYTES]
+            move = Move(source + cut.start % CHUNK_BYTES, cut.address, cut.size_bytes)
+            self._assembly.moves.append(move)
+        return self._assembly
+
+
+def _span(tensor: StoredTensor, first: int, last: int) -> Span:
+    begin, end = first * CHUNK_BYTES, min(last * CHUNK_BYTES, tensor.size_bytes)
+    return Span(tensor.start + begin, end - begin, tensor.first_chunk + first)
 
 
 def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:

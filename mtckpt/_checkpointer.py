@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from mtckpt import _manifest, _restorer, _retention
-from mtckpt._coordination import check_single
 from mtckpt._handle import Restored, Save, Status, Step
 from mtckpt._places import refuse_one_directory
 from mtckpt._progress import progress
@@ -58,7 +57,7 @@ State = Any
 _EXIT_S = 30.0
 # What the last words with the agent may take, though the deadline has passed.
 _GRACE_S = 1.0
-_open_runs: dict[str, weakref.ref[Checkpointer]] = {}
+_open_runs: dict[tuple[str, int], weakref.ref[Checkpointer]] = {}
 
 
 class Checkpointer:
@@ -75,7 +74,6 @@ class Checkpointer:
     Raises:
         UsageError: settings that cannot work, with the arithmetic.
         UnsupportedPlatform: this operating system can only read checkpoints.
-        GroupMissing: the job has several ranks.
     """
 
     def __init__(
@@ -95,7 +93,6 @@ class Checkpointer:
             )
         if on_failure not in ("raise", "warn"):
             raise UsageError(f"on_failure={on_failure!r}: must be 'raise' or 'warn'")
-        check_single(group)
         self.run = run
         self._run_key = _manifest.run_key(run)
         insists = any(isinstance(tier, Ram) for tier in tiers or ())
@@ -120,7 +117,8 @@ class Checkpointer:
             timeout_s=timeout_s,
             on_error=self._failed,
         )
-        self._link = Run(run, self._run_key, self._session, self._disks, self._labels, timeout_s)
+        places = self._disks, self._labels
+        self._link = Run(run, self._run_key, self._session, *places, timeout_s, group)
         self._engine = CpuEngine()
         self._saver = Saver(
             self._link, self._engine, self._ram, insists=insists, max_stall_s=max_stall_s
@@ -131,6 +129,7 @@ class Checkpointer:
         self._lock = threading.Lock()
         self._restored: Restored | None = None
         self._tempo = Tempo()
+        self._open_key = (self._run_key, getattr(group, "rank", 0))  # a thread may be a rank
         self._fence_older()
         atexit.register(_close_at_exit, weakref.ref(self))
 
@@ -159,6 +158,8 @@ class Checkpointer:
             UnsupportedState: a value that cannot be saved, with its path.
             CaptureFailed: the state could not be read; the step was not started.
             RunLocked: another process took the run over.
+            GroupMissing: the job has several ranks, and nothing joins them (at the first call).
+            RankTimeout: other ranks did not come to the first save of this start of the job.
         """
         if (
             tiers == "due"
@@ -173,7 +174,9 @@ class Checkpointer:
             return Save(step)
         started_s = time.perf_counter()
         self._check_save(step)
-        labels = self._due_labels(step, tiers)
+        self._link.join()
+        labels = self._schedule.wanted(step, tiers, keeps_time=self._link.group.rank == 0)
+        self._raise_failed(step, labels)
         if not labels:
             return Save(step)
         if step in self._saver.steps:
@@ -183,11 +186,14 @@ class Checkpointer:
                 state="nothing was written",
                 actions=("save each step once; restart or restore to save it again",),
             )
-        every = self._schedule.tiers[0].every_steps if self._schedule.auto else 0
-        save = self._saver.save(step, state, metrics or {}, labels, every or 0)
+        if self._link.group.world_size > 1:
+            # All ranks are due at the same steps, whatever comes of this one here.
+            self._schedule.done(step, labels, time.monotonic())
+        save = self._saver.save(step, state, metrics or {}, labels, self._schedule.every_to_carry)
         # A save that raised was not started: the tiers are still due.
         self._schedule.done(step, labels, time.monotonic())
-        self._adjust(step, time.perf_counter() - started_s)
+        wanted = self._tempo.note(step, time.perf_counter() - started_s)
+        self._schedule.adapt(wanted, self.run, at_once=self._link.group.world_size == 1)
         return save
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -225,15 +231,17 @@ class Checkpointer:
             NoHealthyStep: steps exist and none is usable.
             RestoreUnavailable: a tier did not answer, and no other one has a step.
             StepNotFound: the step that was asked for does not exist.
+            GroupMissing: the job has several ranks, and nothing joins them.
+            RankTimeout: other ranks did not come; restore has to be called on all of them.
         """
         self._check_alive()
         started_s = time.perf_counter()
+        self._link.join()
         self._session.open()
         restored = _restorer.restore(self._link, self._engine, state, step, source, partial, rename)
         restored.elapsed_s = time.perf_counter() - started_s
         if restored:
-            self._link.parent = None if source else (restored._incarnation, restored.step or 0)
-            self._link.incarnation = None
+            self._link.restart(None if source else (restored._incarnation, restored.step or 0))
             if self._schedule.auto and restored._every:
                 self._schedule.tiers[0].every_steps = restored._every
             self._saver.steps.clear()
@@ -251,6 +259,7 @@ class Checkpointer:
     def status(self) -> Status:
         """What each tier holds and owes."""
         self._check_alive()
+        self._link.enter()
         self._session.open()
         agent = self._session.status()
         run = next((r for r in agent.runs if r.run == self.run), None)
@@ -279,8 +288,8 @@ class Checkpointer:
         finally:
             self._session.close(_left_s(deadline_s, 5.0))
             self._saver.ring.clear()
-            if _open_runs.get(self._run_key, _no_one)() is self:
-                del _open_runs[self._run_key]
+            if _open_runs.get(self._open_key, _no_one)() is self:
+                del _open_runs[self._open_key]
         if errors := list({error.what: error for error in errors}.values()):
             error = CloseFailed(
                 f"{len(errors)} pieces of work were not done: "
@@ -325,12 +334,6 @@ class Checkpointer:
         self._check_alive()
         if type(step) is not int or not 0 <= step < _manifest.MAX_STEP:
             raise UsageError(f"step must be an int of 0 or more, not {step!r}")
-        with self._lock:
-            failures, self._pending = self._pending, []
-        if failures and self._on_failure == "warn":
-            warnings.warn(str(failures[0]), RuntimeWarning, stacklevel=3)
-        elif failures:
-            raise failures[0] from failures[0].__cause__
         restored = self._restored
         if restored is not None and restored._must_read:
             raise RestoreIgnored(
@@ -339,12 +342,17 @@ class Checkpointer:
                 actions=("use `state = restored.state` after restore()",),
             )
 
-    def _due_labels(self, step: int, tiers: str) -> list[str]:
-        if tiers == "all":
-            return [tier.label for tier in self._schedule.tiers]
-        if tiers != "due":
-            raise UsageError(f"tiers={tiers!r}: must be 'due' or 'all'", state="nothing was done")
-        return self._schedule.due(step, time.monotonic())
+    def _raise_failed(self, step: int, labels: Sequence[str]) -> None:
+        """What went wrong since the last save; where that is raised, no rank saves this step."""
+        with self._lock:
+            failures, self._pending = self._pending, []
+        if failures and self._on_failure == "warn":
+            warnings.warn(str(failures[0]), RuntimeWarning, stacklevel=3)
+        elif failures:
+            if labels and self._link.group.world_size > 1:
+                self._schedule.done(step, labels, time.monotonic())
+                self._saver.decline(step, "an earlier save had failed")
+            raise failures[0] from failures[0].__cause__
 
     def _failed(self, save: Save, error: CheckpointError) -> None:
         """A tier failed in the background: the next save raises it, or it is a warning."""
@@ -360,18 +368,6 @@ class Checkpointer:
         with self._lock:
             self._pending.append(failure)
 
-    def _adjust(self, step: int, stall_s: float) -> None:
-        """Ram(every="auto"): the interval that keeps the measured loss under 1 %."""
-        wanted = self._tempo.note(step, stall_s)
-        first = self._schedule.tiers[0]
-        if self._schedule.auto and wanted is not None and wanted != first.every_steps:
-            old = first.every_steps or wanted
-            if wanted > old or wanted < 0.8 * old:
-                logger.info("run %s: saving every %d steps (was %d)", self.run, wanted, old)
-                first.every_steps = wanted
-
-    # -- restoring -------------------------------------------------------------------------------
-
     # -- the end ---------------------------------------------------------------------------------
 
     def _drain(self, deadline_s: float) -> list[CheckpointError]:
@@ -380,10 +376,7 @@ class Checkpointer:
             return []
         errors: list[CheckpointError] = []
         if not session.wait_idle(max(0.0, deadline_s - time.monotonic())):
-            errors.append(
-                AgentUnavailable("the node agent did not take the last save", run=self.run)
-            )
-            return errors
+            return [AgentUnavailable("the node agent did not take the last save", run=self.run)]
         last = self._saver.last
         try:
             if last is not None and session.fenced is None:
@@ -430,7 +423,7 @@ class Checkpointer:
         ]
 
     def _fence_older(self) -> None:
-        older = _open_runs.get(self._run_key, _no_one)()
+        older = _open_runs.get(self._open_key, _no_one)()
         if older is not None and not older._closed and older._pid == os.getpid():
             logger.warning(
                 "run %s was opened again in this process: the older one is closed", self.run
@@ -442,7 +435,7 @@ class Checkpointer:
             )
             older._closed = True
             older._session.close(0.1)
-        _open_runs[self._run_key] = weakref.ref(self)
+        _open_runs[self._open_key] = weakref.ref(self)
 
 
 def _split(tiers: Sequence[TierSettings] | None, run: str) -> tuple[Ram, list[Disk]]:

@@ -1,26 +1,197 @@
-"""Which ranks make up the job. This version knows jobs of one rank and refuses the others.
+"""The ranks of a job, and the few words they exchange: to restore together and to start together.
 
-Knows the environment that launchers set. Does not talk to anybody.
+Knows what a group is and when a job needs one. Does not know frameworks: what joins ranks lives
+with their adapters. Never on the path of a save: from the start of an incarnation on, each rank
+speaks to the agent of its node only. Every exchange has a deadline and names who did not come.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
-from mtckpt.errors import GroupMissing
+import msgspec
 
-__all__ = ["check_single"]
+from mtckpt.errors import CheckpointError, GroupMissing, RankTimeout, UsageError
+
+__all__ = ["Group", "Single", "Store", "StoreGroup", "choose", "exchange", "together"]
+
+_PAUSE_S = (0.001, 0.1)
+_numbers: dict[str, itertools.count[int]] = {}
 
 
-def check_single(group: object) -> None:
-    """Raise GroupMissing for a job of several ranks: never N single runs under one name."""
+@runtime_checkable
+class Group(Protocol):
+    """What joins the ranks of a job. One object a process, used by one thread at a time."""
+
+    @property
+    def rank(self) -> int:
+        """This process, from 0."""
+
+    @property
+    def world_size(self) -> int:
+        """How many there are."""
+
+    def exchange(self, stage: str, value: bytes, timeout_s: float) -> list[bytes]:
+        """Give ``value``, and get what every rank gave, by rank. All ranks call it alike.
+
+        Raises RankTimeout with the ranks that did not come within ``timeout_s``.
+        """
+
+
+class Store(Protocol):
+    """Small values under keys that all ranks can see. Raises RuntimeError, whatever goes wrong."""
+
+    def put(self, key: str, value: bytes) -> None:
+        """Set a key that nobody set before."""
+
+    def have(self, directory: str, names: Sequence[str]) -> bool:
+        """Whether all of ``directory/name`` are there."""
+
+    def read(self, directory: str, names: Sequence[str]) -> dict[str, bytes]:
+        """Those of ``directory/name`` that are there, by name."""
+
+    def delete(self, key: str) -> None:
+        """Remove a key."""
+
+
+class StoreGroup:
+    """Ranks that are joined by a key-value store. ``name`` keeps the runs of a job apart.
+
+    It polls, so a rank that hangs does not take the others along, and who is missing can be said.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int, name: str) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        # All ranks open their runs in the same order: the n-th of a name here is the n-th there.
+        number = next(_numbers.setdefault(name, itertools.count()))
+        self._directory = f"mtckpt/{name}/{number}"
+        self._store = store
+        self._turn = 0
+
+    def exchange(self, stage: str, value: bytes, timeout_s: float) -> list[bytes]:
+        """See ``Group.exchange``. What was exchanged before the last time is deleted."""
+        turn, self._turn = self._turn, self._turn + 1
+        deadline_s = time.monotonic() + timeout_s
+        directory = f"{self._directory}/{turn}"
+        names = [str(rank) for rank in range(self.world_size)]
+        try:
+            self._store.put(f"{directory}/{self.rank}", value)
+            pause_s, most_s = _PAUSE_S
+            while not self._store.have(directory, names) and time.monotonic() < deadline_s:
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, most_s)
+            found = self._store.read(directory, names)
+            if turn and len(found) == self.world_size:
+                # Everybody has come to this turn, so everybody has read the one before.
+                self._store.delete(f"{self._directory}/{turn - 1}/{self.rank}")
+        except RuntimeError as error:
+            raise RankTimeout(
+                f"{stage}: the store that joins the ranks does not answer: {error}",
+                stage=stage,
+                rank=self.rank,
+            ) from error
+        missing = [rank for rank, name in enumerate(names) if name not in found]
+        if missing:
+            raise RankTimeout(
+                f"{stage}: {_listed(missing)} of {self.world_size} did not come"
+                f" within {timeout_s:.1f} s",
+                stage=stage,
+                rank=missing[0],
+                ranks=missing,
+                timeout_s=round(timeout_s, 1),
+            )
+        return [found[name] for name in names]
+
+
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{', ...' if len(ranks) > 8 else ''}"
+
+
+class Single:
+    """A job of one rank."""
+
+    rank = 0
+    world_size = 1
+
+    def exchange(self, stage: str, value: bytes, timeout_s: float) -> list[bytes]:
+        """What was given."""
+        del stage, timeout_s
+        return [value]
+
+
+def choose(given: object, find: Callable[[], Group | None]) -> Group:
+    """The group of this job: ``given``, else the one that ``find`` finds.
+
+    Raises GroupMissing for a job of several ranks without one: never N single runs under one name.
+    """
+    if given is not None:
+        if not isinstance(given, Group):
+            raise UsageError(
+                f"group={given!r}: must have rank, world_size and exchange()",
+                actions=("leave it out: torch.distributed and jax.distributed are found",),
+            )
+        return given
+    found = find()
+    if found is not None:
+        return found
     text = os.environ.get("WORLD_SIZE", "1")
     world_size = int(text) if text.isdigit() else 1
-    if world_size > 1 or group is not None:
+    if world_size > 1:
         raise GroupMissing(
-            f"the launcher says that this job has {world_size} ranks, and this version of mtckpt"
-            " saves jobs of one rank",
+            f"the launcher says that this job has {world_size} ranks, and nothing joins them",
             world_size=world_size,
             state="nothing was done",
-            actions=("run with one rank for now",),
+            actions=(
+                "call torch.distributed.init_process_group() (or jax.distributed.initialize())"
+                " before the first restore or save",
+                "or give Checkpointer(group=...)",
+                "or unset WORLD_SIZE, if this process trains by itself",
+            ),
         )
+    return Single()
+
+
+def exchange(group: Group, stage: str, value: object, timeout_s: float) -> list[object]:
+    """``Group.exchange`` of anything that JSON has."""
+    if group.world_size == 1:
+        return [value]
+    data = group.exchange(stage, msgspec.json.encode(value), timeout_s)
+    return [msgspec.json.decode(each) for each in data]
+
+
+@contextlib.contextmanager
+def together(
+    group: Group,
+    stage: str,
+    timeout_s: float,
+    foreign: Callable[[int, str, str], CheckpointError],
+) -> Iterator[None]:
+    """Do what is inside on all ranks or on none.
+
+    An error of ours on this rank is raised as it is, after the others were told. One of another
+    rank is raised as ``foreign(rank, class name, text)``.
+    """
+    failure: CheckpointError | None = None
+    try:
+        yield
+    except CheckpointError as error:
+        failure = error
+    told = None if failure is None else [type(failure).__name__, failure.what]
+    try:
+        answers = exchange(group, stage, told, timeout_s)
+    except CheckpointError:
+        if failure is not None:
+            raise failure from None  # it explains more than that others did not come to hear it
+        raise
+    if failure is not None:
+        raise failure
+    for rank, answer in enumerate(answers):
+        if isinstance(answer, list):
+            raise foreign(rank, str(answer[0]), str(answer[1]))

@@ -203,8 +203,18 @@ class Delivery:
         self.by_label: dict[str, int] = {}
         self._wants = sorted(wants, key=lambda want: want.span.start)
 
-    def fetch(self, usable: Sequence[Place], reasons: list[str], *, last_resort: bool) -> None:
-        """Get every byte here, and check it. Raises NoHealthyStep if no place has all of them."""
+    def fetch(
+        self,
+        usable: Sequence[Place],
+        reasons: list[str],
+        *,
+        last_resort: bool,
+        check_only: bool = False,
+    ) -> None:
+        """Get every byte here, and check it. Raises NoHealthyStep if no place has all of them.
+
+        With ``check_only`` no byte is placed anywhere.
+        """
         wanted = list(range(len(self._wants)))
         for place in usable:
             if not wanted:
@@ -212,7 +222,7 @@ class Delivery:
             last = last_resort and place is usable[-1]
             try:
                 if place.mapped and self._size_of(wanted) > _CHEAP_BYTES:
-                    left = self._from_ram(place, wanted, last)
+                    left = self._from_ram(place, wanted, last, check_only)
                 else:
                     left = self._staged(place, wanted)
             except (FormatError, TierError) as error:
@@ -227,21 +237,23 @@ class Delivery:
                 reasons.append(f"{place.label}: {reason}")
                 self._attempt.bad.append((place.label, self._key, reason))
             wanted = left
+        if check_only:
+            self._moves, self._stages = [], []
         if wanted:
             raise NoHealthyStep("; ".join(reasons), step=self._loaded.record.step)
 
-    def _from_ram(self, place: Place, wanted: list[int], last: bool) -> list[int]:
+    def _from_ram(self, place: Place, wanted: list[int], last: bool, check_only: bool) -> list[int]:
         spans = self._spans(wanted)
         size_bytes = self._size_of(wanted)
         digests = self._loaded.table.digests
         engine = self._engine
         with self._within(place.label, functools.partial(self._lease, place)) as lease:
-            if last:
+            if last or check_only:
                 check = functools.partial(
                     engine.fetch, lease.fd, spans, [0] * len(spans), digests, _ignore
                 )
                 bad = self._read(place, check, size_bytes)
-                if bad:
+                if bad or check_only:
                     return [wanted[i] for i in bad]
             targets = [self._wants[i].address for i in wanted]
             place_all = functools.partial(

@@ -81,6 +81,8 @@ def _collect(tier: Tier, prefix: str, label: str | None) -> Inventory:
         save = inventory.saves.setdefault(name, SaveEntry(name, inventory.tier))
         if (rank := _manifest.parse_record_file(parts[2])) is not None:
             records.append((name, rank, info.key))
+        elif parts[2] == _manifest.MANIFEST_FILE:
+            save.has_manifest = True
         elif parts[2].startswith("metrics-"):
             _read_metrics(tier, info.key, save)
     for name, rank, key in records:

@@ -311,11 +311,11 @@ class Checkpoint(Mapping[str, Any]):
             raise UsageError(
                 f"the checkpoint of step {self.step} is closed", actions=("load it again",)
             )
-        parts = self._where[path]
-        shape, entry = self.shape(path), parts[0][0].entries[parts[0][1]]
+        parts = sorted(self._where[path], key=lambda part: part[0].record.rank != rank)
+        entry = parts[0][0].entries[parts[0][1]]
         if entry.global_shape is not None:
-            raw = _joined(parts, entry)
-            return self._make(raw, entry.dtype, shape, path, entry.framework)
+            raw = _joined([p for p in parts if p[0].entries[p[1]].ranks == entry.ranks], entry)
+            return self._make(raw, entry.dtype, entry.global_shape, path, entry.framework)
         whole = [part for part in parts if rank is None or part[0].record.rank == rank]
         if not whole:
             raise KeyError(f"{path} of rank {rank}")

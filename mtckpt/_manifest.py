@@ -53,7 +53,11 @@ Uuid = Annotated[
 
 
 class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True, gc=False):
-    """One leaf, in the order of the walk. ``same_as`` is the entry whose bytes a tied leaf has."""
+    """One leaf, in the order of the walk. ``same_as`` is the entry whose bytes a tied leaf has.
+
+    ``ranks`` are those that a global array is spread over; None stands for all of the save. Under
+    one path there may be an array for each of several groups of ranks.
+    """
 
     path: str
     dtype: str
@@ -62,6 +66,7 @@ class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True, gc=False):
     offsets: tuple[int, ...] | None = None
     global_shape: tuple[int, ...] | None = None
     same_as: int | None = None
+    ranks: tuple[int, ...] | None = None
 
 
 class ShardEntry(msgspec.Struct, frozen=True):
@@ -76,6 +81,8 @@ class ShardEntry(msgspec.Struct, frozen=True):
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one rank saved at one step. ``roots`` is base64 of 16 bytes a stored tensor.
+
+    ``plan_digest`` is of what all ranks have to have alike: the same in all records of a save.
 
     ``due`` names the slower tiers that this save is to reach, so that the next agent knows what an
     agent that died still owed. ``aborted`` says why a save was called off. ``saved_at_s`` (Unix
@@ -336,13 +343,24 @@ def parse_incarnation_file(name: str) -> int | None:
 
 @dataclass(slots=True)
 class SaveEntry:
-    """One save as one tier has it. ``records`` by rank; ``problems`` says what is wrong with it."""
+    """One save as one tier has it. ``records`` by rank; ``problems`` says what is wrong with it.
+
+    ``has_manifest``: it was complete here once.
+    """
 
     name: SaveName
     tier: str
     records: dict[int, Record] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    has_manifest: bool = False
+
+    @property
+    def unfinished(self) -> bool:
+        """Some ranks' parts are here, whole, and it was never more: no step was lost."""
+        return not (self.complete or self.problems or self.aborted or self.has_manifest) and bool(
+            self.records
+        )
 
     @property
     def complete(self) -> bool:
@@ -364,8 +382,8 @@ def is_complete(records: Mapping[int, Record]) -> bool:
         return False
     first = next(iter(records.values()))
     return sorted(records) == list(range(len(records))) and all(
-        (r.save_id, r.world_size, r.step, r.incarnation)
-        == (first.save_id, len(records), first.step, first.incarnation)
+        (r.save_id, r.world_size, r.step, r.incarnation, r.plan_digest)
+        == (first.save_id, len(records), first.step, first.incarnation, first.plan_digest)
         for r in records.values()
     )
 

@@ -42,7 +42,8 @@ class Piece(NamedTuple):
     """One array of the shard: leaf ``leaf``, or the rows ``rows`` of part ``part`` of it.
 
     ``spec`` is of what is stored; ``holders`` and ``held`` say what the part was when the plan was
-    made, and are compared at every save.
+    made, and are compared at every save. ``ranks`` are those that the array is spread over, None
+    where all are.
     """
 
     leaf: int
@@ -51,6 +52,7 @@ class Piece(NamedTuple):
     rows: tuple[int, int] | None = None
     held: ArraySpec | None = None
     holders: tuple[int, ...] = ()
+    ranks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ def divide(
     """Decide what this rank stores of every leaf. Raises UnsupportedState as adapters do."""
     everybody = tuple(range(members.world_size))
     replicas = {leaf: ranks or everybody for leaf, ranks in flat.replicas.items()}
+    if members.world_size == 1:
+        replicas = {}  # there is nobody else to hold it
     firsts: list[Piece] = []
     others: list[Piece] = []
     shared: list[tuple[str, str, tuple[int, ...]]] = []
@@ -87,11 +91,12 @@ def divide(
         if parts is None:
             firsts.append(Piece(leaf, specs[leaf]))
             continue
-        if any(len(part.sharers or part.holders) == members.world_size for part in parts):
+        ranks = _spread_over(parts, members)
+        if ranks is None:
             spec = parts[0].spec
             shared.append((path, spec.dtype, spec.whole_shape))
         name = flat.paths[ties.get(leaf, leaf)]
-        pieces = _pieces_of(leaf, name, parts, members)
+        pieces = [piece._replace(ranks=ranks) for piece in _pieces_of(leaf, name, parts, members)]
         firsts.append(pieces[0])
         others += pieces[1:]
     agreed = xxh3_128_hexdigest(msgspec.json.encode(sorted(shared)))
@@ -108,6 +113,14 @@ def _parts(
     spec = owner.spec(array, path)
     held = ArraySpec(spec.dtype, spec.shape, spec.framework, (0,) * len(spec.shape), spec.shape)
     return (Part(held, array, ranks),)
+
+
+def _spread_over(parts: Sequence[Part], members: Members) -> tuple[int, ...] | None:
+    """The ranks that have a part in a global array; None for all of the job."""
+    ranks = {members.rank}
+    for part in parts:
+        ranks.update(part.sharers or part.holders)
+    return None if len(ranks) == members.world_size else tuple(sorted(ranks))
 
 
 def _pieces_of(leaf: int, name: str, parts: Sequence[Part], members: Members) -> list[Piece]:

@@ -16,6 +16,7 @@ from mtckpt import _state
 from mtckpt._boxes import Box, whole
 from mtckpt._diff import Diff
 from mtckpt._renaming import Stored, rename_tree
+from mtckpt._replicas import Replicated
 from mtckpt._settling import assign_items, later, sequence_like, settle
 from mtckpt._state import CODECS, ArraySpec, Node, StateAdapter, codec_named, escape
 
@@ -256,7 +257,7 @@ class Placing:
                 self.replaced = True
                 return self._fresh_leaf(node.index)
             return self.differs(live, node, path)
-        if kind is _state.Replicated:
+        if kind is Replicated:
             result = self.match(live.value, node, path, top=False)
             self.finish.append(lambda: setattr(live, "value", settle(result)))
             return live

@@ -62,10 +62,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """What to try, in order, and what was passed over with the reason."""
+    """What to try, in order, and what was passed over with the reason.
+
+    ``lost``: something was passed over that had been a step, or may have been.
+    """
 
     candidates: tuple[Candidate, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
+    lost: bool = False
 
 
 def plan_restore(
@@ -84,6 +88,7 @@ def plan_restore(
     found: dict[SaveName, list[str]] = {}
     problems: dict[SaveName, list[str]] = {}
     metrics: dict[SaveName, dict[str, float]] = {}
+    lost: set[SaveName] = set()
     for inventory in inventories:
         for name, save in inventory.saves.items():
             metrics.setdefault(name, {}).update(save.metrics)
@@ -91,6 +96,8 @@ def plan_restore(
                 found.setdefault(name, []).append(inventory.tier)
             else:
                 problems.setdefault(name, []).append(f"{inventory.tier}: {why_unusable(save)}")
+                if not save.unfinished:
+                    lost.add(name)
     names = sorted(found, key=lambda name: (name.step, name.incarnation), reverse=True)
     counted = [name for name in names if not line or _manifest.on_line(name, line)]
     if isinstance(step, int):
@@ -115,15 +122,19 @@ def plan_restore(
             )
     else:
         chosen = counted
-    skipped = {
-        f"step {name.step}": "; ".join(lines)
-        for name, lines in sorted(problems.items(), reverse=True)
+    passed_over = [
+        name
+        for name in sorted(problems, reverse=True)
         if name not in found
         and (not line or _manifest.on_line(name, line))
         and (step == "latest" or name.step == step)
         and (not chosen or name.step >= chosen[0].step)
-    }
-    return RestorePlan(tuple(Candidate(n, tuple(found[n])) for n in chosen), skipped)
+    ]
+    return RestorePlan(
+        tuple(Candidate(n, tuple(found[n])) for n in chosen),
+        {f"step {name.step}": "; ".join(problems[name]) for name in passed_over},
+        not lost.isdisjoint(passed_over),
+    )
 
 
 def why_unusable(save: SaveEntry) -> str:
@@ -147,6 +158,7 @@ class Outcome:
     """A restore that happened. ``record`` is of the save; ``sources`` has bytes by tier.
 
     ``replaced``: some of ``state`` is new, and only there.
+    ``every`` is the automatic interval that the save's rank 0 carries on.
     """
 
     name: SaveName
@@ -154,6 +166,7 @@ class Outcome:
     state: Any
     sources: dict[str, int]
     replaced: bool
+    every: int = 0
 
 
 class Together(Protocol):
@@ -208,32 +221,75 @@ def restore_from(
         loaded = shards.open(shards.base)
         placing, resolve = _match(loaded, state, scope.adapters, partial=partial, rename=rename)
         wants, repeats = whole_wants(loaded, placing.addresses)
-        joined = _join(placing, shards)
-        joined.wants[shards.base] = wants + joined.wants.get(shards.base, [])
-    sources: dict[str, int] = {}
+        parts = _join(placing, shards)
+        parts[0].wants[shards.base] = wants + parts[0].wants.get(shards.base, [])
+    fetching = _Fetching(scope, shards, attempt, progress)
     with scope.together("fetch"):
-        deliveries = []
-        for rank, parts in joined.wants.items():
-            delivery = Delivery(
-                shards.open(rank), shards.keys(rank)[0], parts, scope.engine, scope.within,
-                attempt, progress,
-            )  # fmt: skip
-            delivery.fetch(shards.usable[rank], shards.reasons, last_resort=last)
-            deliveries.append(delivery)
+        if last and sum(len(part.wants) for part in parts) > 1:
+            # One shard after the other is placed: that the last of them is sound is seen first.
+            for part in parts:
+                fetching.fetch(part, last=True, check_only=True)
+        while len(parts) > 1:  # this one's scratch memory goes before the next needs some
+            fetching.fetch(parts[0], last=last)
+            fetching.place(parts.pop(0))
+        fetching.fetch(parts[0], last=last)
     with scope.together("place"):
-        for delivery in deliveries:
+        fetching.place(parts.pop())
+        attempt.touched |= bool(repeats)
+        scope.engine.copy(repeats)
+        outcome = _finish(candidate, loaded, placing, state, resolve, fetching.sources)
+        outcome.every = shards.first_record.every
+        return outcome
+
+
+class _Fetching:
+    """What one save's shards have delivered so far; ``sources`` has bytes by tier."""
+
+    def __init__(
+        self, scope: Scope, shards: _Shards, attempt: Attempt, progress: Callable[[int], None]
+    ) -> None:
+        self.sources: dict[str, int] = {}
+        self._scope = scope
+        self._shards = shards
+        self._attempt = attempt
+        self._progress = progress
+        self._deliveries: list[Delivery] = []
+        self._before_bytes = 0
+
+    def fetch(self, part: Assembly, *, last: bool, check_only: bool = False) -> None:
+        """Get every byte of a part here. Raises NoHealthyStep; see ``Delivery.fetch``."""
+        shards = self._shards
+        for rank, wants in part.wants.items():
+            told = functools.partial(self._told, self._before_bytes)
+            delivery = Delivery(
+                shards.open(rank), shards.keys(rank)[0], wants, self._scope.engine,
+                self._scope.within, self._attempt, told,
+            )  # fmt: skip
+            delivery.fetch(
+                shards.usable[rank], shards.reasons, last_resort=last, check_only=check_only
+            )
+            if not check_only:
+                self._deliveries.append(delivery)
+                self._before_bytes += sum(delivery.by_label.values())
+
+    def _told(self, before_bytes: int, size_bytes: int) -> None:
+        self._progress(before_bytes + size_bytes)
+
+    def place(self, part: Assembly) -> None:
+        """Move what was fetched to where it is wanted."""
+        for delivery in self._deliveries:
             delivery.finish()
             for label, size_bytes in delivery.by_label.items():
-                sources[label] = sources.get(label, 0) + size_bytes
-        attempt.touched |= bool(joined.moves or repeats)
-        scope.engine.copy([*joined.moves, *repeats])
-        return _finish(candidate, loaded, placing, state, resolve, sources)
+                self.sources[label] = self.sources.get(label, 0) + size_bytes
+        self._deliveries = []
+        self._attempt.touched |= bool(part.moves)
+        self._scope.engine.copy(part.moves)
 
 
-def _join(placing: Placing, shards: _Shards) -> Assembly:
+def _join(placing: Placing, shards: _Shards) -> list[Assembly]:
     """What of which shards the wanted boxes are made of; nothing is looked at where none is."""
     if not placing.boxes:
-        return Assembly()
+        return [Assembly()]
     stores = Stores(shards.entries(), shards.base)
     return assemble(placing.boxes, shards.base, stores, shards.open)
 
@@ -257,6 +313,7 @@ class _Shards:
             label: scope.inventories[label].saves[candidate.name].records
             for label in candidate.sources
         }
+        self.first_record = self._records[candidate.sources[0]][0]
         world_size = len(self._records[candidate.sources[0]])
         self.base = scope.rank % world_size
         if scope.rank >= world_size > 1:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from mtckpt import _restore, _retention
+from mtckpt import _restore, _retention, errors
 from mtckpt._handle import Restored
 from mtckpt._progress import progress
 from mtckpt.adapters import active_adapters
@@ -28,6 +28,8 @@ from mtckpt.errors import (
 if TYPE_CHECKING:
     import os
 
+    from mtckpt._inventory import Inventory
+    from mtckpt._restore import Place
     from mtckpt._run import Run
     from mtckpt.capture.base import Engine
 
@@ -46,26 +48,16 @@ def restore(
     rename: Callable[[str], str | None] | None,
 ) -> Restored:
     """See ``Checkpointer.restore``."""
-    places, run_key = run.places(), run.key
-    inventories, silent = run.scan(places)
-    if source is not None:
-        places, run_key = run.source(source, places)
-        inventories, silent = _restore.scan_places(places, run_key, run.within)
-    best = _retention.best_of([disk.keep for disk in run.disks])
-    plan = _restore.plan_restore(list(inventories.values()), step, best=best)
+    with run.together("look", _elsewhere):
+        places, run_key, inventories, silent, plan = _look(run, step, source)
     skipped = dict(plan.skipped)
-    if not plan.candidates:
-        if silent:
-            raise RestoreUnavailable(
-                "; ".join(f"{label}: {why}" for label, why in silent.items()),
-                tiers=", ".join(silent),
-                state="live state unchanged",
-                actions=("repair or leave out the tier, then restart",),
-            )
-        if skipped:
-            raise _no_healthy_step(skipped)
+    candidates = _agreed(run, plan.candidates)
+    if not candidates:
         return Restored(None, state)
     skipped.update({f"tier {label}": why for label, why in silent.items()})
+    most_bytes = max(
+        save.size_bytes for inventory in inventories.values() for save in inventory.saves.values()
+    )
     scope = _restore.Scope(
         run_key,
         {place.label: place for place in places},
@@ -73,9 +65,11 @@ def restore(
         active_adapters(),
         engine,
         run.within,
+        run.group.rank,
+        lambda stage: run.together(stage, _elsewhere, most_bytes),
     )
     attempt = _restore.Attempt()
-    for candidate in plan.candidates:
+    for candidate in candidates:
         size = sum(
             record.shard.size_bytes
             for record in inventories[candidate.sources[0]].saves[candidate.name].records.values()
@@ -86,7 +80,7 @@ def restore(
             ) as show:
                 outcome = _restore.restore_from(
                     candidate, scope, state, partial=partial, rename=rename, attempt=attempt,
-                    last=candidate is plan.candidates[-1], progress=show,
+                    last=candidate is candidates[-1], progress=show,
                 )  # fmt: skip
         except (NoHealthyStep, FormatError) as error:
             skipped[f"step {candidate.name.step}"] = error.what
@@ -108,6 +102,53 @@ def restore(
     raise nothing
 
 
+def _look(
+    run: Run, step: int | Literal["latest", "best"], source: str | os.PathLike[str] | None
+) -> tuple[list[Place], str, dict[str, Inventory], dict[str, str], _restore.RestorePlan]:
+    """What the tiers hold, which of them are silent, and what may be restored."""
+    places, run_key = run.places(), run.key
+    inventories, silent = run.scan(places)
+    if source is not None:
+        places, run_key = run.source(source, places)
+        inventories, silent = _restore.scan_places(places, run_key, run.within)
+    best = _retention.best_of([disk.keep for disk in run.disks])
+    plan = _restore.plan_restore(list(inventories.values()), step, best=best)
+    if not plan.candidates and silent:
+        raise RestoreUnavailable(
+            "; ".join(f"{label}: {why}" for label, why in silent.items()),
+            tiers=", ".join(silent),
+            state="live state unchanged",
+            actions=("repair or leave out the tier, then restart",),
+        )
+    if not plan.candidates and (plan.lost or (plan.skipped and step != "latest")):
+        raise _no_healthy_step(plan.skipped)
+    return places, run_key, inventories, silent, plan
+
+
+def _agreed(run: Run, candidates: Sequence[_restore.Candidate]) -> Sequence[_restore.Candidate]:
+    """The saves that every rank can see, in one order. Raises where ranks see nothing in common."""
+    if run.group.world_size == 1:
+        return candidates
+    told = run.exchange("choose", [str(candidate.name) for candidate in candidates])
+    common = set(told[0]).intersection(*told)
+    if any(told) and not common:
+        raise RestoreUnavailable(
+            f"ranks {[rank for rank, names in enumerate(told) if not names]} see no step that the"
+            " others see",
+            tiers="all",
+            state="live state unchanged",
+            actions=("give every rank the same tiers, at the same paths",),
+        )
+    by_name = {str(candidate.name): candidate for candidate in candidates}
+    return [by_name[name] for name in told[0] if name in common]
+
+
+def _elsewhere(rank: int, name: str, text: str) -> CheckpointError:
+    """An error that stopped another rank, as this one raises it."""
+    kind: type[CheckpointError] = getattr(errors, name, errors.RestoreError)
+    return kind(f"rank {rank}: {text}", rank=rank)
+
+
 def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> Restored:
     record = outcome.record
     age_s = max(0.0, time.time() - record.saved_at_s)
@@ -124,7 +165,7 @@ def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> R
         id_=record.save_id,
     )
     restored._incarnation = record.incarnation
-    restored._every = record.every
+    restored._every = outcome.every
     restored._must_read = outcome.replaced
     return restored
 

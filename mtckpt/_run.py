@@ -12,14 +12,26 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from mtckpt import _inventory, _manifest, _restore
+from mtckpt import _coordination, _inventory, _manifest, _restore
+from mtckpt._coordination import Group, Single
 from mtckpt._manifest import Incarnation
+from mtckpt._pieces import ALONE, Members
 from mtckpt._restore import Place
+from mtckpt.adapters import find_group
 from mtckpt.agent import protocol
-from mtckpt.errors import CheckpointError, RestoreUnavailable, TierUnavailable
+from mtckpt.errors import (
+    CheckpointError,
+    GroupMissing,
+    RestoreUnavailable,
+    RunLocked,
+    StepDisagreement,
+    TierUnavailable,
+)
 from mtckpt.tiers import LocalTier, Survives
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from mtckpt._inventory import Inventory
     from mtckpt._schedule import Disk
     from mtckpt._session import Session
@@ -56,6 +68,7 @@ class Run:
         disks: Sequence[Disk],
         labels: Sequence[str],
         timeout_s: float,
+        group: object = None,
     ) -> None:
         self.name = name
         self.key = run_key
@@ -63,6 +76,10 @@ class Run:
         self.disks = list(disks)
         self.labels = list(labels)
         self.timeout_s = timeout_s
+        self.group: Group = Single()
+        self._given = group
+        self._entered = False
+        self.members = ALONE
         self.incarnation: Incarnation | None = None
         self.parent: tuple[int, int] | None = None
         # To name in errors; abspath looks at nothing but the name.
@@ -71,10 +88,56 @@ class Run:
             for label, disk in zip(self.labels, self.disks, strict=True)
         }
         self._highest = 0
+        self._starting: Incarnation | None = None  # agreed on, and not yet known to the agent
         self._scanned = False
+
+    # -- the ranks of the job --------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Find out which rank this is, when somebody first needs to know. Raises GroupMissing."""
+        if self._entered:
+            return
+        self.group = group = _coordination.choose(self._given, lambda: find_group(self.key))
+        self.session.rank, self.session.world_size = group.rank, group.world_size
+        self._entered = True
+
+    def join(self) -> None:
+        """Learn which ranks are on this node; all ranks do, before the first restore or save.
+
+        Raises GroupMissing where their agents are not joined, RankTimeout.
+        """
+        self.enter()
+        group = self.group
+        if self.members.world_size == group.world_size:
+            return
+        nodes = self.exchange("join", _node_of(self.session.open()))
+        here = tuple(rank for rank, node in enumerate(nodes) if node == nodes[group.rank])
+        if len(here) < group.world_size:
+            raise GroupMissing(
+                f"the ranks of this job are on {len(set(map(str, nodes)))} nodes, and agents of"
+                " several nodes do not speak to each other yet",
+                world_size=group.world_size,
+                here=list(here),
+                state="nothing was done",
+                actions=("run all ranks on one node for now",),
+            )
+        self.members = Members(group.rank, group.world_size, here)
+
+    def exchange(self, stage: str, value: object) -> list[Any]:
+        """What every rank gave. Raises RankTimeout."""
+        return _coordination.exchange(self.group, stage, value, self.timeout_s)
+
+    def together(
+        self, stage: str, foreign: Callable[[int, str, str], CheckpointError], size_bytes: int = 0
+    ) -> AbstractContextManager[None]:
+        """See ``_coordination.together``. Others may have to wait for each of their tiers, and for
+        so many bytes, while this rank had luck."""
+        patience_s = self.timeout_s * (2 + len(self.disks)) + size_bytes / _MIN_BYTES_PER_S
+        return _coordination.together(self.group, stage, patience_s, foreign)
 
     def places(self) -> list[Place]:
         """Every tier that there is, fastest first. One that hangs says so when it is scanned."""
+        self.enter()
         opened = self.session.open()
         ram = LocalTier(opened.ram_root, name="ram", survives=Survives.PROCESS, read_only=True)
         found = [Place("ram", ram, mapped=True)]
@@ -162,27 +225,54 @@ class Run:
             )
         return [Place("disk", tier, mapped=False)], key
 
+    def restart(self, parent: tuple[int, int] | None) -> None:
+        """Go on from another step: the next save starts an incarnation."""
+        self.parent, self.incarnation, self._starting = parent, None, None
+
     def begin(self) -> None:
         """Start an incarnation before the first save of this start of the job."""
         if self.incarnation is not None:
             return
         self.session.open()
+        if self._starting is None:
+            self._starting = self._agree_on_start()
+        try:
+            self.send_begin(self._starting)
+        except RunLocked:
+            self._starting = None  # somebody else took that number
+            raise
+        self.incarnation, self._starting = self._starting, None
+        self._highest = self.session.incarnation = self.incarnation.number
+
+    def _agree_on_start(self) -> Incarnation:
+        """The same incarnation on every rank: a number above all that any of them has seen."""
         if not self._scanned:
             self.scan(self.places())
-        incarnation = Incarnation(
+        told = self.exchange("begin", [self._highest, str(uuid.uuid4()), self.parent])
+        parents = [parent and tuple(parent) for _, _, parent in told]
+        if len(set(parents)) > 1:
+            raise StepDisagreement(
+                f"ranks go on from different steps: {parents[:8]} (incarnation, step)",
+                stage="begin",
+                state="nothing was saved",
+                actions=("call restore on every rank, with the same arguments",),
+            )
+        return Incarnation(
             version=_manifest.FORMAT_VERSION,
             run=self.name,
-            number=self._highest + 1,
-            id=str(uuid.uuid4()),
+            number=max(highest for highest, _, _ in told) + 1,
+            id=told[0][1],
             parent=self.parent,
         )
-        self.send_begin(incarnation)
-        self._highest = incarnation.number
-        self.session.incarnation = incarnation.number
-        self.incarnation = incarnation
 
     def send_begin(self, incarnation: Incarnation) -> None:
         message = protocol.Begin(
             self.session.holder, incarnation.number, incarnation.id, incarnation.parent
         )
         self.session.call("incarnation", message, protocol.Begun)
+
+
+def _node_of(opened: protocol.Opened) -> list[Any]:
+    """Equal for ranks whose slots lie in one memory, whatever their host is called."""
+    found = os.stat(opened.ram_root)
+    return [opened.boot_id, found.st_dev, found.st_ino]

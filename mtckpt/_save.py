@@ -145,6 +145,8 @@ class Planner:
         return Captured(plan, plan.in_order, plain, (keep, arrays))
 
     def _by_new_plan(self, state: Any, adapters: Sequence[StateAdapter]) -> Captured:
+        for adapter in adapters:
+            adapter.survey(state)
         flat = _state.flatten(state, adapters)
         specs = [
             owner.spec(array, path)
@@ -185,6 +187,7 @@ def make_plan(
             offsets=piece.spec.offsets,
             global_shape=piece.spec.global_shape,
             same_as=same_as.get(i),
+            ranks=piece.ranks,
         )
         for i, piece in enumerate(recipe.pieces)
     ]

@@ -73,17 +73,23 @@ class Saver:
         assert incarnation is not None
         save_id = _manifest.save_id(incarnation.id, step, 0)
         save = Save(step, save_id, planned=planned)
+        self._planner.members = self.run.members
         try:
             if _is_producer(state):
                 state = state()
             captured = self._planner.prepare(state, active_adapters())
         except Exception as error:  # noqa: BLE001 - raised again, named
             # A user's state_dict or a framework may raise anything: it is named and wrapped.
+            self._decline(save, f"the state could not be read: {type(error).__name__}")
             _save.raise_capture_error(step, error)
         grant = self._slot(captured.plan.layout, save)
         if grant is None:
             return save
-        identity = _save.Identity(self.run.name, step, incarnation.number, incarnation.id, save_id)
+        members = self.run.members
+        identity = _save.Identity(
+            self.run.name, step, incarnation.number, incarnation.id, save_id,
+            members.rank, members.world_size,
+        )  # fmt: skip
         due = [label for label in labels if label != "ram"]
         try:
             slot = self.ring.adopt(grant, captured.plan.layout)
@@ -97,6 +103,7 @@ class Saver:
             with contextlib.suppress(CheckpointError):
                 release = protocol.Release(self._session.holder, grant.slot_id)
                 self._session.call("release", release, protocol.Done)
+            self._decline(save, f"the state could not be captured: {type(error).__name__}")
             _save.raise_capture_error(step, error)
         save._advance(("captured",))
         self.steps.add(step)
@@ -166,7 +173,8 @@ class Saver:
         wanted = layout.size_bytes + layout.table_bytes
         if self._ring_of != wanted:
             self._ring_of = wanted
-            self._ring_slots = 3 if _free_bytes(self._session.ram_path) >= 4 * wanted else 2
+            needed = 4 * wanted * len(self.run.members.node)  # by all ranks of this node
+            self._ring_slots = 3 if _free_bytes(self._session.ram_path) >= needed else 2
         return self._ring_slots
 
     def _disk_path(self) -> str | None:
@@ -193,8 +201,20 @@ class Saver:
             # Only a head start is lost: the next save asks for its slot itself and raises.
             logger.debug("run %s: no slot ahead of time: %s", self.run.name, error)
 
+    def decline(self, step: int, reason: str) -> None:
+        """Take no part in a step that this rank does not come to save."""
+        incarnation = self.run.incarnation
+        if incarnation is not None:
+            self._decline(Save(step, _manifest.save_id(incarnation.id, step, 0)), reason)
+
+    def _decline(self, save: Save, reason: str) -> None:
+        """Nobody skips alone: the other ranks are told, where there are any."""
+        if self.run.members.world_size > 1 and save.id:
+            self._session.call_off(save, reason)
+
     def _call_off(self, save: Save, reason: str) -> Save:
         save._advance(skipped=reason)
+        self._decline(save, reason)
         self.counters["called_off"] += 1
         if not self._skipping:
             self._skipping = True

@@ -6,6 +6,7 @@ step that is captured anyway due elsewhere too; clocks never order steps.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
@@ -33,6 +34,8 @@ __all__ = [
 
 AUTO_START_STEPS = 10
 AUTO_LOSS = 0.01
+logger = logging.getLogger(__name__)
+
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|m|h)\s*")
 _SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
@@ -125,6 +128,12 @@ class Schedule:
 
     tiers: list[DueTier] = field(default_factory=list)
     auto: bool = False
+    next_every: int | None = None
+
+    @property
+    def every_to_carry(self) -> int:
+        """The automatic interval that the next start of the job begins with; 0 if it is fixed."""
+        return (self.next_every or self.tiers[0].every_steps or 0) if self.auto else 0
 
     def due(self, step: int, now_s: float) -> list[str]:
         """Labels of the tiers due at ``step``; empty when there is nothing to do."""
@@ -145,6 +154,30 @@ class Schedule:
         ]
         chosen = ([first] if captured else []) + own + timed
         return [tier.label for tier in self.tiers if tier in chosen]
+
+    def wanted(self, step: int, tiers: str, *, keeps_time: bool) -> list[str]:
+        """Labels of the tiers to save ``step`` for. Raises UsageError.
+
+        Times are told by one clock: a rank that does not keep it leaves them to the one that does,
+        and what is due there is captured on all.
+        """
+        if tiers == "all":
+            return [tier.label for tier in self.tiers]
+        if tiers != "due":
+            raise UsageError(f"tiers={tiers!r}: must be 'due' or 'all'", state="nothing was done")
+        return self.due(step, time.monotonic() if keeps_time else -math.inf)
+
+    def adapt(self, every: int | None, run: str, *, at_once: bool) -> None:
+        """Take over an interval that was measured: now, or to carry where ranks have to agree."""
+        if every is None or not self.auto:
+            return
+        if not at_once:
+            self.next_every = every
+            return
+        old = self.tiers[0].every_steps or every
+        if every > old or every < 0.8 * old:
+            logger.info("run %s: saving every %d steps (was %d)", run, every, old)
+            self.tiers[0].every_steps = every
 
     def is_due(self, step: int, now_s: float) -> bool:
         """The quick question of every step: no list, no allocation."""

@@ -70,6 +70,8 @@ class Session:
         self.holder = os.urandom(16).hex()
         self.pid = os.getpid()
         self.incarnation = 0
+        self.rank = 0
+        self.world_size = 1
         self.opened: protocol.Opened | None = None
         self.fenced: RunLocked | None = None
         self.next_slot: protocol.SlotGrant | None = None
@@ -110,8 +112,8 @@ class Session:
             protocol=protocol.PROTOCOL_VERSION,
             run=self.run,
             holder=self.holder,
-            rank=0,
-            world_size=1,
+            rank=self.rank,
+            world_size=self.world_size,
             pid=self.pid,
             start_ticks=start_ticks(self.pid),
             parent_pid=os.getppid(),
@@ -207,13 +209,33 @@ class Session:
         self._idle.clear()
         self._jobs.put(lambda: self._seal(seal, save, after))
 
+    def call_off(self, save: Save, reason: str) -> None:
+        """Tell the agent, in the background, that this rank takes no part in a save."""
+        message = protocol.CallOff(self.holder, save.id, save.step, reason)
+
+        def tell() -> None:
+            try:
+                self.call("calloff", message, protocol.Done)
+            except CheckpointError as error:
+                # The others then find out by their deadline.
+                logger.warning("run %s: %s", self.run, error.what)
+
+        self._start_threads()
+        self._idle.clear()
+        self._jobs.put(tell)
+
     def _seal(self, seal: protocol.Seal, save: Save, after: Callable[[], None]) -> None:
         try:
             sealed = self.call("seal", seal, protocol.Sealed)
         except CheckpointError as error:
             self._tell(save, failed={"ram": error})
             return
-        self._tell(save, stages=("captured", "staged"))
+        if sealed.staged:
+            self._tell(save, stages=("captured", "staged"))
+        elif sealed.failed is not None:
+            self._tell(save, failed={"ram": protocol.error_from_wire(sealed.failed)})
+        elif sealed.called_off:
+            self._tell(save, skipped=sealed.called_off)
         self.next_slot = sealed.next_slot
         after()
 
@@ -291,9 +313,15 @@ class Session:
                 owed=change.owed,
                 superseded=change.superseded,
                 waiting=change.waiting,
+                skipped=None if change.failed else change.called_off or None,
             )
 
     def _tell(self, save: Save, **news: Any) -> None:
+        if news.get("skipped") and not save.skipped:
+            logger.warning(
+                "run %s: the save of step %d was called off: %s",
+                self.run, save.step, news["skipped"],
+            )  # fmt: skip
         for error in save._advance(**news):
             self._on_error(save, error)
         if save.done():

@@ -36,6 +36,7 @@ from mtckpt._node import (
     node_from_json,
     node_to_json,
 )
+from mtckpt._replicas import Replicated
 from mtckpt.errors import UnsupportedState
 
 __all__ = [
@@ -53,7 +54,6 @@ __all__ = [
     "Flat",
     "Node",
     "Part",
-    "Replicated",
     "StateAdapter",
     "Stateful",
     "codec_named",
@@ -113,20 +113,6 @@ class Part(NamedTuple):
     sharers: tuple[int, ...] = ()
 
 
-class Replicated:
-    """What several ranks hold alike, bit for bit: each byte is stored by one of them.
-
-    ``ranks`` are those ranks, all of the job where it is None. Whoever wraps a value promises that
-    it is equal on all of them; nothing is compared before it is saved.
-    """
-
-    __slots__ = ("ranks", "value")
-
-    def __init__(self, value: Any, ranks: tuple[int, ...] | None = None) -> None:
-        self.value = value
-        self.ranks = ranks
-
-
 class StateAdapter(Protocol):
     """What mtckpt needs from a framework. Lists where it can be: a call a leaf is dear."""
 
@@ -141,6 +127,9 @@ class StateAdapter(Protocol):
 
         With ``template`` also for a leaf that has no memory yet (torch's meta device).
         """
+
+    def survey(self, state: object) -> None:
+        """Told a whole state before it is taken apart: what in it says something of the rest."""
 
     def parts(self, value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
         """The boxes of a global array that this process holds; None for an array of its own.

@@ -11,6 +11,8 @@
     |   `-- RestoreIgnored             functional state was restored and never read
     |-- SaveFailed                   a save did not reach a stage; its cause is the tier's error
     |   `-- CaptureFailed              the state could not be copied; the step was not started
+    |-- RankTimeout (TimeoutError)   ranks did not come within the deadline; says which, at what
+    |-- StepDisagreement             ranks want different things at the same time; nothing was done
     |-- CloseFailed                  what was still owed when close() gave up; .errors has each
     |-- WaitTimeout (TimeoutError)   a stage was not reached within the deadline; the work goes on
     |-- RestoreError
@@ -59,6 +61,7 @@ __all__ = [
     "GroupMissing",
     "NoHealthyStep",
     "ObjectNotFound",
+    "RankTimeout",
     "RestoreError",
     "RestoreFailed",
     "RestoreIgnored",
@@ -68,6 +71,7 @@ __all__ = [
     "ShortRead",
     "StageNotPlanned",
     "StateMismatch",
+    "StepDisagreement",
     "StepExists",
     "StepNotFound",
     "TierError",
@@ -179,6 +183,23 @@ class CaptureFailed(SaveFailed):
 
     usual_state = "the step was not started; earlier steps are unchanged; the next save works"
     usual_actions = ("look at the cause of this error: it was raised by the state itself",)
+
+
+class RankTimeout(CheckpointError, TimeoutError):
+    """Other ranks did not come in time. Carries ``rank``, the first of them, and ``stage``."""
+
+    usual_state = "nothing was done; earlier steps are unchanged"
+    usual_actions = (
+        "look at that rank: py-spy dump shows where it hangs, its log why it ended",
+        "give it longer: Checkpointer(timeout_s=...)",
+    )
+
+
+class StepDisagreement(CheckpointError):
+    """Ranks want different things at the same time. Nothing was committed. Carries ``stage``."""
+
+    usual_state = "nothing was committed; earlier steps are unchanged"
+    usual_actions = ("call restore and save on every rank, in the same order, with the same steps",)
 
 
 class CloseFailed(CheckpointError):

@@ -54,6 +54,7 @@ def build_save(
     boxes: Mapping[str, Box] | None = None,
     same_as: Mapping[str, str] | None = None,
     dtypes: Mapping[str, str] | None = None,
+    ranks: tuple[int, ...] | None = None,
     metrics: Mapping[str, float] | None = None,
     parent: tuple[int, int] | None = None,
     aborted: str = "",
@@ -61,14 +62,15 @@ def build_save(
     """One rank's part of one save below the tier ``root``; its directory.
 
     ``boxes`` gives offsets and global shape of an array that is a part of a global one, ``same_as``
-    the first path of a tied one, ``dtypes`` the type of an array that NumPy has no name for.
+    the first path of a tied one, ``dtypes`` the type of an array that NumPy has no name for,
+    ``ranks`` those that the global arrays are spread over.
     """
     build_incarnation(root, run, incarnation, parent)
     id_ = incarnation_id(run, incarnation)
     save_id = _manifest.save_id(id_, step, 0)
     save_dir = root / _manifest.run_key(run) / str(_manifest.save_name(step, incarnation, save_id))
     _directory(save_dir)
-    entries = _entries(arrays, boxes or {}, same_as or {}, dtypes or {})
+    entries = _entries(arrays, boxes or {}, same_as or {}, dtypes or {}, ranks)
     layout, data, table, roots = _shard_bytes(entries, arrays, save_id)
     structure, plain_values = _structure([entry.path for entry in entries], plain or {})
     record = Record(
@@ -80,7 +82,7 @@ def build_save(
         save_id=save_id,
         rank=rank,
         world_size=world_size,
-        plan_digest=xxh3_128_hexdigest(msgspec.json.encode(entries)),
+        plan_digest=xxh3_128_hexdigest(msgspec.json.encode(entries) if world_size == 1 else b""),
         shard=_manifest.ShardEntry(
             layout.size_bytes,
             layout.data_start,
@@ -173,6 +175,7 @@ def _entries(
     boxes: Mapping[str, Box],
     same_as: Mapping[str, str],
     dtypes: Mapping[str, str],
+    ranks: tuple[int, ...] | None = None,
 ) -> list[_manifest.ArrayEntry]:
     paths = [*arrays, *same_as]
     entries = []
@@ -185,7 +188,16 @@ def _entries(
         offsets, global_shape = boxes.get(path, (None, None))
         twin = paths.index(same_as[path]) if path in same_as else None
         entries.append(
-            _manifest.ArrayEntry(path, dtype, shape, "numpy", offsets, global_shape, twin)
+            _manifest.ArrayEntry(
+                path,
+                dtype,
+                shape,
+                "numpy",
+                offsets,
+                global_shape,
+                twin,
+                ranks if path in boxes else None,
+            )
         )
     return entries
 

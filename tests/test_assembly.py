@@ -15,11 +15,13 @@ from boxed import Boxed, boxed_arrays, place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtckpt import _delivery, _inventory, _restore
+import mtckpt
+from mtckpt import _assembly, _delivery, _inventory, _restore
 from mtckpt._boxes import Box, whole
 from mtckpt._restore import Attempt, Candidate, Place, Scope
 from mtckpt._shard import CHUNK_BYTES
 from mtckpt.adapters import active_adapters
+from mtckpt.capture import memory
 from mtckpt.capture.cpu import CpuEngine
 from mtckpt.errors import Damaged, NoHealthyStep, StateMismatch
 from mtckpt.tiers import LocalTier
@@ -131,6 +133,30 @@ def test_large_arrays_of_many_chunks(
         assert np.array_equal(plain, array)
 
 
+@pytest.mark.parametrize("limit", [1, 300_000, 1 << 30])
+def test_scratch_memory_is_bounded(
+    tmp_path: Path, cheap_bytes: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_assembly, "MAX_SCRATCH_BYTES", limit)
+    taken: list[int] = []
+
+    def anonymous(size_bytes: int) -> Any:
+        taken.append(size_bytes)
+        return memory.anonymous(size_bytes)
+
+    monkeypatch.setattr(_assembly, "anonymous", anonymous)
+    shape = (300, 1003)
+    arrays = {name: np.random.default_rng(i).standard_normal(shape) for i, name in enumerate("ab")}
+    write(tmp_path, {name: (array, rows(shape, 3)) for name, array in arrays.items()})
+    with boxed_arrays():
+        live = {name: Boxed(shape, float, columns(shape, 2)[1]) for name in arrays}
+        restore(tmp_path, live)
+        assert all(live[name].equals(array) for name, array in arrays.items())
+    # A slab of rows that is planned, on top of a limit that was not quite reached before.
+    assert max(taken) <= 2 * limit + 5 * CHUNK_BYTES
+    assert (len(taken) == 1) is (limit > 2 * arrays["a"].nbytes)
+
+
 def test_only_the_chunks_that_are_needed_are_read(tmp_path: Path) -> None:
     rows_bytes = CHUNK_BYTES // 4
     array = np.arange(64 * rows_bytes // 8).reshape(64, -1)  # 16 chunks, 4 rows each
@@ -151,6 +177,26 @@ def test_what_is_private_stays_with_its_rank(tmp_path: Path) -> None:
         live = np.zeros(5, int)
         restore(tmp_path, {"w": live}, rank)
         assert live.tolist() == [expected] * 5
+
+
+def test_groups_of_ranks_have_arrays_of_their_own_under_one_path(tmp_path: Path) -> None:
+    shape = (6, 4)
+    arrays = [np.arange(24.0).reshape(shape) + 100 * group for group in range(2)]
+    for rank in range(4):
+        group = rank // 2
+        (box,) = rows(shape, 2)[rank % 2]
+        builders.build_save(
+            tmp_path, "run", 1, {"w": arrays[group][place(box)]},
+            boxes={"w": (box.offsets, shape)}, ranks=(2 * group, 2 * group + 1),
+            rank=rank, world_size=4,
+        )  # fmt: skip
+    for rank in range(4):
+        live = np.zeros(shape)
+        restore(tmp_path, {"w": live}, rank)
+        assert np.array_equal(live, arrays[rank // 2])
+    with mtckpt.load(tmp_path) as checkpoint:
+        assert np.array_equal(checkpoint["w"], arrays[0])
+        assert np.array_equal(checkpoint.read("w", rank=3), arrays[1])
 
 
 def test_a_flipped_bit_in_any_shard_is_found(tmp_path: Path, cheap_bytes: int) -> None:

@@ -121,8 +121,11 @@ def test_bad_calls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UsageError):
         open_run(tmp_path, run="")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(GroupMissing, match="2 ranks"):
-        open_run(tmp_path)
+    for use in ("restore", "save"):
+        checkpointer = open_run(tmp_path)
+        arguments = (make_state(),) if use == "restore" else (1, make_state())
+        with pytest.raises(GroupMissing, match="2 ranks"):
+            getattr(checkpointer, use)(*arguments)
 
 
 def test_a_template_that_differs_changes_nothing(tmp_path: Path) -> None:

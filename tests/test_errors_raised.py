@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from fake_trainer import TrainerProcess
 import mtckpt
 from mtckpt import _manifest, _shard, errors
 from mtckpt.agent import protocol
+from mtckpt.agent.spawn import ensure_agent
 from mtckpt.errors import CheckpointError
+from mtckpt.testing.groups import local_groups
 from mtckpt.tiers import BytesSource, LocalTier
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
@@ -128,7 +131,23 @@ def _(stage: Stage) -> None:
 @raises("GroupMissing", "world_size")
 def _(stage: Stage) -> None:
     stage.monkeypatch.setenv("WORLD_SIZE", "4")
-    stage.open_run()
+    stage.open_run().restore(state())
+
+
+@raises("RankTimeout", "rank", "stage")
+def _(stage: Stage) -> None:
+    ensure_agent(20.0)
+    stage.open_run(group=local_groups(2)[0], timeout_s=1.0).restore(state())
+
+
+@raises("StepDisagreement", "stage")
+def _(stage: Stage) -> None:
+    ranks = [stage.open_run(group=group) for group in local_groups(2)]
+    with ThreadPoolExecutor(2) as pool:
+        saves = [pool.submit(each.save, step, state()) for step, each in enumerate(ranks, 1)]
+    with pytest.raises(errors.SaveFailed) as raised:
+        saves[0].result().wait("staged")
+    raise raised.value.__cause__ or raised.value
 
 
 @raises("UnsupportedPlatform")

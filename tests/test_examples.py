@@ -27,9 +27,13 @@ def changed_lines(before: str, after: str) -> list[str]:
     return [line for line in changed if line[:2] in ("- ", "+ ")]
 
 
-def test_the_example_is_its_twin_but_for_eight_lines() -> None:
-    plain = (EXAMPLES / "train_plain.py").read_text()
-    changed = changed_lines(plain, (EXAMPLES / "train_gpt.py").read_text())
+@pytest.mark.parametrize(
+    ("twin", "example"),
+    [("train_plain.py", "train_gpt.py"), ("train_fsdp_plain.py", "train_fsdp.py")],
+)
+def test_the_example_is_its_twin_but_for_eight_lines(twin: str, example: str) -> None:
+    plain = (EXAMPLES / twin).read_text()
+    changed = changed_lines(plain, (EXAMPLES / example).read_text())
     assert 0 < len(changed) <= MAX_CHANGED_LINES, "\n".join(changed)
     # No second statement hides behind a first one.
     assert not [line for line in changed if ";" in line]

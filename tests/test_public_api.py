@@ -28,6 +28,7 @@ NAMES = [
     "Step",
     "load",
     "register_codec",
+    "replicated",
     "rng",
     "steps",
 ]
@@ -57,6 +58,7 @@ SIGNATURES = {
     "KeepBest": "n, metric, mode='min'",
     "load": "location, *, step='latest', framework='numpy'",
     "steps": "location",
+    "replicated": "value, ranks=None",
     "rng": "",
 }
 

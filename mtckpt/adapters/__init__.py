@@ -14,15 +14,22 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mtckpt._coordination import Group
     from mtckpt._state import StateAdapter
 
-__all__ = ["active_adapters", "array_maker"]
+__all__ = ["active_adapters", "array_maker", "find_group"]
 
 # Asked in this order which of them owns a leaf. NumPy is last: it is the most general.
 _TABLE = (
     ("torch", "mtckpt.adapters.torch", "TorchAdapter"),
     ("jax", "mtckpt.adapters.jax", "JaxAdapter"),
     ("", "mtckpt.adapters.numpy", "NumpyAdapter"),
+)
+
+# What joins ranks, by framework; asked in this order.
+_GROUPS = (
+    ("torch.distributed", "mtckpt.adapters.torch.group"),
+    ("jax", "mtckpt.adapters.jax.group"),
 )
 
 _made: dict[str, StateAdapter] = {}
@@ -35,6 +42,16 @@ def active_adapters() -> list[StateAdapter]:
         for framework, module, name in _TABLE
         if not framework or sys.modules.get(framework) is not None  # None: its import is blocked
     ]
+
+
+def find_group(name: str) -> Group | None:
+    """What joins the ranks of this job, if a framework of this process has started several."""
+    for framework, module in _GROUPS:
+        if framework in sys.modules:
+            group = importlib.import_module(module).find_group(name)
+            if group is not None:
+                return cast("Group", group)
+    return None
 
 
 def array_maker(framework: str) -> Callable[[Any, str, tuple[int, ...], str, str], Any]:

@@ -54,6 +54,9 @@ class NumpyAdapter:
         kind = self.framework if isinstance(value, np.ndarray) else SCALAR
         return ArraySpec(name, tuple(value.shape), kind)
 
+    def survey(self, state: object) -> None:
+        """Nothing here says anything of the rest."""
+
     def parts(self, value: Any, path: str, *, template: bool = False) -> None:
         """None: an ndarray is no part of anything."""
         del value, path, template

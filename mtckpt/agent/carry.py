@@ -144,6 +144,7 @@ class Carrier:
             due=list(record.due),
             metrics=dict(record.metrics),
             aborted=record.aborted,
+            plan_digest=record.plan_digest,
             again=again,
         )
 

@@ -86,6 +86,7 @@ class Owner:
     world_size: int = 1
     incarnation: int = 0
     incarnation_id: str = ""
+    last_step: int = -1  # the newest that it sealed or called off in this incarnation
     pidfd: int = -1
     seen: bool = True
     # Known from a file of the agent before; it has not opened the run with this one yet.

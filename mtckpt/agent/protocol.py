@@ -9,6 +9,7 @@ says which one it speaks. Payload bytes never travel here; they lie in slot file
     POST /v1/runs/{key}/slots          WantSlots   -> Slots       TierFull with the arithmetic
     POST /v1/runs/{key}/seal           Seal        -> Sealed      Damaged, RunLocked, StepExists
     POST /v1/runs/{key}/release        Release     -> Done        a capture that did not happen
+    POST /v1/runs/{key}/calloff        CallOff     -> Done        and so no rank saves this step
     POST /v1/runs/{key}/report         Report      -> Done        metrics known later
     POST /v1/runs/{key}/damage         Damage      -> Done        a reader met a bad copy
     POST /v1/runs/{key}/flush          Flush       -> Done        the newest staged save, everywhere
@@ -143,11 +144,28 @@ class Seal(msgspec.Struct, frozen=True):
     due: list[str] = []
 
 
+class WireError(msgspec.Struct, frozen=True):
+    """A typed error as it travels; the class is looked up in a fixed table, never imported."""
+
+    error: str
+    what: str
+    state: str = ""
+    actions: list[str] = []
+    details: dict[str, Any] = {}
+
+
 class Sealed(msgspec.Struct, frozen=True):
-    """``next_slot`` spares the next save() a call; None when no slot is free now."""
+    """``next_slot`` spares the next save() a call; None when no slot is free now.
+
+    ``staged`` is False while other ranks have not sealed their parts. ``called_off`` says why the
+    save was called off, ``failed`` that this is an error; the slot is free again then.
+    """
 
     save: str
     next_slot: SlotGrant | None = None
+    staged: bool = True
+    called_off: str = ""
+    failed: WireError | None = None
 
 
 class Release(msgspec.Struct, frozen=True):
@@ -155,6 +173,15 @@ class Release(msgspec.Struct, frozen=True):
 
     holder: str
     slot_id: str
+
+
+class CallOff(msgspec.Struct, frozen=True):
+    """This rank does not take part in a save, so nobody does. ``reason`` is one sentence."""
+
+    holder: str
+    save_id: Uuid
+    step: int
+    reason: str
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -207,20 +234,11 @@ class Done(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
-class WireError(msgspec.Struct, frozen=True):
-    """A typed error as it travels; the class is looked up in a fixed table, never imported."""
-
-    error: str
-    what: str
-    state: str = ""
-    actions: list[str] = []
-    details: dict[str, Any] = {}
-
-
 class SaveChange(msgspec.Struct, frozen=True):
     """Where a save stands. ``stages`` only grows. ``failed`` maps tier labels to their errors;
     ``owed`` maps labels that are retried to the reason; ``superseded`` lists labels that took a
-    newer save instead; ``waiting`` those that are to get this one and do not have it yet."""
+    newer save instead; ``waiting`` those that are to get this one and do not have it yet.
+    ``called_off`` says why no rank saves it."""
 
     save_id: str
     step: int
@@ -229,6 +247,7 @@ class SaveChange(msgspec.Struct, frozen=True):
     owed: dict[str, str] = {}
     superseded: list[str] = []
     waiting: list[str] = []
+    called_off: str = ""
 
 
 class Changes(msgspec.Struct, frozen=True):

@@ -119,6 +119,7 @@ class Limits:
     owed_s: float = field(default=7200.0, metadata={"env": "MTCKPT_OWED_S"})
     scrub_s: float = field(default=3600.0, metadata={"env": "MTCKPT_SCRUB_S"})
     ram_ttl_s: float = field(default=86400.0, metadata={"env": "MTCKPT_RAM_TTL_S"})
+    rank_s: float = field(default=60.0, metadata={"env": "MTCKPT_RANK_S"})
     takeover_s: float = field(default=5.0, metadata={"env": "MTCKPT_TAKEOVER_S"})
     idle_s: float = field(default=30.0, metadata={"env": "MTCKPT_AGENT_IDLE_S"})
 

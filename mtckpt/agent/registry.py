@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mtckpt._slots import DIRECTORY
 from mtckpt.agent import owners, protocol, queue, work
+from mtckpt.agent.agreement import Agreement
 from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.owners import Owner
-from mtckpt.agent.ring import Ring
-from mtckpt.agent.runs import RAM, RunState, TierState
+from mtckpt.agent.queue import SlotState
+from mtckpt.agent.ring import Ring, new_id
+from mtckpt.agent.runs import RAM, RunState, Slot, TierState
 from mtckpt.agent.work import TierRef
 from mtckpt.errors import CheckpointError, UsageError
 
@@ -48,6 +51,7 @@ class Registry:
         self.tools = tools
         self.service = service
         self.ring = Ring(tools)
+        self.agreement = Agreement(tools, self.ring)
         self.healer = Healer(tools)
         self.flusher = Flusher(tools, self.ring, self.healer)
         self.runs: dict[str, RunState] = {}
@@ -115,7 +119,7 @@ class Registry:
                 run.fenced[owner.holder] = owner
         # Who was given which slot is not in a file. With a living owner none is touched until it
         # comes back and says which are its own, or dies.
-        self.ring.adopt(run, scan.slots, UNSURE)
+        _adopt_slots(run, scan.slots, UNSURE)
         self.runs[run.key] = run
         for owner in run.living():
             self.watch(run, owner)
@@ -262,6 +266,7 @@ class Registry:
         try:
             run.finished += await self.ring.settle(run, owner)
             await self.resolve(run)
+            await self.agreement.left(run, owner)
         finally:
             run.fenced.pop(owner.holder, None)
             if run.owners.get(owner.rank) is owner:
@@ -306,6 +311,7 @@ class Registry:
                 if owner.is_silent(now_s):
                     self._died(run, owner)
             try:
+                await self.agreement.overdue(run)
                 await self._let_go(run)
             except CheckpointError as error:
                 logger.warning("run %s: RAM is not freed: %s", run.key, error)
@@ -374,6 +380,30 @@ class Registry:
     def _is_writing(self) -> bool:
         saves = [save for run in self.runs.values() for save in run.saves.values()]
         return any(save.writing for save in saves)
+
+
+def _adopt_slots(run: RunState, found: list[work.SlotScan], holder: str) -> None:
+    """Take in the slots that another agent left; ``holder`` may still be writing to them."""
+    base = os.path.join(run.ram.path, run.key, DIRECTORY)
+    for scan in found:
+        run.slots[scan.slot_id] = Slot(
+            scan.slot_id,
+            SlotState.CAPTURING,
+            scan.shard_bytes,
+            scan.table_bytes,
+            scan.inode,
+            os.path.join(base, f"{scan.slot_id}.safetensors"),
+            os.path.join(base, f"{scan.slot_id}.xxh3"),
+            os.path.join(base, f"{scan.slot_id}.json"),
+            holder=holder,
+            doubtful=True,
+        )
+    for save in run.saves.values():
+        for rank in save.ranks.get(RAM, ()):
+            shards = max(1, len(save.ranks[RAM]))
+            slot = Slot(new_id(), SlotState.COMMITTED, save.size_bytes // shards)
+            slot.save, slot.rank = str(save.name), rank
+            run.slots[slot.slot_id] = slot
 
 
 def is_busy(run: RunState) -> bool:

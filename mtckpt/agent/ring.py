@@ -13,7 +13,6 @@ import time
 from typing import TYPE_CHECKING
 
 from mtckpt import _manifest
-from mtckpt._slots import DIRECTORY
 from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.runs import RAM, Plan, RunState, SaveState, Slot
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from mtckpt.agent.owners import Owner
     from mtckpt.agent.tools import Tools
 
-__all__ = ["Ring"]
+__all__ = ["Ring", "new_id"]
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +129,7 @@ class Ring:
         return slot
 
     async def _allocate_files(self, run: RunState, plan: Plan) -> work.SlotFiles:
-        command = work.Allocate(run.ram, run.key, _new_id(), plan.shard_bytes, plan.table_bytes)
+        command = work.Allocate(run.ram, run.key, new_id(), plan.shard_bytes, plan.table_bytes)
         return await self._tools.call(command, work.SlotFiles, plan.shard_bytes)
 
     async def _fill_up(self, run: RunState, owner: Owner) -> None:
@@ -150,11 +149,13 @@ class Ring:
         busy: set[str] = set()
         while not _is_out(owner) and (name := queue.pick_recycle(run.facts(), frozenset(busy))):
             save = run.saves[name]
-            shard = next((s for s in run.slots.values() if s.save == name), None)
-            if shard is None or not shard.fits(plan) or shard.rank != owner.rank:
-                busy.add(name)  # of another shape or rank: tidy() frees it
+            shard = next(
+                (s for s in run.slots.values() if s.save == name and s.rank == owner.rank), None
+            )
+            if shard is None or not shard.fits(plan):
+                busy.add(name)  # of another shape, or of a rank that is no more: tidy() frees it
                 continue
-            slot = await self._recycle_save(run, save, shard)
+            slot = await self.recycle_shard(run, save, shard)
             if slot is None:
                 busy.add(name)
                 continue
@@ -169,20 +170,22 @@ class Ring:
                 return slot
         return None
 
-    async def _recycle_save(self, run: RunState, save: SaveState, shard: Slot) -> Slot | None:
+    async def recycle_shard(self, run: RunState, save: SaveState, shard: Slot) -> Slot | None:
         """None while somebody reads it. The slot is taken: no other caller sees it."""
         save.recycling = True
         try:
             async with run.lock(save, RAM):
+                if run.slots.get(shard.slot_id) is not shard:
+                    return None  # somebody else was faster
                 command = work.Recycle(run.ram, run.key, str(save.name), shard.rank, shard.slot_id)
                 files = (await self._tools.call(command, work.Recycled)).files
         finally:
             save.recycling = False
         if files is None:
             return None
-        self._note_superseded(run, save)
-        run.slots.pop(shard.slot_id, None)
-        run.drop_copy(save, RAM)
+        if save.is_complete(RAM):
+            self._note_superseded(run, save)
+        run.drop_shard(save, shard.slot_id, shard.rank)
         slot = _slot_of(files, SlotState.CAPTURING)
         run.slots[slot.slot_id] = slot
         run.touch(save)
@@ -221,7 +224,11 @@ class Ring:
         name = _manifest.save_name(message.step, owner.incarnation, message.save_id)
         async with run.sealing:
             run.owner_of(owner.holder)
+            owner.last_step = max(owner.last_step, message.step)
             save = run.saves.get(str(name))
+            if save is not None and save.called_off:
+                await self.release(run, owner, message.slot_id)
+                return str(name)
             if save is not None and owner.rank in save.ranks.get(RAM, ()):
                 return str(name)  # the reply to the first try was lost
             other = run.save_at(owner.incarnation, message.step)
@@ -278,6 +285,8 @@ class Ring:
         save.incarnation_id, save.world_size = sealed.incarnation_id, sealed.world_size
         save.size_bytes += sealed.size_bytes
         save.metrics.update(sealed.metrics)
+        save.plan_digest = save.plan_digest or sealed.plan_digest
+        save.disputed |= sealed.plan_digest != save.plan_digest
         save.due |= set(sealed.due) & run.tiers.keys()
         save.ranks.setdefault(RAM, set()).add(sealed.rank)
         slot.state, slot.save, slot.rank, slot.holder = SlotState.SEALED, name, sealed.rank, ""
@@ -343,7 +352,7 @@ class Ring:
         if (
             not owner.fenced_by
             and found.incarnation == owner.incarnation >= run.incarnation
-            and run.save_at(found.incarnation, found.step) is None
+            and self._is_missing(run, found)
         ):
             try:
                 save = await self._seal_slot(run, slot, found.save, found.rank, verify=True)
@@ -357,6 +366,13 @@ class Ring:
         # A finished capture that must never be offered: it goes, so that no later agent seals it.
         await self._free(run, slot)
         return False
+
+    def _is_missing(self, run: RunState, found: work.SlotScan) -> bool:
+        """Whether a finished capture is a save, or the part of one, that is not there yet."""
+        save = run.save_at(found.incarnation, found.step)
+        return save is None or (
+            str(save.name) == found.save and save.is_open and found.rank in save.lacking()
+        )
 
     async def _scan_slots(self, run: RunState) -> list[work.SlotScan]:
         scan = await self._tools.call(work.Scan(run.ram, run.key, repair=False), work.Scanned)
@@ -453,29 +469,6 @@ class Ring:
         run.slots.pop(slot.slot_id, None)
         await self._tools.call(work.Free(run.ram, run.key, slot.slot_id), work.Freed)
 
-    def adopt(self, run: RunState, found: list[work.SlotScan], holder: str) -> None:
-        """Take in the slots that another agent left; ``holder`` may still be writing to them."""
-        base = os.path.join(run.ram.path, run.key, DIRECTORY)
-        for scan in found:
-            run.slots[scan.slot_id] = Slot(
-                scan.slot_id,
-                SlotState.CAPTURING,
-                scan.shard_bytes,
-                scan.table_bytes,
-                scan.inode,
-                os.path.join(base, f"{scan.slot_id}.safetensors"),
-                os.path.join(base, f"{scan.slot_id}.xxh3"),
-                os.path.join(base, f"{scan.slot_id}.json"),
-                holder=holder,
-                doubtful=True,
-            )
-        for save in run.saves.values():
-            for rank in save.ranks.get(RAM, ()):
-                shards = max(1, len(save.ranks[RAM]))
-                slot = Slot(_new_id(), SlotState.COMMITTED, save.size_bytes // shards)
-                slot.save, slot.rank = str(save.name), rank
-                run.slots[slot.slot_id] = slot
-
 
 def _is_out(owner: Owner) -> bool:
     """Whether an owner is to be given nothing more."""
@@ -495,5 +488,5 @@ def _slot_of(files: work.SlotFiles, state: SlotState) -> Slot:
     )
 
 
-def _new_id() -> str:
+def new_id() -> str:
     return os.urandom(6).hex()

@@ -99,6 +99,10 @@ class SaveState:
     heals: int = 0
     recycling: bool = False
     stages: list[str] = field(default_factory=list)
+    called_off: str = ""
+    plan_digest: str = ""
+    disputed: bool = False  # ranks sealed parts of different plans
+    began_s: float = field(default_factory=time.monotonic)
     seq: int = 0
     seen_at: float = field(default_factory=time.time)
 
@@ -107,7 +111,18 @@ class SaveState:
         return (self.name.incarnation, self.name.step)
 
     def is_complete(self, label: str) -> bool:
-        return len(self.ranks.get(label, ())) >= self.world_size
+        return len(self.ranks.get(label, ())) >= self.world_size and not self.disputed
+
+    @property
+    def is_open(self) -> bool:
+        """Whether parts of it are in RAM and others may still come."""
+        return bool(self.ranks.get(RAM)) and not (
+            self.called_off or self.stages or self.is_complete(RAM)
+        )
+
+    def lacking(self) -> list[int]:
+        """Ranks whose parts are not in RAM."""
+        return sorted(set(range(self.world_size)) - self.ranks.get(RAM, set()))
 
     @property
     def owed(self) -> frozenset[str]:
@@ -136,7 +151,8 @@ class SaveState:
             dict(self.failed),
             {label: why for label, why in self.owed_why.items() if label in self.owed},
             sorted(self.superseded),
-            sorted(self.owed),
+            [] if self.called_off else sorted(self.owed),
+            self.called_off,
         )
 
 
@@ -326,6 +342,18 @@ class RunState:
                 del self.slots[slot.slot_id]
         self.forget_old()
 
+    def drop_shard(self, save: SaveState, slot_id: str, rank: int) -> None:
+        """One rank's part of a save is not in RAM any more."""
+        self.slots.pop(slot_id, None)
+        ranks = save.ranks.get(RAM, set())
+        ranks.discard(rank)
+        if not ranks:
+            self.drop_copy(save, RAM)
+
+    def open_saves(self, incarnation: int) -> list[SaveState]:
+        """Saves of an incarnation that not all ranks have sealed yet."""
+        return [s for s in self.saves.values() if s.name.incarnation == incarnation and s.is_open]
+
     def forget_old(self) -> None:
         """Saves that lie nowhere are kept for a while, for whoever asks what became of them."""
         nowhere = [s for s in self.saves.values() if not s.ranks and not s.writing]
@@ -371,6 +399,7 @@ class RunState:
             save.world_size = entry.world_size or save.world_size
             save.size_bytes = max(save.size_bytes, entry.size_bytes)
             save.ranks[label] = set(entry.ranks)
+            save.disputed |= not entry.complete and len(entry.ranks) == entry.world_size
             save.metrics.update(entry.metrics)
             save.seq = self.seq + 1  # whoever asks a new agent is told where it stands
             if entry.problems:

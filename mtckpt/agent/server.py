@@ -108,6 +108,7 @@ class AgentServer:
             "slots": (protocol.WantSlots, verbs.want_slots),
             "seal": (protocol.Seal, verbs.seal),
             "release": (protocol.Release, verbs.release),
+            "calloff": (protocol.CallOff, verbs.call_off),
             "report": (protocol.Report, verbs.report),
             "damage": (protocol.Damage, verbs.damage),
             "flush": (protocol.Flush, verbs.flush),

@@ -240,6 +240,7 @@ _HELP = {
     "save_staged": "Saves that were sealed in RAM.",
     "save_flushed": "Saves that were copied to a slower tier.",
     "save_failed": "Saves that did not reach a tier.",
+    "save_called_off": "Saves that a rank took no part in, so that nobody saved them.",
     "saves_superseded": "Saves that a busy tier left out for a newer one.",
     "save_deleted": "Saves that retention deleted.",
     "save_damaged": "Copies that did not match their digests.",

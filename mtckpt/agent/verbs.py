@@ -227,6 +227,12 @@ class Verbs:
                 del run.incarnations[message.number]
             raise
         owner.incarnation, owner.incarnation_id = message.number, message.id
+        owner.last_step = -1
+        for old in list(run.owners.values()):
+            # Ranks that the job had more before, left behind by a launcher that was killed.
+            if old.rank >= owner.world_size and old.incarnation < message.number:
+                await self._fence(run, old, owner)
+        await self._registry.agreement.begun(run, message.number)
         await self._registry.write_config(run)
         owed = await self._put_everywhere(list(run.tiers.values()), key, data)
         run.touch()
@@ -261,7 +267,20 @@ class Verbs:
         """The save is RAM's when this returns; slower tiers follow by themselves."""
         owner = run.owner_of(message.holder)
         name = await self._ring.seal(run, owner, message)
-        return protocol.Sealed(name, await self._ring.next_for(run, owner))
+        await self._registry.agreement.sealed(run, owner)
+        next_slot = await self._ring.next_for(run, owner)
+        save = run.saves.get(name)
+        if save is None:
+            return protocol.Sealed(name, next_slot)
+        return protocol.Sealed(
+            name, next_slot, "staged" in save.stages, save.called_off, save.failed.get(RAM)
+        )
+
+    async def call_off(self, run: RunState, message: protocol.CallOff) -> protocol.Done:
+        """A rank does not take part in a save: nobody does."""
+        owner = run.owner_of(message.holder)
+        await self._registry.agreement.declined(run, owner, message)
+        return protocol.Done()
 
     async def release(self, run: RunState, message: protocol.Release) -> protocol.Done:
         await self._ring.release(run, run.owner_of(message.holder), message.slot_id)
@@ -297,8 +316,11 @@ class Verbs:
 
     async def flush(self, run: RunState, message: protocol.Flush) -> protocol.Done:
         """Make the newest staged save due everywhere; a tier that refused it before tries again."""
-        run.owner_of(message.holder)
-        save = run.newest_staged()
+        owner = run.owner_of(message.holder)
+        staged = run.newest_staged()
+        # Other ranks may not have sealed their parts of the newest one yet.
+        coming = [s for s in run.open_saves(owner.incarnation) if owner.rank not in s.lacking()]
+        save = max([*coming, *([staged] if staged else [])], key=lambda s: s.order, default=None)
         if save is None:
             return protocol.Done("nothing is staged")
         for label in run.tiers:

@@ -274,6 +274,7 @@ class SealedSlot(msgspec.Struct, frozen=True, tag=True):
     due: list[str] = []
     metrics: dict[str, float] = {}
     aborted: str = ""
+    plan_digest: str = ""
     again: bool = False
 
 

@@ -29,6 +29,9 @@ class JaxAdapter:
         """Raises UnsupportedState for arrays that are deleted, traced or out of reach."""
         return leaves.spec_of(value, path, template=template)
 
+    def survey(self, state: object) -> None:
+        """Nothing: a sharding says all there is to say about its array."""
+
     def parts(self, value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
         """The boxes on this process's devices, each once."""
         return sharded.parts_of(value, path, template=template)

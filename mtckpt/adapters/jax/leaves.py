@@ -97,11 +97,6 @@ def _refusal(value: Any, template: bool) -> tuple[str, str]:
         if not template:
             return "a jax.ShapeDtypeStruct has no bytes", "save the array that it describes"
         return _unusable(value.sharding, tuple(value.shape))
-    if not value.is_fully_addressable:
-        return (
-            "this array lies partly on devices of other processes",
-            "save it from a job whose processes are joined, or gather it first",
-        )
     if value.is_deleted() and not template:
         return (
             "the memory of this array was given back: it was donated or deleted",
@@ -113,11 +108,6 @@ def _refusal(value: Any, template: bool) -> tuple[str, str]:
 def _unusable(sharding: Sharding | None, shape: tuple[int, ...]) -> tuple[str, str]:
     if sharding is None:
         return "", ""
-    if not sharding.is_fully_addressable:
-        return (
-            "the sharding of this template has devices of other processes",
-            "restore in a job whose processes are joined, or give devices of this one",
-        )
     try:
         sharding.shard_shape(shape)
     except ValueError as error:

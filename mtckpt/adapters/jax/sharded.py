@@ -33,9 +33,11 @@ class Cell:
 
 
 def is_sharded(value: Any) -> bool:
-    """True if no device holds all of the array."""
+    """True if no device holds all of the array, or if other processes have devices that do."""
     sharding = value.sharding
-    return sharding is not None and not sharding.is_fully_replicated
+    return sharding is not None and not (
+        sharding.is_fully_replicated and sharding.is_fully_addressable
+    )
 
 
 def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
@@ -49,9 +51,15 @@ def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part]
     else:
         plain = jax.random.key_data(value) if leaves.is_key(value) else value
         arrays = {boxes[shard.device]: shard.data for shard in plain.addressable_shards}
+    holders, sharers = _processes(value.sharding, tuple(value.shape), whole.shape)
     return [
-        Part(ArraySpec(whole.dtype, shape, whole.framework, offsets, whole.shape), array)
-        for (offsets, shape), array in sorted(arrays.items(), key=lambda item: item[0])
+        Part(
+            ArraySpec(whole.dtype, box[1], whole.framework, box[0], whole.shape),
+            array,
+            holders.get(box, ()),
+            sharers,
+        )
+        for box, array in sorted(arrays.items(), key=lambda item: item[0])
     ]
 
 
@@ -72,11 +80,34 @@ def assembled(live: Any, freshes: Sequence[leaves.Fresh]) -> Any:
     return jax.make_array_from_single_device_arrays(tuple(live.shape), sharding, arrays)
 
 
-def _boxes(sharding: Sharding, shape: tuple[int, ...], stored: tuple[int, ...]) -> dict[Any, _Box]:
-    """Device -> offsets and shape of its box. ``stored`` has the axes of a key's numbers too."""
+def _processes(
+    sharding: Sharding, shape: tuple[int, ...], stored: tuple[int, ...]
+) -> tuple[dict[_Box, tuple[int, ...]], tuple[int, ...]]:
+    """The processes that hold each box, and all that hold any; none where it is this one alone."""
+    if sharding.is_fully_addressable:
+        return {}, ()
+    found: dict[_Box, set[int]] = {}
+    for device, box in _boxes(sharding, shape, stored, every=True).items():
+        found.setdefault(box, set()).add(device.process_index)
+    holders = {box: tuple(sorted(processes)) for box, processes in found.items()}
+    return holders, tuple(sorted(set().union(*found.values())))
+
+
+def _boxes(
+    sharding: Sharding, shape: tuple[int, ...], stored: tuple[int, ...], *, every: bool = False
+) -> dict[Any, _Box]:
+    """Device -> offsets and shape of its box, for this process's devices or for all.
+
+    ``stored`` has the axes of a key's numbers too.
+    """
     more = stored[len(shape) :]
     boxes = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
+    indices = (
+        sharding.devices_indices_map(shape)
+        if every
+        else sharding.addressable_devices_indices_map(shape)
+    )
+    for device, index in indices.items():
         spans = [piece.indices(size) for piece, size in zip(index or (), shape, strict=True)]
         offsets = tuple(start for start, _, _ in spans)
         lengths = tuple(max(0, stop - start) for start, stop, _ in spans)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mtckpt.adapters.torch import leaves, objects, sharded
+from mtckpt.adapters.torch import leaves, objects, replicas, sharded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +35,10 @@ class TorchAdapter:
         if sharded.is_sharded(value):
             return sharded.spec_of(value, path, template=template)
         return leaves.spec_of(value, path, template=template)
+
+    def survey(self, state: object) -> None:
+        """Find the modules that are replicated, for the sake of their optimizers."""
+        replicas.survey(state)
 
     def parts(self, value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
         """The local shard of a DTensor."""
@@ -70,7 +74,8 @@ class TorchAdapter:
 
     def state_of(self, value: object) -> object | None:
         """The state of modules, optimizers and generators."""
-        return objects.state_of(value)
+        inner: object | None = objects.state_of(value)
+        return inner
 
     def writable_address(self, value: Any) -> int | None:
         """The address of a plain host tensor."""

@@ -252,8 +252,7 @@ def _refusal(tensor: torch.Tensor, template: bool) -> tuple[str, str]:
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return (
             f"a tensor of type {kind.__module__}.{kind.__qualname__}, which is more than its bytes",
-            "save the plain tensors it is made of (a DTensor's .to_local()), "
-            "or describe it once with mtckpt.register_codec",
+            "save the plain tensors it is made of, or describe it once with mtckpt.register_codec",
         )
     if tensor.is_nested:
         return "a nested tensor", "save the tensors of .unbind(), or .values() and .offsets()"

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from mtckpt import _state
 from mtckpt._placing import settle
 from mtckpt._state import escape
-from mtckpt.adapters.torch import leaves
+from mtckpt.adapters.torch import leaves, replicas, sharded
 
 if TYPE_CHECKING:
     from mtckpt._placing import Placing
@@ -43,13 +43,15 @@ _ELEMENTWISE = frozenset(
 )
 
 
-def state_of(value: object) -> object | None:
+def state_of(value: Any) -> Any:
     """The tree that stands for ``value`` in a checkpoint, or None if it is no object of torch's."""
+    if replicas.is_replicated(value):
+        return replicas.state_of_module(value, state_of(value.module))
     if isinstance(value, Module):
         plain = plain_state(value)
         return value.state_dict() if plain is None else plain
     if isinstance(value, Optimizer):
-        return value.state_dict()
+        return replicas.state_of_optimizer(value, value.state_dict())
     if isinstance(value, torch.Generator):
         return {"state": value.get_state()}
     return None
@@ -57,6 +59,8 @@ def state_of(value: object) -> object | None:
 
 def place_object(live: Any, node: Node, path: str, placing: Placing) -> bool:
     """True if ``live`` is an object of torch's, which now is matched; it is filled in its place."""
+    if replicas.is_replicated(live):
+        live = live.module  # the wrapper has no state: any other may have saved what it holds
     if isinstance(live, Module):
         _place_module(live, node, path, placing)
         return True
@@ -202,7 +206,14 @@ def _place_custom_module(module: Module, node: Node, path: str, placing: Placing
     options: dict[str, bool] = {"strict": False} if placing.partial else {}
     if any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):
         options["assign"] = True
-    tree = placing.tree(node, path)
+    prefix = f"{path}/" if path else ""
+    # A shard is filled where it lies: what load_state_dict gets is the live one.
+    tree = {
+        key: placing.array_into(expected[key], child, prefix + escape(key))
+        if key in names and sharded.is_sharded(expected[key])
+        else placing.tree(child, prefix + escape(key))
+        for key, child in zip(node.keys or [], node.children, strict=True)
+    }
 
     def load() -> None:
         state = OrderedDict(settle(tree))
@@ -313,16 +324,18 @@ def _place_entry(
             continue
         spec = placing.arrays[child.index].spec
         elementwise = name in _ELEMENTWISE and type(optimizer).__module__.startswith("torch.optim")
-        if elementwise and spec.shape != parameter.shape:
+        if elementwise and spec.whole_shape != parameter.shape:
             placing.diff.differing.append(
                 f"{child_path}: for a parameter of shape {list(parameter.shape)} here, "
-                f"of shape {list(spec.shape)} in the checkpoint"
+                f"of shape {list(spec.whole_shape)} in the checkpoint"
             )
             continue
         tensor = live.get(name)
+        if tensor is None and spec.whole_shape == parameter.shape:
+            tensor = sharded.empty_like(parameter, leaves.DTYPE_OF.get(spec.dtype))
         if (
             isinstance(tensor, torch.Tensor)
-            and tensor.shape == spec.shape
+            and tensor.shape == spec.whole_shape
             and leaves.NAME_OF.get(tensor.dtype) == spec.dtype
         ):
             moments.add(tensor, child, child_path, entry, name)
@@ -397,6 +410,7 @@ def _laid_out(value: Any, parameter: torch.Tensor) -> Any:
     """
     if (
         not isinstance(value, torch.Tensor)
+        or sharded.is_sharded(value)
         or value.shape != parameter.shape
         or parameter.is_contiguous()
         or not value.is_contiguous()

@@ -62,8 +62,13 @@ def assembled(live: Any, arrays: Sequence[torch.Tensor]) -> Any:
     return _around(local, live, live.requires_grad)
 
 
-def empty_like(value: Any, dtype: torch.dtype) -> Any:
-    """A DTensor of that type with the layout of another, its shard not filled."""
+def empty_like(value: Any, dtype: torch.dtype | None) -> Any:
+    """A DTensor of that type with the layout of another, its shard not filled; None for others.
+
+    What an optimizer holds for each element of a sharded parameter is sharded like it.
+    """
+    if dtype is None or not value.ndim or not is_sharded(value):
+        return None
     local = torch.empty_like(value._local_tensor, dtype=dtype, requires_grad=False)
     return _around(local, value, False)
 

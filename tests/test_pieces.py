@@ -1,0 +1,115 @@
+"""Who stores what: all ranks of a node together store every byte of what they share, once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from boxed import Boxed, BoxedAdapter, place
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtckpt import _state
+from mtckpt._boxes import MIN_SPLIT_BYTES, Box, whole
+from mtckpt._pieces import Members, Recipe, divide, gather
+from mtckpt._replicas import Replicated
+
+
+def recipe_of(state: Any, members: Members) -> tuple[Recipe, list[Any]]:
+    adapters = [BoxedAdapter()]
+    flat = _state.flatten(state, adapters)
+    specs = [
+        owner.spec(array, path)
+        for owner, array, path in zip(flat.owners, flat.arrays, flat.paths, strict=True)
+    ]
+    recipe = divide(flat, specs, {}, members)
+    arrays = gather(recipe, flat.owners, flat.arrays)
+    assert arrays is not None
+    return recipe, arrays
+
+
+@given(
+    st.lists(st.integers(0, 5), max_size=3).map(tuple),
+    st.integers(2, 5),
+    st.booleans(),
+    st.data(),
+)
+def test_every_byte_once_for_each_node(
+    shape: tuple[int, ...], world_size: int, large: bool, data: st.DataObject
+) -> None:
+    """Rows of an array go to pairs of ranks, another array to all; ranks are on two nodes."""
+    if large and shape:
+        shape = (shape[0], max(1, MIN_SPLIT_BYTES // 8), *shape[1:2])
+    everybody = tuple(range(world_size))
+    node = tuple(sorted(data.draw(st.sets(st.sampled_from(everybody), min_size=1))))
+    array = np.arange(math.prod(shape), dtype=np.float64).reshape(shape)
+    stored: dict[str, Any] = {name: np.zeros(shape, np.int8) for name in ("w", "r")}
+    for rank in node:
+        half = tuple(r for r in everybody if r % 2 == rank % 2)
+        box = whole(shape)
+        if shape:
+            edge = shape[0] // 2
+            first, stop = (0, edge) if rank % 2 == 0 else (edge, shape[0])
+            box = Box((first, *[0] * (len(shape) - 1)), (stop - first, *shape[1:]))
+        state = {"w": Boxed(shape, float, [box], half, of=array), "r": Replicated(array)}
+        recipe, arrays = recipe_of(state, Members(rank, world_size, node))
+        for piece, found in zip(recipe.pieces, arrays, strict=True):
+            spec = piece.spec
+            name = ("w", "r")[piece.leaf]
+            where = place(Box(spec.offsets or (), spec.shape))
+            assert np.array_equal(found, array[where])
+            stored[name][where] += 1
+    if shape:
+        assert (stored["r"] == 1).all()
+        halves = {rank % 2 for rank in node}
+        edge = shape[0] // 2
+        assert (stored["w"][:edge] == (0 in halves)).all()
+        assert (stored["w"][edge:] == (1 in halves)).all()
+    else:
+        assert stored["r"] == len(node)  # one element is stored by everybody
+
+
+def test_ranks_agree_by_what_they_share_alone() -> None:
+    """Its digest is the same on all ranks, whatever is private or lies elsewhere."""
+    digests = set()
+    for rank in range(3):
+        state = {
+            "own": np.zeros(rank + 1),
+            "shared": Replicated(np.zeros(7)),
+            "pair": Replicated(np.zeros(rank // 2 + 1), (0, 1) if rank < 2 else (2,)),
+        }
+        digests.add(recipe_of(state, Members(rank, 3, (0, 1, 2)))[0].agreed)
+        recipe, _ = recipe_of(state, Members(rank, 3, (0, 1, 2)))
+        assert [piece.ranks for piece in recipe.pieces[1:]] == [
+            None,
+            (0, 1) if rank < 2 else (2,),
+        ]
+    assert len(digests) == 1
+    other, _ = recipe_of({"shared": Replicated(np.zeros(8))}, Members(0, 3, (0, 1, 2)))
+    assert other.agreed not in digests
+
+
+def test_what_changed_since_the_plan_is_not_gathered() -> None:
+    members = Members(0, 2, (0, 1))
+    owners: list[Any] = [BoxedAdapter()]
+    for before, after in [
+        (Replicated(np.zeros(6)), np.zeros(7)),
+        (Replicated(np.zeros(6)), np.zeros(6, np.float32)),
+        (
+            Boxed((6,), float, [Box((0,), (3,))], (0, 1)),
+            Boxed((6,), float, [Box((3,), (3,))], (0, 1)),
+        ),
+        (Boxed((6,), float, [Box((0,), (3,))], (0, 1)), Boxed((6,), float, [Box((0,), (3,))])),
+        (Boxed((6,), float, [Box((0,), (3,))], (0,)), Boxed((7,), float, [Box((0,), (3,))], (0,))),
+    ]:
+        recipe, _ = recipe_of({"w": before}, members)
+        value = before.value if isinstance(before, Replicated) else before
+        assert gather(recipe, owners, [value]) is not None
+        assert gather(recipe, owners, [after]) is None
+
+
+def test_alone_nothing_is_divided() -> None:
+    recipe, _ = recipe_of({"w": Replicated(np.zeros(6))}, Members())
+    assert recipe.is_plain
+    assert recipe.pieces[0].spec.offsets is None
