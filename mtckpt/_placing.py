@@ -334,6 +334,8 @@ class Placing:
         return self._rebuilt(live, changes, replace=False)
 
     def _match_sequence(self, live: Sequence[Any], node: Node, path: str) -> Any:
+        if not live and node.kind == _state.PLAIN and self.plain[node.index] is None:
+            return live  # Orbax has None where there is nothing
         if node.kind == _state.DICT and hasattr(live, "_fields"):
             return self._match_fields(_state.named_fields(live), live, node, path)
         if node.kind not in (_state.LIST, _state.TUPLE):

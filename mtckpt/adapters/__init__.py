@@ -11,13 +11,15 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
+from mtckpt.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mtckpt._coordination import Group
     from mtckpt._state import StateAdapter
 
-__all__ = ["active_adapters", "array_maker", "find_group"]
+__all__ = ["active_adapters", "array_maker", "converter", "find_group"]
 
 # Asked in this order which of them owns a leaf. NumPy is last: it is the most general.
 _TABLE = (
@@ -58,6 +60,22 @@ def array_maker(framework: str) -> Callable[[Any, str, tuple[int, ...], str, str
     """What makes arrays of a framework from bytes, which is imported now; see ``from_bytes``."""
     module = importlib.import_module("mtckpt.adapters.from_bytes")
     return cast("Callable[[Any, str, tuple[int, ...], str, str], Any]", module.maker(framework))
+
+
+def converter(name: str) -> Any:
+    """A module that reads or writes another library's checkpoints.
+
+    Raises UsageError where what it needs is not installed.
+    """
+    try:
+        importlib.import_module("tensorstore")
+        return importlib.import_module(f"mtckpt.adapters.jax.{name}")
+    except ImportError as error:
+        raise UsageError(
+            f"what Orbax's checkpoints are read and written with is not installed: {error}",
+            state="nothing was done",
+            actions=('pip install "mtckpt[jax]"',),
+        ) from error
 
 
 def _make(module: str, name: str) -> StateAdapter:

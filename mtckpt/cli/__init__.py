@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from mtckpt.cli._agent import agent, rm, status
+from mtckpt.cli._convert import export_, import_
 from mtckpt.cli._doctor import doctor
 from mtckpt.cli._list import ls, show
 from mtckpt.cli._verify import verify
@@ -24,8 +25,8 @@ __all__ = ["main"]
 )
 @click.version_option(package_name="mtckpt", prog_name="mtckpt")
 def main() -> None:
-    """Look at, check and remove checkpoints, and see what this machine can do for them."""
+    """Look at, check, convert and remove checkpoints, and see what this machine can do for them."""
 
 
-for _command in (ls, show, verify, status, rm, doctor, agent):
+for _command in (ls, show, verify, status, rm, doctor, export_, import_, agent):
     main.add_command(_command)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mtckpt._handle import Step
     from mtckpt._load import Checkpoint
     from mtckpt._places import Place
+    from mtckpt.cli._target import Found
 
 __all__ = ["ls", "show"]
 
@@ -122,14 +123,7 @@ def _step_object(step: Step) -> dict[str, Any]:
 def show(target: str, step: str | None, as_json: bool) -> int:
     """Show what is in one step: tensors, plain values, where it lies and who wrote it."""
     with find(target) as found:
-        if len(found.runs) > 1:
-            raise UsageError(
-                f"{target} holds {len(found.runs)} runs",
-                state="nothing was read",
-                actions=[f"name one: {target.rstrip('/')}/{run}" for run in list(found.runs)[:10]],
-            )
-        places = [place for places in found.runs.values() for place in places]
-        checkpoint, tiers = _open(places, parse_step(step))
+        checkpoint, tiers = open_one(found, target, step)
         with checkpoint:
             facts = _facts(checkpoint, tiers)
     if as_json:
@@ -139,6 +133,18 @@ def show(target: str, step: str | None, as_json: bool) -> int:
         print_line(f"note: {note}")
     _print_facts(facts)
     return _output.FINE
+
+
+def open_one(found: Found, target: str, step: str | None) -> tuple[Checkpoint, list[str]]:
+    """The save that ``step`` means of the one run of a target, and the tiers that hold it."""
+    if len(found.runs) > 1:
+        raise UsageError(
+            f"{target} holds {len(found.runs)} runs",
+            state="nothing was read",
+            actions=[f"name one: {target.rstrip('/')}/{run}" for run in list(found.runs)[:10]],
+        )
+    places = [place for places in found.runs.values() for place in places]
+    return _open(places, parse_step(step))
 
 
 def _open(places: list[Place], step: int | str) -> tuple[Checkpoint, list[str]]:

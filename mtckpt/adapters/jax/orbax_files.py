@@ -1,0 +1,294 @@
+"""Orbax's directories, read leaf by leaf: OCDBT and plain Zarr, versions 2 and 3.
+
+Knows what Orbax writes beside its arrays (``_METADATA`` and its companions) and how a checkpoint
+manager lays out steps and items. Does not use Orbax, only TensorStore, so that no array has to be
+in memory as a whole, and no pytree has to be there at all. Does not know mtckpt's tiers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mtckpt import _state
+from mtckpt._building import Pieced
+from mtckpt._dtypes import DTYPES
+from mtckpt._state import ArraySpec, Node, escape
+from mtckpt.errors import Damaged, FormatError, UnsupportedState, UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Item", "find_steps", "read_step"]
+
+BAND_BYTES = 64 * 1024 * 1024
+MAX_METADATA_BYTES = 256 * 1024 * 1024
+_METADATA = "_METADATA"
+_STRINGS = "_strings.json"
+_SEQUENCE, _MAPPING = 1, 2  # kinds of keys in Orbax's metadata
+_EMPTY = {
+    "Dict": _state.DICT,
+    "NamedTuple": _state.DICT,
+    "List": _state.LIST,
+    "Tuple": _state.TUPLE,
+}
+_ARRAYS = {"jax.Array": "jax", "np.ndarray": "numpy"}
+
+
+@dataclass(slots=True)
+class Item:
+    """What was read of a directory: arrays to come, the tree around them, and plain values."""
+
+    arrays: list[Pieced] = field(default_factory=list)
+    plain: list[Any] = field(default_factory=list)
+    root: Node = field(default_factory=lambda: Node(_state.DICT, keys=[]))
+
+
+def find_steps(source: Path) -> dict[int | None, Path]:
+    """Step -> directory below a manager's root; ``{None: source}`` for a directory of one step.
+
+    Raises UsageError for what is no directory of Orbax's.
+    """
+    if (source / _METADATA).is_file() or _items(source):
+        found = re.fullmatch(r"(?:.*[_.-])?(\d+)", source.name)
+        return {int(found[1]) if found else None: source}
+    steps: dict[int | None, Path] = {}
+    for path in sorted(source.iterdir()) if source.is_dir() else ():
+        found = re.fullmatch(r"(?:[A-Za-z_]+[_.-])?(\d+)", path.name)
+        if found and path.is_dir() and ((path / _METADATA).is_file() or _items(path)):
+            steps[int(found[1])] = path
+    if not steps:
+        raise UsageError(
+            f"{source} is no checkpoint of Orbax's: neither it nor a step in it has {_METADATA}",
+            state="nothing was read",
+            actions=("give a manager's directory, one step of it, or one item of that",),
+        )
+    return steps
+
+
+def _items(path: Path) -> dict[str, Path]:
+    """The items of a step: pytrees, and JSON beside them."""
+    found = {}
+    for part in sorted(path.iterdir()) if path.is_dir() else ():
+        if (part / _METADATA).is_file() or (part / "metadata").is_file():
+            found[part.name] = part
+    return found if any((part / _METADATA).is_file() for part in found.values()) else {}
+
+
+def read_step(path: Path) -> Item:
+    """One step, or one item of it. Items get their names as top-level keys; "default" has none.
+
+    Raises FormatError for what cannot be what Orbax wrote, UnsupportedState for a type of array
+    that mtckpt lacks.
+    """
+    item = Item()
+    if (path / _METADATA).is_file():
+        item.root = _read_tree(path, (), item)
+        return item
+    items = _items(path)
+    if list(items) == ["default"]:
+        item.root = _read_tree(items["default"], (), item)
+        return item
+    children = []
+    for name, part in items.items():
+        if (part / _METADATA).is_file():
+            children.append(_read_tree(part, (name,), item))
+        else:
+            children.append(_plain_tree(_read_json(part / "metadata"), item))
+    item.root = Node(_state.DICT, keys=list(items), children=children)
+    return item
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+class _Draft(dict[str, Any]):
+    """A container in the making: children by key, leaves are nodes."""
+
+    is_sequence = False
+
+
+def _read_tree(directory: Path, prefix: tuple[str, ...], item: Item) -> Node:
+    metadata = _read_json(directory / _METADATA)
+    try:
+        entries = metadata["tree_metadata"].values()
+        leaves = [
+            (
+                [(key["key_type"], str(key["key"])) for key in entry["key_metadata"]],
+                str(entry["value_metadata"]["value_type"]),
+            )
+            for entry in entries
+        ]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise FormatError(f"{_METADATA} is not what Orbax writes", path=str(directory)) from error
+    reader = _Reader(directory, metadata)
+    top = _Draft()
+    for keys, kind in leaves:
+        names = [name for _, name in keys]
+        path = "/".join(map(escape, (*prefix, *names)))
+        node = _leaf(reader, names, path, kind, item)
+        if not keys:
+            return node
+        draft = top
+        for (key_type, name), following in zip(keys, [*keys[1:], None], strict=True):
+            draft.is_sequence = key_type == _SEQUENCE
+            if following is None:
+                draft[name] = node
+            else:
+                draft = draft.setdefault(name, _Draft())
+                if not isinstance(draft, _Draft):
+                    raise FormatError(f"{path[:200]} is a leaf and a container")
+    return _built(top)
+
+
+def _built(draft: _Draft) -> Node:
+    children = {
+        name: _built(child) if isinstance(child, _Draft) else child for name, child in draft.items()
+    }
+    if draft.is_sequence and set(children) == set(map(str, range(len(children)))):
+        ordered = [children[str(i)] for i in range(len(children))]
+        return Node(_state.LIST, children=ordered)
+    return Node(_state.DICT, keys=list(children), children=list(children.values()))
+
+
+def _leaf(reader: _Reader, names: list[str], path: str, kind: str, item: Item) -> Node:
+    if kind in _EMPTY:
+        return Node(_EMPTY[kind], keys=[] if _EMPTY[kind] == _state.DICT else None)
+    if kind in ("None", "string", "scalar"):
+        item.plain.append(reader.plain(names, kind))
+        return Node(_state.PLAIN, index=len(item.plain) - 1)
+    if kind not in _ARRAYS:
+        raise UnsupportedState(
+            f"Orbax says that this is a {kind[:60]}, which mtckpt cannot import",
+            path=path,
+            type_name=kind[:60],
+            state="nothing was written",
+            actions=("save it from Orbax as an array or a plain number",),
+        )
+    spec, pieces = reader.array(names, path, _ARRAYS[kind])
+    item.arrays.append(Pieced(path, spec, pieces))
+    return Node(_state.ARRAY, index=len(item.arrays) - 1)
+
+
+class _Reader:
+    """The arrays of one directory."""
+
+    def __init__(self, directory: Path, metadata: Mapping[str, Any]) -> None:
+        self._directory = directory
+        self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        self._is_ocdbt = (directory / "manifest.ocdbt").is_file()
+        # Where zeros are stored too, a chunk that is not there is a loss.
+        self._all_stored = bool(metadata.get("store_array_data_equal_to_fill_value"))
+        strings = directory / _STRINGS
+        self._strings = _read_json(strings) if strings.is_file() else {}
+        self._impls = _key_impls(directory)
+
+    def plain(self, names: list[str], kind: str) -> Any:
+        if kind == "None":
+            return None
+        if kind == "string":
+            return str(self._strings.get(".".join(names), ""))
+        value = self._open(names).read().result()
+        return value.item()
+
+    def array(
+        self, names: list[str], path: str, framework: str
+    ) -> tuple[ArraySpec, Callable[[], Any]]:
+        store = self._open(names)
+        dtype = store.dtype.numpy_dtype.name
+        if dtype not in DTYPES:
+            raise UnsupportedState(
+                f"arrays of type {dtype} cannot be stored",
+                path=path,
+                type_name=dtype,
+                state="nothing was written",
+            )
+        impl = self._impls.get(".".join(names))
+        framework = framework if impl is None else f"jax.key.{impl}"
+        return ArraySpec(dtype, tuple(store.shape), framework), lambda: _bands(self._open(names))
+
+    def _open(self, names: list[str]) -> Any:
+        import tensorstore
+
+        name = ".".join(names)
+        if not self._is_ocdbt and ({"..", "."} & set(name.split("/")) or name.startswith("/")):
+            raise Damaged("the name of an array leads out of its directory", path=name[:200])
+        spec: dict[str, Any] = {
+            "driver": self._driver,
+            "kvstore": _kvstore(self._directory, name, is_ocdbt=self._is_ocdbt),
+            "fill_missing_data_reads": not self._all_stored,
+        }
+        try:
+            return tensorstore.open(spec, open=True, read=True).result()
+        except (ValueError, KeyError, OSError) as error:
+            raise Damaged(f"an array cannot be opened: {error}", path=name[:200]) from error
+
+
+def _bands(store: Any) -> Iterator[memoryview]:
+    """The bytes of an array in C order: rows of whole chunks, as many as make up a band."""
+    import numpy as np
+
+    shape = tuple(store.shape)
+    if not math.prod(shape):
+        return
+    rows = shape[0] if shape else 1
+    height = rows
+    if shape:
+        row_bytes = math.prod(shape[1:]) * store.dtype.numpy_dtype.itemsize
+        chunk = max(1, min(rows, store.chunk_layout.read_chunk.shape[0] or rows))
+        height = chunk * max(1, BAND_BYTES // (row_bytes * chunk))
+    for first in range(0, rows, height):
+        part = store[first : min(first + height, rows)] if shape else store
+        try:
+            band = np.ascontiguousarray(part.read().result())
+        except (ValueError, KeyError, OSError) as error:
+            raise Damaged(f"an array cannot be read: {error}") from error
+        yield band.reshape(-1).view(np.uint8).data
+
+
+def _kvstore(directory: Path, name: str, *, is_ocdbt: bool) -> dict[str, Any]:
+    if is_ocdbt:
+        base = {"driver": "file", "path": f"{directory}/"}
+        return {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    return {"driver": "file", "path": f"{directory}/{name}/"}
+
+
+def _key_impls(directory: Path) -> dict[str, str]:
+    """The generator of each array of random keys, by its name in Orbax."""
+    found = {}
+    for path in sorted((directory / "array_metadatas").glob("process_*")):
+        try:
+            for each in _read_json(path)["array_metadatas"]:
+                entry = each["array_metadata"]
+                impl = (entry["ext_metadata"] or {}).get("random_key_impl")
+                if impl is not None:
+                    found[str(entry["param_name"])] = str(impl)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise FormatError("array_metadatas is not what Orbax writes", path=str(path)) from error
+    return found
+
+
+def _plain_tree(value: Any, item: Item, depth: int = 0) -> Node:
+    """JSON as plain values."""
+    if depth > 64:
+        raise FormatError("JSON is nested too deeply")
+    if isinstance(value, dict):
+        children = [_plain_tree(child, item, depth + 1) for child in value.values()]
+        return Node(_state.DICT, keys=list(value), children=children)
+    if isinstance(value, list):
+        return Node(_state.LIST, children=[_plain_tree(each, item, depth + 1) for each in value])
+    item.plain.append(value)
+    return Node(_state.PLAIN, index=len(item.plain) - 1)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > MAX_METADATA_BYTES:
+            raise FormatError("file is larger than metadata can be", path=str(path))
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"cannot be read: {error}", path=str(path)) from error
