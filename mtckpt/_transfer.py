@@ -1,4 +1,4 @@
-"""Moves shards between places on this node, checks them, heals them, deletes them.
+"""Moves shards between places, checks them, heals them, deletes them.
 
 It knows the three files of a shard and the order that keeps the commit rule true: data, table,
 record when a shard appears, record first when a save goes. Whatever is copied is compared with the
@@ -23,7 +23,7 @@ from mtckpt._crash import crash_point
 from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Manifest, ManifestEntry, SaveName
 from mtckpt._shard import verify_mapped
-from mtckpt._source import Blocks, OpenShard, Place, Progress, VerifyingSource, open_shard
+from mtckpt._source import OpenShard, Place, Progress, VerifyingSource, open_bytes, open_shard
 from mtckpt.errors import (
     AlreadyExists,
     CheckpointError,
@@ -119,12 +119,18 @@ def _put(
     # Somebody stores this key over and over; it is not there because of us.
     raise AlreadyExists(
         f"{key} was stored by somebody else, and not as it should be",
-        tier=target.local.name,
+        tier=target.tier.name,
         key=key,
     )
 
 
 def _set_aside(place: Place, key: str, reason: str) -> None:
+    """Make room under the key of a damaged object, of which a good copy is at hand."""
+    if not place.is_local:
+        # Objects of a store cannot be renamed, only copied and deleted: nothing is kept of it.
+        logger.warning("%s: %s is replaced: %s", place.tier.name, key, reason)
+        place.tier.delete(key)
+        return
     aside = place.local.quarantine(key, reason)
     if place.in_memory:
         # In RAM the damaged copy would take the room that its successor needs.
@@ -134,16 +140,12 @@ def _set_aside(place: Place, key: str, reason: str) -> None:
 def _is_right(target: Place, key: str, shard: OpenShard) -> bool:
     """Whether the data file that is there is this shard's, byte for byte by its digests."""
     try:
-        with target.local.lease(key) as lease:
-            if lease.size_bytes != shard.layout.size_bytes:
+        with open_bytes(target, key, cold=True) as (held, reader):
+            if held.size_bytes != shard.layout.size_bytes:
                 return False
-            reader = Blocks(lease.fd, lease.size_bytes, direct=not target.in_memory)
-            try:
-                VerifyingSource(
-                    reader, shard.layout, shard.table, tier=target.local.name, key=key
-                ).read_all()
-            finally:
-                reader.close()
+            VerifyingSource(
+                reader, shard.layout, shard.table, tier=target.tier.name, key=key
+            ).read_all()
         return True
     except (Damaged, ObjectNotFound):
         return False
@@ -152,7 +154,7 @@ def _is_right(target: Place, key: str, shard: OpenShard) -> bool:
 def _same(target: Place, key: str, shard: OpenShard) -> bool:
     wanted = shard.table_data if key.endswith(".xxh3") else shard.record_data
     try:
-        return read_all(target.local, key, max_bytes=len(wanted)) == wanted
+        return read_all(target.tier, key, max_bytes=len(wanted)) == wanted
     except (ShortRead, ObjectNotFound):
         return False
 
@@ -160,7 +162,7 @@ def _same(target: Place, key: str, shard: OpenShard) -> bool:
 def _take_back(target: Place, stored: list[str]) -> None:
     for key in reversed(stored):
         try:
-            target.local.delete(key)
+            target.tier.delete(key)
         except CheckpointError as error:
             # The first error is the one to report. Without its record this is no shard.
             logger.warning("could not take back %s: %s", key, error.what)
@@ -168,13 +170,13 @@ def _take_back(target: Place, stored: list[str]) -> None:
 
 def write_manifest(place: Place, run_key: str, name: SaveName) -> bool:
     """Cache the fact that a save is complete; False if it is not (yet)."""
-    save = _inventory.scan_save(place.local, run_key, name)
+    save = _inventory.scan_save(place.tier, run_key, name)
     if not save.complete or save.aborted:
         return False
     entries = []
     for rank, record in sorted(save.records.items()):
         key = shard_keys(run_key, name, rank)[2]
-        data = read_all(place.local, key, max_bytes=_manifest.MAX_RECORD_BYTES)
+        data = read_all(place.tier, key, max_bytes=_manifest.MAX_RECORD_BYTES)
         entries.append(ManifestEntry(rank, record.shard.size_bytes, xxh3_128_hexdigest(data)))
     first = save.records[0]
     manifest = Manifest(
@@ -245,7 +247,7 @@ def verify_shard(
 
 def _stands(place: Place, key: str) -> bool:
     try:
-        place.local.stat(key)
+        place.tier.stat(key)
     except ObjectNotFound:
         return False
     return True
@@ -269,7 +271,7 @@ def heal_shard(
         raise Damaged(
             f"the copy to heal from is damaged: {reason}",
             state="nothing was changed",
-            tier=good.local.name,
+            tier=good.tier.name,
             key=key,
         )
     found = verify_shard(bad, run_key, name, rank)
@@ -288,16 +290,16 @@ def delete_save(place: Place, run_key: str, name: SaveName) -> tuple[bool, int]:
 
     Killed anywhere, this leaves files that no record speaks for, and the next call ends it.
     """
-    keys = {info.key: info.size_bytes for info in place.local.list(f"{run_key}/{name}/")}
+    keys = {info.key: info.size_bytes for info in place.tier.list(f"{run_key}/{name}/")}
     for key in keys:
         if key.endswith(".safetensors") and _is_leased(place, key):
             return True, 0
     order = sorted(keys, key=lambda key: (_delete_rank(key), key))
     for index, key in enumerate(order):
-        place.local.delete(key)
+        place.tier.delete(key)
         crash_point(f"delete.{index}")
     freed_bytes = sum(keys.values())
-    for aside in place.local.quarantined():
+    for aside in place.local.quarantined() if place.is_local else ():
         if aside.key.startswith(f"{run_key}/{name}/"):
             place.local.drop_quarantined(aside)
             freed_bytes += aside.size_bytes
@@ -312,6 +314,8 @@ def _delete_rank(key: str) -> int:
 
 
 def _is_leased(place: Place, key: str) -> bool:
+    if not place.is_local:
+        return False
     try:
         with place.local.try_exclusive(key) as fd:
             return fd is None
