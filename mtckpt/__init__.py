@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mtckpt._load import load, steps
     from mtckpt._retention import KeepBest, KeepEvery, KeepLast
     from mtckpt._rng import rng
-    from mtckpt._schedule import Disk, Ram
+    from mtckpt._schedule import Disk, ObjectStore, Ram
     from mtckpt._state import register_codec
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "ObjectStore",
     "Ram",
     "Restored",
     "Save",
@@ -47,6 +48,7 @@ _HOME = {
     "KeepBest": "mtckpt._retention",
     "KeepEvery": "mtckpt._retention",
     "KeepLast": "mtckpt._retention",
+    "ObjectStore": "mtckpt._schedule",
     "Ram": "mtckpt._schedule",
     "Restored": "mtckpt._handle",
     "Save": "mtckpt._handle",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from mtckpt import _manifest, _shard
+from mtckpt import _commit, _manifest, _shard
 from mtckpt._manifest import Incarnation, Metrics, Record, SaveEntry, SaveName
 from mtckpt._shard import ShardLayout, Table
 from mtckpt.errors import Damaged, FormatError, ObjectNotFound, ShortRead, TierUnavailable
@@ -71,10 +71,13 @@ def _collect(tier: Tier, prefix: str, label: str | None) -> Inventory:
     inventory = Inventory(label or tier.name)
     sizes: dict[tuple[SaveName, str], int] = {}
     records: list[tuple[SaveName, int, str]] = []
+    committed: set[tuple[int, int] | None] = set()
     for info in tier.list(prefix):
         parts = info.key.split("/")
         if len(parts) == 2 and _manifest.parse_incarnation_file(parts[1]) is not None:
             _read_incarnation(tier, info.key, inventory)
+        if len(parts) == 3 and parts[1] == "commit":
+            committed.add(_manifest.parse_commit_file(parts[2]))
         if len(parts) != 3 or (name := SaveName.parse(parts[1])) is None:
             continue
         sizes[name, parts[2]] = info.size_bytes
@@ -85,7 +88,24 @@ def _collect(tier: Tier, prefix: str, label: str | None) -> Inventory:
             _read_metrics(tier, info.key, save)
     for name, rank, key in records:
         _read_record(tier, key, rank, inventory.saves[name], sizes)
+    for save in inventory.saves.values():
+        save.committed = (save.name.step, save.name.incarnation) in committed
+    _settle_conflicts(tier, prefix.partition("/")[0], inventory)
     return inventory
+
+
+def _settle_conflicts(tier: Tier, run_key: str, inventory: Inventory) -> None:
+    """Of two saves of one step and incarnation, by two jobs, the one that was committed counts."""
+    by_step: dict[tuple[int, int], list[SaveEntry]] = {}
+    for save in inventory.saves.values():
+        if save.committed and save.complete:
+            by_step.setdefault((save.name.step, save.name.incarnation), []).append(save)
+    for twins in by_step.values():
+        marker = _commit.read_marker(tier, run_key, twins[0].name) if len(twins) > 1 else None
+        for save in twins:
+            if marker is not None and marker.name != save.name:
+                save.records.clear()
+                save.problems.append("another save of this step was committed by another job")
 
 
 def check_record(record: Record, name: SaveName, rank: int) -> None:

@@ -147,6 +147,21 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     metrics: dict[str, float] = {}
 
 
+class Commit(msgspec.Struct, frozen=True):
+    """The marker of a save in a store. ``manifest_digest`` is the XXH3-128 of the manifest."""
+
+    version: int
+    run: str
+    step: _Step
+    incarnation: _IncarnationNumber
+    save_id: Uuid
+    manifest_digest: str
+
+    @property
+    def name(self) -> SaveName:
+        return save_name(self.step, self.incarnation, self.save_id)
+
+
 class Incarnation(msgspec.Struct, frozen=True, omit_defaults=True):
     """One start of the job. ``parent`` is the (incarnation number, step) it went on from."""
 
@@ -174,10 +189,10 @@ class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
     body: msgspec.Raw
 
 
-_T = TypeVar("_T", Record, Manifest, Incarnation, Metrics)
+_T = TypeVar("_T", Record, Manifest, Commit, Incarnation, Metrics)
 
 
-def encode_sealed(value: Record | Manifest | Incarnation | Metrics) -> bytes:
+def encode_sealed(value: Record | Manifest | Commit | Incarnation | Metrics) -> bytes:
     """JSON of ``value`` with its kind and the XXH3-128 of its body."""
     body = msgspec.json.encode(value)
     kind = type(value).__name__.lower()
@@ -271,6 +286,17 @@ def record_file(rank: int) -> str:
 MANIFEST_FILE = "manifest.json"
 
 
+def commit_file(step: int, incarnation: int) -> str:
+    """The marker of a save in a store, below its run."""
+    return f"commit/{step:012d}.{incarnation:06d}"
+
+
+def parse_commit_file(name: str) -> tuple[int, int] | None:
+    """``(step, incarnation)`` of a marker's last name."""
+    match = re.fullmatch(r"(\d{12,13})\.(\d{6,9})", name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def incarnation_file(number: int, id_: str) -> str:
     return f"incarnation-{number:06d}.{id_.replace('-', '')[:12]}.json"
 
@@ -294,13 +320,17 @@ def parse_incarnation_file(name: str) -> int | None:
 
 @dataclass(slots=True)
 class SaveEntry:
-    """One save as one tier has it. ``records`` by rank; ``problems`` says what is wrong with it."""
+    """One save as one tier has it. ``records`` by rank; ``problems`` says what is wrong with it.
+
+    ``committed``: a store has a marker for its step. That is no part of being complete.
+    """
 
     name: SaveName
     tier: str
     records: dict[int, Record] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    committed: bool = False
 
     @property
     def complete(self) -> bool:

@@ -51,7 +51,7 @@ def restore(
     if source is not None:
         places, run_key = run.source(source, places)
         inventories, silent = _restore.scan_places(places, run_key, run.within)
-    best = _retention.best_of([disk.keep for disk in run.disks])
+    best = _retention.best_of([tier.keep for tier in run.tiers])
     plan = _restore.plan_restore(list(inventories.values()), step, best=best)
     skipped = dict(plan.skipped)
     if not plan.candidates:

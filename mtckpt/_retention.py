@@ -25,6 +25,7 @@ __all__ = [
     "decide",
     "keep_from_wire",
     "keep_to_wire",
+    "kept",
     "parse_keep",
 ]
 
@@ -162,7 +163,7 @@ def decide(saves: Sequence[Held], rules: Sequence[Rule]) -> dict[SaveName, Decis
         elif save.name in wanted:
             result[save.name] = Decision(False, wanted[save.name])
         elif save.busy:
-            result[save.name] = Decision(False, "in use by a reader")
+            result[save.name] = Decision(False, "in use, or a store still waits for it")
         elif len(newer) < 2:
             result[save.name] = Decision(False, "fewer than two newer complete saves are here")
         elif not any(s.verified for s in newer):
@@ -174,6 +175,12 @@ def decide(saves: Sequence[Held], rules: Sequence[Rule]) -> dict[SaveName, Decis
         else:
             result[save.name] = Decision(True, "no rule wants it")
     return result
+
+
+def kept(saves: Sequence[Held], rules: Sequence[Rule]) -> set[SaveName]:
+    """The saves that the rules want, were they all in one tier; all of them without a rule."""
+    counted = sorted((s for s in saves if s.complete and s.on_line and not s.damaged), key=_order)
+    return set(_wanted(counted, rules)) if rules else {save.name for save in saves}
 
 
 def _order(save: Held) -> tuple[int, int]:

@@ -291,6 +291,7 @@ class Session:
                 owed=change.owed,
                 superseded=change.superseded,
                 waiting=change.waiting,
+                weak=bool(change.weak),
             )
 
     def _tell(self, save: Save, **news: Any) -> None:

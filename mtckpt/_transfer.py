@@ -10,7 +10,6 @@ Everything blocks and releases the interpreter lock while bytes move.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_128_hexdigest
 
-from mtckpt import _inventory, _manifest, _shard
+from mtckpt import _commit, _inventory, _manifest, _shard
 from mtckpt._crash import crash_point
 from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Manifest, ManifestEntry, SaveName
@@ -27,6 +26,7 @@ from mtckpt._source import OpenShard, Place, Progress, VerifyingSource, open_byt
 from mtckpt.errors import (
     AlreadyExists,
     CheckpointError,
+    CommitConflict,
     Damaged,
     FormatError,
     ObjectNotFound,
@@ -168,11 +168,21 @@ def _take_back(target: Place, stored: list[str]) -> None:
             logger.warning("could not take back %s: %s", key, error.what)
 
 
-def write_manifest(place: Place, run_key: str, name: SaveName) -> bool:
-    """Cache the fact that a save is complete; False if it is not (yet)."""
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A save whose records are all there. ``atomic``: no other save of its step can be as well."""
+
+    atomic: bool = True
+
+
+def write_manifest(place: Place, run_key: str, name: SaveName) -> Completed | None:
+    """Cache the fact that a save is complete, in a store with its marker; None if it is not (yet).
+
+    Raises CommitConflict where another save of this step was committed; this one is withdrawn then.
+    """
     save = _inventory.scan_save(place.tier, run_key, name)
     if not save.complete or save.aborted:
-        return False
+        return None
     entries = []
     for rank, record in sorted(save.records.items()):
         key = shard_keys(run_key, name, rank)[2]
@@ -190,10 +200,22 @@ def write_manifest(place: Place, run_key: str, name: SaveName) -> bool:
         save.metrics,
     )
     key = _inventory.save_key(run_key, name, _manifest.MANIFEST_FILE)
-    with contextlib.suppress(AlreadyExists):  # Another rank's flush has written it.
-        place.through.put(key, BytesSource(_manifest.encode_sealed(manifest)))
+    data = _manifest.encode_sealed(manifest)
+    try:
+        place.through.put(key, BytesSource(data))
+    except AlreadyExists:  # Another rank's flush has written it.
+        if not place.is_local:
+            data = read_all(place.tier, key, max_bytes=_manifest.MAX_SMALL_BYTES)
     crash_point("flush.manifest")
-    return True
+    if place.is_local:
+        return Completed()
+    try:
+        atomic = _commit.put_marker(place.tier, run_key, name, data)
+    except CommitConflict:
+        delete_save(place, run_key, name)
+        raise
+    crash_point("flush.marker")
+    return Completed(atomic)
 
 
 # -- checking, healing, deleting -----------------------------------------------------------------
@@ -285,20 +307,27 @@ def heal_shard(
     return sorted({*found.damaged, *rewritten})
 
 
-def delete_save(place: Place, run_key: str, name: SaveName) -> tuple[bool, int]:
-    """Delete a save, records first: ``(busy, freed bytes)``; busy if somebody has a lease.
+def delete_save(
+    place: Place, run_key: str, name: SaveName, *, records_only: bool = False
+) -> tuple[bool, int]:
+    """Delete a save, marker and records first: ``(busy, freed bytes)``; busy if it is leased.
 
     Killed anywhere, this leaves files that no record speaks for, and the next call ends it.
+    ``records_only`` ends it there: nobody begins to read the save then, whoever does goes on.
     """
     keys = {info.key: info.size_bytes for info in place.tier.list(f"{run_key}/{name}/")}
     for key in keys:
         if key.endswith(".safetensors") and _is_leased(place, key):
             return True, 0
+    if not place.is_local:
+        _commit.withdraw_marker(place.tier, run_key, name)
     order = sorted(keys, key=lambda key: (_delete_rank(key), key))
+    if records_only:
+        order = [key for key in order if _delete_rank(key) == 0]
     for index, key in enumerate(order):
         place.tier.delete(key)
         crash_point(f"delete.{index}")
-    freed_bytes = sum(keys.values())
+    freed_bytes = sum(keys[key] for key in order)
     for aside in place.local.quarantined() if place.is_local else ():
         if aside.key.startswith(f"{run_key}/{name}/"):
             place.local.drop_quarantined(aside)

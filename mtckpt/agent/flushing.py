@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mtckpt import _manifest
 from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.runs import RAM, RunState, SaveState, TierState, describe_failure
-from mtckpt.errors import CheckpointError, Damaged
+from mtckpt.errors import CheckpointError, CommitConflict, Damaged
 
 if TYPE_CHECKING:
     from mtckpt.agent.healing import Healer
@@ -51,9 +51,14 @@ class Flusher:
         while not run.gone and not self.stopping:
             tier.wake.clear()
             try:
+                if tier.ref.access.withheld:
+                    tier.problem = "waits for a Checkpointer that brings the store's credentials"
+                    await tier.wake.wait()
+                    continue
                 if not tier.scanned:
                     await self._scan(run, tier)
                 await self._store_small(run, tier)
+                await self._complete(run, tier)
                 worked = await self._flush_next(run, tier)
             except CheckpointError as error:
                 await self._wait_after(run, tier, error)
@@ -71,6 +76,26 @@ class Flusher:
                 return
         run.note_scan(tier.label, work.RunScan(run.key))
 
+    async def _complete(self, run: RunState, tier: TierState) -> None:
+        """Commit what an agent that died had brought to a store, all but that."""
+        for save in [s for s in run.saves.values() if tier.label in s.uncommitted]:
+            if not save.is_complete(tier.label):
+                continue
+            command = work.Complete(tier.ref, run.key, str(save.name))
+            try:
+                async with run.lock(save, tier.label):
+                    done = await self._tools.call(command, work.Completed)
+            except CommitConflict as error:
+                run.drop_copy(save, tier.label)
+                await self._failed(run, tier, save, error)
+                continue
+            save.uncommitted.discard(tier.label)
+            if done.weak:
+                save.weak.add(tier.label)
+            if done.complete:
+                run.reach(save, tier.stage)
+            run.touch(save)
+
     async def _store_small(self, run: RunState, tier: TierState) -> None:
         """Incarnations and metrics that this tier could not take before."""
         for key, data in list(tier.small_owed.items()):
@@ -80,7 +105,8 @@ class Flusher:
     # -- one save --------------------------------------------------------------------------------
 
     async def _flush_next(self, run: RunState, tier: TierState) -> bool:
-        pick = queue.pick_flush(tier.label, run.facts())
+        wanted = self._healer.wanted(run, tier) if tier.is_store else ()
+        pick = queue.pick_flush(tier.label, run.flushable(tier), wanted)
         if pick is None:
             return False
         for name in pick.superseded:
@@ -93,6 +119,7 @@ class Flusher:
             with run.reading(save):
                 async with run.lock(save, tier.label):
                     copied_bytes = await self._copy(run, tier, save)
+                    save.uncommitted.discard(tier.label)
         except CheckpointError as error:
             save.writing.discard(tier.label)
             # Retention looks after what it may have left, if no later try completes it.
@@ -120,11 +147,14 @@ class Flusher:
         def progress(news: work.Progress) -> None:
             tier.done_bytes = before_bytes + news.done_bytes
 
-        for rank in sorted(save.ranks.get(RAM, ())):
-            command = work.Flush(run.key, str(save.name), rank, run.ram, tier.ref)
+        source = run.source_for(save, tier.label) or run.ram
+        for rank in sorted(save.ranks.get(source.label, ())):
+            command = work.Flush(run.key, str(save.name), rank, source, tier.ref)
             flushed = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
             save.ranks.setdefault(tier.label, set()).add(rank)
             before_bytes += flushed.copied_bytes
+            if flushed.weak:
+                save.weak.add(tier.label)
         if save.reported:
             key, data = metrics_file(run, save)
             await self._tools.call(work.PutSmall(tier.ref, key, data), work.Stored)
@@ -194,10 +224,12 @@ class Flusher:
     ) -> None:
         """Reported once, with this save; a later save tries again."""
         if isinstance(error, Damaged):
-            # The source, which is RAM: another tier may have a good copy to heal it from.
-            save.damaged.add(RAM)
+            # The source: another tier may have a good copy to heal it from.
+            label = str(error.details.get("tier", RAM))
+            label = label if label in run.tiers and label != tier.label else RAM
+            save.damaged.add(label)
             save.heals += 1
-            if save.heals <= MAX_HEALS and await self._healer.heal_save(run, save, RAM):
+            if save.heals <= MAX_HEALS and await self._healer.heal_save(run, save, label):
                 return
         save.failed[tier.label] = protocol.error_to_wire(error)
         save.owed_why.pop(tier.label, None)
@@ -222,23 +254,49 @@ class Flusher:
         """Read the new save back, and only then let older ones go."""
         try:
             async with tier.keeping:
-                if self.stopping or not await self._healer.verify_save(run, save, tier.label):
+                if self.stopping or not self._is_worth_reading(run, tier, save):
                     return
-                for name in self._healer.not_kept(run, tier):
-                    if self.stopping:
-                        return
-                    await self._delete(run, tier, run.saves[name])
+                if not await self._healer.verify_save(run, save, tier.label):
+                    return
+                await self._let_go(run, tier, self._healer.not_kept(run, tier))
         finally:
             tier.to_keep -= 1
             run.touch()
 
-    async def _delete(self, run: RunState, tier: TierState, save: SaveState) -> None:
+    def _is_worth_reading(self, run: RunState, tier: TierState, save: SaveState) -> bool:
+        """What a store has is read back only where something can go then: it costs as a restore."""
+        return not tier.is_store or bool(self._healer.not_kept(run, tier, as_if=save))
+
+    async def _let_go(self, run: RunState, tier: TierState, names: list[str]) -> None:
+        if tier.is_store and names:
+            # Readers in a store leave no trace: from here on nobody begins to read these, and who
+            # has begun gets some time.
+            for name in names:
+                await self._delete(run, tier, run.saves[name], records_only=True)
+            await asyncio.sleep(self._tools.limits.delete_grace_s)
+        for name in names:
+            if self.stopping:
+                return
+            if name in run.saves:
+                await self._delete(run, tier, run.saves[name])
+
+    async def _delete(
+        self, run: RunState, tier: TierState, save: SaveState, *, records_only: bool = False
+    ) -> None:
         async with run.lock(save, tier.label):
-            command = work.Delete(tier.ref, run.key, str(save.name))
+            command = work.Delete(tier.ref, run.key, str(save.name), records_only)
             deleted = await self._tools.call(command, work.Deleted)
         if deleted.busy:
             return  # a reader has it; it goes after a later flush
+        if records_only:
+            save.ranks[tier.label] = set()
+            return
         run.drop_copy(save, tier.label)
+        for label in save.owed:
+            if run.source_for(save, label) is None:
+                # Nobody has it any more for a store that did not answer in time.
+                self._ring.supersede(run, save, label)
+                run.touch(save)
         run.counters["deleted"] += 1
         self._tools.count("save_deleted", tier.label)
         self._tools.events.emit("save.deleted", run=run.run, step=save.name.step, tier=tier.label)

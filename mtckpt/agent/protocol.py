@@ -21,12 +21,16 @@ says which one it speaks. Payload bytes never travel here; they lie in slot file
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from mtckpt import errors
+from mtckpt._access import Access
 from mtckpt._manifest import Uuid
+
+if TYPE_CHECKING:
+    from mtckpt._schedule import SlowTier
 
 __all__ = ["PROTOCOL_VERSION", "decode", "encode", "error_from_wire", "error_to_wire"]
 
@@ -41,13 +45,20 @@ class TierConfig(msgspec.Struct, frozen=True):
     """One slower tier of a run. ``label`` is unique in the run ("disk", "disk-2").
 
     ``keep`` is a list of retention rules: ``{"last": n}``, ``{"every": n}``, ``{"every_s": s,
-    "within_s": s}``, ``{"best": n, "metric": m, "mode": "min"}``; empty keeps everything.
+    "within_s": s}``, ``{"best": n, "metric": m, "mode": "min"}``; empty keeps everything. ``path``
+    is the URL of a store, and ``access`` how it is reached.
     """
 
     label: str
     kind: str
     path: str
     keep: list[dict[str, Any]] = []
+    access: Access = Access()
+
+
+def tier_config(label: str, tier: SlowTier, keep: list[dict[str, Any]]) -> TierConfig:
+    """The settings of a tier as the agent gets them."""
+    return TierConfig(label, tier.kind, tier.place, keep, tier.access)
 
 
 class Open(msgspec.Struct, frozen=True):
@@ -220,7 +231,8 @@ class WireError(msgspec.Struct, frozen=True):
 class SaveChange(msgspec.Struct, frozen=True):
     """Where a save stands. ``stages`` only grows. ``failed`` maps tier labels to their errors;
     ``owed`` maps labels that are retried to the reason; ``superseded`` lists labels that took a
-    newer save instead; ``waiting`` those that are to get this one and do not have it yet."""
+    newer save instead; ``waiting`` those that are to get this one and do not have it yet; ``weak``
+    stores that could not make its commit atomic."""
 
     save_id: str
     step: int
@@ -229,6 +241,7 @@ class SaveChange(msgspec.Struct, frozen=True):
     owed: dict[str, str] = {}
     superseded: list[str] = []
     waiting: list[str] = []
+    weak: list[str] = []
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -254,6 +267,7 @@ class TierStatus(msgspec.Struct, frozen=True):
     bytes_per_s: float = 0.0
     done_bytes: int = 0
     total_bytes: int = 0
+    weak: bool = False
 
 
 class SlotStatus(msgspec.Struct, frozen=True):

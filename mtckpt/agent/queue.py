@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mtckpt import errors
@@ -24,6 +24,10 @@ __all__ = [
     "pick_flush",
     "pick_recycle",
 ]
+
+
+# Saves that a disk holds on to, beyond its own rules, for a store that does not answer.
+MAX_BACKLOG = 4
 
 
 class SlotState(enum.Enum):
@@ -56,18 +60,30 @@ class Pick:
     superseded: tuple[str, ...] = ()
 
 
-def pick_flush(label: str, saves: Iterable[SaveFacts]) -> Pick | None:
-    """The newest staged save that a tier is owed; the older ones that it is owed are superseded.
+def pick_flush(label: str, saves: Iterable[SaveFacts], wanted: Collection[str] = ()) -> Pick | None:
+    """The newest staged save that a tier is owed; older ones that it is owed are superseded.
 
-    None while that tier is being written: what is being written is never superseded midway.
+    Those of ``wanted`` are not, as far as the backlog goes: they come later. None while that tier
+    is being written: what is being written is never superseded midway.
     """
     saves = list(saves)
     if any(label in save.writing for save in saves):
         return None
-    owed = sorted((s for s in saves if s.staged and label in s.owed), key=lambda s: s.order)
-    if not owed:
+    kept = backlog(label, saves, wanted)
+    if not kept:
         return None
-    return Pick(owed[-1].name, tuple(s.name for s in owed[:-1]))
+    owed = sorted((s for s in saves if s.staged and label in s.owed), key=lambda s: s.order)
+    return Pick(kept[0], tuple(s.name for s in owed if s.name not in kept))
+
+
+def backlog(label: str, saves: Iterable[SaveFacts], wanted: Collection[str]) -> list[str]:
+    """What a tier still gets of what it is owed, newest first: the newest, and then of ``wanted``.
+
+    However long it does not answer, that is no more than MAX_BACKLOG saves.
+    """
+    owed = sorted((s for s in saves if s.staged and label in s.owed), key=lambda s: s.order)
+    newest_first = [s.name for s in reversed(owed)]
+    return [*newest_first[:1], *(n for n in newest_first[1:] if n in wanted)][:MAX_BACKLOG]
 
 
 def blocks_recycling(save: SaveFacts, saves: Sequence[SaveFacts]) -> str:
@@ -121,6 +137,7 @@ class Limits:
     ram_ttl_s: float = field(default=86400.0, metadata={"env": "MTCKPT_RAM_TTL_S"})
     takeover_s: float = field(default=5.0, metadata={"env": "MTCKPT_TAKEOVER_S"})
     idle_s: float = field(default=30.0, metadata={"env": "MTCKPT_AGENT_IDLE_S"})
+    delete_grace_s: float = field(default=60.0, metadata={"env": "MTCKPT_DELETE_GRACE_S"})
 
     @staticmethod
     def from_environment() -> Limits:
