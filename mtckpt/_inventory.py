@@ -7,19 +7,27 @@ save or rank than the place it lies in is a problem of that save, not a save.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from mtckpt import _commit, _manifest, _shard
 from mtckpt._manifest import Incarnation, Metrics, Record, SaveEntry, SaveName
 from mtckpt._shard import ShardLayout, Table
-from mtckpt.errors import Damaged, FormatError, ObjectNotFound, ShortRead, TierUnavailable
-from mtckpt.tiers.base import Tier, read_all
+from mtckpt.errors import (
+    CheckpointError,
+    Damaged,
+    FormatError,
+    ObjectNotFound,
+    ShortRead,
+    TierUnavailable,
+)
+from mtckpt.tiers.base import ObjectInfo, Tier, read_all
 
 __all__ = [
     "Inventory",
     "check_identity",
     "check_record",
+    "has_leases",
     "incarnation_key",
     "incarnation_line",
     "save_key",
@@ -27,6 +35,10 @@ __all__ = [
     "scan_save",
     "shard_keys",
 ]
+
+
+# Requests under way at once where a tier is asked for many small objects.
+_READERS = 16
 
 
 @dataclass(slots=True)
@@ -37,6 +49,14 @@ class Inventory:
     saves: dict[SaveName, SaveEntry] = field(default_factory=dict)
     incarnations: list[Incarnation] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+
+def has_leases(tier: Tier) -> bool:
+    """Whether what lies under a key may be recycled by its owner, unless a reader has a lease.
+
+    Elsewhere a key that was listed stays what it was: it need not be looked up before it is read.
+    """
+    return hasattr(tier, "lease")
 
 
 def save_key(run_key: str, name: SaveName, file: str) -> str:
@@ -70,7 +90,7 @@ def scan_save(tier: Tier, run_key: str, name: SaveName) -> SaveEntry:
 def _collect(tier: Tier, prefix: str, label: str | None) -> Inventory:
     inventory = Inventory(label or tier.name)
     sizes: dict[tuple[SaveName, str], int] = {}
-    records: list[tuple[SaveName, int, str]] = []
+    records: list[tuple[SaveName, int, ObjectInfo]] = []
     committed: set[tuple[int, int] | None] = set()
     for info in tier.list(prefix):
         parts = info.key.split("/")
@@ -83,15 +103,41 @@ def _collect(tier: Tier, prefix: str, label: str | None) -> Inventory:
         sizes[name, parts[2]] = info.size_bytes
         save = inventory.saves.setdefault(name, SaveEntry(name, inventory.tier))
         if (rank := _manifest.parse_record_file(parts[2])) is not None:
-            records.append((name, rank, info.key))
+            records.append((name, rank, info))
         elif parts[2].startswith("metrics-"):
             _read_metrics(tier, info.key, save)
-    for name, rank, key in records:
-        _read_record(tier, key, rank, inventory.saves[name], sizes)
+    contents = _contents(tier, [info for _, _, info in records])
+    for (name, rank, info), content in zip(records, contents, strict=True):
+        _read_record(info.key, content, rank, inventory.saves[name], sizes)
     for save in inventory.saves.values():
         save.committed = (save.name.step, save.name.incarnation) in committed
     _settle_conflicts(tier, prefix.partition("/")[0], inventory)
     return inventory
+
+
+def _contents(tier: Tier, infos: list[ObjectInfo]) -> Iterator[bytes | CheckpointError]:
+    """The bytes of records, or what there is instead; several at a time where each takes a while.
+
+    Raises any other error of a tier that does not answer.
+    """
+
+    def read(info: ObjectInfo) -> bytes | CheckpointError:
+        try:
+            if has_leases(tier) or info.size_bytes > _manifest.MAX_RECORD_BYTES:
+                return read_all(tier, info.key, max_bytes=_manifest.MAX_RECORD_BYTES)
+            out = bytearray(info.size_bytes)
+            tier.read_into(info.key, memoryview(out))
+            return bytes(out)
+        except (ObjectNotFound, FormatError, ShortRead, TierUnavailable) as error:
+            return error
+
+    if has_leases(tier) or len(infos) < 2:
+        yield from map(read, infos)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(_READERS, "mtckpt-records") as executor:
+        yield from executor.map(read, infos)
 
 
 def _settle_conflicts(tier: Tier, run_key: str, inventory: Inventory) -> None:
@@ -168,15 +214,16 @@ def _read_metrics(tier: Tier, key: str, save: SaveEntry) -> None:
 
 
 def _read_record(
-    tier: Tier,
     key: str,
+    content: bytes | CheckpointError,
     rank: int,
     save: SaveEntry,
     sizes: dict[tuple[SaveName, str], int],
 ) -> None:
     try:
-        data = read_all(tier, key, max_bytes=_manifest.MAX_RECORD_BYTES)
-        record = _manifest.decode_sealed(data, Record)
+        if isinstance(content, CheckpointError):
+            raise content
+        record = _manifest.decode_sealed(content, Record)
     except ObjectNotFound:
         return
     except (FormatError, ShortRead, TierUnavailable) as error:

@@ -13,10 +13,10 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mtckpt import _manifest, _shard
-from mtckpt._inventory import check_identity, check_record, shard_keys
+from mtckpt._inventory import check_identity, check_record, has_leases, shard_keys
 from mtckpt._manifest import Record, SaveName
 from mtckpt.errors import Damaged, FormatError, ShortRead
 from mtckpt.tiers._os_errors import tier_error
@@ -74,13 +74,6 @@ class Place:
 
 
 # -- the bytes of one object -----------------------------------------------------------------------
-
-
-@runtime_checkable
-class _Leasing(Protocol):
-    """A tier whose files are recycled by their owner, unless a reader has a lease."""
-
-    def lease(self, key: str) -> Lease: ...
 
 
 class Held:
@@ -142,8 +135,8 @@ class Held:
 
 def hold(tier: Tier, key: str) -> Held:
     """The object under a lease where its file could be recycled; elsewhere a key never changes."""
-    if isinstance(tier, _Leasing):
-        lease = tier.lease(key)
+    if has_leases(tier):
+        lease: Lease = tier.lease(key)  # type: ignore[attr-defined]  # that is what was asked
         return Held(tier, key, lease.size_bytes, lease)
     return Held(tier, key, tier.stat(key).size_bytes, None)
 

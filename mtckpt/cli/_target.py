@@ -124,7 +124,7 @@ def _run_name(place: Place, inventory: Inventory) -> str:
             return record.run
     for incarnation in inventory.incarnations:
         return incarnation.run
-    return place.path.name
+    return place.name
 
 
 def agent_status() -> AgentStatus | None:
