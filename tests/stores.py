@@ -1,0 +1,163 @@
+"""Real servers for tests: an S3 one (SeaweedFS) and a GCS one, on free loopback ports.
+
+Started when a test first asks, one of each for the whole test process, and ended by process id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.client
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BUCKET = "test"
+KEY, SECRET = "testkey", "testsecret12"
+START_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class S3Server:
+    """Where it is, and who may use it."""
+
+    url: str
+    key: str = KEY
+    secret: str = field(default=SECRET, repr=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Storage options as s3fs names them."""
+        return {
+            "key": self.key,
+            "secret": self.secret,
+            "endpoint_url": self.url,
+            "client_kwargs": {"region_name": "us-east-1"},
+            "config_kwargs": {"s3": {"addressing_style": "path"}},
+        }
+
+    def client(self) -> Any:
+        """A botocore client, for what tests do around the tier."""
+        return _client(self.url, self.key, self.secret)
+
+    def new_prefix(self) -> str:
+        """``bucket/prefix``, empty. The bucket is the same always: weed sets volumes of its own
+        aside for each, and has only so many."""
+        return f"{BUCKET}/{os.urandom(6).hex()}"
+
+
+@functools.cache
+def _client(url: str, key: str, secret: str) -> Any:
+    from botocore.config import Config
+    from botocore.session import Session
+
+    return Session().create_client(
+        "s3",
+        endpoint_url=url,
+        region_name="us-east-1",
+        aws_access_key_id=key,
+        aws_secret_access_key=secret,
+        config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 5}),
+    )
+
+
+def program(name: str) -> str:
+    """A program that a wheel has installed beside this Python."""
+    beside = Path(sysconfig.get_path("scripts")) / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` free ports in a row, free also 10000 higher: weed takes those too."""
+    first = 20_000 + (os.getpid() * 8) % 8_000
+    for base in range(first, first + 12_000, 8):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in (*range(base, base + count), *range(base + 10_000, base + 10_004)):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return base
+    raise RuntimeError("no free ports")
+
+
+def answers(url: str, path: str) -> bool:
+    """Whether the server says that it is ready."""
+    connection = http.client.HTTPConnection(url.partition("://")[2], timeout=2)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def s3_server(directory: Path) -> Iterator[S3Server]:
+    """SeaweedFS, all in one process. SIGTERM would take it 16 s, so it is killed."""
+    base = free_ports(4)
+    (directory / "data").mkdir()
+    (directory / "s3.json").write_text(
+        json.dumps(
+            {
+                "identities": [
+                    {
+                        "name": "test",
+                        "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+                        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+                    },
+                    {
+                        "name": "reader",
+                        "credentials": [{"accessKey": "readkey", "secretKey": "readsecret12"}],
+                        "actions": ["Read", "List"],
+                    },
+                ]
+            }
+        )
+    )
+    command = [
+        program("weed"), "-logtostderr=true", "server",
+        f"-dir={directory / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        f"-master.port={base + 1}", f"-volume.port={base + 2}",
+        "-filer", f"-filer.port={base + 3}", "-s3", f"-s3.port={base}",
+        f"-s3.config={directory / 's3.json'}", "-s3.iam=false", "-s3.port.iceberg=0",
+        "-s3.port.lance=0", "-master.telemetry=false", "-volume.max=0",
+        "-master.volumeSizeLimitMB=256", "-volume.preStopSeconds=1",
+    ]  # fmt: skip
+    with open(directory / "weed.log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
+    url = f"http://127.0.0.1:{base}"
+    try:
+        end = time.monotonic() + START_S
+        while not answers(url, "/status"):
+            if process.poll() is not None or time.monotonic() > end:
+                said = (directory / "weed.log").read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"weed did not start: {said}")
+            time.sleep(0.05)
+        server = S3Server(url)
+        server.client().create_bucket(Bucket=BUCKET)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """The S3 server of this test process."""
+    with s3_server(tmp_path_factory.mktemp("weed")) as server:
+        yield server
