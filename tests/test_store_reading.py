@@ -40,7 +40,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     server: S3Server = request.getfixturevalue("s3")
     for name, value in environment_of(server).items():
         monkeypatch.setenv(name, value)
-    return f"s3://{upload(server, tmp_path / 'tier')}/some/tier"
+    return f"s3://{upload(server, tmp_path / 'tier')}"
 
 
 def environment_of(server: S3Server) -> dict[str, str]:
@@ -53,12 +53,13 @@ def environment_of(server: S3Server) -> dict[str, str]:
 
 
 def upload(server: S3Server, root: Path) -> str:
-    """A copy made with another tool, as anybody may make one; the bucket."""
-    bucket, client = server.make_bucket(), server.client()
+    """A copy made with another tool, as anybody may make one; its bucket and prefix."""
+    place, client = server.new_prefix(), server.client()
+    bucket, _, prefix = place.partition("/")
     for path in files(root):
-        key = f"some/tier/{path.relative_to(root).as_posix()}"
+        key = f"{prefix}/{path.relative_to(root).as_posix()}"
         client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
-    return bucket
+    return place
 
 
 def files(root: Path) -> Iterator[Path]:
