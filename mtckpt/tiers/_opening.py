@@ -109,10 +109,10 @@ def _open_gcs(
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import gcsfs
 
-    from mtckpt.tiers._store_fsspec import FsspecStore
+    from mtckpt.tiers._store_gcs import GcsStore
 
-    fs = gcsfs.GCSFileSystem(**{**options, "skip_instance_cache": True})
-    return FsspecStore(fs, place), path, "fsspec"
+    fs = gcsfs.GCSFileSystem(**options)
+    return GcsStore(fs, place, path, stall_s=stall_s), path, "fsspec"
 
 
 def _open_other(url: str, place: str, options: Mapping[str, Any]) -> tuple[Store, str, str]:

@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -74,10 +74,11 @@ class Http:
         headers: Mapping[str, str],
         *,
         timeout_s: float,
-        body: memoryview | bytes = b"",
+        body: Sequence[memoryview | bytes] = (),
         out: memoryview | None = None,
     ) -> Answer:
-        """Ask once. ``out`` takes the body of a success; an answer longer than it is refused.
+        """Ask once. The buffers of ``body`` are sent one after the other. ``out`` takes the body of
+        a success; an answer longer than it is refused.
 
         Raises:
             Refused: UNREACHABLE for whatever kept the whole answer from arriving in time.
@@ -85,7 +86,7 @@ class Http:
         failed: str
         try:
             with self._connection(url, timeout_s) as (connection, target):
-                return self._ask(connection, method, target, headers, memoryview(body), out)
+                return self._ask(connection, method, target, headers, body, out)
         except Refused:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -110,18 +111,20 @@ class Http:
         method: str,
         target: str,
         headers: Mapping[str, str],
-        body: memoryview,
+        body: Sequence[memoryview | bytes],
         out: memoryview | None,
     ) -> Answer:
         connection.putrequest(method, target, skip_accept_encoding=True)
         for name, value in headers.items():
             connection.putheader(name, value)
-        if len(body) or method in ("PUT", "POST"):
-            connection.putheader("Content-Length", str(len(body)))
+        if body or method in ("PUT", "POST"):
+            connection.putheader("Content-Length", str(sum(map(len, body))))
         connection.endheaders()
         try:
-            for start in range(0, len(body), PIECE_BYTES):
-                connection.sock.sendall(body[start : start + PIECE_BYTES])
+            for buffer in body:
+                view = memoryview(buffer)
+                for start in range(0, len(view), PIECE_BYTES):
+                    connection.sock.sendall(view[start : start + PIECE_BYTES])
         except (BrokenPipeError, ConnectionResetError):
             # A server that has refused early closes its side: its answer may be there to read.
             connection.sock.settimeout(1.0)

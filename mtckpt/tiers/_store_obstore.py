@@ -101,7 +101,7 @@ class FastWire:
             refused = refused_by_client(error, self.secrets())
         else:
             assert self._http is not None
-            answer = self._http.request("PUT", url, headers, body=view, timeout_s=timeout_s)
+            answer = self._http.request("PUT", url, headers, body=[view], timeout_s=timeout_s)
             if answer.status < 300:
                 found = {"ETag": answer.headers.get("etag", "")}
                 for name, header in _HEADERS.items():

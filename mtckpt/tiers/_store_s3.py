@@ -6,12 +6,11 @@ the server: a ``Wire`` carries it, that of s3fs or the fast one, and both give t
 
 from __future__ import annotations
 
-import base64
 import time
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from mtckpt.tiers._checksums import Crc
 from mtckpt.tiers._store import (
     Entry,
     Kind,
@@ -94,29 +93,6 @@ class Wire(Protocol):
     def close(self) -> None: ...
 
 
-class Crc:
-    """The checksum that the store verifies and keeps: CRC32C by awscrt, else CRC32 by zlib."""
-
-    def __init__(self) -> None:
-        self._value: Callable[[Any], int] = zlib.crc32
-        self.field = "ChecksumCRC32"
-        self.algorithm = "CRC32"
-        try:
-            from awscrt import checksums
-        except ImportError:
-            return  # A tenth of the speed, and no less right.
-        self._value = checksums.crc32c
-        self.field, self.algorithm = "ChecksumCRC32C", "CRC32C"
-
-    def of(self, view: memoryview | bytes) -> str:
-        return base64.b64encode(self._value(view).to_bytes(4, "big")).decode()
-
-    def of_parts(self, checksums: Iterable[str]) -> str:
-        """What S3 says of an object made of parts: the checksum of their checksums."""
-        digests = [base64.b64decode(checksum) for checksum in checksums]
-        return f"{self.of(b''.join(digests))}-{len(digests)}"
-
-
 class S3Store:
     """One bucket. See ``Store`` and ``PartStore``."""
 
@@ -128,6 +104,7 @@ class S3Store:
         self._wire = wire
         self.place = place
         self._crc = Crc()
+        self._field = f"Checksum{self._crc.algorithm}"
         self.parts = self
 
     # -- objects ---------------------------------------------------------------------------------
@@ -141,9 +118,9 @@ class S3Store:
             timeout_s,
             **_at(path),
             IfNoneMatch="*",
-            **{self._crc.field: checksum},
+            **{self._field: checksum},
         )
-        kept = answer.get(self._crc.field)
+        kept = answer.get(self._field)
         if kept is None and self.head(path, timeout_s).size_bytes != len(view):
             raise Refused(Kind.CORRUPTED, "another size than was sent")
         if kept is not None and kept != checksum:
@@ -155,7 +132,7 @@ class S3Store:
 
     def head(self, path: str, timeout_s: float) -> Stored:
         answer = self._wire.call("head_object", timeout_s, **_at(path), ChecksumMode="ENABLED")
-        return Stored(int(answer["ContentLength"]), answer.get(self._crc.field))
+        return Stored(int(answer["ContentLength"]), answer.get(self._field))
 
     def page(
         self, prefix: str, token: str | None, timeout_s: float
@@ -179,7 +156,7 @@ class S3Store:
     def checksum_of_parts(self, parts: list[SentPart]) -> str | None:
         checksums = [part.checksum for part in parts]
         known = [checksum for checksum in checksums if checksum is not None]
-        return self._crc.of_parts(known) if len(known) == len(parts) else None
+        return self._crc.of_digests(known) if len(known) == len(parts) else None
 
     def find(self, path: str, timeout_s: float) -> list[Upload]:
         return [upload for upload in self._uploads(path, timeout_s) if upload.path == path]
@@ -220,7 +197,7 @@ class S3Store:
         while True:
             answer = self._wire.call("list_parts", timeout_s, **_in(upload), **more)
             found += [
-                SentPart(one["PartNumber"], one["Size"], one["ETag"], one.get(self._crc.field))
+                SentPart(one["PartNumber"], one["Size"], one["ETag"], one.get(self._field))
                 for one in answer.get("Parts", ())
             ]
             if not answer.get("IsTruncated"):
@@ -236,9 +213,9 @@ class S3Store:
             timeout_s,
             **_in(upload),
             PartNumber=number,
-            **{self._crc.field: checksum},
+            **{self._field: checksum},
         )
-        kept = answer.get(self._crc.field)
+        kept = answer.get(self._field)
         if kept is not None and kept != checksum:
             raise Refused(Kind.CORRUPTED, f"checksum {kept} of a part sent as {checksum}")
         return SentPart(number, len(view), answer["ETag"], checksum)
@@ -255,14 +232,14 @@ class S3Store:
             CopySourceRange=f"bytes={start}-{stop - 1}",
         )
         result = answer["CopyPartResult"]
-        return SentPart(number, stop - start, result["ETag"], result.get(self._crc.field))
+        return SentPart(number, stop - start, result["ETag"], result.get(self._field))
 
     def complete(self, upload: Upload, parts: list[SentPart], timeout_s: float) -> Stored:
         listed = []
         for part in parts:
             entry = {"PartNumber": part.number, "ETag": part.tag}
             if part.checksum is not None:
-                entry[self._crc.field] = part.checksum
+                entry[self._field] = part.checksum
             listed.append(entry)
         answer = self._wire.call(
             "complete_multipart_upload",
@@ -275,7 +252,7 @@ class S3Store:
             # S3 may answer 200 at once, and say only in the body that it went wrong.
             said = answer["Error"]
             raise refused_by_s3(500, said.get("Code", ""), said.get("Message", ""))
-        return Stored(sum(part.size_bytes for part in parts), answer.get(self._crc.field))
+        return Stored(sum(part.size_bytes for part in parts), answer.get(self._field))
 
     def abort(self, upload: Upload, timeout_s: float) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from stores import S3Server
+from stores import GcsServer, S3Server
 
 from mtckpt.testing import TierSuite
 from mtckpt.tiers import ObjectStoreTier, Survives, Tier
@@ -50,3 +50,23 @@ class TestS3Obstore(_S3):
 class TestS3Fsspec(_S3):
     engine = "fsspec"
     several_processes = False
+
+
+class TestGcs(TierSuite):
+    survives = CLUSTER
+    num_sequences = 4
+    sizes = (0, 1, 4097, 11 * MIB + 17)
+    several_processes = False
+
+    @pytest.fixture(autouse=True)
+    def bucket(self, gcs: GcsServer) -> None:
+        self._server = gcs
+        self._place = gcs.new_prefix()
+
+    def make_tier(self, tmp_path: Path) -> Tier:
+        return ObjectStoreTier(
+            f"gs://{self._place}/{tmp_path.name}",
+            storage_options=self._server.options,
+            part_bytes=5 * MIB,
+            timeout_s=20,
+        )
