@@ -125,6 +125,9 @@ class GcsStore:
         name = path.partition("/")[2].removeprefix(self._root).lstrip("/").replace("/", "~")
         return Upload(path, f"{self._root}/{PARTS}/{name}/{os.urandom(6).hex()}".lstrip("/"))
 
+    def has_bytes(self, part: SentPart, view: memoryview, checksum: str) -> bool:
+        return part.checksum == checksum
+
     def sent(self, upload: Upload, timeout_s: float) -> list[SentPart]:
         bucket = upload.path.partition("/")[0]
         found = []

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from mtckpt._crash import crash_point
@@ -72,7 +72,6 @@ class Uploading:
     concurrency: int
     same: Same | None = None
     copied_bytes: int = 0
-    kept_bytes: int = 0
     _sent: dict[int, SentPart] = field(default_factory=dict)
     _checksums: dict[int, str] = field(default_factory=dict)
 
@@ -141,7 +140,7 @@ class Uploading:
             start, stop = self._range(part.number)
             if part.size_bytes != stop - start:
                 return None
-        return {part.number: part for part in sent if part.checksum is not None}
+        return {part.number: part for part in sent}
 
     # -- parts -----------------------------------------------------------------------------------
 
@@ -176,9 +175,8 @@ class Uploading:
         start, stop = self._range(number)
         view = asked(self.source, start, stop - start)
         checksum = self._checksums[number] = self.parts.checksum_of(view)
-        if has is not None and has.checksum == checksum:
-            self.kept_bytes += len(view)
-            return has
+        if has is not None and self.parts.has_bytes(has, view, checksum):
+            return replace(has, checksum=checksum)
         copied = self._copied(upload, number, checksum, deadline)
         if copied is not None:
             return copied
