@@ -106,9 +106,11 @@ def check_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def open_store(url: str, access: Access, *, name: str = "store") -> Tier:
+def open_store(url: str, access: Access, *, name: str = "store", timeout_s: float = 60.0) -> Tier:
     """The store as a tier. Libraries are imported here, not before."""
     from mtckpt.tiers.object_store import ObjectStoreTier
 
     options = msgspec.json.decode(access.options, type=dict) if access.options else None
-    return ObjectStoreTier(url, engine=access.engine, storage_options=options, name=name)
+    return ObjectStoreTier(
+        url, engine=access.engine, storage_options=options, name=name, timeout_s=timeout_s
+    )

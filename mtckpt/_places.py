@@ -93,19 +93,23 @@ class Place:
 
 
 class View:
-    """A tier as if it lay under ``prefix`` in another; only for reading."""
+    """A tier as if it lay under ``prefix`` in another, for reading and perhaps deleting."""
 
-    def __init__(self, tier: Tier, prefix: str) -> None:
+    def __init__(self, tier: Tier, prefix: str, *, writable: bool = False) -> None:
         self.name = tier.name
         self.survives: Survives = tier.survives
         self._tier = tier
         self._prefix = prefix
+        self._writable = writable
 
     def put(self, key: str, source: Source) -> PutResult:
         raise self._refused(key)
 
     def delete(self, key: str) -> None:
-        raise self._refused(key)
+        """See ``Tier.delete``."""
+        if not self._writable:
+            raise self._refused(key)
+        self._tier.delete(self._inner(key))
 
     def read_into(self, key: str, out: memoryview, offset: int = 0) -> None:
         """See ``Tier.read_into``."""
@@ -142,8 +146,8 @@ class View:
 class DirectoryView(View):
     """A view of a directory, whose files are leased while they are read."""
 
-    def __init__(self, tier: LocalTier, prefix: str) -> None:
-        super().__init__(tier, prefix)
+    def __init__(self, tier: LocalTier, prefix: str, *, writable: bool) -> None:
+        super().__init__(tier, prefix, writable=writable)
         self._directory = tier
 
     def lease(self, key: str) -> Lease:
@@ -160,21 +164,20 @@ def is_location(target: str) -> bool:
     return "/" in target or os.sep in target or target in (".", "..")
 
 
-def open_places(location: Location, label: str) -> list[Place]:
+def open_places(location: Location, label: str, *, writable: bool = False) -> list[Place]:
     """The runs at ``location``, by name; several only where a tier holds several.
 
-    ``label`` is what a directory is called as a tier. Raises UsageError where there is none, and
-    TierError where it may not be read.
+    ``label`` is what a directory is called as a tier; ``writable`` allows to delete. Raises
+    UsageError where there is none, and TierError where it may not be read.
     """
     if "://" in os.fspath(location):
-        return list(_in_store(check_url(os.fspath(location))))
+        return list(_in_store(check_url(os.fspath(location)), writable=writable))
     path = _directory(location)
     kind = _kind(path)
     if kind == "save":
-        return [_one_save(path, label)]
-    if kind == "run":
-        return [_one_run(path, label)]
-    return [_one_run(run, label) for run in sorted(_subdirectories(path)) if _kind(run) == "run"]
+        return [_one_save(path, label, writable=writable)]
+    runs = [path] if kind == "run" else sorted(_subdirectories(path))
+    return [_one_run(run, label, writable=writable) for run in runs if _kind(run) == "run"]
 
 
 def _directory(location: Location) -> Path:
@@ -232,10 +235,10 @@ def _subdirectories(path: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def _one_run(path: Path, label: str) -> Place:
+def _one_run(path: Path, label: str, *, writable: bool) -> Place:
     key = _key_for(path.name)
-    tier = LocalTier(path, name=label, read_only=True)
-    return Place(DirectoryView(tier, f"{key}/"), key, str(path))
+    tier = LocalTier(path, name=label, read_only=not writable)
+    return Place(DirectoryView(tier, f"{key}/", writable=writable), key, str(path))
 
 
 def _key_for(name: str) -> str:
@@ -246,13 +249,13 @@ def _key_for(name: str) -> str:
         return "run"
 
 
-def _one_save(path: Path, label: str) -> Place:
-    tier = LocalTier(path, name=label, read_only=True)
+def _one_save(path: Path, label: str, *, writable: bool) -> Place:
+    tier = LocalTier(path, name=label, read_only=not writable)
     key, name = _key_for(path.parent.name), _name_of_save(path.name, tier)
-    return Place(DirectoryView(tier, f"{key}/{name}/"), key, str(path))
+    return Place(DirectoryView(tier, f"{key}/{name}/", writable=writable), key, str(path))
 
 
-def _in_store(url: str) -> Iterator[Place]:
+def _in_store(url: str, *, writable: bool) -> Iterator[Place]:
     """As for a directory; what lies there is told from the first key, and all runs from all."""
     tier = open_store(url, Access())
     *_, parent, last = ["", *url.split("/")]
@@ -261,16 +264,17 @@ def _in_store(url: str) -> Iterator[Place]:
         head, _, rest = info.key.partition("/")
         if not rest and _manifest.parse_record_file(head) is not None:
             prefix = f"{_key_for(parent)}/{_name_of_save(last, tier)}/"
-            yield Place(View(tier, prefix), _key_for(parent), url)
+            yield Place(View(tier, prefix, writable=writable), _key_for(parent), url)
             return
         if SaveName.parse(head) or head == "commit" or _manifest.parse_incarnation_file(head):
-            yield Place(View(tier, f"{_key_for(last)}/"), _key_for(last), url)
+            view = View(tier, f"{_key_for(last)}/", writable=writable)
+            yield Place(view, _key_for(last), url)
             return
         if rest:
             runs.setdefault(head)
     for run in runs:
         within = f"{url}/{run}"
-        yield Place(View(open_store(within, Access()), f"{run}/"), run, within)
+        yield Place(View(open_store(within, Access()), f"{run}/", writable=writable), run, within)
     tier.close()
 
 

@@ -177,10 +177,16 @@ def decide(saves: Sequence[Held], rules: Sequence[Rule]) -> dict[SaveName, Decis
     return result
 
 
-def kept(saves: Sequence[Held], rules: Sequence[Rule]) -> set[SaveName]:
-    """The saves that the rules want, were they all in one tier; all of them without a rule."""
+def kept(saves: Sequence[Held], rules: Sequence[Rule], *, newest: bool = True) -> set[SaveName]:
+    """The saves that the rules want, were they all in one tier; all of them without a rule.
+
+    ``newest``: the newest is always wanted.
+    """
     counted = sorted((s for s in saves if s.complete and s.on_line and not s.damaged), key=_order)
-    return set(_wanted(counted, rules)) if rules else {save.name for save in saves}
+    if not rules:
+        return {save.name for save in saves}
+    wanted = {save.name for rule in rules for save in _kept_by(rule, counted)}
+    return wanted | {save.name for save in counted[-1:] if newest}
 
 
 def _order(save: Held) -> tuple[int, int]:

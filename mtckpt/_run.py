@@ -95,7 +95,9 @@ class Run:
             if isinstance(settings, ObjectStore):
                 # Kept open: a connection that stands is not made again at the next look.
                 if label not in self._stores:
-                    self._stores[label] = open_store(settings.place, settings.access, name=label)
+                    self._stores[label] = open_store(
+                        settings.place, settings.access, name=label, timeout_s=self.timeout_s
+                    )
                 return self._stores[label]
             if not os.path.isdir(settings.place):
                 return None

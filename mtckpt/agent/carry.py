@@ -22,6 +22,7 @@ from mtckpt._run_files import RunFiles
 from mtckpt._slots import Slot, SlotFinding, Slots
 from mtckpt._source import Place
 from mtckpt.agent import work
+from mtckpt.agent.queue import Limits
 from mtckpt.errors import AlreadyExists, FormatError, ObjectNotFound, TierUnavailable, UsageError
 from mtckpt.tiers.base import BytesSource, Survives, Tier, check_key, read_all
 from mtckpt.tiers.local import LocalTier
@@ -343,7 +344,8 @@ class _Meter:
 def _open(ref: work.TierRef) -> tuple[Place, RunFiles | None]:
     if ref.kind == "store":
         ref.access.use_environment()
-        store = open_store(ref.path, ref.access, name=ref.label or ref.kind)
+        timeout_s = Limits.from_environment().call_timeout_s
+        store = open_store(ref.path, ref.access, name=ref.label or ref.kind, timeout_s=timeout_s)
         return Place(store, _through(store, ref)), None
     in_memory = ref.kind == "ram"
     local = LocalTier(

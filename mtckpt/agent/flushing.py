@@ -105,7 +105,10 @@ class Flusher:
     # -- one save --------------------------------------------------------------------------------
 
     async def _flush_next(self, run: RunState, tier: TierState) -> bool:
-        wanted = self._healer.wanted(run, tier) if tier.is_store else ()
+        wanted: set[str] = set()
+        if tier.is_store:
+            self._add_best(run, tier)
+            wanted = self._healer.wanted(run, tier)
         pick = queue.pick_flush(tier.label, run.flushable(tier), wanted)
         if pick is None:
             return False
@@ -138,7 +141,20 @@ class Flusher:
         self._arrived(run, tier, save, copied_bytes, elapsed_s)
         tier.to_keep += 1
         self._tools.start(self._keep(run, tier, save), f"retention of {run.key} in {tier.label}")
+        if tier.is_store:
+            self._tools.start(self._relieve(run), f"retention of {run.key} on disks")
         return True
+
+    def _add_best(self, run: RunState, tier: TierState) -> None:
+        """The best of all goes to a store that keeps it, due or not, while it can be had."""
+        for name in self._healer.best(run, tier):
+            save = run.saves[name]
+            known = tier.label in save.due or tier.label in save.failed
+            if known or save.is_complete(tier.label) or run.source_for(save, tier.label) is None:
+                continue
+            save.due.add(tier.label)
+            save.superseded.discard(tier.label)
+            run.touch(save)
 
     async def _copy(self, run: RunState, tier: TierState, save: SaveState) -> int:
         tier.total_bytes, tier.done_bytes = save.size_bytes, 0
@@ -262,6 +278,12 @@ class Flusher:
         finally:
             tier.to_keep -= 1
             run.touch()
+
+    async def _relieve(self, run: RunState) -> None:
+        """A store has what disks held on to for it, beyond their own rules."""
+        for tier in [tier for tier in run.tiers.values() if not tier.is_store]:
+            async with tier.keeping:
+                await self._let_go(run, tier, self._healer.not_kept(run, tier))
 
     def _is_worth_reading(self, run: RunState, tier: TierState, save: SaveState) -> bool:
         """What a store has is read back only where something can go then: it costs as a restore."""

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from mtckpt._manifest import SaveName, newest_line, on_line, parse_record_file
-from mtckpt._retention import Held, decide, keep_from_wire, kept
+from mtckpt._retention import Held, KeepBest, decide, keep_from_wire, kept
 from mtckpt.agent import queue, work
 from mtckpt.agent.runs import RAM, RunState, SaveState, TierState
 from mtckpt.errors import CheckpointError, Damaged
@@ -158,6 +158,16 @@ class Healer:
             if save.is_complete(tier.label) or tier.label in save.owed
         ]
         return {str(name) for name in kept(held, keep_from_wire(tier.config.keep))}
+
+    def best(self, run: RunState, tier: TierState) -> set[str]:
+        """Saves that its rules keep for a metric, of all that lie anywhere."""
+        rules = [rule for rule in keep_from_wire(tier.config.keep) if isinstance(rule, KeepBest)]
+        held = [
+            self._held(run, tier, save, complete=any(map(save.is_complete, save.ranks)))
+            for save in run.saves.values()
+            if rules and save.metrics
+        ]
+        return {str(name) for rule in rules for name in kept(held, [rule], newest=False)}
 
     def _waiting_for_a_store(self, run: RunState) -> set[str]:
         """Saves that a disk holds on to, since a store is still to get them from there."""

@@ -268,6 +268,7 @@ class TierStatus(msgspec.Struct, frozen=True):
     done_bytes: int = 0
     total_bytes: int = 0
     weak: bool = False
+    keep: list[dict[str, Any]] = []
 
 
 class SlotStatus(msgspec.Struct, frozen=True):

@@ -131,6 +131,9 @@ class Limits:
     """Deadlines and periods, each from its MTCKPT_ variable if that is a number above zero."""
 
     min_bytes_per_s: float = field(default=8.0 * 2**20, metadata={"env": "MTCKPT_MIN_BYTES_PER_S"})
+    min_store_bytes_per_s: float = field(
+        default=float(2**20), metadata={"env": "MTCKPT_MIN_STORE_BYTES_PER_S"}
+    )
     call_timeout_s: float = field(default=30.0, metadata={"env": "MTCKPT_CALL_TIMEOUT_S"})
     owed_s: float = field(default=7200.0, metadata={"env": "MTCKPT_OWED_S"})
     scrub_s: float = field(default=3600.0, metadata={"env": "MTCKPT_SCRUB_S"})
@@ -151,6 +154,11 @@ class Limits:
                 values[name] = value
         return Limits(**values)
 
-    def deadline_s(self, size_bytes: int = 0) -> float:
-        """How long one piece of work over so many bytes may take."""
+    def deadline_s(self, size_bytes: int = 0, *, store: bool = False) -> float:
+        """How long one piece of work over so many bytes may take.
+
+        A store's own deadline is over before that: it says then what it was waiting for.
+        """
+        if store:
+            return 2 * self.call_timeout_s + size_bytes / self.min_store_bytes_per_s
         return self.call_timeout_s + size_bytes / self.min_bytes_per_s
