@@ -129,3 +129,13 @@ def test_several_runs_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 runs"):
         mtckpt.load(store)
     assert {listed["run"] for listed in run("ls", store)["runs"]} == {"gpt", "other"}
+
+
+def test_urls_that_hold_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not the URL of a store"):
+        mtckpt.load("s3://")
+    with pytest.raises(UsageError, match="more in it than a place") as raised:
+        mtckpt.load("s3://key:hush@bucket/run")
+    assert "hush" not in str(raised.value)
+    with pytest.raises(StepNotFound, match="holds no run"):
+        mtckpt.load(f"file://{tmp_path}/nowhere")

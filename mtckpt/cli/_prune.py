@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -90,7 +90,8 @@ def _rules(keep: int | None, keep_every: str | None, keep_best: str | None) -> t
                 f"--keep-best {keep_best!r}: must be N:METRIC or N:METRIC:max",
                 state="nothing was deleted",
             )
-        rules.append(KeepBest(int(count), metric, mode or "min"))  # type: ignore[arg-type]  # it checks
+        chosen = cast("Literal['min', 'max']", mode or "min")  # KeepBest refuses any other
+        rules.append(KeepBest(int(count), metric, chosen))
     return tuple(rules)
 
 
