@@ -6,13 +6,14 @@ Knows what an unanswered or damaged tier means for the answer. The bytes are mov
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from mtckpt import _restore, _retention
-from mtckpt._handle import Restored
+from mtckpt import _inventory, _restore, _retention
+from mtckpt._handle import Restored, stage_of_tier
 from mtckpt._progress import progress
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import protocol
@@ -28,6 +29,7 @@ from mtckpt.errors import (
 if TYPE_CHECKING:
     import os
 
+    from mtckpt._inventory import Inventory
     from mtckpt._run import Run
     from mtckpt.capture.base import Engine
 
@@ -77,10 +79,12 @@ def restore(
             with progress(
                 "restore", total_bytes=size, run=run.name, step=candidate.name.step
             ) as show:
+                if source is None and not partial:
+                    candidate = _brought_near(run, candidate, by_label, inventories, show)
                 outcome = _restore.restore_from(
                     candidate, by_label, inventories, run_key, state, active_adapters(), engine,
                     run.within, partial=partial, rename=rename, attempt=attempt,
-                    last=candidate is plan.candidates[-1], progress=show,
+                    last=candidate.name == plan.candidates[-1].name, progress=show,
                 )  # fmt: skip
         except (NoHealthyStep, FormatError) as error:
             skipped[f"step {candidate.name.step}"] = error.what
@@ -100,6 +104,27 @@ def restore(
     if attempt.touched:
         raise _undefined(skipped, nothing) from nothing
     raise nothing
+
+
+def _brought_near(
+    run: Run,
+    candidate: _restore.Candidate,
+    places: Mapping[str, _restore.Place],
+    inventories: Mapping[str, Inventory],
+    show: Callable[[int], None],
+) -> _restore.Candidate:
+    """A save that only a store has, in a tier of this node as well: the next restart is from it."""
+    if any(stage_of_tier(label) != "durable" for label in candidate.sources):
+        return candidate
+    label = run.fetch(candidate.name, show)
+    if label is None or label not in places:
+        return candidate
+    look = functools.partial(_inventory.scan_save, places[label].tier, run.key, candidate.name)
+    save = run.within(label, look)
+    if not save.complete:
+        return candidate
+    inventories[label].saves[candidate.name] = save
+    return _restore.Candidate(candidate.name, (label, *candidate.sources), fetched=True)
 
 
 def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> Restored:

@@ -6,6 +6,7 @@ know state. Every look into a tier is bounded: a tier that hangs is an error tha
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import uuid
@@ -23,11 +24,14 @@ from mtckpt.tiers import LocalTier, Survives
 
 if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
+    from mtckpt._manifest import SaveName
     from mtckpt._schedule import SlowTier
     from mtckpt._session import Session
     from mtckpt.tiers import ObjectInfo, Tier
 
 __all__ = ["Run"]
+
+logger = logging.getLogger(__name__)
 
 _MIN_BYTES_PER_S = 20e6
 # Of a store, which gives up by itself where nothing comes any more.
@@ -192,6 +196,20 @@ class Run:
         self._highest = incarnation.number
         self.session.incarnation = incarnation.number
         self.incarnation = incarnation
+
+    def fetch(self, name: SaveName, show: Callable[[int], None]) -> str | None:
+        """Have a save brought from a store to this node; the tier that has it now, None if none.
+
+        ``show`` is told how many bytes have come. Restoring goes on without it: from the store.
+        """
+        message = protocol.Fetch(self.session.holder, str(name))
+        try:
+            while not (news := self.session.call("fetch", message, protocol.Fetched)).label:
+                show(news.done_bytes)
+        except CheckpointError as error:
+            logger.info("run %s: %s is not fetched: %s", self.name, name, error.what)
+            return None
+        return str(news.label)
 
     def send_begin(self, incarnation: Incarnation) -> None:
         message = protocol.Begin(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agent_checks import ram_root
+from agent_checks import ram_root, until
 from stores import S3Server
 
 import mtckpt
@@ -60,7 +61,9 @@ def file_store(tmp_path: Path, **settings: Any) -> dict[str, Any]:
 
 
 def steps_at(url: str) -> list[int]:
-    return [step.step for step in mtckpt.steps(url) if step.tiers]
+    with contextlib.suppress(UsageError):  # no directory yet
+        return [step.step for step in mtckpt.steps(url) if step.tiers]
+    return []
 
 
 def make_state(fill: float = 0.0) -> dict[str, Any]:
@@ -90,6 +93,13 @@ def test_everything_local_is_wiped_and_the_store_resumes(
         assert list(restored.sources) == ["store"]
         assert (state["w"] == 3.0).all()
         assert [step.step for step in checkpointer.steps()] == [2, 3]
+        until(lambda: steps_at(str(tmp_path / "disk")) == [3])  # filled on the way
+        state["w"][:] = 0.0
+        again = checkpointer.restore(state)
+        assert (again.step, list(again.sources)) == (3, ["ram"])
+        assert (state["w"] == 3.0).all()
+        for step in range(4, 9):  # what was fetched is recycled like any other slot
+            checkpointer.save(step, make_state(step)).wait("staged", timeout_s=20)
 
 
 def test_no_secret_is_left_anywhere(

@@ -18,6 +18,7 @@ import msgspec
 from mtckpt import _inventory, _transfer
 from mtckpt._access import open_store
 from mtckpt._manifest import SaveEntry, SaveName
+from mtckpt._room import check_room
 from mtckpt._run_files import RunFiles
 from mtckpt._slots import Slot, SlotFinding, Slots
 from mtckpt._source import Place
@@ -240,6 +241,8 @@ class Carrier:
         size_bytes = source.tier.stat(key).size_bytes
         with contextlib.suppress(ObjectNotFound):
             target.tier.stat(key)  # A place that hangs is found here, in little time.
+        if target.in_memory:
+            check_room(command.target.path, size_bytes)
         report(work.Progress(0, size_bytes))
         meter = _Meter(size_bytes, report)
         result = _transfer.copy_shard(

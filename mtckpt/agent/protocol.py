@@ -12,6 +12,7 @@ says which one it speaks. Payload bytes never travel here; they lie in slot file
     POST /v1/runs/{key}/report         Report      -> Done        metrics known later
     POST /v1/runs/{key}/damage         Damage      -> Done        a reader met a bad copy
     POST /v1/runs/{key}/flush          Flush       -> Done        the newest staged save, everywhere
+    POST /v1/runs/{key}/fetch          Fetch       -> Fetched     from a store, to this node
     POST /v1/runs/{key}/close          Close       -> Done        nothing more will come
     POST /v1/runs/{key}/rm             Remove      -> Removed
     GET  /v1/runs/{key}/changes?since=N&timeout_s=T  -> Changes   long poll
@@ -186,6 +187,22 @@ class Flush(msgspec.Struct, frozen=True):
     """Make the newest staged save due in every tier."""
 
     holder: str
+
+
+class Fetch(msgspec.Struct, frozen=True):
+    """Bring a save from a store to this node; asked again until it is there."""
+
+    holder: str
+    save: str
+    wait_s: float = 1.0
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    """``label`` is the tier that has it now; empty while it is on its way."""
+
+    label: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
 
 
 class Close(msgspec.Struct, frozen=True):

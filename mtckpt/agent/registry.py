@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mtckpt.agent import owners, protocol, queue, work
+from mtckpt.agent.fetching import Fetcher
 from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.owners import Owner
@@ -50,6 +51,7 @@ class Registry:
         self.ring = Ring(tools)
         self.healer = Healer(tools)
         self.flusher = Flusher(tools, self.ring, self.healer)
+        self.fetcher = Fetcher(tools)
         self.runs: dict[str, RunState] = {}
         self.agent_id = os.urandom(8).hex()
         self.boot_id = _boot_id()

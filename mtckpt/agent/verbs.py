@@ -318,6 +318,12 @@ class Verbs:
         run.touch(save)
         return protocol.Done(str(save.name))
 
+    async def fetch(self, run: RunState, message: protocol.Fetch) -> protocol.Fetched:
+        """A save comes from a store to this node, and the answer says how far it is."""
+        run.owner_of(message.holder)
+        await self._registry.wait_scanned(run, SMALL_TIMEOUT_S)
+        return await self._registry.fetcher.fetch(run, message)
+
     async def close(self, run: RunState, message: protocol.Close) -> protocol.Done:
         """The holder is gone for good; what is owed goes on, then RAM is freed if it may be."""
         owner = next((o for o in run.living() if o.holder == message.holder), None)

@@ -253,7 +253,7 @@ def place_of(command: Command) -> TierRef | None:
     if isinstance(command, Ping):
         return None
     if isinstance(command, Flush):
-        return command.target
+        return max(command.target, command.source, key=lambda ref: _SLOWNESS[ref.kind])
     if isinstance(command, Heal):
         # Whichever end may hang: RAM is healed by the process of the disk it is healed from.
         return max(command.bad, command.good, key=lambda ref: _SLOWNESS[ref.kind])
