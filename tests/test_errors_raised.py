@@ -383,7 +383,7 @@ def _(stage: Stage) -> None:
     record = _manifest.decode_sealed(
         (save_dir / _manifest.record_file(0)).read_bytes(), _manifest.Record
     )
-    shard = msgspec.structs.replace(record.shard, table_digest=_shard.table_digest(table))
+    shard = msgspec.structs.replace(record.shard, table_digest=_shard.table_digest(bytes(table)))
     in_record(save_dir, shard=shard)
     with pytest.raises(errors.NoHealthyStep) as raised:
         mtckpt.load(stage.disk)
