@@ -18,6 +18,7 @@ from mtckpt.errors import (
     Damaged,
     FormatError,
     ObjectNotFound,
+    RunLocked,
     ShortRead,
     TierUnavailable,
 )
@@ -26,6 +27,7 @@ from mtckpt.tiers.base import ObjectInfo, Tier, read_all
 __all__ = [
     "Inventory",
     "check_identity",
+    "check_newest",
     "check_record",
     "has_leases",
     "incarnation_key",
@@ -152,6 +154,24 @@ def _settle_conflicts(tier: Tier, run_key: str, inventory: Inventory) -> None:
             if marker is not None and marker.name != save.name:
                 save.records.clear()
                 save.problems.append("another save of this step was committed by another job")
+
+
+def check_newest(tier: Tier, run_key: str, number: int) -> None:
+    """Raise RunLocked if a later incarnation than ``number`` has begun: another job goes on then.
+
+    Asked of a store, where the agents of two jobs meet only in what they write.
+    """
+    prefix = f"{run_key}/incarnation-"
+    names = (info.key.rpartition("/")[2] for info in tier.list(prefix))
+    highest = max((_manifest.parse_incarnation_file(name) or 0 for name in names), default=0)
+    if highest > number:
+        raise RunLocked(
+            f"another job has begun incarnation {highest} of this run",
+            state="nothing was stored; local tiers are unchanged",
+            tier=tier.name,
+            number=number,
+            highest=highest,
+        )
 
 
 def check_record(record: Record, name: SaveName, rank: int) -> None:

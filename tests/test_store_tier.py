@@ -71,7 +71,13 @@ def make_state(fill: float = 0.0) -> dict[str, Any]:
 
 
 def wipe_local(tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "disk")
+    """The agent may be deleting there by its rules, just now."""
+
+    def is_gone() -> bool:
+        shutil.rmtree(tmp_path / "disk", ignore_errors=True)
+        return not (tmp_path / "disk").exists()
+
+    until(is_gone)
 
 
 def test_everything_local_is_wiped_and_the_store_resumes(

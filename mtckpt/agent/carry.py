@@ -243,6 +243,8 @@ class Carrier:
             target.tier.stat(key)  # A place that hangs is found here, in little time.
         if target.in_memory:
             check_room(command.target.path, size_bytes)
+        if command.incarnation and not target.is_local:
+            _inventory.check_newest(target.tier, command.run_key, command.incarnation)
         report(work.Progress(0, size_bytes))
         meter = _Meter(size_bytes, report)
         result = _transfer.copy_shard(

@@ -165,7 +165,7 @@ class Flusher:
 
         source = run.source_for(save, tier.label) or run.ram
         for rank in sorted(save.ranks.get(source.label, ())):
-            command = work.Flush(run.key, str(save.name), rank, source, tier.ref)
+            command = work.Flush(run.key, str(save.name), rank, source, tier.ref, run.incarnation)
             flushed = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
             save.ranks.setdefault(tier.label, set()).add(rank)
             before_bytes += flushed.copied_bytes

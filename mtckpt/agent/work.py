@@ -115,6 +115,7 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
 
     Any error leaves nothing on the target that this command stored. Damaged names the tier that
     is damaged, always the source: a damaged copy on the target is set aside and written anew.
+    RunLocked: a store has a later incarnation than ``incarnation``, if that is given.
     """
 
     run_key: str
@@ -122,6 +123,7 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     rank: int
     source: TierRef
     target: TierRef
+    incarnation: int = 0
 
 
 class Complete(msgspec.Struct, frozen=True, tag=True):
@@ -390,8 +392,6 @@ class DamagedKey(msgspec.Struct, frozen=True):
 
 
 class Verified(msgspec.Struct, frozen=True, tag=True):
-    """Healthy if ``damaged`` is empty."""
-
     read_bytes: int
     elapsed_s: float
     damaged: list[DamagedKey] = []
