@@ -80,6 +80,11 @@ def program(name: str) -> str:
     return found
 
 
+def bound_to_us() -> list[str]:
+    """What makes a program end when this process is gone, however that came about."""
+    return ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+
+
 def free_ports(count: int) -> int:
     """The first of ``count`` free ports in a row, free also 10000 higher: weed takes those too."""
     first = 20_000 + (os.getpid() * 8) % 8_000
@@ -144,7 +149,7 @@ def s3_server(directory: Path) -> Iterator[S3Server]:
         )
     )
     command = [
-        program("weed"), "-logtostderr=true", "server",
+        *bound_to_us(), program("weed"), "-logtostderr=true", "server",
         f"-dir={directory / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-master.port={base + 1}", f"-volume.port={base + 2}",
         "-filer", f"-filer.port={base + 3}", "-s3", f"-s3.port={base}",
@@ -191,7 +196,8 @@ def gcs_server(directory: Path) -> Iterator[GcsServer]:
     url = f"http://127.0.0.1:{port}"
     (directory / "objects").mkdir()
     command = [
-        str(wrapper._get_binary_path()), "-scheme", "http", "-backend", "filesystem",
+        *bound_to_us(), str(wrapper._get_binary_path()),
+        "-scheme", "http", "-backend", "filesystem",
         "-filesystem-root", str(directory / "objects"), "-host", "127.0.0.1",
         "-port", str(port), "-external-url", url,
     ]  # fmt: skip

@@ -83,7 +83,7 @@ def _open_s3(
         )
     import s3fs
 
-    from mtckpt.tiers._store_s3fs import S3fsWire
+    from mtckpt.tiers._store_s3fs import S3fsWire, new_session
 
     config = dict(options.get("config_kwargs") or {})
     config.setdefault("connect_timeout", min(10.0, stall_s))
@@ -93,7 +93,10 @@ def _open_s3(
     config.setdefault("request_checksum_calculation", "when_required")
     config.setdefault("response_checksum_validation", "when_required")
     config.setdefault("max_pool_connections", 32)
-    fs = s3fs.S3FileSystem(**{**options, "config_kwargs": config})
+    fs = s3fs.S3FileSystem(**{**options, "config_kwargs": config, "skip_instance_cache": True})
+    if fs.session is None:
+        # As s3fs would make it, and sharing what all of them read from botocore's files.
+        fs.session = new_session(fs.kwargs)
     return S3Store(S3fsWire(fs), place), path, "fsspec"
 
 

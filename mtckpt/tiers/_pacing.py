@@ -5,9 +5,10 @@ It knows time, chance and counts. It does not know what is asked, nor of whom.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 __all__ = ["Backoff", "Bucket", "Deadline"]
 
@@ -73,9 +74,10 @@ class Bucket:
 class Backoff:
     """Nobody asks a store that said "slow down" until its pause is over, whichever thread heard it.
 
-    Every refusal doubles the pause, every success halves it; chance spreads the threads and
-    machines that come back. Failures that say nothing of load (a reset connection) pause only the
-    thread that met them.
+    Every refusal doubles the pause, every success halves it, and until it has come to nothing one
+    request is in flight at a time: it tells for all whether there is more to be had. Chance spreads
+    the machines that come back. Failures that say nothing of load (a reset connection) pause only
+    the thread that met them.
     """
 
     def __init__(
@@ -90,37 +92,59 @@ class Backoff:
         self._sleep = sleep
         self._clock = clock
         self._random = random.Random(seed)
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._delay_s = 0.0
         self._until_s = 0.0
+        self._one_asks = False
 
-    def wait(self, deadline: Deadline) -> None:
-        """Wait for the pause of all to end, not beyond the deadline."""
-        while True:
-            with self._lock:
+    @contextlib.contextmanager
+    def turn(self, deadline: Deadline) -> Iterator[None]:
+        """Wait until it may be asked, not beyond the deadline. The block makes the request, and
+        says ``throttled`` or ``went_well`` of it."""
+        alone = self._wait(deadline)
+        try:
+            yield
+        finally:
+            if alone:
+                with self._changed:
+                    self._one_asks = False
+                    self._changed.notify_all()
+
+    def _wait(self, deadline: Deadline) -> bool:
+        with self._changed:
+            while self._delay_s and deadline.left_s > 0:
                 wait_s = self._until_s - self._clock()
-            if wait_s <= 0 or deadline.left_s <= 0:
-                return
-            self._sleep(min(wait_s, max(0.0, deadline.left_s)))
+                if wait_s <= 0 and not self._one_asks:
+                    self._one_asks = True
+                    return True
+                wait_s = wait_s if wait_s > 0 else deadline.left_s
+                self._changed.wait(max(0.001, min(wait_s, deadline.left_s)))
+        return False
 
     def went_well(self) -> None:
         """A request was answered."""
         if self._delay_s:
-            with self._lock:
+            with self._changed:
                 self._delay_s = self._delay_s / 2 if self._delay_s > FIRST_DELAY_S else 0.0
+                self._changed.notify_all()
 
     def throttled(self) -> None:
         """The store asked for a pause: all threads keep it."""
-        with self._lock:
+        with self._changed:
             now_s = self._clock()
             if now_s < self._until_s:
                 return  # Asked before the pause began: this answer says nothing new.
             self._delay_s = min(MAX_DELAY_S, max(FIRST_DELAY_S, self._delay_s * 2))
             self._until_s = now_s + self._delay_s * (0.5 + self._random.random())
 
+    def pause_left_s(self) -> float:
+        """How long the pause of all lasts yet."""
+        with self._changed:
+            return max(0.0, self._until_s - self._clock())
+
     def pause(self, tried: int, deadline: Deadline) -> bool:
         """Pause this thread before its next attempt; False if no time would be left after it."""
-        with self._lock:
+        with self._changed:
             chance = 0.5 + self._random.random()
         wait_s = min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** min(tried - 1, 10)) * chance
         if wait_s >= deadline.left_s:

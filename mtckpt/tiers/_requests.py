@@ -95,10 +95,34 @@ class Requests:
         renewed = False
         tried = 0
         while True:
-            self.backoff.wait(deadline)
+            tried += 1
+            last = self._once(deadline, request, size_bytes, tried)
+            if not isinstance(last, Refused):
+                return last
+            if last.kind is Kind.EXPIRED and not renewed:
+                renewed = self.renew()
+                if renewed:
+                    logger.info("%s: credentials are read again", self.tier)
+                    continue
+            if last.kind not in _AGAIN:
+                raise last
+            if last.kind is Kind.THROTTLED:
+                # The pause of all comes first; there is no second one for this thread.
+                if self.backoff.pause_left_s() >= deadline.left_s:
+                    raise last
+            elif not self.backoff.pause(tried, deadline):
+                raise last
+            again(last)
+            logger.info("%s: %s of %s is tried again: %s", self.tier, what, key, last.said)
+
+    def _once(
+        self, deadline: Deadline, request: Callable[[float], T], size_bytes: int, tried: int
+    ) -> T | Refused:
+        with self.backoff.turn(deadline):
+            if deadline.left_s <= 0:
+                return Refused(Kind.THROTTLED, "503: the pause it asked for outlasts the time left")
             if size_bytes and self.bucket is not None:
                 deadline.extend(self.bucket.take(size_bytes))
-            tried += 1
             self._count(tried)
             # One attempt gets what its bytes may take, and never what is left for all of them, so
             # that a connection that went dead leaves time for another.
@@ -106,24 +130,13 @@ class Requests:
             try:
                 result = request(max(0.05, min(limit_s, deadline.left_s)))
             except Refused as refused:
-                last = refused
-            else:
-                self.backoff.went_well()
-                return result
-            if last.kind is Kind.EXPIRED and not renewed:
-                renewed = self.renew()
-                if renewed:
-                    logger.info("%s: credentials are read again", self.tier)
-                    again(last)
-                    continue
-            if last.kind is Kind.THROTTLED:
-                self.backoff.throttled()
-                with self._lock:
-                    self.counts.throttled += 1
-            if last.kind not in _AGAIN or not self.backoff.pause(tried, deadline):
-                raise last
-            again(last)
-            logger.info("%s: %s of %s is tried again: %s", self.tier, what, key, last.said)
+                if refused.kind is Kind.THROTTLED:
+                    self.backoff.throttled()
+                    with self._lock:
+                        self.counts.throttled += 1
+                return refused
+            self.backoff.went_well()
+            return result
 
     def error(self, refused: Refused, what: str, key: str | None, deadline: Deadline) -> TierError:
         """The error of ours for the last answer to ``what``."""

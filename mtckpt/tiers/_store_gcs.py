@@ -158,11 +158,11 @@ class GcsStore:
                 names = self._composed(bucket, upload, names, timeout_s)
             stored = self._compose(upload.path, names, timeout_s, ifGenerationMatch="0")
         except Refused as refused:
-            if refused.kind is not Kind.TAKEN:
+            if refused.kind not in (Kind.TAKEN, Kind.UNREACHABLE):
                 raise
-            # Either the object is there, or a part is no longer the one that was sent.
-            with contextlib.suppress(Refused):
-                self.head(upload.path, timeout_s)
+            # Is it the object that is there, or a part that is no longer the one that was sent?
+            has = {part.number: part.tag for part in self.sent(upload, timeout_s)}
+            if all(has.get(part.number) == part.tag for part in parts):
                 raise
             kept = Refused(Kind.NO_UPLOAD, refused.said, status=refused.status)
         else:

@@ -7,7 +7,6 @@ a copy: a presigned URL carries the identity, and nothing of the body needs to b
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import threading
@@ -20,7 +19,7 @@ from mtckpt.errors import UsageError
 from mtckpt.tiers._store import Kind, Refused, kind_of_status, redacted
 from mtckpt.tiers._store_http import Http
 from mtckpt.tiers._store_s3 import refused_by_s3
-from mtckpt.tiers._store_s3fs import refused_by_client, secrets_of
+from mtckpt.tiers._store_s3fs import loader, refused_by_client, secrets_of
 
 __all__ = ["FastWire", "can_serve"]
 
@@ -76,6 +75,7 @@ class FastWire:
         self._client: Any = None
         self._reader: Any = None
         self._credentials: Any = None
+        self._replaced: list[Any] = []
         self.region = ""
 
     # -- operations ------------------------------------------------------------------------------
@@ -139,7 +139,8 @@ class FastWire:
         if self._given_key() is not None:
             return False  # Given in so many words: asking again gives the same.
         with self._lock:
-            self._client = self._reader = self._credentials = None
+            self._replaced.append(self._client)  # Other threads may be asking with it.
+            self._client = self._reader = None
         return True
 
     def secrets(self) -> Iterable[str]:
@@ -150,12 +151,14 @@ class FastWire:
 
     def close(self) -> None:
         with self._lock:
-            client, self._client, self._reader = self._client, None, None
+            clients, self._replaced = [*self._replaced, self._client], []
+            self._client = self._reader = None
             web, self._http = self._http, None
         if web is not None:
             web.close()
-        if client is not None:
-            client.close()
+        for client in clients:
+            if client is not None:
+                client.close()
 
     # -- who we are ------------------------------------------------------------------------------
 
@@ -179,7 +182,7 @@ class FastWire:
         options = self._options
         extra = dict(options.get("client_kwargs") or {})
         session = Session(profile=options.get("profile"))
-        session.register_component("data_loader", _loader())
+        session.register_component("data_loader", loader())
         config = {
             "connect_timeout": min(10.0, self._stall_s),
             "read_timeout": self._stall_s,
@@ -276,14 +279,6 @@ class FastWire:
         if isinstance(error, (TypeError, AttributeError)):
             raise error  # Ours, or of an obstore that we do not know: to try again would hide it.
         return Refused(Kind.UNREACHABLE, said)
-
-
-@functools.cache
-def _loader() -> Any:
-    """What botocore reads of S3 from its files, once a process: most of a client's time."""
-    from botocore.loaders import create_loader
-
-    return create_loader(os.environ.get("AWS_DATA_PATH"))
 
 
 def _with_bucket(url: str, bucket: str) -> str:

@@ -7,6 +7,9 @@ their way out, since aiobotocore signs nothing but bytes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import os
 from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
@@ -14,7 +17,7 @@ from typing import Any, TypeVar
 from mtckpt.tiers._store import Kind, Refused, redacted
 from mtckpt.tiers._store_s3 import refused_by_s3
 
-__all__ = ["S3fsWire", "refused_by_client", "secrets_of"]
+__all__ = ["S3fsWire", "loader", "new_session", "refused_by_client", "secrets_of"]
 
 T = TypeVar("T")
 
@@ -63,6 +66,7 @@ class S3fsWire:
     def renew(self) -> bool:
         if self._fs.key is not None:
             return False  # Given in so many words: asking again gives the same.
+        # The old client stays open for the requests of other threads, and goes with the last.
         self._run(self._fs.set_session(refresh=True), 30.0)
         return True
 
@@ -73,11 +77,21 @@ class S3fsWire:
         return [secret for secret in found if isinstance(secret, str)]
 
     def close(self) -> None:
-        return None  # The file system may be shared; s3fs closes its client with it.
+        if self._fs._s3 is not None:
+            with contextlib.suppress(Refused):
+                # What does not close in time is closed by the end of the process.
+                self._run(self._fs._s3creator.__aexit__(None, None, None), 5.0)
+            self._fs._s3 = None
 
     async def _client(self, bucket: str) -> Any:
         await self._fs.set_session()
-        return await self._fs.get_s3(bucket)
+        client = await self._fs.get_s3(bucket)
+        web = getattr(getattr(client, "_endpoint", None), "http_session", None)
+        for session in (getattr(web, "_sessions", None) or {}).values():
+            # aiohttp repeats a PUT by itself when a kept connection breaks. If the first one was
+            # carried out, the second finds the key taken, and nobody knows that it was we.
+            session._retry_connection = False
+        return client
 
     def _run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._fs.loop)
@@ -91,6 +105,23 @@ class S3fsWire:
         except Exception as error:  # noqa: BLE001  (aiohttp's, botocore's and the system's)
             refused = refused_by_client(error, self.secrets())
         raise refused
+
+
+@functools.cache
+def loader() -> Any:
+    """What botocore reads of S3 from its files, once a process: most of a client's time."""
+    from botocore.loaders import create_loader
+
+    return create_loader(os.environ.get("AWS_DATA_PATH"))
+
+
+def new_session(options: Mapping[str, Any]) -> Any:
+    """A session for s3fs, which has read nothing yet of who we are."""
+    from aiobotocore.session import AioSession
+
+    session = AioSession(**options)
+    session.register_component("data_loader", loader())
+    return session
 
 
 def secrets_of(credentials: Any) -> list[Any]:
