@@ -1,4 +1,7 @@
-"""The example differs from its plain twin by eight lines, and what those lines promise holds."""
+"""The example differs from its plain twin by eight lines, and what those lines promise holds.
+
+A few more give it a store where one is asked for: what stands in these is about that alone.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import difflib
 import importlib.util
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +34,9 @@ def changed_lines(before: str, after: str) -> list[str]:
 def test_the_example_is_its_twin_but_for_eight_lines() -> None:
     plain = (EXAMPLES / "train_plain.py").read_text()
     changed = changed_lines(plain, (EXAMPLES / "train_gpt.py").read_text())
+    for_a_store = [line for line in changed if re.search(r"\bstore\b", line)]
+    assert len(for_a_store) == 3
+    changed = [line for line in changed if line not in for_a_store]
     assert 0 < len(changed) <= MAX_CHANGED_LINES, "\n".join(changed)
     # No second statement hides behind a first one.
     assert not [line for line in changed if ";" in line]
