@@ -7,8 +7,11 @@ save or rank than the place it lies in is a problem of that save, not a save.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from xxhash import xxh3_128_hexdigest
 
 from mtckpt import _commit, _manifest, _shard
 from mtckpt._manifest import Incarnation, Metrics, Record, SaveEntry, SaveName
@@ -83,13 +86,23 @@ def scan(tier: Tier, run_key: str, *, label: str | None = None) -> Inventory:
     return _collect(tier, f"{run_key}/", label)
 
 
-def scan_save(tier: Tier, run_key: str, name: SaveName) -> SaveEntry:
-    """One save, read like ``scan`` does. One that is not there at all has no records."""
-    found = _collect(tier, f"{run_key}/{name}/", None).saves
+def scan_save(
+    tier: Tier, run_key: str, name: SaveName, known: Mapping[str, bytes] = MappingProxyType({})
+) -> SaveEntry:
+    """One save, read like ``scan`` does. One that is not there at all has no records.
+
+    ``known`` has the bytes of records, by key, that the caller has just stored there.
+    """
+    found = _collect(tier, f"{run_key}/{name}/", None, known).saves
     return found.get(name) or SaveEntry(name, tier.name)
 
 
-def _collect(tier: Tier, prefix: str, label: str | None) -> Inventory:
+def _collect(
+    tier: Tier,
+    prefix: str,
+    label: str | None,
+    known: Mapping[str, bytes] = MappingProxyType({}),
+) -> Inventory:
     inventory = Inventory(label or tier.name)
     sizes: dict[tuple[SaveName, str], int] = {}
     records: list[tuple[SaveName, int, ObjectInfo]] = []
@@ -108,7 +121,7 @@ def _collect(tier: Tier, prefix: str, label: str | None) -> Inventory:
             records.append((name, rank, info))
         elif parts[2].startswith("metrics-"):
             _read_metrics(tier, info.key, save)
-    contents = _contents(tier, [info for _, _, info in records])
+    contents = _contents(tier, [info for _, _, info in records], known)
     for (name, rank, info), content in zip(records, contents, strict=True):
         _read_record(info.key, content, rank, inventory.saves[name], sizes)
     for save in inventory.saves.values():
@@ -117,13 +130,17 @@ def _collect(tier: Tier, prefix: str, label: str | None) -> Inventory:
     return inventory
 
 
-def _contents(tier: Tier, infos: list[ObjectInfo]) -> Iterator[bytes | CheckpointError]:
+def _contents(
+    tier: Tier, infos: list[ObjectInfo], known: Mapping[str, bytes]
+) -> Iterator[bytes | CheckpointError]:
     """The bytes of records, or what there is instead; several at a time where each takes a while.
 
     Raises any other error of a tier that does not answer.
     """
 
     def read(info: ObjectInfo) -> bytes | CheckpointError:
+        if len(there := known.get(info.key, b"")) == info.size_bytes:
+            return there
         try:
             if has_leases(tier) or info.size_bytes > _manifest.MAX_RECORD_BYTES:
                 return read_all(tier, info.key, max_bytes=_manifest.MAX_RECORD_BYTES)
@@ -261,6 +278,7 @@ def _read_record(
         )
         return
     save.records[rank] = record
+    save.digests[rank] = xxh3_128_hexdigest(content)
     for metric, value in record.metrics.items():
         save.metrics.setdefault(metric, value)
 

@@ -323,6 +323,7 @@ class SaveEntry:
     """One save as one tier has it. ``records`` by rank; ``problems`` says what is wrong with it.
 
     ``committed``: a store has a marker for its step. That is no part of being complete.
+    ``digests`` are those of the records' bytes.
     """
 
     name: SaveName
@@ -331,6 +332,7 @@ class SaveEntry:
     problems: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     committed: bool = False
+    digests: dict[int, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:

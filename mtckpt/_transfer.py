@@ -11,11 +11,9 @@ Everything blocks and releases the interpreter lock while bytes move.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-
-from xxhash import xxh3_128_hexdigest
 
 from mtckpt import _commit, _inventory, _manifest, _shard
 from mtckpt._crash import crash_point
@@ -59,10 +57,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class CopyResult:
-    """``rewritten`` are keys that were there, damaged, and were set aside."""
+    """``rewritten`` are keys that were there, damaged, and were set aside; ``record`` has the
+    bytes of the record that was stored last, by its key."""
 
     copied_bytes: int = 0
     rewritten: list[str] = field(default_factory=list)
+    record: dict[str, bytes] = field(default_factory=dict)
 
 
 def copy_shard(
@@ -98,6 +98,7 @@ def copy_shard(
         except BaseException:
             _take_back(target, stored)
             raise
+        result.record[record_key] = shard.record_data
     return result
 
 
@@ -175,19 +176,21 @@ class Completed:
     atomic: bool = True
 
 
-def write_manifest(place: Place, run_key: str, name: SaveName) -> Completed | None:
+def write_manifest(
+    place: Place, run_key: str, name: SaveName, known: Mapping[str, bytes] | None = None
+) -> Completed | None:
     """Cache the fact that a save is complete, in a store with its marker; None if it is not (yet).
 
-    Raises CommitConflict where another save of this step was committed; this one is withdrawn then.
+    ``known`` are records that need not be read back, since they were stored just now. Raises
+    CommitConflict where another save of this step was committed; this one is withdrawn then.
     """
-    save = _inventory.scan_save(place.tier, run_key, name)
+    save = _inventory.scan_save(place.tier, run_key, name, known or {})
     if not save.complete or save.aborted:
         return None
-    entries = []
-    for rank, record in sorted(save.records.items()):
-        key = shard_keys(run_key, name, rank)[2]
-        data = read_all(place.tier, key, max_bytes=_manifest.MAX_RECORD_BYTES)
-        entries.append(ManifestEntry(rank, record.shard.size_bytes, xxh3_128_hexdigest(data)))
+    entries = [
+        ManifestEntry(rank, record.shard.size_bytes, save.digests[rank])
+        for rank, record in sorted(save.records.items())
+    ]
     first = save.records[0]
     manifest = Manifest(
         _manifest.FORMAT_VERSION,

@@ -239,8 +239,9 @@ class Carrier:
         source, target = self._place(command.source), self._place(command.target)
         key = _inventory.shard_keys(command.run_key, name, command.rank)[0]
         size_bytes = source.tier.stat(key).size_bytes
-        with contextlib.suppress(ObjectNotFound):
-            target.tier.stat(key)  # A place that hangs is found here, in little time.
+        if target.is_local:
+            with contextlib.suppress(ObjectNotFound):
+                target.tier.stat(key)  # A place that hangs is found here, in little time.
         if target.in_memory:
             check_room(command.target.path, size_bytes)
         if command.incarnation and not target.is_local:
@@ -250,7 +251,10 @@ class Carrier:
         result = _transfer.copy_shard(
             source, target, command.run_key, name, command.rank, progress=meter.add
         )
-        done = _transfer.write_manifest(target, command.run_key, name)
+        done = None
+        if command.is_last:
+            known = None if target.is_local else result.record
+            done = _transfer.write_manifest(target, command.run_key, name, known)
         return work.Flushed(
             result.copied_bytes,
             _since(start_s),

@@ -164,8 +164,17 @@ class Flusher:
             tier.done_bytes = before_bytes + news.done_bytes
 
         source = run.source_for(save, tier.label) or run.ram
-        for rank in sorted(save.ranks.get(source.label, ())):
-            command = work.Flush(run.key, str(save.name), rank, source, tier.ref, run.incarnation)
+        ranks = sorted(save.ranks.get(source.label, ()))
+        for rank in ranks:
+            command = work.Flush(
+                run.key,
+                str(save.name),
+                rank,
+                source,
+                tier.ref,
+                incarnation=run.incarnation if rank == ranks[0] else 0,
+                is_last=rank == ranks[-1],
+            )
             flushed = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
             save.ranks.setdefault(tier.label, set()).add(rank)
             before_bytes += flushed.copied_bytes

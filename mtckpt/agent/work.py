@@ -115,7 +115,8 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
 
     Any error leaves nothing on the target that this command stored. Damaged names the tier that
     is damaged, always the source: a damaged copy on the target is set aside and written anew.
-    RunLocked: a store has a later incarnation than ``incarnation``, if that is given.
+    RunLocked: a store has a later incarnation than ``incarnation``, if that is given. ``is_last``:
+    it looks then whether the save is complete.
     """
 
     run_key: str
@@ -124,6 +125,7 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     source: TierRef
     target: TierRef
     incarnation: int = 0
+    is_last: bool = True
 
 
 class Complete(msgspec.Struct, frozen=True, tag=True):
@@ -452,11 +454,8 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a command is, at most ten times a second.
-
-    Without a total it says that the command's turn has come, and small things are done first; with
-    none of the total done, or all of it, a single step may take as long as there are bytes.
-    """
+    """Without a total it says that the command's turn has come, and small things are done first;
+    with none of the total done, or all of it, a single step may take as long as there are bytes."""
 
     done_bytes: int
     total_bytes: int
