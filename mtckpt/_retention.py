@@ -153,7 +153,7 @@ def decide(saves: Sequence[Held], rules: Sequence[Rule]) -> dict[SaveName, Decis
     The two newest that count are never deleted, nor is the newest that was verified: so what a
     deletion rests on is not deleted by the same decision.
     """
-    counted = sorted((s for s in saves if s.complete and s.on_line and not s.damaged), key=_order)
+    counted = _counted(saves)
     wanted = _wanted(counted, rules)
     result: dict[SaveName, Decision] = {}
     for save in saves:
@@ -182,11 +182,16 @@ def kept(saves: Sequence[Held], rules: Sequence[Rule], *, newest: bool = True) -
 
     ``newest``: the newest is always wanted.
     """
-    counted = sorted((s for s in saves if s.complete and s.on_line and not s.damaged), key=_order)
+    counted = _counted(saves)
     if not rules:
         return {save.name for save in saves}
     wanted = {save.name for rule in rules for save in _kept_by(rule, counted)}
     return wanted | {save.name for save in counted[-1:] if newest}
+
+
+def _counted(saves: Sequence[Held]) -> list[Held]:
+    """Oldest first, those that stand for themselves."""
+    return sorted((s for s in saves if s.complete and s.on_line and not s.damaged), key=_order)
 
 
 def _order(save: Held) -> tuple[int, int]:
