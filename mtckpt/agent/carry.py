@@ -8,6 +8,7 @@ a foreign one is a bug, and travels as such.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -24,13 +25,25 @@ from mtckpt._slots import Slot, SlotFinding, Slots
 from mtckpt._source import Place
 from mtckpt.agent import work
 from mtckpt.agent.queue import Limits
-from mtckpt.errors import AlreadyExists, FormatError, ObjectNotFound, TierUnavailable, UsageError
+from mtckpt.errors import (
+    AlreadyExists,
+    CheckpointError,
+    FormatError,
+    ObjectNotFound,
+    TierUnavailable,
+    UsageError,
+)
 from mtckpt.tiers.base import BytesSource, Survives, Tier, check_key, read_all
 from mtckpt.tiers.local import LocalTier
+from mtckpt.tiers.object_store import ObjectStoreTier
 
 __all__ = ["Carrier"]
 
+logger = logging.getLogger(__name__)
+
 PROGRESS_INTERVAL_S = 0.1
+# Longer than any upload that somebody still goes on with.
+OLD_UPLOAD_S = 7 * 86400.0
 Report = Callable[[work.Progress], None]
 
 
@@ -175,6 +188,8 @@ class Carrier:
         place = self._place(command.tier)
         if not place.is_local:
             keys = [check_key(command.run_key or "")]
+            if command.repair:
+                _end_old_uploads(place, keys[0])
             return work.Scanned([self._scan_run(command, place, key) for key in keys])
         swept = place.local.sweep_temporaries() if command.repair else 0
         keys = (
@@ -366,6 +381,18 @@ def _open(ref: work.TierRef) -> tuple[Place, RunFiles | None]:
     )
     files = RunFiles(local, group_access=ref.group_access)
     return Place(local, _through(local, ref), in_memory), files
+
+
+def _end_old_uploads(place: Place, run_key: str) -> None:
+    """Throw away uploads that nobody goes on with: they are billed, and never listed."""
+    if isinstance(place.tier, ObjectStoreTier):
+        try:
+            ended = place.tier.abort_uploads(f"{run_key}/", older_than_s=OLD_UPLOAD_S)
+            if ended:
+                logger.info("%s: %d unfinished uploads were thrown away", place.tier.name, ended)
+        except CheckpointError as error:
+            # Not everybody has the right to; saves do not need it.
+            logger.info("%s: unfinished uploads are not looked at: %s", place.tier.name, error.what)
 
 
 def _through(tier: Tier, ref: work.TierRef) -> Tier:

@@ -89,12 +89,12 @@ class Flusher:
                 run.drop_copy(save, tier.label)
                 await self._failed(run, tier, save, error)
                 continue
-            save.uncommitted.discard(tier.label)
             if done.weak:
                 save.weak.add(tier.label)
             if done.complete:
+                save.uncommitted.discard(tier.label)
                 run.reach(save, tier.stage)
-            run.touch(save)
+                run.touch(save)
 
     async def _store_small(self, run: RunState, tier: TierState) -> None:
         """Incarnations and metrics that this tier could not take before."""
@@ -122,7 +122,6 @@ class Flusher:
             with run.reading(save):
                 async with run.lock(save, tier.label):
                     copied_bytes = await self._copy(run, tier, save)
-                    save.uncommitted.discard(tier.label)
         except CheckpointError as error:
             save.writing.discard(tier.label)
             # Retention looks after what it may have left, if no later try completes it.
@@ -180,6 +179,11 @@ class Flusher:
             before_bytes += flushed.copied_bytes
             if flushed.weak:
                 save.weak.add(tier.label)
+            # A listing may lag behind what was stored: it is looked at again then.
+            if tier.is_store and rank == ranks[-1] and not flushed.complete:
+                save.uncommitted.add(tier.label)
+            else:
+                save.uncommitted.discard(tier.label)
         if save.reported:
             key, data = metrics_file(run, save)
             await self._tools.call(work.PutSmall(tier.ref, key, data), work.Stored)
@@ -195,7 +199,7 @@ class Flusher:
         self._tools.count("bytes", tier.label, size_bytes)
         # Discharged for good: what retention deletes later is not owed again.
         save.due.discard(tier.label)
-        if save.is_complete(tier.label):
+        if save.is_complete(tier.label) and tier.label not in save.uncommitted:
             run.reach(save, tier.stage)
         self._tools.events.emit(
             "save.flushed",
