@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mtckpt.errors import UsageError
+from mtckpt.errors import AccessDenied, UsageError
 from mtckpt.tiers._store import redacted
 
 if TYPE_CHECKING:
@@ -114,8 +114,14 @@ def _open_gcs(
 
     from mtckpt.tiers._store_gcs import GcsStore
 
-    fs = gcsfs.GCSFileSystem(**options)
-    return GcsStore(fs, place, path, stall_s=stall_s), path, "fsspec"
+    secrets = [str(value) for value in (options.get("token"),) if isinstance(value, str)]
+    try:
+        fs = gcsfs.GCSFileSystem(**options)
+    except Exception as error:  # noqa: BLE001  (it signs in: google-auth's, requests', its own)
+        said = redacted(f"{type(error).__name__}: {error}", secrets)
+    else:
+        return GcsStore(fs, place, path, stall_s=stall_s), path, "fsspec"
+    raise AccessDenied(f"cannot sign in to {place}: {said}", actions=["check the token"])
 
 
 def _open_other(url: str, place: str, options: Mapping[str, Any]) -> tuple[Store, str, str]:

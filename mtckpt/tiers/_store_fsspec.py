@@ -46,20 +46,36 @@ class FsspecStore:
             if self._fs.exists(path):
                 raise Refused(Kind.TAKEN, "it is there")
             self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            # Shown by commit(): a file system that has a temporary name writes to that first.
-            file = self._fs.open(path, "wb", autocommit=False)
-            try:
-                for block in blocks:
-                    file.write(block)
-                file.close()
+            if isinstance(blocks, list) and not self._commits:
+                self._fs.pipe_file(path, b"".join(blocks))
+            else:
+                self._write(path, blocks)
+
+    @property
+    def _commits(self) -> bool:
+        """Whether a file shows only when it is told to: it has a temporary name until then."""
+        return "file" in self._fs.protocol
+
+    def _write(self, path: str, blocks: Iterable[memoryview]) -> None:
+        options = {"autocommit": False} if self._commits else {}
+        file = self._fs.open(path, "wb", **options)
+        try:
+            for block in blocks:
+                file.write(block)
+            file.close()
+            if self._commits:
                 if self._fs.exists(path):
                     raise Refused(Kind.TAKEN, "it came there meanwhile")
                 file.commit()
-            except BaseException:
+        except BaseException:
+            with contextlib.suppress(Exception):
+                # What is left of it is a temporary file, which the file system names, or nothing.
+                file.discard()
+            if not self._commits and not file.closed:
+                file.closed = True  # Or its destructor would flush it, and show half an object.
                 with contextlib.suppress(Exception):
-                    # What is left of it is a temporary file, which the file system names.
-                    file.discard()
-                raise
+                    self._fs.rm_file(path)  # It was not there before, and is not whole.
+            raise
 
     def fetch(self, path: str, out: memoryview, offset: int, timeout_s: float) -> int:
         with self._answers():

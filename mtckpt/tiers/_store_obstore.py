@@ -19,7 +19,7 @@ from mtckpt.errors import UsageError
 from mtckpt.tiers._store import Kind, Refused, kind_of_status, redacted
 from mtckpt.tiers._store_http import Http
 from mtckpt.tiers._store_s3 import refused_by_s3
-from mtckpt.tiers._store_s3fs import loader, refused_by_client, secrets_of
+from mtckpt.tiers._store_s3fs import keep_out_of_logs, loader, refused_by_client, secrets_of
 
 __all__ = ["FastWire", "can_serve"]
 
@@ -114,7 +114,15 @@ class FastWire:
     def fetch(self, bucket: str, name: str, out: memoryview, offset: int, timeout_s: float) -> int:
         import obstore
 
-        reader = self._opened_reader()
+        try:
+            reader = self._opened_reader()
+        except Exception as error:  # noqa: BLE001  (no credentials, or none to be had now)
+            refused = refused_by_client(error, self.secrets())
+        else:
+            return self._fetched(obstore, reader, name, out, offset)
+        raise refused
+
+    def _fetched(self, obstore: Any, reader: Any, name: str, out: memoryview, offset: int) -> int:
         try:
             result = obstore.get(reader, name, options={"range": (offset, offset + len(out))})
             start, stop = result.range
@@ -177,8 +185,10 @@ class FastWire:
     def _open(self) -> None:
         from botocore import UNSIGNED
         from botocore.config import Config
+        from botocore.exceptions import NoCredentialsError
         from botocore.session import Session
 
+        keep_out_of_logs()
         options = self._options
         extra = dict(options.get("client_kwargs") or {})
         session = Session(profile=options.get("profile"))
@@ -205,6 +215,8 @@ class FastWire:
             extra["region_name"] = "us-east-1"
         client = session.create_client("s3", config=Config(**config), **extra)
         self._credentials = client._request_signer._credentials
+        if self._credentials is None and not options.get("anon"):
+            raise NoCredentialsError
         self._verify = extra.get("verify", os.environ.get("AWS_CA_BUNDLE"))
         if self._http is None:
             self._http = Http(stall_s=self._stall_s, verify=self._verify)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -17,7 +18,14 @@ from typing import Any, TypeVar
 from mtckpt.tiers._store import Kind, Refused, redacted
 from mtckpt.tiers._store_s3 import refused_by_s3
 
-__all__ = ["S3fsWire", "loader", "new_session", "refused_by_client", "secrets_of"]
+__all__ = [
+    "S3fsWire",
+    "keep_out_of_logs",
+    "loader",
+    "new_session",
+    "refused_by_client",
+    "secrets_of",
+]
 
 T = TypeVar("T")
 
@@ -115,10 +123,19 @@ def loader() -> Any:
     return create_loader(os.environ.get("AWS_DATA_PATH"))
 
 
+def keep_out_of_logs() -> None:
+    """At DEBUG botocore logs the headers of every request, a session's token among them. Whoever
+    wants to see that asks for the logger "botocore" by its name."""
+    its_logger = logging.getLogger("botocore")
+    if its_logger.level == logging.NOTSET:
+        its_logger.setLevel(logging.INFO)
+
+
 def new_session(options: Mapping[str, Any]) -> Any:
     """A session for s3fs, which has read nothing yet of who we are."""
     from aiobotocore.session import AioSession
 
+    keep_out_of_logs()
     session = AioSession(**options)
     session.register_component("data_loader", loader())
     return session

@@ -8,7 +8,9 @@ import itertools
 import os
 import random
 import threading
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -307,6 +309,16 @@ def test_lists_more_than_a_page_in_order_of_keys(make_s3: Make, s3: S3Server) ->
     assert [info.key for info in tier.list("s-1/")] == sorted(f"s-1/{i}" for i in range(36))
 
 
+def every_verb(tier: ObjectStoreTier) -> list[Callable[[], object]]:
+    return [
+        lambda: tier.put("a", BytesSource(b"x")),
+        lambda: tier.read_into("a", memoryview(bytearray(1))),
+        lambda: tier.stat("a"),
+        lambda: list(tier.list()),
+        lambda: tier.delete("a"),
+    ]
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -314,17 +326,44 @@ def test_lists_more_than_a_page_in_order_of_keys(make_s3: Make, s3: S3Server) ->
 def test_a_wrong_secret_is_access_denied_at_once(make_s3: Make, s3: S3Server) -> None:
     secret = "canary" + os.urandom(8).hex()
     tier = make_s3(storage_options={**s3.options, "secret": secret})
-    for call in (
-        lambda: tier.put("a", BytesSource(b"x")),
-        lambda: tier.read_into("a", memoryview(bytearray(1))),
-        lambda: tier.stat("a"),
-        lambda: list(tier.list()),
-        lambda: tier.delete("a"),
-    ):
+    for call in every_verb(tier):
         with pytest.raises(AccessDenied) as raised:
             call()
         assert secret not in f"{raised.value}{raised.value.__cause__}"
     assert tier.counts.again == 0
+
+
+@each_engine
+def test_who_has_no_credentials_is_told_so(
+    make_s3: Make, s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    options = {k: v for k, v in s3.options.items() if k not in ("key", "secret")}
+    tier = make_s3(storage_options=options)
+    for call in every_verb(tier):
+        with pytest.raises(AccessDenied, match="NoCredentialsError"):
+            call()
+    # Where users of S3 keep them:
+    (tmp_path / "config").write_text("[profile other]\nregion = us-east-1\n")
+    (tmp_path / "credentials").write_text(
+        f"[other]\naws_access_key_id = {s3.key}\naws_secret_access_key = {s3.secret}\n"
+    )
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    assert make_s3(storage_options=options).put("a", BytesSource(b"x")).atomic
+
+
+def test_a_token_of_gcs_that_cannot_be_checked_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, gcs: GcsServer
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    options = {**gcs.options, "token": "canary-of-a-token"}
+    with pytest.raises(AccessDenied) as raised:
+        ObjectStoreTier(f"gs://{gcs.new_prefix()}", storage_options=options)
+    assert "canary" not in "".join(traceback.format_exception(raised.value))
 
 
 def test_who_may_only_read_is_told_so(make_s3: Make, s3: S3Server) -> None:
@@ -352,13 +391,7 @@ def test_a_missing_bucket_is_no_empty_tier(make_s3: Make) -> None:
 def test_a_store_that_is_not_there_is_unavailable_in_time(make_s3: Make, where: str) -> None:
     options = {"endpoint_url": where, "key": "k", "secret": "canary-secret"}
     tier = make_s3(storage_options=options, timeout_s=0.6)
-    for call in (
-        lambda: tier.put("a", BytesSource(b"x")),
-        lambda: tier.read_into("a", memoryview(bytearray(1))),
-        lambda: tier.stat("a"),
-        lambda: list(tier.list()),
-        lambda: tier.delete("a"),
-    ):
+    for call in every_verb(tier):
         with pytest.raises(TierUnavailable) as raised:
             call()
         assert not isinstance(raised.value, ObjectNotFound)

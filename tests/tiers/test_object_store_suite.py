@@ -21,6 +21,14 @@ class TestFile(TierSuite):
         return ObjectStoreTier(f"file://{tmp_path}/objects")
 
 
+class TestMemory(TierSuite):
+    survives = CLUSTER
+    several_processes = False
+
+    def make_tier(self, tmp_path: Path) -> Tier:
+        return ObjectStoreTier(f"memory://{tmp_path}")
+
+
 class _S3(TierSuite):
     survives = CLUSTER
     num_sequences = 4
