@@ -24,6 +24,7 @@ _ALL: dict[str, list[str]] = {
     "lost": [],
     "flushed": [],
     "memory": [],
+    "store": [],
     "peers": [],
     "small-peers": ["benchmarks.peers", "--kind=small"],
 }

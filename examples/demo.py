@@ -1,8 +1,9 @@
 """Train, kill, resume: what `make demo` runs.
 
 Trains examples/train_plain.py once without interruption, then examples/train_gpt.py while it is
-killed with SIGKILL again and again, then once more with its copies in RAM wiped after every kill.
-Ends with 0 only if all losses and all final parameters are the same, bit for bit.
+killed with SIGKILL again and again, then once more with its copies in RAM wiped after every kill,
+and last with those on disk wiped as well, so that an S3 server on this machine has all that is
+left. Ends with 0 only if all losses and all final parameters are the same, bit for bit.
 
 Everything happens in directories of its own, which are gone afterwards. What stays is
 demo-output/: a picture of the loss curves, and the losses themselves.
@@ -25,6 +26,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from store_server import store_server
 
 EXAMPLES = Path(__file__).resolve().parent
 RUN = "gpt-small"
@@ -71,10 +74,12 @@ class Places:
     work: Path
     runtime: Path
     ram: Path
+    store: dict[str, str] = field(default_factory=dict)  # the environment that it is reached by
 
     def environment(self) -> dict[str, str]:
         return {
             **os.environ,
+            **self.store,
             "MTCKPT_RUNTIME_DIR": str(self.runtime),
             "MTCKPT_RAM_DIR": str(self.ram),
             "PYTHONUNBUFFERED": "1",
@@ -146,6 +151,7 @@ class Trainer:
         if crash_at:
             environment["MTCKPT_CRASH_AT"] = crash_at
         command = [sys.executable, str(EXAMPLES / script), f"--steps={steps}", f"--out={out}"]
+        command += ["--store=s3://demo/checkpoints"] if places.store else []
         self.start_s = time.monotonic()
         self.process = subprocess.Popen(
             command, cwd=places.work, env=environment, stdout=self.log, stderr=subprocess.STDOUT
@@ -404,6 +410,7 @@ def draw(trainings: Sequence[Training], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(10, 5.5), layout="constrained")
     styles = [("0.75", 7.0, "-"), ("tab:blue", 2.2, "-"), ("tab:orange", 1.2, "--")]
+    styles.append(("black", 0.8, ":"))
     for training, (color, width, dashes) in zip(trainings, styles, strict=False):
         losses = read_losses(training)
         window = max(1, len(losses) // 50)
@@ -419,6 +426,22 @@ def draw(trainings: Sequence[Training], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (mean of the last steps)", title="Upright lines: SIGKILL")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def lose_the_node(
+    places: Places, screen: Screen, args: argparse.Namespace, chance: random.Random
+) -> Training:
+    """The last act: after every kill the memory and the disk are gone, the store is there."""
+    lost = Training("The same, with RAM and disk wiped: a store has the rest", places.work / "lost")
+    forget(places)
+    with store_server(places.work / "server") as places.store:
+        kills = plan_kills([ANYWHERE] * max(1, args.kills // 4), args.steps, chance)
+        train(
+            *(lost, "train_gpt.py", args.steps, places, screen, kills),
+            after_kill=lambda: forget(places),
+        )
+        stop_agent(places)
+    return lost
 
 
 def main() -> int:
@@ -449,14 +472,15 @@ def main() -> int:
             *(wiped, "train_gpt.py", args.steps, places, screen, kills),
             after_kill=lambda: wipe_ram(places),
         )
+        acts = [whole, killed, wiped, lose_the_node(places, screen, args, chance)]
         screen.line()
-        show_table([killed, wiped], screen)
+        show_table(acts[1:], screen)
         screen.line()
-        fine = compare([whole, killed, wiped], screen)
+        fine = compare(acts, screen)
         args.out.mkdir(exist_ok=True)
-        for training in (whole, killed, wiped):
+        for training in acts:
             shutil.copy(training.out / "losses.tsv", args.out / f"{training.out.name}.tsv")
-        draw([whole, killed, wiped], args.out / "losses.png")
+        draw(acts, args.out / "losses.png")
     screen.line(f"\nPicture: {args.out / 'losses.png'}. {time.monotonic() - start_s:.0f} s in all.")
     return 0 if fine else 1
 

@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"), help="losses and parameters")
+    parser.add_argument("--store", help="URL of an object store that gets every 50th step")
     args = parser.parse_args()
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -135,7 +136,9 @@ def main() -> None:
     data = Loader(read_text(), args.seed)
 
     state = {"model": model, "optimizer": optimizer, "lr": lr, "data": data, "rng": mtckpt.rng()}
-    with open_losses(args.out) as losses, mtckpt.Checkpointer("gpt-small") as checkpointer:
+    store = args.store and mtckpt.ObjectStore(args.store, every=50)
+    tiers = [mtckpt.Ram(), mtckpt.Disk("checkpoints"), store] if store else None
+    with open_losses(args.out) as losses, mtckpt.Checkpointer("gpt-small", tiers) as checkpointer:
         restored = checkpointer.restore(state)
         for step in range(restored.next_step, args.steps):
             loss = train_step(model, optimizer, lr, next(data))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mtckpt._replicas import replicated
     from mtckpt._retention import KeepBest, KeepEvery, KeepLast
     from mtckpt._rng import rng
-    from mtckpt._schedule import Disk, Ram
+    from mtckpt._schedule import Disk, ObjectStore, Ram
 
 __all__ = [
     "Checkpointer",
@@ -31,6 +31,7 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "ObjectStore",
     "Ram",
     "Restored",
     "Save",
@@ -49,6 +50,7 @@ _HOME = {
     "KeepBest": "mtckpt._retention",
     "KeepEvery": "mtckpt._retention",
     "KeepLast": "mtckpt._retention",
+    "ObjectStore": "mtckpt._schedule",
     "Ram": "mtckpt._schedule",
     "Restored": "mtckpt._handle",
     "Save": "mtckpt._handle",

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from mtckpt import _manifest, _restorer, _retention
-from mtckpt._handle import Restored, Save, Status, Step
+from mtckpt._handle import Restored, Save, Status, Step, stage_of_tier
 from mtckpt._places import refuse_one_directory
 from mtckpt._progress import progress
 from mtckpt._run import Run
@@ -26,6 +26,7 @@ from mtckpt._saver import Saver
 from mtckpt._schedule import (
     Disk,
     Ram,
+    SlowTier,
     Tempo,
     TierSettings,
     labels_of,
@@ -96,29 +97,27 @@ class Checkpointer:
         self.run = run
         self._run_key = _manifest.run_key(run)
         insists = any(isinstance(tier, Ram) for tier in tiers or ())
-        self._ram, self._disks = _split(tiers, run)
+        self._ram, self._slow = _split(tiers, run)
         self._timeout_s = timeout_s
         self._on_failure = on_failure
-        self._labels = labels_of(self._disks)
-        self._schedule = make_schedule(self._ram, self._disks, self._labels)
+        self._labels = labels_of(self._slow)
+        self._schedule = make_schedule(self._ram, self._slow, self._labels)
         ram_path = os.path.abspath(self._ram.path) if self._ram.path else protocol.ram_base()
-        disks = zip(self._labels, self._disks, strict=True)
-        refuse_one_directory({"ram": ram_path, **{label: str(d.path) for label, d in disks}})
+        places = zip(self._labels, (tier.place for tier in self._slow), strict=True)
+        refuse_one_directory({"ram": ram_path, **dict(places)})
         self._session = Session(
             run,
             self._run_key,
             [
-                protocol.TierConfig(
-                    label, "disk", os.path.abspath(disk.path), _retention.keep_to_wire(disk.keep)
-                )
-                for label, disk in zip(self._labels, self._disks, strict=True)
+                protocol.tier_config(label, tier, _retention.keep_to_wire(tier.keep))
+                for label, tier in zip(self._labels, self._slow, strict=True)
             ],
             ram_path,
             timeout_s=timeout_s,
             on_error=self._failed,
         )
-        places = self._disks, self._labels
-        self._link = Run(run, self._run_key, self._session, *places, timeout_s, group)
+        slow = self._slow, self._labels
+        self._link = Run(run, self._run_key, self._session, *slow, timeout_s, group)
         self._engine = CpuEngine()
         self._saver = Saver(
             self._link, self._engine, self._ram, insists=insists, max_stall_s=max_stall_s
@@ -356,7 +355,8 @@ class Checkpointer:
 
     def _failed(self, save: Save, error: CheckpointError) -> None:
         """A tier failed in the background: the next save raises it, or it is a warning."""
-        stage = "staged" if not save.reached & {"staged"} else "local"
+        tier = str(getattr(error, "tier", None) or "disk")
+        stage = "staged" if not save.reached & {"staged"} else stage_of_tier(tier)
         failure = SaveFailed(
             f"step {save.step} did not reach {stage}: {error.what}",
             stage=stage,
@@ -380,7 +380,7 @@ class Checkpointer:
         last = self._saver.last
         try:
             if last is not None and session.fenced is None:
-                last._plan(dict.fromkeys(self._labels, "local"))
+                last._plan({label: stage_of_tier(label) for label in self._labels})
                 session.watch(last)
                 session.call(
                     "flush",
@@ -417,7 +417,7 @@ class Checkpointer:
         return [
             SaveFailed(
                 f"step {last.step} did not reach every tier in time: {owed}",
-                stage="local",
+                stage=stage_of_tier(min(last._waiting, default="disk")),
                 step=last.step,
             )
         ]
@@ -438,29 +438,29 @@ class Checkpointer:
         _open_runs[self._open_key] = weakref.ref(self)
 
 
-def _split(tiers: Sequence[TierSettings] | None, run: str) -> tuple[Ram, list[Disk]]:
+def _split(tiers: Sequence[TierSettings] | None, run: str) -> tuple[Ram, list[SlowTier]]:
     if tiers is None:
         return Ram(), [Disk("checkpoints")]
     rams = [tier for tier in tiers if isinstance(tier, Ram)]
-    disks = [tier for tier in tiers if isinstance(tier, Disk)]
-    if len(rams) + len(disks) != len(tiers) or not tiers or len(rams) > 1:
+    slow = [tier for tier in tiers if isinstance(tier, SlowTier)]
+    if len(rams) + len(slow) != len(tiers) or not tiers or len(rams) > 1:
         raise UsageError(
-            f"tiers={list(tiers)!r}: give at most one Ram and any number of Disk tiers",
+            f"tiers={list(tiers)!r}: give at most one Ram, and any number of Disk and ObjectStore",
             state="nothing was done",
         )
-    for disk in disks:
-        _retention.parse_keep(disk.keep)
+    for tier in slow:
+        _retention.parse_keep(tier.keep)
     if rams:
-        return rams[0], disks
-    steps, _ = parse_every(disks[0].every, times=True)
+        return rams[0], slow
+    steps, _ = parse_every(slow[0].every, times=True)
     if steps is None:
         raise UsageError(
-            f"Disk(every={disks[0].every!r}): the first tier needs steps, since clocks differ"
-            " between ranks",
+            f"{type(slow[0]).__name__}(every={slow[0].every!r}): the first tier needs steps, since"
+            " clocks differ between ranks",
             state="nothing was done",
             actions=("put Ram(every=...) first, or give steps",),
         )
-    return Ram(every=steps), disks
+    return Ram(every=steps), slow
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from mtckpt import _shard
 from mtckpt._dtypes import DTYPES
 from mtckpt._shard import ShardLayout, Table
+from mtckpt._source import hold
 from mtckpt.capture.base import Engine, Move, Span
 from mtckpt.capture.memory import Mapping as MemoryMapping
 from mtckpt.capture.memory import anonymous
@@ -28,8 +29,8 @@ from mtckpt.errors import (
 
 if TYPE_CHECKING:
     from mtckpt._manifest import ArrayEntry, Record
-    from mtckpt.tiers import LocalTier
-    from mtckpt.tiers.local import Lease
+    from mtckpt._source import Held
+    from mtckpt.tiers import Tier
 
 __all__ = ["Attempt", "Delivery", "Loaded", "Place", "Want", "Within", "describe", "whole_wants"]
 
@@ -45,7 +46,7 @@ class Place:
     """A tier to read from. ``mapped``: its files may be mapped (tmpfs); others are read."""
 
     label: str
-    tier: LocalTier
+    tier: Tier
     mapped: bool
 
 
@@ -247,17 +248,17 @@ class Delivery:
         size_bytes = self._size_of(wanted)
         digests = self._loaded.table.digests
         engine = self._engine
-        with self._within(place.label, functools.partial(self._lease, place)) as lease:
+        with self._within(place.label, functools.partial(self._hold, place)) as held:
             if last or check_only:
                 check = functools.partial(
-                    engine.fetch, lease.fd, spans, [0] * len(spans), digests, _ignore
+                    engine.fetch, held.fd, spans, [0] * len(spans), digests, _ignore
                 )
                 bad = self._read(place, check, size_bytes)
                 if bad or check_only:
                     return [wanted[i] for i in bad]
             targets = [self._wants[i].address for i in wanted]
             place_all = functools.partial(
-                engine.fetch, lease.fd, spans, targets, digests, self._count
+                engine.fetch, held.fd, spans, targets, digests, self._count
             )
             self._attempt.touched = True
             try:
@@ -308,7 +309,7 @@ class Delivery:
         self, place: Place, wanted: list[int]
     ) -> tuple[list[int], list[Move], MemoryMapping]:
         """Runs in a thread that may be given up: it touches nothing but what it returns."""
-        with self._lease(place):
+        with self._hold(place):
             memory = anonymous(self._loaded.layout.size_bytes)
             spans = self._spans(wanted)
             view = memory.view if memory.size_bytes else memoryview(b"")
@@ -334,12 +335,12 @@ class Delivery:
         self._moves = []
         self._stages = []
 
-    def _lease(self, place: Place) -> Lease:
-        lease = place.tier.lease(self._key)
-        if lease.size_bytes != self._loaded.layout.size_bytes:
-            lease.close()
+    def _hold(self, place: Place) -> Held:
+        held = hold(place.tier, self._key)
+        if held.size_bytes != self._loaded.layout.size_bytes:
+            held.close()
             raise Damaged("shard has another size", key=self._key, tier=place.label)
-        return lease
+        return held
 
     def _size_of(self, wanted: Sequence[int]) -> int:
         return sum(self._wants[i].span.size_bytes for i in wanted)

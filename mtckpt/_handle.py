@@ -29,9 +29,9 @@ _AT_OR_ABOVE: dict[str, frozenset[str]] = {
 _STAGE_OF_KIND = {"ram": "staged", "disk": "local", "peers": "replicated", "store": "durable"}
 
 
-def stage_of_tier(kind: str) -> str:
-    """The stage that a save reaches with this kind of tier."""
-    return _STAGE_OF_KIND[kind]
+def stage_of_tier(label: str) -> str:
+    """The stage that a save reaches with a tier, by its kind or its label ("disk-2")."""
+    return _STAGE_OF_KIND[label.partition("-")[0]]
 
 
 class Save:
@@ -55,6 +55,7 @@ class Save:
         self._failed: dict[str, CheckpointError] = {}
         self._superseded: frozenset[str] = frozenset()
         self._owed: dict[str, str] = {}
+        self._weak = False
         # Two tiers may give one stage: it is reached with the first, the save is done with both.
         self._waiting: frozenset[str] = frozenset()
 
@@ -107,7 +108,7 @@ class Save:
         if self.skipped:
             return f"Save(step={self.step}, skipped: {self.skipped})"
         stages = ", ".join(s for s in _AT_OR_ABOVE if s in self._reached) or "nothing yet"
-        return f"Save(step={self.step}, {stages})"
+        return f"Save(step={self.step}, {stages}{' (weak)' if self._weak else ''})"
 
     # -- told by the pipeline -------------------------------------------------------------------
 
@@ -119,6 +120,7 @@ class Save:
         owed: Mapping[str, str] | None = None,
         superseded: Iterable[str] = (),
         waiting: Iterable[str] | None = None,
+        weak: bool = False,
         skipped: str | None = None,
     ) -> list[CheckpointError]:
         """Take in news; returns the errors that are new."""
@@ -128,6 +130,7 @@ class Save:
             self._owed = dict(owed or {})
             if waiting is not None:
                 self._waiting = frozenset(waiting)
+            self._weak = self._weak or weak
             self.skipped = skipped or self.skipped
             fresh = [e for label, e in (failed or {}).items() if label not in self._failed]
             self._failed.update(failed or {})

@@ -7,19 +7,32 @@ save or rank than the place it lies in is a problem of that save, not a save.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
-from mtckpt import _manifest, _shard
+from xxhash import xxh3_128_hexdigest
+
+from mtckpt import _commit, _manifest, _shard
 from mtckpt._manifest import Incarnation, Metrics, Record, SaveEntry, SaveName
 from mtckpt._shard import ShardLayout, Table
-from mtckpt.errors import Damaged, FormatError, ObjectNotFound, ShortRead, TierUnavailable
-from mtckpt.tiers.base import Tier, read_all
+from mtckpt.errors import (
+    CheckpointError,
+    Damaged,
+    FormatError,
+    ObjectNotFound,
+    RunLocked,
+    ShortRead,
+    TierUnavailable,
+)
+from mtckpt.tiers.base import ObjectInfo, Tier, read_all
 
 __all__ = [
     "Inventory",
     "check_identity",
+    "check_newest",
     "check_record",
+    "has_leases",
     "incarnation_key",
     "incarnation_line",
     "save_key",
@@ -27,6 +40,10 @@ __all__ = [
     "scan_save",
     "shard_keys",
 ]
+
+
+# Requests under way at once where a tier is asked for many small objects.
+_READERS = 16
 
 
 @dataclass(slots=True)
@@ -37,6 +54,14 @@ class Inventory:
     saves: dict[SaveName, SaveEntry] = field(default_factory=dict)
     incarnations: list[Incarnation] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+
+def has_leases(tier: Tier) -> bool:
+    """Whether what lies under a key may be recycled by its owner, unless a reader has a lease.
+
+    Elsewhere a key that was listed stays what it was: it need not be looked up before it is read.
+    """
+    return hasattr(tier, "lease")
 
 
 def save_key(run_key: str, name: SaveName, file: str) -> str:
@@ -61,33 +86,111 @@ def scan(tier: Tier, run_key: str, *, label: str | None = None) -> Inventory:
     return _collect(tier, f"{run_key}/", label)
 
 
-def scan_save(tier: Tier, run_key: str, name: SaveName) -> SaveEntry:
-    """One save, read like ``scan`` does. One that is not there at all has no records."""
-    found = _collect(tier, f"{run_key}/{name}/", None).saves
+def scan_save(
+    tier: Tier, run_key: str, name: SaveName, known: Mapping[str, bytes] = MappingProxyType({})
+) -> SaveEntry:
+    """One save, read like ``scan`` does. One that is not there at all has no records.
+
+    ``known`` has the bytes of records, by key, that the caller has just stored there.
+    """
+    found = _collect(tier, f"{run_key}/{name}/", None, known).saves
     return found.get(name) or SaveEntry(name, tier.name)
 
 
-def _collect(tier: Tier, prefix: str, label: str | None) -> Inventory:
+def _collect(
+    tier: Tier,
+    prefix: str,
+    label: str | None,
+    known: Mapping[str, bytes] = MappingProxyType({}),
+) -> Inventory:
     inventory = Inventory(label or tier.name)
     sizes: dict[tuple[SaveName, str], int] = {}
-    records: list[tuple[SaveName, int, str]] = []
+    records: list[tuple[SaveName, int, ObjectInfo]] = []
+    committed: set[tuple[int, int] | None] = set()
     for info in tier.list(prefix):
         parts = info.key.split("/")
         if len(parts) == 2 and _manifest.parse_incarnation_file(parts[1]) is not None:
             _read_incarnation(tier, info.key, inventory)
+        if len(parts) == 3 and parts[1] == "commit":
+            committed.add(_manifest.parse_commit_file(parts[2]))
         if len(parts) != 3 or (name := SaveName.parse(parts[1])) is None:
             continue
         sizes[name, parts[2]] = info.size_bytes
         save = inventory.saves.setdefault(name, SaveEntry(name, inventory.tier))
         if (rank := _manifest.parse_record_file(parts[2])) is not None:
-            records.append((name, rank, info.key))
+            records.append((name, rank, info))
         elif parts[2] == _manifest.MANIFEST_FILE:
             save.has_manifest = True
         elif parts[2].startswith("metrics-"):
             _read_metrics(tier, info.key, save)
-    for name, rank, key in records:
-        _read_record(tier, key, rank, inventory.saves[name], sizes)
+    contents = _contents(tier, [info for _, _, info in records], known)
+    for (name, rank, info), content in zip(records, contents, strict=True):
+        _read_record(info.key, content, rank, inventory.saves[name], sizes)
+    for save in inventory.saves.values():
+        save.committed = (save.name.step, save.name.incarnation) in committed
+    _settle_conflicts(tier, prefix.partition("/")[0], inventory)
     return inventory
+
+
+def _contents(
+    tier: Tier, infos: list[ObjectInfo], known: Mapping[str, bytes]
+) -> Iterator[bytes | CheckpointError]:
+    """The bytes of records, or what there is instead; several at a time where each takes a while.
+
+    Raises any other error of a tier that does not answer.
+    """
+
+    def read(info: ObjectInfo) -> bytes | CheckpointError:
+        if len(there := known.get(info.key, b"")) == info.size_bytes:
+            return there
+        try:
+            if has_leases(tier) or info.size_bytes > _manifest.MAX_RECORD_BYTES:
+                return read_all(tier, info.key, max_bytes=_manifest.MAX_RECORD_BYTES)
+            out = bytearray(info.size_bytes)
+            tier.read_into(info.key, memoryview(out))
+            return bytes(out)
+        except (ObjectNotFound, FormatError, ShortRead, TierUnavailable) as error:
+            return error
+
+    if has_leases(tier) or len(infos) < 2:
+        yield from map(read, infos)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(_READERS, "mtckpt-records") as executor:
+        yield from executor.map(read, infos)
+
+
+def _settle_conflicts(tier: Tier, run_key: str, inventory: Inventory) -> None:
+    """Of two saves of one step and incarnation, by two jobs, the one that was committed counts."""
+    by_step: dict[tuple[int, int], list[SaveEntry]] = {}
+    for save in inventory.saves.values():
+        if save.committed and save.complete:
+            by_step.setdefault((save.name.step, save.name.incarnation), []).append(save)
+    for twins in by_step.values():
+        marker = _commit.read_marker(tier, run_key, twins[0].name) if len(twins) > 1 else None
+        for save in twins:
+            if marker is not None and marker.name != save.name:
+                save.records.clear()
+                save.problems.append("another save of this step was committed by another job")
+
+
+def check_newest(tier: Tier, run_key: str, number: int) -> None:
+    """Raise RunLocked if a later incarnation than ``number`` has begun: another job goes on then.
+
+    Asked of a store, where the agents of two jobs meet only in what they write.
+    """
+    prefix = f"{run_key}/incarnation-"
+    names = (info.key.rpartition("/")[2] for info in tier.list(prefix))
+    highest = max((_manifest.parse_incarnation_file(name) or 0 for name in names), default=0)
+    if highest > number:
+        raise RunLocked(
+            f"another job has begun incarnation {highest} of this run",
+            state="nothing was stored; local tiers are unchanged",
+            tier=tier.name,
+            number=number,
+            highest=highest,
+        )
 
 
 def check_record(record: Record, name: SaveName, rank: int) -> None:
@@ -150,15 +253,16 @@ def _read_metrics(tier: Tier, key: str, save: SaveEntry) -> None:
 
 
 def _read_record(
-    tier: Tier,
     key: str,
+    content: bytes | CheckpointError,
     rank: int,
     save: SaveEntry,
     sizes: dict[tuple[SaveName, str], int],
 ) -> None:
     try:
-        data = read_all(tier, key, max_bytes=_manifest.MAX_RECORD_BYTES)
-        record = _manifest.decode_sealed(data, Record)
+        if isinstance(content, CheckpointError):
+            raise content
+        record = _manifest.decode_sealed(content, Record)
     except ObjectNotFound:
         return
     except (FormatError, ShortRead, TierUnavailable) as error:
@@ -176,6 +280,7 @@ def _read_record(
         )
         return
     save.records[rank] = record
+    save.digests[rank] = xxh3_128_hexdigest(content)
     for metric, value in record.metrics.items():
         save.metrics.setdefault(metric, value)
 

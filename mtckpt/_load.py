@@ -66,7 +66,8 @@ def load(
             weight = checkpoint["model/wte.weight"]
 
     Args:
-        location: a tier's directory that holds one run, a run's directory, one save, or a copy.
+        location: a tier's directory that holds one run, a run's directory, one save, or a copy;
+            or the URL of any of these in a store.
         step: "latest" (the newest complete one on the line of incarnations), a number, or the id
             of a save as ``mtckpt ls`` shows it.
         framework: what arrays are: "numpy", "torch" or "jax", which is imported only then.
@@ -128,7 +129,7 @@ def _only_run(location: Location) -> Place:
 
 
 def _several(location: Location, places: Sequence[Place]) -> UsageError:
-    names = [place.path.name for place in places]
+    names = [place.name for place in places]
     return UsageError(
         f"{os.fspath(location)} holds {len(names)} runs",
         state="nothing was read",
@@ -203,9 +204,9 @@ def _open_newest(
             where = f" ({error.details['key']})" if "key" in error.details else ""
             reasons.append(f"{called}: {error.what}{where}")
     raise NoHealthyStep(
-        f"no step at {place.path} can be read"
+        f"no step at {place.where} can be read"
         if step == "latest"
-        else f"step {step} at {place.path} cannot be read",
+        else f"step {step} at {place.where} cannot be read",
         state="nothing was read",
         actions=[f"know that {line}" for line in reasons[:_MAX_REASONS]],
         reasons=tuple(reasons),
@@ -278,7 +279,7 @@ class Checkpoint(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return (
-            f"Checkpoint({str(self._place.path)!r}, step={self.step},"
+            f"Checkpoint({self._place.where!r}, step={self.step},"
             f" {len(self)} arrays{', closed' if self._closed else ''})"
         )
 

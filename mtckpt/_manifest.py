@@ -154,6 +154,21 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     metrics: dict[str, float] = {}
 
 
+class Commit(msgspec.Struct, frozen=True):
+    """The marker of a save in a store. ``manifest_digest`` is the XXH3-128 of the manifest."""
+
+    version: int
+    run: str
+    step: _Step
+    incarnation: _IncarnationNumber
+    save_id: Uuid
+    manifest_digest: str
+
+    @property
+    def name(self) -> SaveName:
+        return save_name(self.step, self.incarnation, self.save_id)
+
+
 class Incarnation(msgspec.Struct, frozen=True, omit_defaults=True):
     """One start of the job. ``parent`` is the (incarnation number, step) it went on from."""
 
@@ -189,7 +204,7 @@ class _AnySealed(msgspec.Struct, forbid_unknown_fields=True):
     body: msgspec.Raw
 
 
-_T = TypeVar("_T", Record, Manifest, Incarnation, Metrics)
+_T = TypeVar("_T", Record, Manifest, Commit, Incarnation, Metrics)
 
 
 # As ``encode_sealed`` begins; between it and the last two bytes lies the body.
@@ -197,7 +212,7 @@ _HEAD = re.compile(rb'\{"kind":"([a-z]+)","digest":"([0-9a-f]{32})","body":')
 _TAIL = b"}\n"
 
 
-def encode_sealed(value: Record | Manifest | Incarnation | Metrics) -> bytes:
+def encode_sealed(value: Record | Manifest | Commit | Incarnation | Metrics) -> bytes:
     """JSON of ``value`` with its kind and the XXH3-128 of its body."""
     body = msgspec.json.encode(value)
     kind = type(value).__name__.lower()
@@ -320,6 +335,17 @@ def record_file(rank: int) -> str:
 MANIFEST_FILE = "manifest.json"
 
 
+def commit_file(step: int, incarnation: int) -> str:
+    """The marker of a save in a store, below its run."""
+    return f"commit/{step:012d}.{incarnation:06d}"
+
+
+def parse_commit_file(name: str) -> tuple[int, int] | None:
+    """``(step, incarnation)`` of a marker's last name."""
+    match = re.fullmatch(r"(\d{12,13})\.(\d{6,9})", name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def incarnation_file(number: int, id_: str) -> str:
     return f"incarnation-{number:06d}.{id_.replace('-', '')[:12]}.json"
 
@@ -346,6 +372,8 @@ class SaveEntry:
     """One save as one tier has it. ``records`` by rank; ``problems`` says what is wrong with it.
 
     ``has_manifest``: it was complete here once.
+    ``committed``: a store has a marker for its step. That is no part of being complete.
+    ``digests`` are those of the records' bytes.
     """
 
     name: SaveName
@@ -354,6 +382,8 @@ class SaveEntry:
     problems: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     has_manifest: bool = False
+    committed: bool = False
+    digests: dict[int, str] = field(default_factory=dict)
 
     @property
     def unfinished(self) -> bool:

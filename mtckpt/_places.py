@@ -1,8 +1,8 @@
-"""Runs and saves in a directory that somebody names: a tier, a run in it, or one save, or a copy.
+"""Runs and saves at a place that somebody names: a tier, a run in it, or one save, or a copy.
 
-Knows how to tell these apart, and gives each the keys of a tier, so that one way of reading serves
-all. Does not read shards and writes nothing. What a directory is called is not believed: a copied
-save may lie anywhere.
+A directory, or the URL of a store. Knows how to tell these apart, and gives each the keys of a
+tier, so that one way of reading serves all. Does not read shards and writes nothing. What a place
+is called is not believed: a copied save may lie anywhere.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtckpt import _inventory, _manifest
+from mtckpt._access import Access, check_url, open_store
 from mtckpt._manifest import Record, SaveEntry, SaveName
 from mtckpt.errors import FormatError, TierReadOnly, UsageError
 from mtckpt.tiers._os_errors import tier_error
@@ -25,6 +26,7 @@ from mtckpt.tiers.local import Lease, LocalTier
 
 if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
+    from mtckpt.tiers.base import Tier
 
 __all__ = [
     "Location",
@@ -67,19 +69,20 @@ def _without_links(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One run as it lies in one directory; ``tier`` has it under ``run_key``."""
+    """One run as it lies at ``where``, a path or URL; ``tier`` has it under ``run_key``."""
 
     tier: View
     run_key: str
-    path: Path
+    where: str
 
     @property
     def label(self) -> str:
         return self.tier.name
 
-    def path_of(self, key: str) -> Path:
-        """Where an object of this place lies."""
-        return self.tier.path_of(key)
+    @property
+    def name(self) -> str:
+        """What the place itself is called."""
+        return self.where.rpartition("/")[2]
 
     def scan(self) -> Inventory:
         """Read all records, now."""
@@ -90,19 +93,23 @@ class Place:
 
 
 class View:
-    """A directory as if it lay under ``prefix`` in a tier; only for reading."""
+    """A tier as if it lay under ``prefix`` in another, for reading and perhaps deleting."""
 
-    def __init__(self, tier: LocalTier, prefix: str) -> None:
+    def __init__(self, tier: Tier, prefix: str, *, writable: bool = False) -> None:
         self.name = tier.name
         self.survives: Survives = tier.survives
         self._tier = tier
         self._prefix = prefix
+        self._writable = writable
 
     def put(self, key: str, source: Source) -> PutResult:
         raise self._refused(key)
 
     def delete(self, key: str) -> None:
-        raise self._refused(key)
+        """See ``Tier.delete``."""
+        if not self._writable:
+            raise self._refused(key)
+        self._tier.delete(self._inner(key))
 
     def read_into(self, key: str, out: memoryview, offset: int = 0) -> None:
         """See ``Tier.read_into``."""
@@ -120,17 +127,9 @@ class View:
             if key.startswith(prefix):
                 yield ObjectInfo(key, info.size_bytes)
 
-    def lease(self, key: str) -> Lease:
-        """See ``LocalTier.lease``."""
-        return self._tier.lease(self._inner(key))
-
     def set_aside(self) -> Iterator[str]:
         """Paths of what was found damaged before and taken out of the way."""
-        return (str(item.path) for item in self._tier.quarantined())
-
-    def path_of(self, key: str) -> Path:
-        """Where the object is."""
-        return self._tier.path_of(self._inner(key))
+        return iter(())
 
     def close(self) -> None:
         self._tier.close()
@@ -144,33 +143,45 @@ class View:
         )
 
 
+class DirectoryView(View):
+    """A view of a directory, whose files are leased while they are read."""
+
+    def __init__(self, tier: LocalTier, prefix: str, *, writable: bool) -> None:
+        super().__init__(tier, prefix, writable=writable)
+        self._directory = tier
+
+    def lease(self, key: str) -> Lease:
+        """See ``LocalTier.lease``."""
+        return self._directory.lease(self._inner(key))
+
+    def set_aside(self) -> Iterator[str]:
+        """See ``View.set_aside``."""
+        return (str(item.path) for item in self._directory.quarantined())
+
+
 def is_location(target: str) -> bool:
     """Whether a word of the user's is a place; else it is the name of a run."""
     return "/" in target or os.sep in target or target in (".", "..")
 
 
-def open_places(location: Location, label: str) -> list[Place]:
+def open_places(location: Location, label: str, *, writable: bool = False) -> list[Place]:
     """The runs at ``location``, by name; several only where a tier holds several.
 
-    Raises UsageError where there is no directory, and TierError where it may not be read.
+    ``label`` is what a directory is called as a tier; ``writable`` allows to delete. Raises
+    UsageError where there is none, and TierError where it may not be read.
     """
+    if "://" in os.fspath(location):
+        return list(_in_store(check_url(os.fspath(location)), writable=writable))
     path = _directory(location)
     kind = _kind(path)
     if kind == "save":
-        return [_one_save(path, label)]
-    if kind == "run":
-        return [_one_run(path, label)]
-    return [_one_run(run, label) for run in sorted(_subdirectories(path)) if _kind(run) == "run"]
+        return [_one_save(path, label, writable=writable)]
+    runs = [path] if kind == "run" else sorted(_subdirectories(path))
+    return [_one_run(run, label, writable=writable) for run in runs if _kind(run) == "run"]
 
 
 def _directory(location: Location) -> Path:
     text = os.fspath(location)
-    if "://" in text:
-        raise UsageError(
-            f"{text} is not a local directory, and only those can be read",
-            state="nothing was read",
-            actions=("copy the checkpoint to a local directory, then load that",),
-        )
     try:
         path = Path(text).expanduser()
     except (RuntimeError, ValueError) as error:
@@ -224,27 +235,54 @@ def _subdirectories(path: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def _one_run(path: Path, label: str) -> Place:
-    key = _key_for(path)
-    return Place(View(LocalTier(path, name=label, read_only=True), f"{key}/"), key, path)
+def _one_run(path: Path, label: str, *, writable: bool) -> Place:
+    key = _key_for(path.name)
+    tier = LocalTier(path, name=label, read_only=not writable)
+    return Place(DirectoryView(tier, f"{key}/", writable=writable), key, str(path))
 
 
-def _key_for(path: Path) -> str:
-    """A key for a run in this process; that of its directory where that is one, to be read."""
+def _key_for(name: str) -> str:
+    """A key for a run in this process; that of its place where that is one, to be read."""
     try:
-        return check_key(path.name)
+        return check_key(name)
     except UsageError:
         return "run"
 
 
-def _one_save(path: Path, label: str) -> Place:
-    tier = LocalTier(path, name=label, read_only=True)
-    name = _name_in_records(path, tier) or SaveName.parse(path.name) or SaveName(0, 0, "0" * 12)
-    key = _key_for(path.parent)
-    return Place(View(tier, f"{key}/{name}/"), key, path)
+def _one_save(path: Path, label: str, *, writable: bool) -> Place:
+    tier = LocalTier(path, name=label, read_only=not writable)
+    key, name = _key_for(path.parent.name), _name_of_save(path.name, tier)
+    return Place(DirectoryView(tier, f"{key}/{name}/", writable=writable), key, str(path))
 
 
-def _name_in_records(path: Path, tier: LocalTier) -> SaveName | None:
+def _in_store(url: str, *, writable: bool) -> Iterator[Place]:
+    """As for a directory; what lies there is told from the first key, and all runs from all."""
+    tier = open_store(url, Access())
+    *_, parent, last = ["", *url.split("/")]
+    runs: dict[str, None] = {}
+    for info in tier.list():
+        head, _, rest = info.key.partition("/")
+        if not rest and _manifest.parse_record_file(head) is not None:
+            prefix = f"{_key_for(parent)}/{_name_of_save(last, tier)}/"
+            yield Place(View(tier, prefix, writable=writable), _key_for(parent), url)
+            return
+        if SaveName.parse(head) or head == "commit" or _manifest.parse_incarnation_file(head):
+            view = View(tier, f"{_key_for(last)}/", writable=writable)
+            yield Place(view, _key_for(last), url)
+            return
+        if rest:
+            runs.setdefault(head)
+    for run in runs:
+        within = f"{url}/{run}"
+        yield Place(View(open_store(within, Access()), f"{run}/", writable=writable), run, within)
+    tier.close()
+
+
+def _name_of_save(last: str, tier: Tier) -> SaveName:
+    return _name_in_records(tier) or SaveName.parse(last) or SaveName(0, 0, "0" * 12)
+
+
+def _name_in_records(tier: Tier) -> SaveName | None:
     for info in tier.list():
         if _manifest.parse_record_file(info.key) is None:
             continue

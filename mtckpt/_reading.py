@@ -7,7 +7,6 @@ ones that were described.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,14 +15,14 @@ from xxhash import xxh3_64_intdigest
 from mtckpt import _inventory, _shard
 from mtckpt._dtypes import DTYPES
 from mtckpt._shard import CHUNK_BYTES
-from mtckpt._source import placed, read_identity
-from mtckpt.errors import Damaged, FormatError, FormatTooNew, ShortRead, TierUnavailable
+from mtckpt._source import hold, placed, read_identity
+from mtckpt.errors import Damaged, FormatError, FormatTooNew
 
 if TYPE_CHECKING:
     from mtckpt._manifest import ArrayEntry, Record, SaveName
     from mtckpt._places import Place
     from mtckpt._shard import ShardLayout, StoredTensor, Table
-    from mtckpt.tiers.local import Lease
+    from mtckpt._source import Held
 
 __all__ = ["OpenShard", "check_box", "open_shard", "stored_name"]
 
@@ -48,7 +47,7 @@ class OpenShard:
     tensors: list[StoredTensor]
     key: str
     tier: str
-    lease: Lease
+    held: Held
 
     def read(self, tensor: StoredTensor, out: memoryview | None = None) -> None:
         """Read and verify a tensor, into ``out`` if it is wanted. Raises Damaged with the key."""
@@ -58,7 +57,7 @@ class OpenShard:
         for start in range(0, tensor.size_bytes, block_bytes):
             stop = min(start + block_bytes, tensor.size_bytes)
             view = scratch[: stop - start] if out is None else out[start:stop]
-            self._fill(view, tensor.start + start)
+            self.held.read_into(view, tensor.start + start)
             for begin in range(start, stop, CHUNK_BYTES):
                 chunk = tensor.first_chunk + begin // CHUNK_BYTES
                 piece = view[begin - start : begin - start + CHUNK_BYTES]
@@ -75,28 +74,8 @@ class OpenShard:
                     )
 
     def close(self) -> None:
-        """Give the lease back. Idempotent."""
-        self.lease.close()
-
-    def _fill(self, view: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(view):
-            try:
-                got = os.preadv(self.lease.fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise TierUnavailable(
-                    f"{self.key} could not be read: {error.strerror}", tier=self.tier, key=self.key
-                ) from error
-            if not got:
-                raise ShortRead(
-                    f"{self.key} ends early",
-                    tier=self.tier,
-                    key=self.key,
-                    offset=offset + done,
-                    wanted_bytes=len(view),
-                    got_bytes=done,
-                )
-            done += got
+        """Let go of the shard. Idempotent."""
+        self.held.close()
 
 
 def open_shard(place: Place, name: SaveName, record: Record) -> OpenShard:
@@ -107,16 +86,16 @@ def open_shard(place: Place, name: SaveName, record: Record) -> OpenShard:
         FormatError: something does not fit, with the file's key.
     """
     data_key, table_key, record_key = _inventory.shard_keys(place.run_key, name, record.rank)
-    lease = place.tier.lease(data_key)
+    held = hold(place.tier, data_key)
     try:
-        layout, table, _ = read_identity(place.tier, record, lease, data_key, table_key)
+        layout, table, _ = read_identity(place.tier, record, held, data_key, table_key)
         try:
             entries, tensors = _match(layout, table, record)
         except FormatError as error:
             raise placed(error, place.label, record_key) from error
-        return OpenShard(record, layout, table, entries, tensors, data_key, place.label, lease)
+        return OpenShard(record, layout, table, entries, tensors, data_key, place.label, held)
     except BaseException:
-        lease.close()
+        held.close()
         raise
 
 

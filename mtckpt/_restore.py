@@ -54,10 +54,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One save that may be restored, and the tiers that have all of it, fastest first."""
+    """One save that may be restored, and the tiers that have all of it, fastest first.
+
+    ``fetched``: the first has it from the last, a store, as of just now.
+    """
 
     name: SaveName
     sources: tuple[str, ...]
+    fetched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,6 +427,8 @@ def _finish(
             live_state="undefined",
             state="live state is undefined",
         ) from error
+    if candidate.fetched:
+        sources = {candidate.sources[-1]: sum(sources.values())}
     return Outcome(candidate.name, loaded.record, state, sources, placing.replaced)
 
 

@@ -6,13 +6,14 @@ Knows what an unanswered or damaged tier means for the answer. The bytes are mov
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from mtckpt import _restore, _retention, errors
-from mtckpt._handle import Restored
+from mtckpt import _inventory, _restore, _retention, errors
+from mtckpt._handle import Restored, stage_of_tier
 from mtckpt._progress import progress
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import protocol
@@ -78,9 +79,11 @@ def restore(
             with progress(
                 "restore", total_bytes=size, run=run.name, step=candidate.name.step
             ) as show:
+                if source is None and not partial:
+                    candidate = _brought_near(run, candidate, scope, show)
                 outcome = _restore.restore_from(
                     candidate, scope, state, partial=partial, rename=rename, attempt=attempt,
-                    last=candidate is candidates[-1], progress=show,
+                    last=candidate.name == candidates[-1].name, progress=show,
                 )  # fmt: skip
         except (NoHealthyStep, FormatError) as error:
             skipped[f"step {candidate.name.step}"] = error.what
@@ -111,7 +114,7 @@ def _look(
     if source is not None:
         places, run_key = run.source(source, places)
         inventories, silent = _restore.scan_places(places, run_key, run.within)
-    best = _retention.best_of([disk.keep for disk in run.disks])
+    best = _retention.best_of([tier.keep for tier in run.tiers])
     plan = _restore.plan_restore(list(inventories.values()), step, best=best)
     if not plan.candidates and silent:
         raise RestoreUnavailable(
@@ -147,6 +150,27 @@ def _elsewhere(rank: int, name: str, text: str) -> CheckpointError:
     """An error that stopped another rank, as this one raises it."""
     kind: type[CheckpointError] = getattr(errors, name, errors.RestoreError)
     return kind(f"rank {rank}: {text}", rank=rank)
+
+
+def _brought_near(
+    run: Run,
+    candidate: _restore.Candidate,
+    scope: _restore.Scope,
+    show: Callable[[int], None],
+) -> _restore.Candidate:
+    """A save that only a store has, in a tier of this node as well: the next restart is from it."""
+    if any(stage_of_tier(label) != "durable" for label in candidate.sources):
+        return candidate
+    label = run.fetch(candidate.name, show)
+    if label is None or label not in scope.places:
+        return candidate
+    tier = scope.places[label].tier
+    look = functools.partial(_inventory.scan_save, tier, run.key, candidate.name)
+    save = run.within(label, look)
+    if not save.complete:
+        return candidate
+    scope.inventories[label].saves[candidate.name] = save
+    return _restore.Candidate(candidate.name, (label, *candidate.sources), fetched=True)
 
 
 def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> Restored:

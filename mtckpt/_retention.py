@@ -25,6 +25,7 @@ __all__ = [
     "decide",
     "keep_from_wire",
     "keep_to_wire",
+    "kept",
     "parse_keep",
 ]
 
@@ -152,7 +153,7 @@ def decide(saves: Sequence[Held], rules: Sequence[Rule]) -> dict[SaveName, Decis
     The two newest that count are never deleted, nor is the newest that was verified: so what a
     deletion rests on is not deleted by the same decision.
     """
-    counted = sorted((s for s in saves if s.complete and s.on_line and not s.damaged), key=_order)
+    counted = _counted(saves)
     wanted = _wanted(counted, rules)
     result: dict[SaveName, Decision] = {}
     for save in saves:
@@ -162,7 +163,7 @@ def decide(saves: Sequence[Held], rules: Sequence[Rule]) -> dict[SaveName, Decis
         elif save.name in wanted:
             result[save.name] = Decision(False, wanted[save.name])
         elif save.busy:
-            result[save.name] = Decision(False, "in use by a reader")
+            result[save.name] = Decision(False, "in use, or a store still waits for it")
         elif len(newer) < 2:
             result[save.name] = Decision(False, "fewer than two newer complete saves are here")
         elif not any(s.verified for s in newer):
@@ -174,6 +175,23 @@ def decide(saves: Sequence[Held], rules: Sequence[Rule]) -> dict[SaveName, Decis
         else:
             result[save.name] = Decision(True, "no rule wants it")
     return result
+
+
+def kept(saves: Sequence[Held], rules: Sequence[Rule], *, newest: bool = True) -> set[SaveName]:
+    """The saves that the rules want, were they all in one tier; all of them without a rule.
+
+    ``newest``: the newest is always wanted.
+    """
+    counted = _counted(saves)
+    if not rules:
+        return {save.name for save in saves}
+    wanted = {save.name for rule in rules for save in _kept_by(rule, counted)}
+    return wanted | {save.name for save in counted[-1:] if newest}
+
+
+def _counted(saves: Sequence[Held]) -> list[Held]:
+    """Oldest first, those that stand for themselves."""
+    return sorted((s for s in saves if s.complete and s.on_line and not s.damaged), key=_order)
 
 
 def _order(save: Held) -> tuple[int, int]:

@@ -6,6 +6,7 @@ know state. Every look into a tier is bounded: a tier that hangs is an error tha
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import uuid
@@ -13,10 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from mtckpt import _coordination, _inventory, _manifest, _restore
+from mtckpt._access import open_store
 from mtckpt._coordination import Group, Single
 from mtckpt._manifest import Incarnation
 from mtckpt._pieces import ALONE, Members
 from mtckpt._restore import Place
+from mtckpt._schedule import ObjectStore
 from mtckpt.adapters import find_group
 from mtckpt.agent import protocol
 from mtckpt.errors import (
@@ -33,13 +36,18 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from mtckpt._inventory import Inventory
-    from mtckpt._schedule import Disk
+    from mtckpt._manifest import SaveName
+    from mtckpt._schedule import SlowTier
     from mtckpt._session import Session
-    from mtckpt.tiers import ObjectInfo
+    from mtckpt.tiers import ObjectInfo, Tier
 
 __all__ = ["Run"]
 
+logger = logging.getLogger(__name__)
+
 _MIN_BYTES_PER_S = 20e6
+# Of a store, which gives up by itself where nothing comes any more.
+_MIN_STORE_BYTES_PER_S = 1e6
 
 
 class _Silent:
@@ -65,7 +73,7 @@ class Run:
         name: str,
         run_key: str,
         session: Session,
-        disks: Sequence[Disk],
+        tiers: Sequence[SlowTier],
         labels: Sequence[str],
         timeout_s: float,
         group: object = None,
@@ -73,7 +81,7 @@ class Run:
         self.name = name
         self.key = run_key
         self.session = session
-        self.disks = list(disks)
+        self.tiers = list(tiers)
         self.labels = list(labels)
         self.timeout_s = timeout_s
         self.group: Group = Single()
@@ -82,11 +90,11 @@ class Run:
         self.members = ALONE
         self.incarnation: Incarnation | None = None
         self.parent: tuple[int, int] | None = None
-        # To name in errors; abspath looks at nothing but the name.
+        # To name in errors.
         self._paths = {
-            label: os.path.abspath(disk.path)
-            for label, disk in zip(self.labels, self.disks, strict=True)
+            label: tier.place for label, tier in zip(self.labels, self.tiers, strict=True)
         }
+        self._stores: dict[str, Tier] = {}
         self._highest = 0
         self._starting: Incarnation | None = None  # agreed on, and not yet known to the agent
         self._scanned = False
@@ -132,7 +140,7 @@ class Run:
     ) -> AbstractContextManager[None]:
         """See ``_coordination.together``. Others may have to wait for each of their tiers, and for
         so many bytes, while this rank had luck."""
-        patience_s = self.timeout_s * (2 + len(self.disks)) + size_bytes / _MIN_BYTES_PER_S
+        patience_s = self.timeout_s * (2 + len(self.tiers)) + size_bytes / _MIN_BYTES_PER_S
         return _coordination.together(self.group, stage, patience_s, foreign)
 
     def places(self) -> list[Place]:
@@ -141,25 +149,32 @@ class Run:
         opened = self.session.open()
         ram = LocalTier(opened.ram_root, name="ram", survives=Survives.PROCESS, read_only=True)
         found = [Place("ram", ram, mapped=True)]
-        for label, disk in zip(self.labels, self.disks, strict=True):
-            tier = self._opened(label, disk)
+        for label, settings in zip(self.labels, self.tiers, strict=True):
+            tier = self._opened(label, settings)
             if tier is not None:
                 found.append(Place(label, tier, mapped=False))
         return found
 
-    def _opened(self, label: str, disk: Disk) -> LocalTier | None:
+    def _opened(self, label: str, settings: SlowTier) -> Tier | None:
         """The tier, None where there is no directory yet; opened in a thread, as it may hang."""
 
-        def look() -> LocalTier | None:
-            if not os.path.isdir(disk.path):
+        def look() -> Tier | None:
+            if isinstance(settings, ObjectStore):
+                # Kept open: a connection that stands is not made again at the next look.
+                if label not in self._stores:
+                    self._stores[label] = open_store(
+                        settings.place, settings.access, name=label, timeout_s=self.timeout_s
+                    )
+                return self._stores[label]
+            if not os.path.isdir(settings.place):
                 return None
-            return LocalTier(disk.path, name=label, read_only=True)
+            return LocalTier(settings.place, name=label, read_only=True)
 
         try:
-            return cast("LocalTier | None", self.within(label, look))
+            return cast("Tier | None", self.within(label, look))
         except CheckpointError as error:
             silent = _Silent(label, Survives.PROCESS | Survives.POWER, error)
-            return cast("LocalTier", silent)  # nothing but ``list`` is called before it answered
+            return cast("Tier", silent)  # nothing but ``list`` is called before it answered
 
     def scan(self, places: Sequence[Place]) -> tuple[dict[str, Inventory], dict[str, str]]:
         inventories, silent = _restore.scan_places(places, self.key, self.within)
@@ -175,7 +190,8 @@ class Run:
 
         It gets ``timeout_s``, and more for what it has to read at a rate that any disk has.
         """
-        timeout_s = self.timeout_s + size_bytes / _MIN_BYTES_PER_S
+        rate = _MIN_STORE_BYTES_PER_S if label in self._stores else _MIN_BYTES_PER_S
+        timeout_s = self.timeout_s + size_bytes / rate
         result: list[Any] = []
         failure: list[BaseException] = []
 
@@ -264,6 +280,20 @@ class Run:
             id=told[0][1],
             parent=self.parent,
         )
+
+    def fetch(self, name: SaveName, show: Callable[[int], None]) -> str | None:
+        """Have a save brought from a store to this node; the tier that has it now, None if none.
+
+        ``show`` is told how many bytes have come. Restoring goes on without it: from the store.
+        """
+        message = protocol.Fetch(self.session.holder, str(name))
+        try:
+            while not (news := self.session.call("fetch", message, protocol.Fetched)).label:
+                show(news.done_bytes)
+        except CheckpointError as error:
+            logger.info("run %s: %s is not fetched: %s", self.name, name, error.what)
+            return None
+        return str(news.label)
 
     def send_begin(self, incarnation: Incarnation) -> None:
         message = protocol.Begin(

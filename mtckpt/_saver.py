@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtckpt import _manifest, _save
 from mtckpt._handle import Save, stage_of_tier
+from mtckpt._schedule import Disk
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import protocol
 from mtckpt.errors import AgentUnavailable, CheckpointError, TierFull, TierUnavailable
@@ -63,8 +64,7 @@ class Saver:
         every: int,
     ) -> Save:
         """Save ``state`` as ``step``. ``every`` is the automatic interval to carry on, or 0."""
-        planned = {"ram": "staged"}
-        planned.update({label: stage_of_tier("disk") for label in labels if label != "ram"})
+        planned = {label: stage_of_tier(label) for label in ("ram", *labels)}
         try:
             self.run.begin()
         except (AgentUnavailable, TierUnavailable) as error:
@@ -148,7 +148,7 @@ class Saver:
             return self._session.call("slots", want, protocol.Slots, self._patience_s(want))
         except TierFull as error:
             beside = os.path.join(self._disk_path() or "", ".mtckpt-slots")
-            if self._insists or not self.run.disks or self._session.ram_path == beside:
+            if self._insists or not self._disk_path() or self._session.ram_path == beside:
                 raise
             logger.warning(
                 "run %s: %s; saves are captured on disk instead of in memory",
@@ -178,7 +178,8 @@ class Saver:
         return self._ring_slots
 
     def _disk_path(self) -> str | None:
-        return os.path.abspath(self.run.disks[0].path) if self.run.disks else None
+        """The first tier on a disk, where there is one."""
+        return next((tier.place for tier in self.run.tiers if isinstance(tier, Disk)), None)
 
     def _prepare_next(self, layout: ShardLayout) -> None:
         """In the background, after a seal: map the next slot before the next save needs it."""

@@ -6,24 +6,29 @@ step that is captured anyway due elsewhere too; clocks never order steps.
 
 from __future__ import annotations
 
+import abc
 import logging
 import math
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
+import msgspec
+
+from mtckpt._access import Access, Engine, access_of, check_url
 from mtckpt.errors import UsageError
-
-if TYPE_CHECKING:
-    import os
 
 __all__ = [
     "Disk",
     "DueTier",
+    "ObjectStore",
     "Ram",
     "Schedule",
+    "SlowTier",
     "Tempo",
     "TierSettings",
     "auto_interval",
@@ -41,10 +46,28 @@ _SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
 class TierSettings:
-    """What ``Ram`` and ``Disk`` are to a type checker, so that a list of both has a type.
+    """What ``Ram``, ``Disk`` and ``ObjectStore`` are to a type checker, so that a list has a type.
 
-    ``Checkpointer(tiers=...)`` takes a sequence of these, and at run time only those two classes.
+    ``Checkpointer(tiers=...)`` takes a sequence of these, and at run time only those classes.
     """
+
+
+class SlowTier(TierSettings, abc.ABC):
+    """A tier that the node agent brings saves to."""
+
+    kind: ClassVar[str]
+    every: int | str
+    keep: Any
+
+    @property
+    @abc.abstractmethod
+    def place(self) -> str:
+        """Its directory or URL."""
+
+    @property
+    def access(self) -> Access:
+        """What it takes to get there, beyond the place."""
+        return Access()
 
 
 @dataclass(frozen=True)
@@ -74,7 +97,7 @@ class Ram(TierSettings):
 
 
 @dataclass(frozen=True)
-class Disk(TierSettings):
+class Disk(SlowTier):
     """Files on a local disk, flushed to it by the node agent.
 
     Args:
@@ -83,12 +106,69 @@ class Disk(TierSettings):
         keep: how many of the newest to keep, or a sequence of KeepLast, KeepEvery, KeepBest.
     """
 
+    kind = "disk"
     path: str | os.PathLike[str]
     every: int | str = field(default=1, kw_only=True)
     keep: Any = field(default=3, kw_only=True)
 
     def __post_init__(self) -> None:
         parse_every(self.every, times=True)
+
+    @property
+    def place(self) -> str:
+        return os.path.abspath(self.path)
+
+
+@dataclass(frozen=True)
+class ObjectStore(SlowTier):
+    """An object store, written to by the node agent: what it has survives the loss of every node.
+
+    Args:
+        url: where checkpoints go: ``s3://bucket/prefix``, ``gs://...``, or any other URL that
+            fsspec knows; each run gets a prefix of its own below it.
+        every: steps, or a time such as "10min"; 1 takes every step that is captured.
+        keep: as for ``Disk``. By default nothing is ever deleted from a store.
+        engine: "obstore" or "fsspec"; "auto" takes the faster one that is installed.
+        storage_options: for that engine, JSON values only. By default credentials come from where
+            the store's users keep them: environment, configuration files, the machine's role. They
+            are never written or shown.
+    """
+
+    kind = "store"
+    url: str
+    every: int | str = field(default=1, kw_only=True)
+    keep: Any = field(default=None, kw_only=True)
+    engine: Engine = field(default="auto", kw_only=True)
+    storage_options: Mapping[str, Any] | None = field(
+        default=None, kw_only=True, repr=False, hash=False
+    )
+
+    def __post_init__(self) -> None:
+        parse_every(self.every, times=True)
+        check_url(self.url)
+        if self.engine not in ("auto", "obstore", "fsspec"):
+            raise UsageError(
+                f"engine={self.engine!r}: must be 'auto', 'obstore' or 'fsspec'",
+                state="nothing was done",
+            )
+        for name, value in (self.storage_options or {}).items():
+            try:
+                msgspec.json.encode({name: value})
+            except (TypeError, ValueError):
+                # Without its cause: that could show the value.
+                raise UsageError(
+                    f"storage_options[{name!r}] is a {type(value).__name__}: it has to reach the"
+                    " agent, which is another process, as JSON",
+                    state="nothing was done",
+                ) from None
+
+    @property
+    def place(self) -> str:
+        return check_url(self.url)
+
+    @property
+    def access(self) -> Access:
+        return access_of(self.url, self.engine, self.storage_options)
 
 
 def parse_every(every: int | str, *, times: bool) -> tuple[int | None, float | None]:
@@ -231,16 +311,22 @@ class Tempo:
         return wanted
 
 
-def labels_of(disks: Sequence[Disk]) -> list[str]:
-    return ["disk" if i == 0 else f"disk-{i + 1}" for i in range(len(disks))]
+def labels_of(tiers: Sequence[SlowTier]) -> list[str]:
+    """A name for each: "disk", "disk-2", "store"; unique in a run."""
+    seen: Counter[str] = Counter()
+    labels = []
+    for tier in tiers:
+        seen[tier.kind] += 1
+        labels.append(tier.kind if seen[tier.kind] == 1 else f"{tier.kind}-{seen[tier.kind]}")
+    return labels
 
 
-def make_schedule(ram: Ram, disks: Sequence[Disk], labels: Sequence[str]) -> Schedule:
+def make_schedule(ram: Ram, tiers: Sequence[SlowTier], labels: Sequence[str]) -> Schedule:
     auto = ram.every == "auto"
     now_s = time.monotonic()
     first = DueTier("ram", AUTO_START_STEPS if auto else int(ram.every), None, last_s=now_s)
     slower = [
-        DueTier(label, *parse_every(disk.every, times=True), last_s=now_s)
-        for label, disk in zip(labels, disks, strict=True)
+        DueTier(label, *parse_every(tier.every, times=True), last_s=now_s)
+        for label, tier in zip(labels, tiers, strict=True)
     ]
     return Schedule([first, *slower], auto=auto)

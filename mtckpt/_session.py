@@ -314,6 +314,7 @@ class Session:
                 superseded=change.superseded,
                 waiting=change.waiting,
                 skipped=None if change.failed else change.called_off or None,
+                weak=bool(change.weak),
             )
 
     def _tell(self, save: Save, **news: Any) -> None:

@@ -1,7 +1,8 @@
 """Reading a shard where it lies, and comparing it with the digests of its capture on the way.
 
-It knows the three files, leases, mappings and O_DIRECT. It does not know where bytes go. What it
-hands out has been checked; what it cannot check it refuses.
+It knows the three files and how bytes are had: from a leased file (mapped, or in blocks), or by
+ranges from a tier that has no files. It does not know where bytes go. What it hands out has been
+checked; what it cannot check it refuses.
 """
 
 from __future__ import annotations
@@ -12,47 +13,172 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mtckpt import _manifest, _shard
-from mtckpt._inventory import check_identity, check_record, shard_keys
+from mtckpt._inventory import check_identity, check_record, has_leases, shard_keys
 from mtckpt._manifest import Record, SaveName
 from mtckpt.errors import Damaged, FormatError, ShortRead
 from mtckpt.tiers._os_errors import tier_error
-from mtckpt.tiers.base import read_all
+from mtckpt.tiers.base import Tier, read_all
+from mtckpt.tiers.local import LocalTier
 
 if TYPE_CHECKING:
     from mtckpt._shard import ShardLayout, Table
-    from mtckpt.tiers.base import Tier
-    from mtckpt.tiers.local import Lease, LocalTier
+    from mtckpt.tiers.local import Lease
 
-__all__ = ["Blocks", "Mapped", "OpenShard", "Place", "Progress", "VerifyingSource", "open_shard"]
+__all__ = [
+    "Blocks",
+    "Held",
+    "Mapped",
+    "OpenShard",
+    "Place",
+    "Progress",
+    "Ranges",
+    "VerifyingSource",
+    "hold",
+    "open_bytes",
+    "open_shard",
+]
 
 BLOCK_BYTES = 8 << 20
 ALIGN_BYTES = 4096
+# Requests under way at once while a shard is read back from where each takes a while.
+RANGE_THREADS = 8
 Progress = Callable[[int], None]
 _E = TypeVar("_E", bound=FormatError)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A directory tier. ``through`` is what puts go through: the tier itself, or a wrapper of it.
+    """A tier. ``through`` is what puts go through: the tier itself, or a wrapper of it.
 
     ``in_memory``: it is a tmpfs, so its files are mapped; others are read in blocks, since a disk
     that fails would end a reader of a mapping with SIGBUS.
     """
 
-    local: LocalTier
+    tier: Tier
     through: Tier
-    in_memory: bool
+    in_memory: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a directory: with files that are leased, and set aside when damaged."""
+        return isinstance(self.tier, LocalTier)
+
+    @property
+    def local(self) -> LocalTier:
+        """The tier, where it is a directory."""
+        assert isinstance(self.tier, LocalTier)
+        return self.tier
+
+
+# -- the bytes of one object -----------------------------------------------------------------------
+
+
+class Held:
+    """One object whose bytes stay the same until ``close``. Made by ``hold``."""
+
+    def __init__(self, tier: Tier, key: str, size_bytes: int, lease: Lease | None) -> None:
+        self.key = key
+        self.size_bytes = size_bytes
+        self._tier = tier
+        self._lease = lease
+
+    @property
+    def fd(self) -> int:
+        """The leased descriptor, of a tier in a directory."""
+        assert self._lease is not None
+        return self._lease.fd
+
+    def read_into(self, out: memoryview, offset: int) -> None:
+        """Fill ``out`` from ``offset`` on; see ``Tier.read_into``."""
+        if self._lease is None:
+            self._tier.read_into(self.key, out, offset)
+            return
+        done = 0
+        while done < len(out):
+            try:
+                got = os.preadv(self._lease.fd, [out[done:]], offset + done)
+            except OSError as error:
+                raise tier_error(
+                    error, doing="read", tier=self._tier.name, key=self.key, place=self.key
+                ) from error
+            if not got:
+                raise ShortRead(
+                    f"{self.key} ends early",
+                    tier=self._tier.name,
+                    key=self.key,
+                    offset=offset + done,
+                    wanted_bytes=len(out),
+                    got_bytes=done,
+                )
+            done += got
+
+    def window(self, start: int, stop: int) -> memoryview:
+        """A range in memory of its own."""
+        out = memoryview(bytearray(stop - start))
+        self.read_into(out, start)
+        return out
+
+    def close(self) -> None:
+        """Give the lease back, if there is one. Idempotent."""
+        if self._lease is not None:
+            self._lease.close()
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def hold(tier: Tier, key: str) -> Held:
+    """The object under a lease where its file could be recycled; elsewhere a key never changes."""
+    if has_leases(tier):
+        lease: Lease = tier.lease(key)  # type: ignore[attr-defined]  # that is what was asked
+        return Held(tier, key, lease.size_bytes, lease)
+    return Held(tier, key, tier.stat(key).size_bytes, None)
+
+
+class Reader(Protocol):
+    """The bytes of one object, a window at a time, by ``num_threads`` threads or fewer."""
+
+    num_threads: int
+
+    def window(self, start: int, stop: int) -> memoryview: ...
+
+
+class Ranges:
+    """The bytes of an object that is no file, asked for by range into one buffer a thread."""
+
+    num_threads = RANGE_THREADS
+
+    def __init__(self, held: Held) -> None:
+        self._held = held
+        self._own = threading.local()
+
+    def window(self, start: int, stop: int) -> memoryview:
+        buffer: bytearray | None = getattr(self._own, "buffer", None)
+        if buffer is None or len(buffer) < stop - start:
+            buffer = self._own.buffer = bytearray(stop - start)
+        view = memoryview(buffer)[: stop - start]
+        self._held.read_into(view, start)
+        return view
+
+    def close(self) -> None:
+        return None
 
 
 class Mapped:
     """The bytes of a tmpfs file, where they are. A fresh mapping costs some 3 % of a flush here."""
 
+    num_threads = 2
+
     def __init__(self, fd: int, size_bytes: int) -> None:
-        self._mapping = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
-        self._view = memoryview(self._mapping)
+        # An empty file cannot be mapped; that it is one is found when it is compared.
+        self._mapping = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ) if size_bytes else None
+        self._view = memoryview(self._mapping or b"")
 
     def window(self, start: int, stop: int) -> memoryview:
         return self._view[start:stop]
@@ -61,11 +187,14 @@ class Mapped:
         self._view.release()
         with contextlib.suppress(BufferError):
             # A traceback can still hold a slice; the mapping then goes with it.
-            self._mapping.close()
+            if self._mapping is not None:
+                self._mapping.close()
 
 
 class Blocks:
     """The bytes of a file, read into one buffer a thread: a window is good until the next one."""
+
+    num_threads = 2
 
     def __init__(self, fd: int, size_bytes: int, *, direct: bool = False) -> None:
         self._fd = fd
@@ -111,6 +240,26 @@ def _open_direct(fd: int) -> int:
         return -1  # tmpfs and some network file systems; the cache was dropped instead.
 
 
+@contextlib.contextmanager
+def open_bytes(place: Place, key: str, *, cold: bool = False) -> Iterator[tuple[Held, Reader]]:
+    """An object held, and the best way to read it here. ``cold``: not from the page cache."""
+    with hold(place.tier, key) as held:
+        reader: Mapped | Blocks | Ranges
+        if not place.is_local:
+            reader = Ranges(held)
+        elif place.in_memory:
+            reader = Mapped(held.fd, held.size_bytes)
+        else:
+            reader = Blocks(held.fd, held.size_bytes, direct=cold)
+        try:
+            yield held, reader
+        finally:
+            reader.close()
+
+
+# -- a shard ---------------------------------------------------------------------------------------
+
+
 class VerifyingSource:
     """The data file of a shard, each chunk compared with its digest when its block is asked for.
 
@@ -120,7 +269,7 @@ class VerifyingSource:
 
     def __init__(
         self,
-        reader: Mapped | Blocks,
+        reader: Reader,
         layout: ShardLayout,
         table: Table,
         *,
@@ -155,7 +304,7 @@ class VerifyingSource:
         return window[: stop - offset]
 
     def read_all(self) -> None:
-        """Check every byte, in this thread and one more; nothing is kept."""
+        """Check every byte, in this thread and some more; nothing is kept."""
         blocks = iter(range(0, self.size_bytes, BLOCK_BYTES))
         lock = threading.Lock()
         failed: list[BaseException] = []
@@ -171,11 +320,15 @@ class VerifyingSource:
             except BaseException as error:  # noqa: BLE001  (raised below, in the caller's thread)
                 failed.append(error)
 
-        other = threading.Thread(target=work, name="mtckpt-verify", daemon=True)
-        if self.size_bytes > BLOCK_BYTES:
+        num_others = min(self._reader.num_threads, -(-self.size_bytes // BLOCK_BYTES)) - 1
+        others = [
+            threading.Thread(target=work, name="mtckpt-verify", daemon=True)
+            for _ in range(num_others)
+        ]
+        for other in others:
             other.start()
         work()
-        if other.ident is not None:
+        for other in others:
             other.join()
         if failed:
             raise failed[0]
@@ -211,50 +364,46 @@ def open_shard(
 ) -> Iterator[OpenShard]:
     """Lease a shard and check that its files belong together. Raises Damaged, ObjectNotFound."""
     data_key, table_key, record_key = shard_keys(run_key, name, rank)
-    tier = place.local
-    with tier.lease(data_key) as lease:
+    tier = place.tier
+    with open_bytes(place, data_key, cold=cold) as (held, reader):
         # The lease comes first: a slot that is not leased may be recycled between two reads.
         record, record_data = read_record(tier, record_key, name, rank)
-        layout, table, table_data = read_identity(tier, record, lease, data_key, table_key)
-        reader = (
-            Mapped(lease.fd, lease.size_bytes)
-            if place.in_memory
-            else Blocks(lease.fd, lease.size_bytes, direct=cold)
+        layout, table, table_data = read_identity(tier, record, held, data_key, table_key)
+        data = VerifyingSource(
+            reader, layout, table, tier=tier.name, key=data_key, progress=progress
         )
-        try:
-            data = VerifyingSource(
-                reader, layout, table, tier=tier.name, key=data_key, progress=progress
-            )
-            yield OpenShard(record, record_data, table_data, layout, table, data)
-        finally:
-            reader.close()
+        yield OpenShard(record, record_data, table_data, layout, table, data)
 
 
 def read_identity(
-    tier: Tier, record: Record, lease: Lease, data_key: str, table_key: str
+    tier: Tier, record: Record, held: Held, data_key: str, table_key: str
 ) -> tuple[ShardLayout, Table, bytes]:
-    """Layout, table and the table's bytes of a leased shard whose files are of one save.
+    """Layout, table and the table's bytes of a shard that is held, whose files are of one save.
 
     Raises:
         FormatError: they are not, with tier and key of the file that is at odds with the record.
         ObjectNotFound, TierUnavailable: the table is gone, or the tier did not answer.
     """
     try:
-        header = _shard.read_header(lease.fd, lease.size_bytes)
+        header = read_header(held, record)
         # At most one tensor a byte of header: no table of a shard like this is larger.
-        most = lease.size_bytes // _shard.CHUNK_BYTES + len(header)
+        most = held.size_bytes // _shard.CHUNK_BYTES + len(header)
         table_data = read_small(tier, table_key, _shard.TABLE_HEADER.size + 8 * most)
-        layout, table = check_identity(record, header, lease.size_bytes, table_data)
+        layout, table = check_identity(record, header, held.size_bytes, table_data)
     except FormatError as error:
         if "key" in error.details:
             raise
         key = table_key if error.details.get("kind") == "table" else data_key
         raise placed(error, tier.name, key) from error
-    except OSError as error:
-        raise tier_error(
-            error, doing="read", tier=tier.name, key=data_key, place=data_key
-        ) from error
     return layout, table, table_data
+
+
+def read_header(held: Held, record: Record) -> bytes:
+    """Everything up to the data, by one read where the record knows how much that is."""
+    likely_bytes = min(record.shard.data_start, held.size_bytes, _shard.MAX_HEADER_BYTES)
+    header = held.window(0, max(likely_bytes, min(8, held.size_bytes)))
+    length = _shard.header_length(bytes(header[:8]), held.size_bytes)
+    return bytes(header if length == len(header) else held.window(0, length))
 
 
 def read_small(tier: Tier, key: str, max_bytes: int) -> bytes:

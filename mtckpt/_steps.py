@@ -27,7 +27,7 @@ def list_steps(inventories: Iterable[Inventory]) -> list[Step]:
         metrics: dict[str, float] = {}
         for entry in entries:
             metrics.update(entry.metrics)
-        stages = {stage_of_tier(e.tier.partition("-")[0]) for e in complete}
+        stages = {stage_of_tier(e.tier) for e in complete}
         steps.append(
             Step(
                 step=name.step,

@@ -1,4 +1,4 @@
-"""Moves shards between places on this node, checks them, heals them, deletes them.
+"""Moves shards between places, checks them, heals them, deletes them.
 
 It knows the three files of a shard and the order that keeps the commit rule true: data, table,
 record when a shard appears, record first when a save goes. Whatever is copied is compared with the
@@ -10,23 +10,21 @@ Everything blocks and releases the interpreter lock while bytes move.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xxhash import xxh3_128_hexdigest
-
-from mtckpt import _inventory, _manifest, _shard
+from mtckpt import _commit, _inventory, _manifest, _shard
 from mtckpt._crash import crash_point
 from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Manifest, ManifestEntry, SaveName
 from mtckpt._shard import verify_mapped
-from mtckpt._source import Blocks, OpenShard, Place, Progress, VerifyingSource, open_shard
+from mtckpt._source import OpenShard, Place, Progress, VerifyingSource, open_bytes, open_shard
 from mtckpt.errors import (
     AlreadyExists,
     CheckpointError,
+    CommitConflict,
     Damaged,
     FormatError,
     ObjectNotFound,
@@ -59,10 +57,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class CopyResult:
-    """``rewritten`` are keys that were there, damaged, and were set aside."""
+    """``rewritten`` are keys that were there, damaged, and were set aside; ``record`` has the
+    bytes of the record that was stored last, by its key."""
 
     copied_bytes: int = 0
     rewritten: list[str] = field(default_factory=list)
+    record: dict[str, bytes] = field(default_factory=dict)
 
 
 def copy_shard(
@@ -98,6 +98,7 @@ def copy_shard(
         except BaseException:
             _take_back(target, stored)
             raise
+        result.record[record_key] = shard.record_data
     return result
 
 
@@ -119,12 +120,18 @@ def _put(
     # Somebody stores this key over and over; it is not there because of us.
     raise AlreadyExists(
         f"{key} was stored by somebody else, and not as it should be",
-        tier=target.local.name,
+        tier=target.tier.name,
         key=key,
     )
 
 
 def _set_aside(place: Place, key: str, reason: str) -> None:
+    """Make room under the key of a damaged object, of which a good copy is at hand."""
+    if not place.is_local:
+        # Objects of a store cannot be renamed, only copied and deleted: nothing is kept of it.
+        logger.warning("%s: %s is replaced: %s", place.tier.name, key, reason)
+        place.tier.delete(key)
+        return
     aside = place.local.quarantine(key, reason)
     if place.in_memory:
         # In RAM the damaged copy would take the room that its successor needs.
@@ -134,16 +141,12 @@ def _set_aside(place: Place, key: str, reason: str) -> None:
 def _is_right(target: Place, key: str, shard: OpenShard) -> bool:
     """Whether the data file that is there is this shard's, byte for byte by its digests."""
     try:
-        with target.local.lease(key) as lease:
-            if lease.size_bytes != shard.layout.size_bytes:
+        with open_bytes(target, key, cold=True) as (held, reader):
+            if held.size_bytes != shard.layout.size_bytes:
                 return False
-            reader = Blocks(lease.fd, lease.size_bytes, direct=not target.in_memory)
-            try:
-                VerifyingSource(
-                    reader, shard.layout, shard.table, tier=target.local.name, key=key
-                ).read_all()
-            finally:
-                reader.close()
+            VerifyingSource(
+                reader, shard.layout, shard.table, tier=target.tier.name, key=key
+            ).read_all()
         return True
     except (Damaged, ObjectNotFound):
         return False
@@ -152,7 +155,7 @@ def _is_right(target: Place, key: str, shard: OpenShard) -> bool:
 def _same(target: Place, key: str, shard: OpenShard) -> bool:
     wanted = shard.table_data if key.endswith(".xxh3") else shard.record_data
     try:
-        return read_all(target.local, key, max_bytes=len(wanted)) == wanted
+        return read_all(target.tier, key, max_bytes=len(wanted)) == wanted
     except (ShortRead, ObjectNotFound):
         return False
 
@@ -160,22 +163,34 @@ def _same(target: Place, key: str, shard: OpenShard) -> bool:
 def _take_back(target: Place, stored: list[str]) -> None:
     for key in reversed(stored):
         try:
-            target.local.delete(key)
+            target.tier.delete(key)
         except CheckpointError as error:
             # The first error is the one to report. Without its record this is no shard.
             logger.warning("could not take back %s: %s", key, error.what)
 
 
-def write_manifest(place: Place, run_key: str, name: SaveName) -> bool:
-    """Cache the fact that a save is complete; False if it is not (yet)."""
-    save = _inventory.scan_save(place.local, run_key, name)
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A save whose records are all there. ``atomic``: no other save of its step can be as well."""
+
+    atomic: bool = True
+
+
+def write_manifest(
+    place: Place, run_key: str, name: SaveName, known: Mapping[str, bytes] | None = None
+) -> Completed | None:
+    """Cache the fact that a save is complete, in a store with its marker; None if it is not (yet).
+
+    ``known`` are records that need not be read back, since they were stored just now. Raises
+    CommitConflict where another save of this step was committed; this one is withdrawn then.
+    """
+    save = _inventory.scan_save(place.tier, run_key, name, known or {})
     if not save.complete or save.aborted:
-        return False
-    entries = []
-    for rank, record in sorted(save.records.items()):
-        key = shard_keys(run_key, name, rank)[2]
-        data = read_all(place.local, key, max_bytes=_manifest.MAX_RECORD_BYTES)
-        entries.append(ManifestEntry(rank, record.shard.size_bytes, xxh3_128_hexdigest(data)))
+        return None
+    entries = [
+        ManifestEntry(rank, record.shard.size_bytes, save.digests[rank])
+        for rank, record in sorted(save.records.items())
+    ]
     first = save.records[0]
     manifest = Manifest(
         _manifest.FORMAT_VERSION,
@@ -188,10 +203,22 @@ def write_manifest(place: Place, run_key: str, name: SaveName) -> bool:
         save.metrics,
     )
     key = _inventory.save_key(run_key, name, _manifest.MANIFEST_FILE)
-    with contextlib.suppress(AlreadyExists):  # Another rank's flush has written it.
-        place.through.put(key, BytesSource(_manifest.encode_sealed(manifest)))
+    data = _manifest.encode_sealed(manifest)
+    try:
+        place.through.put(key, BytesSource(data))
+    except AlreadyExists:  # Another rank's flush has written it.
+        if not place.is_local:
+            data = read_all(place.tier, key, max_bytes=_manifest.MAX_SMALL_BYTES)
     crash_point("flush.manifest")
-    return True
+    if place.is_local:
+        return Completed()
+    try:
+        atomic = _commit.put_marker(place.tier, run_key, name, data)
+    except CommitConflict:
+        delete_save(place, run_key, name)
+        raise
+    crash_point("flush.marker")
+    return Completed(atomic)
 
 
 # -- checking, healing, deleting -----------------------------------------------------------------
@@ -245,7 +272,7 @@ def verify_shard(
 
 def _stands(place: Place, key: str) -> bool:
     try:
-        place.local.stat(key)
+        place.tier.stat(key)
     except ObjectNotFound:
         return False
     return True
@@ -269,7 +296,7 @@ def heal_shard(
         raise Damaged(
             f"the copy to heal from is damaged: {reason}",
             state="nothing was changed",
-            tier=good.local.name,
+            tier=good.tier.name,
             key=key,
         )
     found = verify_shard(bad, run_key, name, rank)
@@ -283,21 +310,28 @@ def heal_shard(
     return sorted({*found.damaged, *rewritten})
 
 
-def delete_save(place: Place, run_key: str, name: SaveName) -> tuple[bool, int]:
-    """Delete a save, records first: ``(busy, freed bytes)``; busy if somebody has a lease.
+def delete_save(
+    place: Place, run_key: str, name: SaveName, *, records_only: bool = False
+) -> tuple[bool, int]:
+    """Delete a save, marker and records first: ``(busy, freed bytes)``; busy if it is leased.
 
     Killed anywhere, this leaves files that no record speaks for, and the next call ends it.
+    ``records_only`` ends it there: nobody begins to read the save then, whoever does goes on.
     """
-    keys = {info.key: info.size_bytes for info in place.local.list(f"{run_key}/{name}/")}
+    keys = {info.key: info.size_bytes for info in place.tier.list(f"{run_key}/{name}/")}
     for key in keys:
         if key.endswith(".safetensors") and _is_leased(place, key):
             return True, 0
+    if not place.is_local:
+        _commit.withdraw_marker(place.tier, run_key, name)
     order = sorted(keys, key=lambda key: (_delete_rank(key), key))
+    if records_only:
+        order = [key for key in order if _delete_rank(key) == 0]
     for index, key in enumerate(order):
-        place.local.delete(key)
+        place.tier.delete(key)
         crash_point(f"delete.{index}")
-    freed_bytes = sum(keys.values())
-    for aside in place.local.quarantined():
+    freed_bytes = sum(keys[key] for key in order)
+    for aside in place.local.quarantined() if place.is_local else ():
         if aside.key.startswith(f"{run_key}/{name}/"):
             place.local.drop_quarantined(aside)
             freed_bytes += aside.size_bytes
@@ -312,6 +346,8 @@ def _delete_rank(key: str) -> int:
 
 
 def _is_leased(place: Place, key: str) -> bool:
+    if not place.is_local:
+        return False
     try:
         with place.local.try_exclusive(key) as fd:
             return fd is None

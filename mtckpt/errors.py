@@ -27,6 +27,7 @@
     |-- TierError                    carries tier, key and step
     |   |-- ObjectNotFound             the tier answered: not there
     |   |-- AlreadyExists              the key is taken; nothing is ever replaced
+    |   |-- CommitConflict             another job committed this step in the store
     |   |-- TierUnavailable            the tier did not answer, or not in time
     |   |-- TierFull                   no room, with the arithmetic
     |   |-- TierReadOnly               the tier refuses every write
@@ -54,6 +55,7 @@ __all__ = [
     "CaptureFailed",
     "CheckpointError",
     "CloseFailed",
+    "CommitConflict",
     "Damaged",
     "ForkedProcess",
     "FormatError",
@@ -289,6 +291,15 @@ class AlreadyExists(TierError):
 
     usual_state = "it is unchanged, and nothing was stored"
     usual_actions = ("delete the object first, or choose another key",)
+
+
+class CommitConflict(TierError):
+    """Another save of this step was committed in the store. Carries ``step``, ``other_save_id``."""
+
+    usual_state = "the other save is unchanged, and this one was withdrawn from the store"
+    usual_actions = (
+        "end one of the two jobs that write this run, or give one of them another run name",
+    )
 
 
 class TierUnavailable(TierError):

@@ -16,6 +16,9 @@ import hypothesis
 import pytest
 from _budget import Budget, limit_from_environment
 
+# Fixtures that start servers when a test asks for one.
+pytest_plugins = ["stores"]
+
 hypothesis.settings.register_profile(
     "default",
     # Two cores shared with other tests: how long one example takes says nothing.

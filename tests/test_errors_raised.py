@@ -324,6 +324,22 @@ def _(stage: Stage) -> None:
         tier.put("run/object", BytesSource(b"x"))
 
 
+@raises("CommitConflict", "tier", "step", "other_save_id")
+def _(stage: Stage) -> None:
+    """Another job was here: the marker of step 1 is of a save of its own."""
+    marker = _manifest.Commit(1, "r", 1, 1, "0" * 8 + "-0000" * 3 + "-" + "0" * 12, "0" * 32)
+    path = stage.tmp_path / "store" / "r" / _manifest.commit_file(1, 1)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(_manifest.encode_sealed(marker))
+    store = mtckpt.ObjectStore(f"file://{stage.tmp_path}/store")
+    save = stage.open_run(tiers=[mtckpt.Ram(every=1), store]).save(1, state())
+    with pytest.raises(errors.SaveFailed) as raised:
+        save.wait("durable", timeout_s=20)
+    assert not list(path.parent.parent.glob("step-*/*.json"))  # nothing of it is offered
+    assert raised.value.__cause__ is not None
+    raise raised.value.__cause__
+
+
 @raises("TierUnavailable", "tier")
 def _(stage: Stage) -> None:
     tier = stage.tier()

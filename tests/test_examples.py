@@ -1,4 +1,7 @@
-"""The example differs from its plain twin by eight lines, and what those lines promise holds."""
+"""The example differs from its plain twin by eight lines, and what those lines promise holds.
+
+A few more give it a store where one is asked for: what stands in these is about that alone.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import difflib
 import importlib.util
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,12 +32,17 @@ def changed_lines(before: str, after: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("twin", "example"),
-    [("train_plain.py", "train_gpt.py"), ("train_fsdp_plain.py", "train_fsdp.py")],
+    ("twin", "example", "num_for_a_store"),
+    [("train_plain.py", "train_gpt.py", 3), ("train_fsdp_plain.py", "train_fsdp.py", 0)],
 )
-def test_the_example_is_its_twin_but_for_eight_lines(twin: str, example: str) -> None:
+def test_the_example_is_its_twin_but_for_eight_lines(
+    twin: str, example: str, num_for_a_store: int
+) -> None:
     plain = (EXAMPLES / twin).read_text()
     changed = changed_lines(plain, (EXAMPLES / example).read_text())
+    for_a_store = [line for line in changed if re.search(r"\bstore\b", line)]
+    assert len(for_a_store) == num_for_a_store
+    changed = [line for line in changed if line not in for_a_store]
     assert 0 < len(changed) <= MAX_CHANGED_LINES, "\n".join(changed)
     # No second statement hides behind a first one.
     assert not [line for line in changed if ";" in line]

@@ -90,8 +90,6 @@ def test_places_that_hold_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(errors.UsageError, match="is a file"):
         load(tmp_path / "file")
-    with pytest.raises(errors.UsageError, match="not a local directory"):
-        load("s3://bucket/run")
 
 
 @pytest.mark.root

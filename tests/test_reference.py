@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from mtckpt import _dtypes, _manifest, _shard
-from mtckpt.tiers import LocalTier, Survives
+from mtckpt.tiers import LocalTier, ObjectStoreTier, Survives, Tier
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -37,15 +37,16 @@ def table(text: str, heading: str, *, nth: int = 0) -> list[list[str]]:
 
 
 def test_the_table_of_guarantees_is_what_the_tiers_say(tmp_path: Path) -> None:
-    ram = LocalTier(tmp_path, name="ram", survives=Survives.PROCESS, sync=False)
-    disk = LocalTier(tmp_path)
+    ram: Tier = LocalTier(tmp_path, name="ram", survives=Survives.PROCESS, sync=False)
+    disk: Tier = LocalTier(tmp_path)
+    store: Tier = ObjectStoreTier(f"file://{tmp_path}/store")
     columns = [Survives.PROCESS, Survives.POWER, Survives.NODE, Survives.CLUSTER]
     wanted = [
         [tier.name, stage, *("yes" if loss in tier.survives else "no" for loss in columns)]
-        for tier, stage in ((ram, "staged"), (disk, "local"))
+        for tier, stage in ((ram, "staged"), (disk, "local"), (store, "durable"))
     ]
     assert table(page("guarantees.md"), "What survives what") == wanted
-    for tier in (ram, disk):
+    for tier in (ram, disk, store):
         tier.close()
 
 
@@ -79,6 +80,7 @@ def listed(rows: list[list[str]]) -> list[str]:
         (_manifest.ArrayEntry, "Record: rank-00000.json", 2),
         (_manifest.Incarnation, "Incarnation", 0),
         (_manifest.Manifest, "Manifest", 0),
+        (_manifest.Commit, "Marker", 0),
         (_manifest.Metrics, "Metrics", 0),
     ],
 )
@@ -107,7 +109,8 @@ def test_the_example_of_names_parses() -> None:
     assert save is not None
     assert (save.step, save.incarnation) == (120, 1)
     files = [_manifest.shard_file(0), _manifest.table_file(0), _manifest.record_file(0)]
-    assert names[2:] == [*files, _manifest.MANIFEST_FILE]
+    marker = _manifest.commit_file(save.step, save.incarnation)
+    assert names[2:] == [*files, _manifest.MANIFEST_FILE, marker]
 
 
 # ------------------------------------------------------------------------------------ configuration

@@ -8,6 +8,7 @@ a foreign one is a bug, and travels as such.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -16,18 +17,33 @@ from collections.abc import Callable
 import msgspec
 
 from mtckpt import _inventory, _transfer
+from mtckpt._access import open_store
 from mtckpt._manifest import SaveEntry, SaveName
+from mtckpt._room import check_room
 from mtckpt._run_files import RunFiles
 from mtckpt._slots import Slot, SlotFinding, Slots
 from mtckpt._source import Place
 from mtckpt.agent import work
-from mtckpt.errors import AlreadyExists, FormatError, ObjectNotFound, TierUnavailable, UsageError
+from mtckpt.agent.queue import Limits
+from mtckpt.errors import (
+    AlreadyExists,
+    CheckpointError,
+    FormatError,
+    ObjectNotFound,
+    TierUnavailable,
+    UsageError,
+)
 from mtckpt.tiers.base import BytesSource, Survives, Tier, check_key, read_all
 from mtckpt.tiers.local import LocalTier
+from mtckpt.tiers.object_store import ObjectStoreTier
 
 __all__ = ["Carrier"]
 
+logger = logging.getLogger(__name__)
+
 PROGRESS_INTERVAL_S = 0.1
+# Longer than any upload that somebody still goes on with.
+OLD_UPLOAD_S = 7 * 86400.0
 Report = Callable[[work.Progress], None]
 
 
@@ -36,7 +52,7 @@ class Carrier:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._places: dict[work.TierRef, tuple[Place, RunFiles]] = {}
+        self._places: dict[work.TierRef, tuple[Place, RunFiles | None]] = {}
         self._run_locks: dict[tuple[str, str], threading.Lock] = {}
         self._table: dict[type, Callable[..., work.Result]] = {
             work.Ping: lambda _: work.Pong(os.getpid()),
@@ -46,6 +62,7 @@ class Carrier:
             work.Free: self._free,
             work.Scan: self._scan,
             work.Flush: self._flush,
+            work.Complete: self._complete,
             work.Verify: self._verify,
             work.Delete: self._delete,
             work.Heal: self._heal,
@@ -77,9 +94,7 @@ class Carrier:
         """Close every tier. Idempotent."""
         with self._lock:
             for place, files in self._places.values():
-                place.through.close()
-                place.local.close()
-                files.close()
+                _close(place, files)
             self._places.clear()
 
     # -- places ----------------------------------------------------------------------------------
@@ -88,10 +103,15 @@ class Carrier:
         return self._opened(ref)[0]
 
     def _slots(self, ref: work.TierRef) -> Slots:
-        place, files = self._opened(ref)
-        return Slots(place.local, files)
+        return Slots(self._place(ref).local, self._files(ref))
 
-    def _opened(self, ref: work.TierRef) -> tuple[Place, RunFiles]:
+    def _files(self, ref: work.TierRef) -> RunFiles:
+        """The hidden files of a directory."""
+        files = self._opened(ref)[1]
+        assert files is not None
+        return files
+
+    def _opened(self, ref: work.TierRef) -> tuple[Place, RunFiles | None]:
         with self._lock:
             if ref not in self._places:
                 self._places[ref] = _open(ref)
@@ -102,9 +122,7 @@ class Carrier:
             for field in ("tier", "source", "target", "bad", "good"):
                 ref = getattr(command, field, None)
                 if ref in self._places:
-                    place, files = self._places.pop(ref)
-                    place.local.close()  # Calls of other commands that are under way end normally.
-                    files.close()
+                    _close(*self._places.pop(ref))  # Calls that are under way end normally.
 
     def _run_lock(self, ref: work.TierRef, run_key: str) -> threading.Lock:
         with self._lock:
@@ -161,16 +179,25 @@ class Carrier:
             return work.Freed(self._slots(command.tier).free(command.run_key, command.slot_id))
 
     def _wipe(self, command: work.Wipe) -> work.Freed:
-        _, files = self._opened(command.tier)
+        files = self._files(command.tier)
         with self._run_lock(command.tier, command.run_key):
             return work.Freed(files.wipe(command.run_key))
 
     # -- looking ---------------------------------------------------------------------------------
 
     def _scan(self, command: work.Scan) -> work.Scanned:
-        place, files = self._opened(command.tier)
+        place = self._place(command.tier)
+        if not place.is_local:
+            keys = [check_key(command.run_key or "")]
+            if command.repair:
+                _end_old_uploads(place, keys[0])
+            return work.Scanned([self._scan_run(command, place, key) for key in keys])
         swept = place.local.sweep_temporaries() if command.repair else 0
-        keys = files.run_keys() if command.run_key is None else [check_key(command.run_key)]
+        keys = (
+            self._files(command.tier).run_keys()
+            if command.run_key is None
+            else [check_key(command.run_key)]
+        )
         try:
             usage = os.statvfs(command.tier.path)
         except OSError as error:
@@ -192,9 +219,9 @@ class Carrier:
             with self._run_lock(command.tier, run_key):
                 findings = self._slots(command.tier).scan(run_key, repair=command.repair)
             found, repaired = findings.slots, findings.repaired
-        elif command.repair:
-            repaired = self._opened(command.tier)[1].drop_empty(run_key)
-        inventory = _inventory.scan(place.local, run_key, label=command.tier.label or None)
+        elif command.repair and place.is_local:
+            repaired = self._files(command.tier).drop_empty(run_key)
+        inventory = _inventory.scan(place.tier, run_key, label=command.tier.label or None)
         return work.RunScan(
             run_key=run_key,
             saves=[_save_scan(save) for _, save in sorted(inventory.saves.items())],
@@ -227,22 +254,41 @@ class Carrier:
         report(work.Progress(0, 0))
         source, target = self._place(command.source), self._place(command.target)
         key = _inventory.shard_keys(command.run_key, name, command.rank)[0]
-        size_bytes = source.local.stat(key).size_bytes
-        with contextlib.suppress(ObjectNotFound):
-            target.local.stat(key)  # A place that hangs is found here, in little time.
+        size_bytes = source.tier.stat(key).size_bytes
+        if target.is_local:
+            with contextlib.suppress(ObjectNotFound):
+                target.tier.stat(key)  # A place that hangs is found here, in little time.
+        if target.in_memory:
+            check_room(command.target.path, size_bytes)
+        if command.incarnation and not target.is_local:
+            _inventory.check_newest(target.tier, command.run_key, command.incarnation)
         report(work.Progress(0, size_bytes))
         meter = _Meter(size_bytes, report)
         result = _transfer.copy_shard(
             source, target, command.run_key, name, command.rank, progress=meter.add
         )
-        complete = _transfer.write_manifest(target, command.run_key, name)
-        return work.Flushed(result.copied_bytes, _since(start_s), complete, result.rewritten)
+        done = None
+        if command.is_last:
+            known = None if target.is_local else result.record
+            done = _transfer.write_manifest(target, command.run_key, name, known)
+        return work.Flushed(
+            result.copied_bytes,
+            _since(start_s),
+            done is not None,
+            result.rewritten,
+            weak=done is not None and not done.atomic,
+        )
+
+    def _complete(self, command: work.Complete) -> work.Completed:
+        name = _save_name(command.save)
+        done = _transfer.write_manifest(self._place(command.tier), command.run_key, name)
+        return work.Completed(done is not None, weak=done is not None and not done.atomic)
 
     def _heal(self, command: work.Heal, report: Report) -> work.Healed:
         name = _save_name(command.save)
         bad, good = self._place(command.bad), self._place(command.good)
         key = _inventory.shard_keys(command.run_key, name, command.rank)[0]
-        size_bytes = good.local.stat(key).size_bytes
+        size_bytes = good.tier.stat(key).size_bytes
         meter = _Meter(size_bytes, report)
         replaced = _transfer.heal_shard(
             bad, good, command.run_key, name, command.rank, progress=meter.add
@@ -252,18 +298,21 @@ class Carrier:
     def _delete(self, command: work.Delete) -> work.Deleted:
         with self._run_lock(command.tier, command.run_key):
             busy, freed_bytes = _transfer.delete_save(
-                self._place(command.tier), command.run_key, _save_name(command.save)
+                self._place(command.tier),
+                command.run_key,
+                _save_name(command.save),
+                records_only=command.records_only,
             )
         return work.Deleted(busy, freed_bytes)
 
     def _put_small(self, command: work.PutSmall) -> work.Stored:
         place = self._place(command.tier)
         try:
-            place.local.put(command.key, BytesSource(command.data))
+            place.tier.put(command.key, BytesSource(command.data))
         except AlreadyExists:
-            size_bytes = place.local.stat(command.key).size_bytes
+            size_bytes = place.tier.stat(command.key).size_bytes
             if size_bytes != len(command.data) or (
-                read_all(place.local, command.key, max_bytes=size_bytes) != command.data
+                read_all(place.tier, command.key, max_bytes=size_bytes) != command.data
             ):
                 raise
             return work.Stored(already=True)
@@ -272,13 +321,13 @@ class Carrier:
     # -- configuration ---------------------------------------------------------------------------
 
     def _write_config(self, command: work.WriteRunConfig) -> work.Stored:
-        _, files = self._opened(command.tier)
+        files = self._files(command.tier)
         with self._run_lock(command.tier, command.config.run_key):
             files.write_config(command.config.run_key, msgspec.json.encode(command.config))
         return work.Stored()
 
     def _read_configs(self, command: work.ReadRunConfigs) -> work.RunConfigs:
-        _, files = self._opened(command.tier)
+        files = self._files(command.tier)
         configs: list[work.RunConfig] = []
         problems: list[str] = []
         for key in files.run_keys():
@@ -317,7 +366,12 @@ class _Meter:
         self._report(work.Progress(done_bytes, self._total_bytes))
 
 
-def _open(ref: work.TierRef) -> tuple[Place, RunFiles]:
+def _open(ref: work.TierRef) -> tuple[Place, RunFiles | None]:
+    if ref.kind == "store":
+        ref.access.use_environment()
+        timeout_s = Limits.from_environment().call_timeout_s
+        store = open_store(ref.path, ref.access, name=ref.label or ref.kind, timeout_s=timeout_s)
+        return Place(store, _through(store, ref)), None
     in_memory = ref.kind == "ram"
     local = LocalTier(
         ref.path,
@@ -326,12 +380,35 @@ def _open(ref: work.TierRef) -> tuple[Place, RunFiles]:
         sync=not in_memory,
         group_access=ref.group_access,
     )
-    through: Tier = local
-    if ref.bytes_per_s:
-        from mtckpt.tiers.wrappers import ThrottledTier
+    files = RunFiles(local, group_access=ref.group_access)
+    return Place(local, _through(local, ref), in_memory), files
 
-        through = ThrottledTier(local, bytes_per_s=ref.bytes_per_s)
-    return Place(local, through, in_memory), RunFiles(local, group_access=ref.group_access)
+
+def _end_old_uploads(place: Place, run_key: str) -> None:
+    """Throw away uploads that nobody goes on with: they are billed, and never listed."""
+    if isinstance(place.tier, ObjectStoreTier):
+        try:
+            ended = place.tier.abort_uploads(f"{run_key}/", older_than_s=OLD_UPLOAD_S)
+            if ended:
+                logger.info("%s: %d unfinished uploads were thrown away", place.tier.name, ended)
+        except CheckpointError as error:
+            # Not everybody has the right to; saves do not need it.
+            logger.info("%s: unfinished uploads are not looked at: %s", place.tier.name, error.what)
+
+
+def _through(tier: Tier, ref: work.TierRef) -> Tier:
+    if not ref.bytes_per_s:
+        return tier
+    from mtckpt.tiers.wrappers import ThrottledTier
+
+    return ThrottledTier(tier, bytes_per_s=ref.bytes_per_s)
+
+
+def _close(place: Place, files: RunFiles | None) -> None:
+    place.through.close()
+    place.tier.close()
+    if files is not None:
+        files.close()
 
 
 def _save_name(text: str) -> SaveName:
@@ -382,6 +459,7 @@ def _save_scan(save: SaveEntry) -> work.SaveScan:
         metrics=save.metrics,
         problems=save.problems,
         aborted=save.aborted,
+        committed=save.committed,
     )
     if not save.records:
         return scan

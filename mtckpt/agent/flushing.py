@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mtckpt import _manifest
 from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.runs import RAM, RunState, SaveState, TierState, describe_failure
-from mtckpt.errors import CheckpointError, Damaged
+from mtckpt.errors import CheckpointError, CommitConflict, Damaged
 
 if TYPE_CHECKING:
     from mtckpt.agent.healing import Healer
@@ -51,9 +51,14 @@ class Flusher:
         while not run.gone and not self.stopping:
             tier.wake.clear()
             try:
+                if tier.ref.access.withheld:
+                    tier.problem = "waits for a Checkpointer that brings the store's credentials"
+                    await tier.wake.wait()
+                    continue
                 if not tier.scanned:
                     await self._scan(run, tier)
                 await self._store_small(run, tier)
+                await self._complete(run, tier)
                 worked = await self._flush_next(run, tier)
             except CheckpointError as error:
                 await self._wait_after(run, tier, error)
@@ -71,6 +76,26 @@ class Flusher:
                 return
         run.note_scan(tier.label, work.RunScan(run.key))
 
+    async def _complete(self, run: RunState, tier: TierState) -> None:
+        """Commit what an agent that died had brought to a store, all but that."""
+        for save in [s for s in run.saves.values() if tier.label in s.uncommitted]:
+            if not save.is_complete(tier.label):
+                continue
+            command = work.Complete(tier.ref, run.key, str(save.name))
+            try:
+                async with run.lock(save, tier.label):
+                    done = await self._tools.call(command, work.Completed)
+            except CommitConflict as error:
+                run.drop_copy(save, tier.label)
+                await self._failed(run, tier, save, error)
+                continue
+            if done.weak:
+                save.weak.add(tier.label)
+            if done.complete:
+                save.uncommitted.discard(tier.label)
+                run.reach(save, tier.stage)
+                run.touch(save)
+
     async def _store_small(self, run: RunState, tier: TierState) -> None:
         """Incarnations and metrics that this tier could not take before."""
         for key, data in list(tier.small_owed.items()):
@@ -80,7 +105,11 @@ class Flusher:
     # -- one save --------------------------------------------------------------------------------
 
     async def _flush_next(self, run: RunState, tier: TierState) -> bool:
-        pick = queue.pick_flush(tier.label, run.facts())
+        wanted: set[str] = set()
+        if tier.is_store:
+            self._add_best(run, tier)
+            wanted = self._healer.wanted(run, tier)
+        pick = queue.pick_flush(tier.label, run.flushable(tier), wanted)
         if pick is None:
             return False
         for name in pick.superseded:
@@ -111,7 +140,20 @@ class Flusher:
         self._arrived(run, tier, save, copied_bytes, elapsed_s)
         tier.to_keep += 1
         self._tools.start(self._keep(run, tier, save), f"retention of {run.key} in {tier.label}")
+        if tier.is_store:
+            self._tools.start(self._relieve(run), f"retention of {run.key} on disks")
         return True
+
+    def _add_best(self, run: RunState, tier: TierState) -> None:
+        """The best of all goes to a store that keeps it, due or not, while it can be had."""
+        for name in self._healer.best(run, tier):
+            save = run.saves[name]
+            known = tier.label in save.due or tier.label in save.failed
+            if known or save.is_complete(tier.label) or run.source_for(save, tier.label) is None:
+                continue
+            save.due.add(tier.label)
+            save.superseded.discard(tier.label)
+            run.touch(save)
 
     async def _copy(self, run: RunState, tier: TierState, save: SaveState) -> int:
         tier.total_bytes, tier.done_bytes = save.size_bytes, 0
@@ -120,11 +162,28 @@ class Flusher:
         def progress(news: work.Progress) -> None:
             tier.done_bytes = before_bytes + news.done_bytes
 
-        for rank in sorted(save.ranks.get(RAM, ())):
-            command = work.Flush(run.key, str(save.name), rank, run.ram, tier.ref)
+        source = run.source_for(save, tier.label) or run.ram
+        ranks = sorted(save.ranks.get(source.label, ()))
+        for rank in ranks:
+            command = work.Flush(
+                run.key,
+                str(save.name),
+                rank,
+                source,
+                tier.ref,
+                incarnation=run.incarnation if rank == ranks[0] else 0,
+                is_last=rank == ranks[-1],
+            )
             flushed = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
             save.ranks.setdefault(tier.label, set()).add(rank)
             before_bytes += flushed.copied_bytes
+            if flushed.weak:
+                save.weak.add(tier.label)
+            # A listing may lag behind what was stored: it is looked at again then.
+            if tier.is_store and rank == ranks[-1] and not flushed.complete:
+                save.uncommitted.add(tier.label)
+            else:
+                save.uncommitted.discard(tier.label)
         if save.reported:
             key, data = metrics_file(run, save)
             await self._tools.call(work.PutSmall(tier.ref, key, data), work.Stored)
@@ -140,7 +199,7 @@ class Flusher:
         self._tools.count("bytes", tier.label, size_bytes)
         # Discharged for good: what retention deletes later is not owed again.
         save.due.discard(tier.label)
-        if save.is_complete(tier.label):
+        if save.is_complete(tier.label) and tier.label not in save.uncommitted:
             run.reach(save, tier.stage)
         self._tools.events.emit(
             "save.flushed",
@@ -194,10 +253,12 @@ class Flusher:
     ) -> None:
         """Reported once, with this save; a later save tries again."""
         if isinstance(error, Damaged):
-            # The source, which is RAM: another tier may have a good copy to heal it from.
-            save.damaged.add(RAM)
+            # The source: another tier may have a good copy to heal it from.
+            label = str(error.details.get("tier", RAM))
+            label = label if label in run.tiers and label != tier.label else RAM
+            save.damaged.add(label)
             save.heals += 1
-            if save.heals <= MAX_HEALS and await self._healer.heal_save(run, save, RAM):
+            if save.heals <= MAX_HEALS and await self._healer.heal_save(run, save, label):
                 return
         save.failed[tier.label] = protocol.error_to_wire(error)
         save.owed_why.pop(tier.label, None)
@@ -222,7 +283,9 @@ class Flusher:
         """Read the new save back, and only then let older ones go."""
         try:
             async with tier.keeping:
-                if self.stopping or not await self._healer.verify_save(run, save, tier.label):
+                if self.stopping or not self._is_worth_reading(run, tier, save):
+                    return
+                if not await self._healer.verify_save(run, save, tier.label):
                     return
                 done = await self._let_go(run, tier)
         finally:
@@ -245,27 +308,61 @@ class Flusher:
                 done = await self._let_go(run, tier)
             run.touch()
 
+    async def _relieve(self, run: RunState) -> None:
+        """A store has what disks held on to for it, beyond their own rules."""
+        for tier in [tier for tier in run.tiers.values() if not tier.is_store]:
+            async with tier.keeping:
+                await self._let_go(run, tier)
+
+    def _is_worth_reading(self, run: RunState, tier: TierState, save: SaveState) -> bool:
+        """What a store has is read back only where something can go then: it costs as a restore."""
+        return not tier.is_store or bool(self._healer.not_kept(run, tier, as_if=save))
+
     async def _let_go(self, run: RunState, tier: TierState) -> bool:
         """Delete what the rules let go; False if some of it could not go now."""
+        names = self._healer.not_kept(run, tier)
         done = True
-        for name in self._healer.not_kept(run, tier):
+        if tier.is_store and names:
+            # Readers in a store leave no trace: from here on nobody begins to read these, and who
+            # has begun gets some time.
+            for name in names:
+                done &= await self._try_delete(run, tier, name, records_only=True)
+            await asyncio.sleep(self._tools.limits.delete_grace_s)
+        for name in names:
             if self.stopping:
                 return True
-            try:
-                done &= await self._delete(run, tier, run.saves[name])
-            except CheckpointError as error:
-                logger.warning("run %s: %s keeps %s: %s", run.key, tier.label, name, error)
-                done = False
+            done &= await self._try_delete(run, tier, name)
         return done
 
-    async def _delete(self, run: RunState, tier: TierState, save: SaveState) -> bool:
-        """Delete one save; False if a reader has it."""
+    async def _try_delete(
+        self, run: RunState, tier: TierState, name: str, *, records_only: bool = False
+    ) -> bool:
+        if name not in run.saves:
+            return True
+        try:
+            return await self._delete(run, tier, run.saves[name], records_only=records_only)
+        except CheckpointError as error:
+            logger.warning("run %s: %s keeps %s: %s", run.key, tier.label, name, error)
+            return False
+
+    async def _delete(
+        self, run: RunState, tier: TierState, save: SaveState, *, records_only: bool = False
+    ) -> bool:
+        """Delete one save, or what speaks for it; False if a reader has it."""
         async with run.lock(save, tier.label):
-            command = work.Delete(tier.ref, run.key, str(save.name))
+            command = work.Delete(tier.ref, run.key, str(save.name), records_only)
             deleted = await self._tools.call(command, work.Deleted)
         if deleted.busy:
             return False
+        if records_only:
+            save.ranks[tier.label] = set()
+            return True
         run.drop_copy(save, tier.label)
+        for label in save.owed:
+            if run.source_for(save, label) is None:
+                # Nobody has it any more for a store that did not answer in time.
+                self._ring.supersede(run, save, label)
+                run.touch(save)
         run.counters["deleted"] += 1
         self._tools.count("save_deleted", tier.label)
         self._tools.events.emit("save.deleted", run=run.run, step=save.name.step, tier=tier.label)

@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from mtckpt._manifest import SaveName, newest_line, on_line, parse_record_file
-from mtckpt._retention import Held, decide, keep_from_wire
-from mtckpt.agent import work
+from mtckpt._retention import Held, KeepBest, decide, keep_from_wire, kept
+from mtckpt.agent import queue, work
 from mtckpt.agent.runs import RAM, RunState, SaveState, TierState
 from mtckpt.errors import CheckpointError, Damaged
 
@@ -114,10 +114,11 @@ class Healer:
             logger.info("run %s: step %d in %s is good: %s", run.key, save.name.step, label, reason)
 
     async def scrub(self, run: RunState) -> None:
-        """Read every copy of every save once."""
+        """Read every copy of every save once, but for those in a store, which does so itself."""
         run.scrubbed_s = time.monotonic()
+        local = {RAM, *(tier.label for tier in run.tiers.values() if not tier.is_store)}
         for save in sorted(run.saves.values(), key=lambda s: s.order, reverse=True):
-            for label in sorted(save.ranks):
+            for label in sorted(local & save.ranks.keys()):
                 if run.gone or str(save.name) not in run.saves or label in save.writing:
                     continue
                 try:
@@ -126,26 +127,69 @@ class Healer:
                     logger.info("run %s: %s is not scrubbed: %s", run.key, label, error.what)
         self._tools.count("scrubs")
 
-    def not_kept(self, run: RunState, tier: TierState) -> list[str]:
-        """Saves that the tier's rules let go, oldest first."""
-        line = newest_line(run.incarnations.values())
-        now = time.time()
+    def not_kept(
+        self, run: RunState, tier: TierState, *, as_if: SaveState | None = None
+    ) -> list[str]:
+        """Saves that the tier's rules let go, abandoned ones first, then oldest first.
+
+        ``as_if``: what they would be, had this save been read back.
+        """
+        waiting = self._waiting_for_a_store(run) if not tier.is_store else set()
         held = [
-            Held(
-                save.name,
-                complete=save.is_complete(tier.label),
-                on_line=not line or on_line(save.name, line),
-                verified=tier.label in save.verified,
-                damaged=tier.label in save.damaged,
-                busy=bool(save.writing),
-                age_s=max(0.0, now - save.seen_at),
-                metrics=save.metrics,
+            self._held(
+                run,
+                tier,
+                save,
+                verified=save is as_if or tier.label in save.verified,
+                busy=bool(save.writing) or str(save.name) in waiting,
             )
             for save in run.saves.values()
             if tier.label in save.ranks
         ]
         decisions = decide(held, keep_from_wire(tier.config.keep))
-        return [str(name) for name in sorted(decisions) if decisions[name].delete]
+        gone = [save for save in held if decisions[save.name].delete]
+        return [str(save.name) for save in sorted(gone, key=lambda s: (s.on_line, s.name))]
+
+    def wanted(self, run: RunState, tier: TierState) -> set[str]:
+        """Saves that a store keeps once it has them; everything where it has no rules."""
+        held = [
+            self._held(run, tier, save, complete=True)
+            for save in run.saves.values()
+            if save.is_complete(tier.label) or tier.label in save.owed
+        ]
+        return {str(name) for name in kept(held, keep_from_wire(tier.config.keep))}
+
+    def best(self, run: RunState, tier: TierState) -> set[str]:
+        """Saves that its rules keep for a metric, of all that lie anywhere."""
+        rules = [rule for rule in keep_from_wire(tier.config.keep) if isinstance(rule, KeepBest)]
+        held = [
+            self._held(run, tier, save, complete=any(map(save.is_complete, save.ranks)))
+            for save in run.saves.values()
+            if rules and save.metrics
+        ]
+        return {str(name) for rule in rules for name in kept(held, [rule], newest=False)}
+
+    def _waiting_for_a_store(self, run: RunState) -> set[str]:
+        """Saves that a disk holds on to, since a store is still to get them from there."""
+        stores = [tier for tier in run.tiers.values() if tier.is_store]
+        return {
+            name
+            for tier in stores
+            for name in queue.backlog(tier.label, run.flushable(tier), self.wanted(run, tier))
+        }
+
+    def _held(self, run: RunState, tier: TierState, save: SaveState, **facts: bool) -> Held:
+        line = newest_line(run.incarnations.values())
+        return Held(
+            save.name,
+            complete=facts.get("complete", save.is_complete(tier.label)),
+            on_line=not line or on_line(save.name, line),
+            verified=facts.get("verified", False),
+            damaged=tier.label in save.damaged,
+            busy=facts.get("busy", False),
+            age_s=max(0.0, time.time() - save.seen_at),
+            metrics=save.metrics,
+        )
 
 
 def _held(run: RunState, save: SaveState, *labels: str) -> AbstractContextManager[None]:

@@ -19,12 +19,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import mtckpt
 from mtckpt.agent import work
 from mtckpt.agent.protocol import error_from_wire
 from mtckpt.errors import CheckpointError, FormatError, TierUnavailable
+
+if TYPE_CHECKING:
+    from mtckpt._access import Access
 
 __all__ = ["Pool", "Worker"]
 
@@ -369,14 +372,18 @@ class Pool:
 
     def __init__(self, *, log_path: str | os.PathLike[str] | None = None) -> None:
         self._log_path = log_path
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[tuple[str, Access], Worker] = {}
 
     def worker(self, ref: work.TierRef) -> Worker:
-        """The worker of this root, not started yet if nothing was asked of it."""
-        worker = self._workers.get(ref.path)
+        """The worker of this root, not started yet if nothing was asked of it.
+
+        Each set of credentials has a process of its own: they are in its environment.
+        """
+        place = (ref.path, ref.access)
+        worker = self._workers.get(place)
         if worker is None:
             worker = Worker(ref.label or ref.kind, log_path=self._log_path)
-            self._workers[ref.path] = worker
+            self._workers[place] = worker
         return worker
 
     def pids(self) -> list[int]:

@@ -13,6 +13,7 @@ says which one it speaks. Payload bytes never travel here; they lie in slot file
     POST /v1/runs/{key}/report         Report      -> Done        metrics known later
     POST /v1/runs/{key}/damage         Damage      -> Done        a reader met a bad copy
     POST /v1/runs/{key}/flush          Flush       -> Done        the newest staged save, everywhere
+    POST /v1/runs/{key}/fetch          Fetch       -> Fetched     from a store, to this node
     POST /v1/runs/{key}/close          Close       -> Done        nothing more will come
     POST /v1/runs/{key}/rm             Remove      -> Removed
     GET  /v1/runs/{key}/changes?since=N&timeout_s=T  -> Changes   long poll
@@ -22,12 +23,16 @@ says which one it speaks. Payload bytes never travel here; they lie in slot file
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from mtckpt import errors
+from mtckpt._access import Access
 from mtckpt._manifest import Uuid
+
+if TYPE_CHECKING:
+    from mtckpt._schedule import SlowTier
 
 __all__ = ["PROTOCOL_VERSION", "decode", "encode", "error_from_wire", "error_to_wire"]
 
@@ -42,13 +47,20 @@ class TierConfig(msgspec.Struct, frozen=True):
     """One slower tier of a run. ``label`` is unique in the run ("disk", "disk-2").
 
     ``keep`` is a list of retention rules: ``{"last": n}``, ``{"every": n}``, ``{"every_s": s,
-    "within_s": s}``, ``{"best": n, "metric": m, "mode": "min"}``; empty keeps everything.
+    "within_s": s}``, ``{"best": n, "metric": m, "mode": "min"}``; empty keeps everything. ``path``
+    is the URL of a store, and ``access`` how it is reached.
     """
 
     label: str
     kind: str
     path: str
     keep: list[dict[str, Any]] = []
+    access: Access = Access()
+
+
+def tier_config(label: str, tier: SlowTier, keep: list[dict[str, Any]]) -> TierConfig:
+    """The settings of a tier as the agent gets them."""
+    return TierConfig(label, tier.kind, tier.place, keep, tier.access)
 
 
 class Open(msgspec.Struct, frozen=True):
@@ -204,6 +216,22 @@ class Flush(msgspec.Struct, frozen=True):
     holder: str
 
 
+class Fetch(msgspec.Struct, frozen=True):
+    """Bring a save from a store to this node; asked again until it is there."""
+
+    holder: str
+    save: str
+    wait_s: float = 1.0
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    """``label`` is the tier that has it now; empty while it is on its way."""
+
+    label: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
 class Close(msgspec.Struct, frozen=True):
     """The holder leaves. ``free_ram``: slots and RAM saves go once a slower tier has the newest."""
 
@@ -237,8 +265,8 @@ class Done(msgspec.Struct, frozen=True):
 class SaveChange(msgspec.Struct, frozen=True):
     """Where a save stands. ``stages`` only grows. ``failed`` maps tier labels to their errors;
     ``owed`` maps labels that are retried to the reason; ``superseded`` lists labels that took a
-    newer save instead; ``waiting`` those that are to get this one and do not have it yet.
-    ``called_off`` says why no rank saves it."""
+    newer save instead; ``waiting`` those that are to get this one and do not have it yet; ``weak``
+    stores that could not make its commit atomic. ``called_off`` says why no rank saves it."""
 
     save_id: str
     step: int
@@ -248,6 +276,7 @@ class SaveChange(msgspec.Struct, frozen=True):
     superseded: list[str] = []
     waiting: list[str] = []
     called_off: str = ""
+    weak: list[str] = []
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -273,6 +302,8 @@ class TierStatus(msgspec.Struct, frozen=True):
     bytes_per_s: float = 0.0
     done_bytes: int = 0
     total_bytes: int = 0
+    weak: bool = False
+    keep: list[dict[str, Any]] = []
 
 
 class SlotStatus(msgspec.Struct, frozen=True):

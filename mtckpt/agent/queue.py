@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mtckpt import errors
@@ -24,6 +24,10 @@ __all__ = [
     "pick_flush",
     "pick_recycle",
 ]
+
+
+# Saves that a disk holds on to, beyond its own rules, for a store that does not answer.
+MAX_BACKLOG = 4
 
 
 class SlotState(enum.Enum):
@@ -56,18 +60,30 @@ class Pick:
     superseded: tuple[str, ...] = ()
 
 
-def pick_flush(label: str, saves: Iterable[SaveFacts]) -> Pick | None:
-    """The newest staged save that a tier is owed; the older ones that it is owed are superseded.
+def pick_flush(label: str, saves: Iterable[SaveFacts], wanted: Collection[str] = ()) -> Pick | None:
+    """The newest staged save that a tier is owed; older ones that it is owed are superseded.
 
-    None while that tier is being written: what is being written is never superseded midway.
+    Those of ``wanted`` are not, as far as the backlog goes: they come later. None while that tier
+    is being written: what is being written is never superseded midway.
     """
     saves = list(saves)
     if any(label in save.writing for save in saves):
         return None
-    owed = sorted((s for s in saves if s.staged and label in s.owed), key=lambda s: s.order)
-    if not owed:
+    kept = backlog(label, saves, wanted)
+    if not kept:
         return None
-    return Pick(owed[-1].name, tuple(s.name for s in owed[:-1]))
+    owed = sorted((s for s in saves if s.staged and label in s.owed), key=lambda s: s.order)
+    return Pick(kept[0], tuple(s.name for s in owed if s.name not in kept))
+
+
+def backlog(label: str, saves: Iterable[SaveFacts], wanted: Collection[str]) -> list[str]:
+    """What a tier still gets of what it is owed, newest first: the newest, and then of ``wanted``.
+
+    However long it does not answer, that is no more than MAX_BACKLOG saves.
+    """
+    owed = sorted((s for s in saves if s.staged and label in s.owed), key=lambda s: s.order)
+    newest_first = [s.name for s in reversed(owed)]
+    return [*newest_first[:1], *(n for n in newest_first[1:] if n in wanted)][:MAX_BACKLOG]
 
 
 def blocks_recycling(save: SaveFacts, saves: Sequence[SaveFacts]) -> str:
@@ -115,6 +131,9 @@ class Limits:
     """Deadlines and periods, each from its MTCKPT_ variable if that is a number above zero."""
 
     min_bytes_per_s: float = field(default=8.0 * 2**20, metadata={"env": "MTCKPT_MIN_BYTES_PER_S"})
+    min_store_bytes_per_s: float = field(
+        default=float(2**20), metadata={"env": "MTCKPT_MIN_STORE_BYTES_PER_S"}
+    )
     call_timeout_s: float = field(default=30.0, metadata={"env": "MTCKPT_CALL_TIMEOUT_S"})
     owed_s: float = field(default=7200.0, metadata={"env": "MTCKPT_OWED_S"})
     scrub_s: float = field(default=3600.0, metadata={"env": "MTCKPT_SCRUB_S"})
@@ -122,6 +141,7 @@ class Limits:
     rank_s: float = field(default=60.0, metadata={"env": "MTCKPT_RANK_S"})
     takeover_s: float = field(default=5.0, metadata={"env": "MTCKPT_TAKEOVER_S"})
     idle_s: float = field(default=30.0, metadata={"env": "MTCKPT_AGENT_IDLE_S"})
+    delete_grace_s: float = field(default=60.0, metadata={"env": "MTCKPT_DELETE_GRACE_S"})
 
     @staticmethod
     def from_environment() -> Limits:
@@ -135,6 +155,11 @@ class Limits:
                 values[name] = value
         return Limits(**values)
 
-    def deadline_s(self, size_bytes: int = 0) -> float:
-        """How long one piece of work over so many bytes may take."""
+    def deadline_s(self, size_bytes: int = 0, *, store: bool = False) -> float:
+        """How long one piece of work over so many bytes may take.
+
+        A store's own deadline is over before that: it says then what it was waiting for.
+        """
+        if store:
+            return 2 * self.call_timeout_s + size_bytes / self.min_store_bytes_per_s
         return self.call_timeout_s + size_bytes / self.min_bytes_per_s

@@ -20,6 +20,7 @@ import msgspec
 from mtckpt._slots import DIRECTORY
 from mtckpt.agent import owners, protocol, queue, work
 from mtckpt.agent.agreement import Agreement
+from mtckpt.agent.fetching import Fetcher
 from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.owners import Owner
@@ -54,6 +55,7 @@ class Registry:
         self.agreement = Agreement(tools, self.ring)
         self.healer = Healer(tools)
         self.flusher = Flusher(tools, self.ring, self.healer)
+        self.fetcher = Fetcher(tools)
         self.runs: dict[str, RunState] = {}
         self.agent_id = os.urandom(8).hex()
         self.boot_id = _boot_id()
@@ -212,15 +214,14 @@ class Registry:
                 save.ranks.pop(label, None)
                 save.due.discard(label)
         for config in configs:
-            if config.kind != "disk":
-                raise UsageError(f"this agent knows no tier of kind {config.kind!r}")
+            ref = _ref_of(config, group_access=self.service)
             old = run.tiers.get(config.label)
             if old is not None and old.config.path == config.path:
-                old.config = config
+                # Other credentials are another data process, and the same tier.
+                old.config, old.ref = config, ref
                 continue
             if old is not None and old.task is not None:
                 old.task.cancel()
-            ref = TierRef("disk", config.path, self.service, config.label)
             run.tiers[config.label] = TierState(config.label, config, ref)
         run.touch()
 
@@ -367,8 +368,11 @@ class Registry:
         return owed
 
     def _num_owed(self) -> int:
-        saves = [save for run in self.runs.values() for save in run.saves.values()]
-        return sum(bool(save.owed and save.is_complete(RAM)) for save in saves)
+        return sum(
+            any(run.source_for(save, label) for label in save.owed)
+            for run in self.runs.values()
+            for save in run.saves.values()
+        )
 
     async def stop(self, drain_s: float) -> None:
         """Let what is being written end within the time; the rest is in the records."""
@@ -411,8 +415,16 @@ def is_busy(run: RunState) -> bool:
     return (
         any(tier.to_keep or tier.small_owed for tier in run.tiers.values())
         or any(save.writing or save.readers or save.recycling for save in run.saves.values())
-        or any(queue.pick_flush(label, run.facts()) for label in run.tiers)
+        or any(queue.pick_flush(t.label, run.flushable(t)) for t in run.tiers.values())
     )
+
+
+def _ref_of(config: TierConfig, *, group_access: bool) -> TierRef:
+    if config.kind == "disk":
+        return TierRef("disk", config.path, group_access, config.label)
+    if config.kind == "store":
+        return TierRef("store", config.path, label=config.label, access=config.access)
+    raise UsageError(f"this agent knows no tier of kind {config.kind!r}")
 
 
 def _absolute(ram_path: str) -> str:

@@ -192,7 +192,7 @@ class Ring:
         return slot
 
     def _note_superseded(self, run: RunState, save: SaveState) -> None:
-        for label in queue.superseded_by_recycling(save.facts()):
+        for label in queue.superseded_by_recycling(run.slot_facts(save)):
             self.supersede(run, save, label)
 
     def supersede(self, run: RunState, save: SaveState, label: str) -> None:

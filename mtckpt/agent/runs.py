@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "RunState", "SaveState", "Slot", "TierState"]
 
 RAM = "ram"
-_STAGE_OF_KIND = {"disk": "local"}
+_STAGE_OF_KIND = {"disk": "local", "store": "durable"}
 MAX_KEPT_CHANGES = 10_000
 
 
@@ -93,6 +93,8 @@ class SaveState:
     owed_why: dict[str, str] = field(default_factory=dict)
     superseded: set[str] = field(default_factory=set)
     writing: set[str] = field(default_factory=set)
+    uncommitted: set[str] = field(default_factory=set)
+    weak: set[str] = field(default_factory=set)
     verified: set[str] = field(default_factory=set)
     damaged: set[str] = field(default_factory=set)
     readers: int = 0
@@ -133,14 +135,13 @@ class SaveState:
             if not self.is_complete(label)
         )
 
-    def facts(self) -> SaveFacts:
+    @property
+    def is_staged(self) -> bool:
+        return RAM in self.ranks and self.is_complete(RAM) and not self.recycling
+
+    def facts(self, *, has_source: bool, owed: frozenset[str]) -> SaveFacts:
         return SaveFacts(
-            str(self.name),
-            self.order,
-            RAM in self.ranks and self.is_complete(RAM) and not self.recycling,
-            self.owed,
-            frozenset(self.writing),
-            self.readers,
+            str(self.name), self.order, has_source, owed, frozenset(self.writing), self.readers
         )
 
     def change(self) -> SaveChange:
@@ -153,6 +154,7 @@ class SaveState:
             sorted(self.superseded),
             [] if self.called_off else sorted(self.owed),
             self.called_off,
+            sorted(self.weak),
         )
 
 
@@ -180,6 +182,10 @@ class TierState:
     @property
     def stage(self) -> str | None:
         return _STAGE_OF_KIND.get(self.config.kind)
+
+    @property
+    def is_store(self) -> bool:
+        return self.config.kind == "store"
 
 
 @dataclass(eq=False)
@@ -298,8 +304,37 @@ class RunState:
     # -- saves and slots -------------------------------------------------------------------------
 
     def facts(self) -> list[SaveFacts]:
-        """Saves that are in RAM, whole or in part."""
-        return [save.facts() for save in self.saves.values() if save.ranks.get(RAM)]
+        """Saves that are in RAM, whole or in part, and what their slots are needed for."""
+        return [self.slot_facts(save) for save in self.saves.values() if save.ranks.get(RAM)]
+
+    def slot_facts(self, save: SaveState) -> SaveFacts:
+        """Of one save: a tier that gets it from a disk does not need its slot."""
+        owed = frozenset(label for label in save.owed if not self._from_disk(save, label))
+        return save.facts(has_source=save.is_staged, owed=owed)
+
+    def flushable(self, tier: TierState) -> list[SaveFacts]:
+        """Saves as the tier looks at them: those that it can be given now, and the others."""
+        return [
+            save.facts(has_source=self.source_for(save, tier.label) is not None, owed=save.owed)
+            for save in self.saves.values()
+            if save.ranks
+        ]
+
+    def source_for(self, save: SaveState, label: str) -> TierRef | None:
+        """Where a tier is given a save from: a store from a disk, so that no slot waits for it."""
+        disk = self._from_disk(save, label)
+        if disk is not None and save.is_complete(disk.label):
+            return disk.ref
+        return self.ram if disk is None and save.is_staged else None
+
+    def _from_disk(self, save: SaveState, label: str) -> TierState | None:
+        """The disk that a store gets a save from: one that has it, else one that it comes to."""
+        if not self.tiers[label].is_store:
+            return None
+        disks = [tier for tier in self.tiers.values() if tier.config.kind == "disk"]
+        have = [d for d in disks if save.is_complete(d.label) and d.label not in save.damaged]
+        due = [d for d in disks if d.label in save.owed and not d.problem]
+        return next(iter(have + due), None)
 
     def newest_staged(self) -> SaveState | None:
         staged = [s for s in self.saves.values() if s.is_complete(RAM)]
@@ -337,6 +372,7 @@ class RunState:
         save.ranks.pop(label, None)
         save.verified.discard(label)
         save.damaged.discard(label)
+        save.uncommitted.discard(label)
         if label == RAM:
             for slot in [s for s in self.slots.values() if s.save == str(save.name)]:
                 del self.slots[slot.slot_id]
@@ -408,13 +444,21 @@ class RunState:
                 save.due |= set(entry.due) & self.tiers.keys()
                 if save.is_complete(RAM):
                     self.reach(save, "staged")
-            elif save.is_complete(label):
-                self.reach(save, self.tiers[label].stage)
+                continue
+            tier = self.tiers[label]
+            if not tier.is_store:
+                stores = {t.label for t in self.tiers.values() if t.is_store}
+                save.due |= set(entry.due) & stores
+            elif not entry.committed:
+                save.uncommitted.add(label)
+            if save.is_complete(label) and label not in save.uncommitted:
+                self.reach(save, tier.stage)
         for save in list(self.saves.values()):
             if label in save.ranks and str(save.name) not in found and not save.writing:
                 self.drop_copy(save, label)
-        if label != RAM:
-            self._discharge(label)
+        for tier in self.tiers.values():
+            if tier.scanned:
+                self._discharge(tier.label)
         for incarnation in scan.incarnations:
             known = self.incarnations.get(incarnation.number)
             if known is None or known.id < incarnation.id:
@@ -438,7 +482,7 @@ class RunState:
         return work.RunConfig(
             self.run,
             self.key,
-            [tier.config for tier in self.tiers.values()],
+            [_without_secrets(tier.config) for tier in self.tiers.values()],
             owners,
             self.incarnation,
             newest.id if newest else "",
@@ -451,6 +495,11 @@ class RunState:
                 "fenced": msgspec.to_builtins([_noted(o) for o in self.fenced.values()]),
             },
         )
+
+
+def _without_secrets(config: TierConfig) -> TierConfig:
+    """What the next agent is told in a file; the rest comes with the next Checkpointer."""
+    return msgspec.structs.replace(config, access=config.access.to_note())
 
 
 def _noted(owner: Owner) -> work.Owner:

@@ -112,6 +112,7 @@ class AgentServer:
             "report": (protocol.Report, verbs.report),
             "damage": (protocol.Damage, verbs.damage),
             "flush": (protocol.Flush, verbs.flush),
+            "fetch": (protocol.Fetch, verbs.fetch),
             "close": (protocol.Close, verbs.close),
             "rm": (protocol.Remove, verbs.remove),
         }

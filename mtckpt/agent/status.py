@@ -66,6 +66,8 @@ def _run_status(run: RunState) -> RunStatus:
                 bytes_per_s=round(tier.bytes_per_s),
                 done_bytes=tier.done_bytes,
                 total_bytes=tier.total_bytes,
+                keep=tier.config.keep,
+                weak=any(tier.label in save.weak for save in run.saves.values()),
             )
         )
     slots = [

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # What the data process has in hand between two words of progress: a block for each of its threads.
 STALL_BYTES = 32 * 2**20
+# To a store, parts that are on their way.
+STORE_STALL_BYTES = 256 * 2**20
 _T = TypeVar("_T")
 OnProgress = Callable[[work.Progress], None]
 
@@ -67,11 +69,15 @@ class Tools:
         on_progress: OnProgress | None = None,
     ) -> _T:
         """Have a data process do it, within a time that fits its size."""
+        place = work.place_of(command)
+        store = place is not None and place.kind == "store"
         result = await self.pool.call(
             command,
-            timeout_s=self.limits.deadline_s(size_bytes),
+            timeout_s=self.limits.deadline_s(size_bytes, store=store),
             on_progress=on_progress,
-            stall_s=self.limits.deadline_s(STALL_BYTES),
+            stall_s=self.limits.deadline_s(
+                STORE_STALL_BYTES if store else STALL_BYTES, store=store
+            ),
         )
         if not isinstance(result, reply_type):
             raise CheckpointError(

@@ -22,7 +22,14 @@ from mtckpt.agent.flushing import metrics_file
 from mtckpt.agent.owners import Claim, Owner, Verdict
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.runs import RAM, RunState, SaveState, TierState, describe_failure
-from mtckpt.errors import AccessDenied, AgentTooOld, CheckpointError, RunLocked, UsageError
+from mtckpt.errors import (
+    AccessDenied,
+    AgentTooOld,
+    CheckpointError,
+    RunLocked,
+    TierUnavailable,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from mtckpt.agent.registry import Registry
@@ -244,6 +251,8 @@ class Verbs:
         """Write a small file to tiers; what does not answer is owed it. Label -> reason."""
 
         async def put(tier: TierState) -> None:
+            if not tier.scanned:
+                raise TierUnavailable(tier.problem or "did not answer yet", tier=tier.label)
             command = work.PutSmall(tier.ref, key, data)
             await self._tools.pool.call(command, timeout_s=SMALL_TIMEOUT_S)
 
@@ -304,6 +313,7 @@ class Verbs:
             await self._tools.call(work.PutSmall(run.ram, key, data), work.Stored)
         tiers = [tier for label, tier in run.tiers.items() if label in save.ranks]
         owed = await self._put_everywhere(tiers, key, data)
+        run.touch()  # it may be the best now, which a store wants
         return protocol.Done(", ".join(f"{label}: {why}" for label, why in owed.items()))
 
     async def damage(self, run: RunState, message: protocol.Damage) -> protocol.Done:
@@ -329,6 +339,12 @@ class Verbs:
             save.failed.pop(label, None)
         run.touch(save)
         return protocol.Done(str(save.name))
+
+    async def fetch(self, run: RunState, message: protocol.Fetch) -> protocol.Fetched:
+        """A save comes from a store to this node, and the answer says how far it is."""
+        run.owner_of(message.holder)
+        await self._registry.wait_scanned(run, SMALL_TIMEOUT_S)
+        return await self._registry.fetcher.fetch(run, message)
 
     async def close(self, run: RunState, message: protocol.Close) -> protocol.Done:
         """The holder is gone for good; what is owed goes on, then RAM is freed if it may be."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 
 from mtckpt import errors
+from mtckpt._access import Access
 from mtckpt._manifest import Incarnation
 from mtckpt.agent.protocol import TierConfig, WireError
 
@@ -29,11 +30,12 @@ RUN_CONFIG_VERSION = 1
 class TierRef(msgspec.Struct, frozen=True):
     """A tier by its place. ``label`` is the name in its errors; ``bytes_per_s`` 0 is no limit."""
 
-    kind: Literal["ram", "disk"]
+    kind: Literal["ram", "disk", "store"]
     path: str
     group_access: bool = False
     label: str = ""
     bytes_per_s: int = 0
+    access: Access = Access()
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -113,6 +115,8 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
 
     Any error leaves nothing on the target that this command stored. Damaged names the tier that
     is damaged, always the source: a damaged copy on the target is set aside and written anew.
+    RunLocked: a store has a later incarnation than ``incarnation``, if that is given. ``is_last``:
+    it looks then whether the save is complete.
     """
 
     run_key: str
@@ -120,6 +124,19 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     rank: int
     source: TierRef
     target: TierRef
+    incarnation: int = 0
+    is_last: bool = True
+
+
+class Complete(msgspec.Struct, frozen=True, tag=True):
+    """-> Completed: what a flush does last, for a save whose records were all there already.
+
+    CommitConflict: another save of its step was committed in the store; this one is gone from it.
+    """
+
+    tier: TierRef
+    run_key: str
+    save: str
 
 
 class Verify(msgspec.Struct, frozen=True, tag=True):
@@ -134,11 +151,13 @@ class Verify(msgspec.Struct, frozen=True, tag=True):
 
 class Delete(msgspec.Struct, frozen=True, tag=True):
     """-> Deleted: a save and all in its directory, records first. Not a shard of it is half gone:
-    ``busy`` means that a reader has a lease and nothing was changed."""
+    ``busy`` means that a reader has a lease and nothing was changed. ``records_only`` goes no
+    further than the records."""
 
     tier: TierRef
     run_key: str
     save: str
+    records_only: bool = False
 
 
 class Heal(msgspec.Struct, frozen=True, tag=True):
@@ -219,6 +238,7 @@ Command: TypeAlias = (
     | Free
     | Scan
     | Flush
+    | Complete
     | Verify
     | Delete
     | Heal
@@ -229,15 +249,18 @@ Command: TypeAlias = (
 )
 
 
+_SLOWNESS = {"ram": 0, "disk": 1, "store": 2}
+
+
 def place_of(command: Command) -> TierRef | None:
     """The tier whose data process carries the command out; None for Ping, which any answers."""
     if isinstance(command, Ping):
         return None
     if isinstance(command, Flush):
-        return command.target
+        return max(command.target, command.source, key=lambda ref: _SLOWNESS[ref.kind])
     if isinstance(command, Heal):
         # Whichever end may hang: RAM is healed by the process of the disk it is healed from.
-        return command.bad if command.bad.kind == "disk" else command.good
+        return max(command.bad, command.good, key=lambda ref: _SLOWNESS[ref.kind])
     return command.tier
 
 
@@ -291,7 +314,8 @@ class Freed(msgspec.Struct, frozen=True, tag=True):
 class SaveScan(msgspec.Struct, frozen=True):
     """One save in one tier. No ranks: a directory without a record, no save (yet, or any more).
 
-    ``saved_at_s`` is the writer's clock: for a rule in hours and for people, never for order.
+    ``committed``: a store has its marker. ``saved_at_s`` is the writer's clock: for a rule in hours
+    and for people, never for order.
     """
 
     save: str
@@ -308,6 +332,7 @@ class SaveScan(msgspec.Struct, frozen=True):
     problems: list[str] = []
     aborted: str = ""
     saved_at_s: float = 0.0
+    committed: bool = False
 
 
 class SlotScan(msgspec.Struct, frozen=True):
@@ -349,24 +374,27 @@ class Scanned(msgspec.Struct, frozen=True, tag=True):
 
 
 class Flushed(msgspec.Struct, frozen=True, tag=True):
-    """``complete``: every rank's record is there now. ``rewritten``: keys that were damaged."""
+    """``complete``: every rank's record is there now. ``rewritten``: keys that were damaged.
+    ``weak``: the store could not make the commit atomic."""
 
     copied_bytes: int
     elapsed_s: float
     complete: bool
     rewritten: list[str] = []
+    weak: bool = False
+
+
+class Completed(msgspec.Struct, frozen=True, tag=True):
+    complete: bool
+    weak: bool = False
 
 
 class DamagedKey(msgspec.Struct, frozen=True):
-    """A damaged, short or missing file of a shard."""
-
     key: str
     reason: str
 
 
 class Verified(msgspec.Struct, frozen=True, tag=True):
-    """Healthy if ``damaged`` is empty."""
-
     read_bytes: int
     elapsed_s: float
     damaged: list[DamagedKey] = []
@@ -403,6 +431,7 @@ Result: TypeAlias = (
     | Freed
     | Scanned
     | Flushed
+    | Completed
     | Verified
     | Deleted
     | Healed
@@ -426,11 +455,8 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a command is, at most ten times a second.
-
-    Without a total it says that the command's turn has come, and small things are done first; with
-    none of the total done, or all of it, a single step may take as long as there are bytes.
-    """
+    """Without a total it says that the command's turn has come, and small things are done first;
+    with none of the total done, or all of it, a single step may take as long as there are bytes."""
 
     done_bytes: int
     total_bytes: int

@@ -12,6 +12,7 @@ from mtckpt.cli._agent import agent, rm, status
 from mtckpt.cli._convert import export_, import_
 from mtckpt.cli._doctor import doctor
 from mtckpt.cli._list import ls, show
+from mtckpt.cli._prune import prune
 from mtckpt.cli._verify import verify
 
 __all__ = ["main"]
@@ -20,7 +21,8 @@ __all__ = ["main"]
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="A TARGET with a / is a location: a tier's directory, a run in it, one save, or a copy"
-    " of any. Every other one is a run that this node's agent is asked about."
+    " of any; or the URL of one in a store. Every other one is a run that this node's agent is"
+    " asked about."
     " Exit status: 0 fine, 1 something is wrong, 2 wrong usage.",
 )
 @click.version_option(package_name="mtckpt", prog_name="mtckpt")
@@ -28,5 +30,5 @@ def main() -> None:
     """Look at, check, convert and remove checkpoints, and see what this machine can do for them."""
 
 
-for _command in (ls, show, verify, status, rm, doctor, export_, import_, agent):
+for _command in (ls, show, verify, status, rm, prune, doctor, export_, import_, agent):
     main.add_command(_command)

@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtckpt.errors import AgentUnavailable, StepNotFound, TierError, UsageError
 
@@ -25,9 +25,13 @@ STATUS_TIMEOUT_S = 5.0
 
 @dataclass(slots=True)
 class Found:
-    """Runs by name, each with the places that hold it, fastest first. ``notes`` are for people."""
+    """Runs by name, each with the places that hold it, fastest first. ``notes`` are for people.
+
+    ``keep`` has the rules of tiers, by label, where the agent told them.
+    """
 
     runs: dict[str, list[Place]] = field(default_factory=dict)
+    keep: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def add(self, place: Place, inventory: Inventory | None = None) -> None:
@@ -36,16 +40,19 @@ class Found:
 
 
 @contextlib.contextmanager
-def find(target: str | None) -> Iterator[Found]:
-    """The places of a target, open for the block; of everything this node has for None."""
+def find(target: str | None, *, writable: bool = False) -> Iterator[Found]:
+    """The places of a target, open for the block; of everything this node has for None.
+
+    ``writable`` allows to delete there.
+    """
     from mtckpt._places import is_location
 
     found = Found()
     try:
         if target is not None and ("://" in target or is_location(target)):
-            _at_location(target, found)
+            _at_location(target, found, writable=writable)
         else:
-            _of_run(target, found)
+            _of_run(target, found, writable=writable)
         yield found
     finally:
         for places in found.runs.values():
@@ -53,15 +60,15 @@ def find(target: str | None) -> Iterator[Found]:
                 place.close()
 
 
-def _at_location(location: str, found: Found) -> None:
+def _at_location(location: str, found: Found, *, writable: bool) -> None:
     from mtckpt import _probe
     from mtckpt._places import open_places
 
-    for place in open_places(location, _probe.tier_label(location)):
+    for place in open_places(location, _probe.tier_label(location), writable=writable):
         found.add(place)
 
 
-def _of_run(run: str | None, found: Found) -> None:
+def _of_run(run: str | None, found: Found, *, writable: bool) -> None:
     from mtckpt._manifest import run_key
 
     status = agent_status()
@@ -71,7 +78,9 @@ def _of_run(run: str | None, found: Found) -> None:
     for known in status.runs:
         if run is None or run in (known.run, run_key(known.run)):
             for tier in known.tiers:
-                _add(os.path.join(tier.path, run_key(known.run)), tier.label, known.run, found)
+                where = f"{tier.path.rstrip('/')}/{run_key(known.run)}"
+                _add(where, tier.label, known.run, found, writable=writable)
+                found.keep[tier.label] = tier.keep
     if run is not None and not found.runs:
         raise StepNotFound(
             f"the agent of this node does not know a run {run!r}",
@@ -107,13 +116,13 @@ def _without_agent(run: str | None, found: Found) -> None:
         )
 
 
-def _add(path: str, label: str, run: str, found: Found) -> None:
+def _add(path: str, label: str, run: str, found: Found, *, writable: bool = False) -> None:
     from mtckpt._places import open_places
 
-    if not os.path.isdir(path):
+    if "://" not in path and not os.path.isdir(path):
         return
     try:
-        found.runs.setdefault(run, []).extend(open_places(path, label))
+        found.runs.setdefault(run, []).extend(open_places(path, label, writable=writable))
     except TierError as error:
         found.notes.append(f"tier {label} could not be read: {error.what}")
 
@@ -124,7 +133,7 @@ def _run_name(place: Place, inventory: Inventory) -> str:
             return record.run
     for incarnation in inventory.incarnations:
         return incarnation.run
-    return place.path.name
+    return place.name
 
 
 def agent_status() -> AgentStatus | None:

@@ -21,7 +21,7 @@ KEYS = st.sampled_from(["a", "a-b", "a.b", "b/c", "b/d", "b/e/f", "b=/c", "c/d/e
 PREFIXES = st.sampled_from(["", "a", "a.", "b", "b/", "b/e", "b=", "c/d/e", "z"])
 
 
-def run_against_model(make_tier: Callable[[], Tier]) -> None:
+def run_against_model(make_tier: Callable[[], Tier], num_sequences: int) -> None:
     """Find a sequence of calls for which tier and dict differ, or return."""
 
     class TierMachine(RuleBasedStateMachine):
@@ -82,7 +82,7 @@ def run_against_model(make_tier: Callable[[], Tier]) -> None:
     run_state_machine_as_test(
         TierMachine,
         settings=settings(
-            max_examples=20,
+            max_examples=num_sequences,
             stateful_step_count=25,
             deadline=None,
             database=None,

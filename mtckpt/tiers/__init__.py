@@ -1,4 +1,4 @@
-"""Places that keep bytes under keys: the protocol, the local directory, and the wrappers."""
+"""Places that keep bytes under keys: the protocol, a directory, an object store, the wrappers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mtckpt.tiers.base import (
     read_all,
 )
 from mtckpt.tiers.local import LocalTier
+from mtckpt.tiers.object_store import ObjectStoreTier
 from mtckpt.tiers.wrappers import DeadlineTier, MeteredTier, RetryingTier, ThrottledTier
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LocalTier",
     "MeteredTier",
     "ObjectInfo",
+    "ObjectStoreTier",
     "PutResult",
     "RetryingTier",
     "Source",

@@ -49,10 +49,14 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class PutResult:
-    """What a put achieved. ``atomic`` is False for a store that can only check, then write."""
+    """What a put achieved. ``atomic`` is False for a store that can only check, then write.
+
+    ``copied_bytes`` of ``size_bytes`` were not sent: the tier had them, and copied them by itself.
+    """
 
     size_bytes: int
     atomic: bool = True
+    copied_bytes: int = 0
 
 
 @runtime_checkable

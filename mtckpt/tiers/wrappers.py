@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mtckpt.errors import AlreadyExists, TierUnavailable
 from mtckpt.tiers._deadline import CHUNK_BYTES, DeadlineTier
+from mtckpt.tiers._pacing import Bucket
 from mtckpt.tiers.base import ObjectInfo, PutResult
 
 if TYPE_CHECKING:
@@ -175,39 +176,10 @@ class RetryingTier:
         raise AssertionError("the last attempt returns or raises")
 
 
-class _Bucket:
-    """Tokens that come at a steady rate. Debt is allowed: whoever takes too many sleeps it off."""
-
-    def __init__(
-        self,
-        bytes_per_s: float,
-        burst_bytes: float,
-        sleep: Callable[[float], None],
-        clock: Callable[[], float],
-    ) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._burst_bytes = burst_bytes
-        self._sleep = sleep
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._left_bytes = burst_bytes
-        self._seen_s = clock()
-
-    def take(self, size_bytes: int) -> None:
-        with self._lock:
-            now_s = self._clock()
-            refill_bytes = (now_s - self._seen_s) * self._bytes_per_s
-            self._left_bytes = min(self._burst_bytes, self._left_bytes + refill_bytes) - size_bytes
-            self._seen_s = now_s
-            wait_s = -self._left_bytes / self._bytes_per_s
-        if wait_s > 0:
-            self._sleep(wait_s)
-
-
 @dataclass(frozen=True, slots=True)
 class _ThrottledSource:
     inner: Source
-    bucket: _Bucket
+    bucket: Bucket
 
     @property
     def size_bytes(self) -> int:
@@ -236,7 +208,7 @@ class ThrottledTier:
         self.inner = inner
         self.name = inner.name
         self.survives = inner.survives
-        self._bucket = _Bucket(bytes_per_s, burst_bytes, sleep, clock)
+        self._bucket = Bucket(bytes_per_s, burst_bytes, sleep, clock)
 
     def put(self, key: str, source: Source) -> PutResult:
         """Store, slowly."""

@@ -281,7 +281,7 @@ def test_reading_verbs_write_nothing_and_start_nothing(tier: Path, runtime_dir: 
 
 def test_wrong_usage_is_2(tmp_path: Path) -> None:
     for words in (
-        ("ls", "s3://bucket/run"),
+        ("ls", "s3://"),
         ("show",),
         ("nothing",),
         ("ls", tmp_path / "nowhere"),

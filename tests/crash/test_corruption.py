@@ -63,7 +63,7 @@ class FileRun:
     """As much of a Run as a restore asks for, over directories that nobody else uses."""
 
     def __init__(self, places: Sequence[Place]) -> None:
-        self.name, self.key, self.disks = RUN, KEY, list[Any]()
+        self.name, self.key, self.tiers = RUN, KEY, list[Any]()
         self.session = NoAgent()
         self._places = list(places)
 

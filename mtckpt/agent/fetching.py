@@ -1,0 +1,113 @@
+"""Brings a save back from a store to this node, so that the next restart is from its own memory.
+
+Knows where it goes: RAM, or a disk where RAM has no room. Its bytes are compared with their digests
+on the way, by the same copy that brings saves to a store. What is owed to disks follows as after
+any save. Does not restore: trainers read what has arrived like any other save.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mtckpt.agent import protocol, work
+from mtckpt.agent.queue import SlotState
+from mtckpt.agent.runs import RAM, RunState, SaveState, Slot, TierState
+from mtckpt.errors import ObjectNotFound, TierFull
+
+if TYPE_CHECKING:
+    from mtckpt.agent.tools import Tools
+    from mtckpt.agent.work import TierRef
+
+__all__ = ["Fetcher"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    """One save on its way. The task returns the tier that it reached."""
+
+    task: asyncio.Task[str]
+    total_bytes: int
+    done_bytes: int = 0
+
+
+class Fetcher:
+    """See the module. One for the agent, the state is the run's."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._under_way: dict[tuple[str, str], _Fetch] = {}
+
+    async def fetch(self, run: RunState, message: protocol.Fetch) -> protocol.Fetched:
+        """How far the save is; the first who asks sets it going. Raises what it ended with."""
+        key = (run.key, message.save)
+        fetch = self._under_way.get(key)
+        if fetch is None:
+            save = run.saves.get(message.save)
+            stores = [t for t in run.tiers.values() if t.is_store]
+            store = next((t for t in stores if save and save.is_complete(t.label)), None)
+            if save is None or store is None:
+                raise ObjectNotFound(
+                    "no store that this agent looked into has that save", key=message.save
+                )
+            task = self._tools.start(self._bring(run, store, save), f"fetch {message.save}")
+            fetch = self._under_way[key] = _Fetch(task, save.size_bytes)
+        await asyncio.wait([fetch.task], timeout=min(message.wait_s, 10.0))
+        if not fetch.task.done():
+            return protocol.Fetched("", fetch.done_bytes, fetch.total_bytes)
+        self._under_way.pop(key, None)
+        return protocol.Fetched(fetch.task.result(), fetch.total_bytes, fetch.total_bytes)
+
+    async def _bring(self, run: RunState, store: TierState, save: SaveState) -> str:
+        disks = [tier for tier in run.tiers.values() if tier.config.kind == "disk"]
+        places = [(RAM, run.ram), *((tier.label, tier.ref) for tier in disks)]
+        full: TierFull | None = None
+        for label, ref in places:
+            if save.is_complete(label):
+                return label
+            try:
+                async with run.lock(save, label):
+                    await self._copy(run, store, save, label, ref)
+            except TierFull as error:
+                full = error
+                logger.info("run %s: %s is not fetched to %s: %s", run.key, save.name, label, error)
+                continue
+            self._arrived(run, save, label)
+            return label
+        assert full is not None  # RAM at least was tried
+        raise full
+
+    async def _copy(
+        self, run: RunState, store: TierState, save: SaveState, label: str, ref: TierRef
+    ) -> None:
+        fetch = self._under_way.get((run.key, str(save.name)))
+        before_bytes = 0
+
+        def progress(news: work.Progress) -> None:
+            if fetch is not None:
+                fetch.done_bytes = before_bytes + news.done_bytes
+
+        for rank in sorted(save.ranks[store.label]):
+            command = work.Flush(run.key, str(save.name), rank, store.ref, ref)
+            done = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
+            before_bytes += done.copied_bytes
+
+    def _arrived(self, run: RunState, save: SaveState, label: str) -> None:
+        save.ranks[label] = set(range(save.world_size))
+        if label == RAM:
+            shards = len(save.ranks[RAM])
+            for rank in save.ranks[RAM]:
+                slot = Slot(os.urandom(6).hex(), SlotState.COMMITTED, save.size_bytes // shards)
+                slot.save, slot.rank = str(save.name), rank
+                run.slots[slot.slot_id] = slot
+            run.reach(save, "staged")
+            save.due |= {t.label for t in run.tiers.values() if t.config.kind == "disk"}
+        run.counters["fetched"] += 1
+        self._tools.count("save_fetched", label)
+        self._tools.events.emit("save.fetched", run=run.run, step=save.name.step, tier=label)
+        run.touch(save)

@@ -1,0 +1,139 @@
+"""From a URL to a store: which client is used for it, and what to say where none is installed.
+
+It knows URLs, packages and storage options. It does not know requests. Clients are imported here
+and no earlier: importing mtckpt must not cost their seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mtckpt.errors import AccessDenied, UsageError
+from mtckpt.tiers._store import redacted
+
+if TYPE_CHECKING:
+    from mtckpt.tiers._store import Store
+
+__all__ = ["opened"]
+
+_S3 = ("s3", "s3a")
+_GCS = ("gs", "gcs")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
+
+
+def opened(
+    url: str, engine: str, options: Mapping[str, Any], *, stall_s: float
+) -> tuple[Store, str, str]:
+    """The store, the path of its root (bucket first), and the engine that was chosen."""
+    if engine not in ("auto", "obstore", "fsspec"):
+        raise UsageError(f"not an engine: {engine!r}", actions=["auto, obstore or fsspec"])
+    scheme, separator, rest = url.partition("://")
+    if not separator or not scheme:
+        raise UsageError(
+            f"not the URL of a store: {redacted(url)!r}",
+            actions=["write it as s3://bucket/prefix, or use Disk(path) for a directory"],
+        )
+    place = redacted(url.rstrip("/"))
+    if scheme in _S3:
+        return _open_s3(place, _bucket_path(rest, place), engine, options, stall_s)
+    if engine == "obstore":
+        raise UsageError(
+            f"engine='obstore' is for s3:// only, not for {scheme}://",
+            actions=["use engine='auto': gs:// and others go through fsspec"],
+        )
+    if scheme in _GCS:
+        return _open_gcs(place, _bucket_path(rest, place), options, stall_s)
+    return _open_other(url, place, options)
+
+
+def _bucket_path(rest: str, place: str) -> str:
+    path = rest.strip("/")
+    bucket, _, prefix = path.partition("/")
+    if not _BUCKET.fullmatch(bucket) or "//" in prefix:
+        raise UsageError(f"no bucket and prefix: {place}", actions=["s3://bucket/prefix"])
+    return path
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _open_s3(
+    place: str, path: str, engine: str, options: Mapping[str, Any], stall_s: float
+) -> tuple[Store, str, str]:
+    from mtckpt.tiers._store_s3 import S3Store
+
+    bucket = path.partition("/")[0]
+    fast = _has("obstore") and _has("botocore")
+    if engine == "obstore" and not fast:
+        raise UsageError("obstore is not installed", actions=["pip install 'mtckpt[fast]'"])
+    if engine != "fsspec" and fast:
+        from mtckpt.tiers._store_obstore import FastWire, can_serve
+
+        if engine == "obstore" or can_serve(options):
+            return S3Store(FastWire(bucket, options, stall_s=stall_s), place), path, "obstore"
+    if not _has("s3fs"):
+        raise UsageError(
+            "s3:// needs a client that is not installed",
+            actions=["pip install 'mtckpt[fast]'", "or pip install 'mtckpt[s3]'"],
+        )
+    import s3fs
+
+    from mtckpt.tiers._store_s3fs import S3fsWire, new_session
+
+    config = dict(options.get("config_kwargs") or {})
+    config.setdefault("connect_timeout", min(10.0, stall_s))
+    config.setdefault("read_timeout", stall_s)
+    # Tried again by the tier, which knows of all threads; checksums are sent where they matter.
+    config.setdefault("retries", {"total_max_attempts": 1, "mode": "standard"})
+    config.setdefault("request_checksum_calculation", "when_required")
+    config.setdefault("response_checksum_validation", "when_required")
+    config.setdefault("max_pool_connections", 32)
+    fs = s3fs.S3FileSystem(**{**options, "config_kwargs": config, "skip_instance_cache": True})
+    if fs.session is None:
+        # As s3fs would make it, and sharing what all of them read from botocore's files.
+        fs.session = new_session(fs.kwargs)
+    return S3Store(S3fsWire(fs), place), path, "fsspec"
+
+
+def _open_gcs(
+    place: str, path: str, options: Mapping[str, Any], stall_s: float
+) -> tuple[Store, str, str]:
+    if not _has("gcsfs"):
+        raise UsageError(
+            "gs:// needs a client that is not installed", actions=["pip install 'mtckpt[gcs]'"]
+        )
+    # Read when gcsfs is imported: without it every request first asks an API over gRPC whether the
+    # bucket is a hierarchical one, for a minute where that is not answered.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    import gcsfs
+
+    from mtckpt.tiers._store_gcs import GcsStore
+
+    secrets = [str(value) for value in (options.get("token"),) if isinstance(value, str)]
+    try:
+        fs = gcsfs.GCSFileSystem(**options)
+    except Exception as error:  # noqa: BLE001  (it signs in: google-auth's, requests', its own)
+        said = redacted(f"{type(error).__name__}: {error}", secrets)
+    else:
+        return GcsStore(fs, place, path, stall_s=stall_s), path, "fsspec"
+    raise AccessDenied(f"cannot sign in to {place}: {said}", actions=["check the token"])
+
+
+def _open_other(url: str, place: str, options: Mapping[str, Any]) -> tuple[Store, str, str]:
+    import fsspec
+
+    from mtckpt.tiers._store_fsspec import FsspecStore
+
+    secrets = [str(value) for value in options.values() if isinstance(value, str)]
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        said = redacted(error, secrets)
+    else:
+        return FsspecStore(fs, place, secrets), path.rstrip("/"), "fsspec"
+    raise UsageError(f"cannot open {place}: {said}", actions=["install the package named above"])

@@ -1,0 +1,164 @@
+"""Runs whose last tier is an object store, end to end: a real agent, real files, a real store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from agent_checks import ram_root, until
+from stores import S3Server
+
+import mtckpt
+from mtckpt.errors import RestoreUnavailable, UsageError
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
+
+
+@pytest.fixture(params=["file", "s3 by options", "s3 by environment"])
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """Arguments of ObjectStore."""
+    if request.param == "file":
+        return {"url": f"file://{tmp_path}/store"}
+    server: S3Server = request.getfixturevalue("s3")
+    url = f"s3://{server.new_prefix()}"
+    if request.param == "s3 by options":
+        return {"url": url, "storage_options": server.options}
+    for name, value in environment_of(server).items():
+        monkeypatch.setenv(name, value)
+    return {"url": url}
+
+
+def environment_of(server: S3Server) -> dict[str, str]:
+    return {
+        "AWS_ACCESS_KEY_ID": server.key,
+        "AWS_SECRET_ACCESS_KEY": server.secret,
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+def open_run(
+    tmp_path: Path, store: dict[str, Any], run: str = "r", **settings: Any
+) -> mtckpt.Checkpointer:
+    tiers = settings.pop("tiers", None) or [
+        mtckpt.Ram(every=1),
+        mtckpt.Disk(tmp_path / "disk", every=1),
+        mtckpt.ObjectStore(**{"every": 2, **store}),
+    ]
+    return mtckpt.Checkpointer(run, tiers, timeout_s=20, max_stall_s=10, **settings)
+
+
+def file_store(tmp_path: Path, **settings: Any) -> dict[str, Any]:
+    return {"url": f"file://{tmp_path}/store", "every": 1, **settings}
+
+
+def steps_at(url: str) -> list[int]:
+    with contextlib.suppress(UsageError):  # no directory yet
+        return [step.step for step in mtckpt.steps(url) if step.tiers]
+    return []
+
+
+def make_state(fill: float = 0.0) -> dict[str, Any]:
+    return {"w": np.full((300, 7), fill, np.float32), "n": np.zeros((), np.int64), "note": "x"}
+
+
+def wipe_local(tmp_path: Path) -> None:
+    """The agent may be deleting there by its rules, just now."""
+
+    def is_gone() -> bool:
+        shutil.rmtree(tmp_path / "disk", ignore_errors=True)
+        return not (tmp_path / "disk").exists()
+
+    until(is_gone)
+
+
+def test_everything_local_is_wiped_and_the_store_resumes(
+    tmp_path: Path, store: dict[str, Any]
+) -> None:
+    with open_run(tmp_path, store) as checkpointer:
+        assert not checkpointer.restore(make_state())
+        save = checkpointer.save(2, make_state(2.0))
+        save.wait("durable", timeout_s=20)
+        assert "durable" in save.reached
+        # A file system lets the second of two writers win, if they come at the same moment.
+        assert ("durable (weak)" in repr(save)) == store["url"].startswith("file:")
+        checkpointer.save(3, make_state(3.0)).wait("local", timeout_s=20)
+    wipe_local(tmp_path)
+    with open_run(tmp_path, store) as checkpointer:
+        state = make_state()
+        restored = checkpointer.restore(state)
+        assert restored.step == 3  # close() sent the newest step, though it was not due
+        assert list(restored.sources) == ["store"]
+        assert (state["w"] == 3.0).all()
+        assert [step.step for step in checkpointer.steps()] == [2, 3]
+        until(lambda: steps_at(str(tmp_path / "disk")) == [3])  # filled on the way
+        state["w"][:] = 0.0
+        again = checkpointer.restore(state)
+        assert (again.step, list(again.sources)) == (3, ["ram"])
+        assert (state["w"] == 3.0).all()
+        for step in range(4, 9):  # what was fetched is recycled like any other slot
+            checkpointer.save(step, make_state(step)).wait("staged", timeout_s=20)
+
+
+def test_no_secret_is_left_anywhere(
+    tmp_path: Path, runtime_dir: Path, s3: S3Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files of the run, the agent's log and configuration, process list, repr: nothing has it."""
+    caplog.set_level("DEBUG")
+    store: dict[str, Any] = {"url": f"s3://{s3.new_prefix()}", "storage_options": s3.options}
+    shown = [repr(mtckpt.ObjectStore(**store))]
+    with open_run(tmp_path, store) as checkpointer:
+        checkpointer.save(2, make_state(2.0)).wait("durable", timeout_s=20)
+        shown += [repr(checkpointer.status()), repr(checkpointer._session.tiers)]
+        shown += [text.decode(errors="replace") for text in command_lines()]
+        places = [runtime_dir, Path(ram_root()), tmp_path]
+        shown += [p.read_bytes().decode("latin1") for place in places for p in files(place)]
+    shown.append(caplog.text)
+    assert any("gpt" in text or "store" in text for text in shown)
+    assert not [text for text in shown if s3.secret in text]
+
+
+def files(root: Path) -> Iterator[Path]:
+    return (path for path in sorted(root.rglob("*")) if path.is_file())
+
+
+def command_lines() -> Iterator[bytes]:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            yield Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue  # it has ended
+
+
+def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
+    for url in ("bucket/x", "s3://", "s3://key:hush@bucket/x", "s3://bucket/x?token=hush", ""):
+        with pytest.raises(UsageError) as raised:
+            mtckpt.ObjectStore(url)
+        assert "hush" not in str(raised.value)
+    with pytest.raises(UsageError, match="engine"):
+        mtckpt.ObjectStore("s3://b/x", engine="curl")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"storage_options\['session'\] is a object") as raised:
+        mtckpt.ObjectStore("s3://b/x", storage_options={"session": object()})
+    with pytest.raises(UsageError, match="first tier needs steps"):
+        open_run(tmp_path, {}, tiers=[mtckpt.ObjectStore("s3://b/x", every="1h")])
+
+
+def test_a_silent_store_is_no_fresh_start(tmp_path: Path) -> None:
+    """Nobody else has a step: it could be there."""
+    options = {"key": "k", "secret": "hush-hush", "endpoint_url": "http://127.0.0.1:9"}
+    store = mtckpt.ObjectStore("s3://bucket/x", storage_options=options)
+    run = mtckpt.Checkpointer("r", [mtckpt.Ram(every=1), store], timeout_s=3)
+    state = make_state(1.0)
+    with pytest.raises(RestoreUnavailable, match="store") as raised:
+        run.restore(state)
+    assert "hush-hush" not in str(raised.value)
+    assert (state["w"] == 1.0).all()
+    run.close(timeout_s=1)

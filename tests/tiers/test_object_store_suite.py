@@ -1,0 +1,80 @@
+"""The public suite, run against object stores: real servers, each engine, and plain fsspec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from stores import GcsServer, S3Server
+
+from mtckpt.testing import TierSuite
+from mtckpt.tiers import ObjectStoreTier, Survives, Tier
+
+MIB = 1 << 20
+CLUSTER = Survives.PROCESS | Survives.POWER | Survives.NODE | Survives.CLUSTER
+
+
+class TestFile(TierSuite):
+    survives = CLUSTER
+
+    def make_tier(self, tmp_path: Path) -> Tier:
+        return ObjectStoreTier(f"file://{tmp_path}/objects")
+
+
+class TestMemory(TierSuite):
+    survives = CLUSTER
+    several_processes = False
+
+    def make_tier(self, tmp_path: Path) -> Tier:
+        return ObjectStoreTier(f"memory://{tmp_path}")
+
+
+class _S3(TierSuite):
+    survives = CLUSTER
+    num_sequences = 4
+    sizes = (0, 1, 4097, 11 * MIB + 17)
+    engine = "auto"
+
+    @pytest.fixture(autouse=True)
+    def bucket(self, s3: S3Server) -> None:
+        self._server = s3
+        self._place = s3.new_prefix()
+
+    def make_tier(self, tmp_path: Path) -> Tier:
+        return ObjectStoreTier(
+            f"s3://{self._place}/{tmp_path.name}",
+            engine=self.engine,  # type: ignore[arg-type]
+            storage_options=self._server.options,
+            part_bytes=5 * MIB,
+            timeout_s=20,
+        )
+
+
+class TestS3Obstore(_S3):
+    engine = "obstore"
+    several_processes = False  # Not in forks: obstore's threads do not live on in them.
+
+
+class TestS3Fsspec(_S3):
+    engine = "fsspec"
+    several_processes = False
+
+
+class TestGcs(TierSuite):
+    survives = CLUSTER
+    num_sequences = 4
+    sizes = (0, 1, 4097, 11 * MIB + 17)
+    several_processes = False
+
+    @pytest.fixture(autouse=True)
+    def bucket(self, gcs: GcsServer) -> None:
+        self._server = gcs
+        self._place = gcs.new_prefix()
+
+    def make_tier(self, tmp_path: Path) -> Tier:
+        return ObjectStoreTier(
+            f"gs://{self._place}/{tmp_path.name}",
+            storage_options=self._server.options,
+            part_bytes=5 * MIB,
+            timeout_s=20,
+        )
