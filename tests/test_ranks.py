@@ -86,8 +86,10 @@ def columns(rank: int, world_size: int) -> Box:
 
 def state(rank: int, world_size: int, *, filled: bool, cut: Any = rows) -> dict[str, Any]:
     """A sharded array, a replicated one, one of the rank's own, and a plain value."""
+    everybody = tuple(range(world_size))
+    box, source = cut(rank, world_size), ARRAY if filled else None
     return {
-        "sharded": Boxed(SHAPE, float, [cut(rank, world_size)], of=ARRAY if filled else None),
+        "sharded": Boxed(SHAPE, float, [box], of=source, sharers=everybody),
         "replicated": mtckpt.replicated(ARRAY * 2 if filled else np.zeros(SHAPE)),
         "own": np.full(50, rank + 1.0 if filled else 0.0),
         "rank": rank if filled else -1,
