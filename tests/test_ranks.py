@@ -17,7 +17,14 @@ from boxed import Boxed, boxed_arrays
 import mtckpt
 from mtckpt._boxes import Box, whole
 from mtckpt.agent.spawn import ensure_agent
-from mtckpt.errors import CheckpointError, RankTimeout, SaveFailed, StateMismatch, StepDisagreement
+from mtckpt.errors import (
+    CheckpointError,
+    GroupMissing,
+    RankTimeout,
+    SaveFailed,
+    StateMismatch,
+    StepDisagreement,
+)
 from mtckpt.testing.groups import local_groups
 
 pytestmark = pytest.mark.timeout(90)
@@ -357,3 +364,25 @@ def test_ranks_that_are_left_over_do_not_hold_the_others_up(job: Callable[..., J
             each.wait("local", timeout_s=30)
     (run,) = two.ranks[0]._session.status().runs
     assert len(run.slots) <= 2 * 3 + 2  # of the old job nothing is left
+
+
+def test_ranks_whose_memory_is_not_one_are_refused(ram_dir: Path) -> None:
+    """Agents of several nodes do not speak to each other: better no save than half of one."""
+
+    def work(rank: int) -> Exception | None:
+        group = groups[rank]
+        tiers = [mtckpt.Ram(ram_dir / f"node-{rank}", every=1)]
+        checkpointer = mtckpt.Checkpointer("run", tiers, group=group, timeout_s=20)
+        try:
+            checkpointer.save(1, {"w": np.zeros(3)})
+        except CheckpointError as error:
+            return error
+        finally:
+            checkpointer.close(timeout_s=1)
+        return None
+
+    groups = local_groups(2)
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(work, range(2)):
+            assert isinstance(found, GroupMissing)
+            assert "on 2 nodes" in str(found)
