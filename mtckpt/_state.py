@@ -103,8 +103,8 @@ class Part(NamedTuple):
     """One box of a global array, as one process holds it.
 
     ``array`` is an array of the same adapter whose elements are the box. ``holders`` are the ranks
-    that hold this very box, in order: one of them stores each byte; none stands for this rank.
-    ``sharers`` are all that have a box of the array.
+    that hold this very box, in order: one of them stores each byte. ``sharers`` are all that have a
+    box of the array. None of them stands for this rank alone.
     """
 
     spec: ArraySpec
