@@ -224,11 +224,11 @@ def _is_dense(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    return type(value) is _PLAIN_TYPE
+    """True for an array of numbers; False for one of keys, which are made of several."""
+    return isinstance(value.dtype, np.dtype)
 
 
 _dense: dict[Any, bool] = {}
-_PLAIN_TYPE: type = type(jnp.zeros(()))
 
 
 def identity(value: Any) -> object | None:
