@@ -359,6 +359,8 @@ def _inner_state(value: Any, adapters: Sequence[StateAdapter]) -> tuple[object] 
             return (inner,)
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         return (value.state_dict(),)
+    if hasattr(value, "get_state") and hasattr(value, "set_state"):  # Grain's iterators
+        return (value.get_state(),)
     return None
 
 
