@@ -68,7 +68,9 @@ class Checkpointer:
         run: the name of the run; a restart under the same name goes on with it.
         tiers: where to keep checkpoints, fastest first. By default memory of this machine, then
             ``./checkpoints``.
-        timeout_s: how long the node agent or a tier may take to answer.
+        group: what joins the ranks of a job of several. By default that of torch.distributed or
+            jax.distributed, found at the first restore or save.
+        timeout_s: how long the node agent, a tier, or other ranks may take to answer.
         max_stall_s: how long a save may wait for a free slot before it is called off.
         on_failure: a tier that failed is raised by the next ``save``, or is a warning.
 

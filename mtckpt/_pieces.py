@@ -41,9 +41,9 @@ ALONE = Members()
 class Piece(NamedTuple):
     """One array of the shard: leaf ``leaf``, or the rows ``rows`` of part ``part`` of it.
 
-    ``spec`` is of what is stored; ``holders`` and ``held`` say what the part was when the plan was
-    made, and are compared at every save. ``ranks`` are those that the array is spread over, None
-    where all are.
+    ``part`` may be OWN or WHOLE too. ``spec`` is of what is stored; ``holders`` and ``held`` say
+    what the part was when the plan was made, and are compared at every save. ``ranks`` are those
+    that the array is spread over, None where all are.
     """
 
     leaf: int
@@ -55,22 +55,25 @@ class Piece(NamedTuple):
     ranks: tuple[int, ...] | None = None
 
 
+# Values of ``Piece.part`` that name no part: a leaf of this rank's own, and one that is replicated.
+OWN, WHOLE = -1, -2
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """The pieces of a plan. One of each leaf comes first, in the order of the leaves.
 
-    ``replicas`` are the leaves that a ``Replicated`` holds, ``agreed`` is the digest of what all
-    ranks of the job have to have alike.
+    ``agreed`` is the digest of what all ranks of the job have to have alike. ``replicas`` are the
+    leaves that are replicated, ``seen`` what they looked like, and ``empty`` stands for those of
+    which this rank has no share.
     """
 
     pieces: tuple[Piece, ...]
-    replicas: dict[int, tuple[int, ...]]
     agreed: str
-
-    @property
-    def is_plain(self) -> bool:
-        """Every leaf is stored as it is."""
-        return all(piece.part < 0 for piece in self.pieces)
+    replicas: tuple[int, ...]
+    seen: list[object]
+    empty: dict[int, Any]
+    is_plain: bool
 
 
 def divide(
@@ -78,16 +81,19 @@ def divide(
 ) -> Recipe:
     """Decide what this rank stores of every leaf. Raises UnsupportedState as adapters do."""
     everybody = tuple(range(members.world_size))
-    replicas = {leaf: ranks or everybody for leaf, ranks in flat.replicas.items()}
-    if members.world_size == 1:
-        replicas = {}  # there is nobody else to hold it
     firsts: list[Piece] = []
     others: list[Piece] = []
     shared: list[tuple[str, str, tuple[int, ...]]] = []
+    replicas: list[int] = []
+    empty: dict[int, Any] = {}
     for leaf, (owner, array, path) in enumerate(
         zip(flat.owners, flat.arrays, flat.paths, strict=True)
     ):
-        parts = _parts(owner, array, path, replicas.get(leaf))
+        parts = owner.parts(array, path)
+        whole_of_it = parts is None and leaf in flat.replicas and members.world_size > 1
+        if whole_of_it:
+            replicas.append(leaf)
+            parts = [_replica(specs[leaf], array, flat.replicas[leaf] or everybody)]
         if parts is None:
             firsts.append(Piece(leaf, specs[leaf]))
             continue
@@ -97,22 +103,38 @@ def divide(
             shared.append((path, spec.dtype, spec.whole_shape))
         name = flat.paths[ties.get(leaf, leaf)]
         pieces = [piece._replace(ranks=ranks) for piece in _pieces_of(leaf, name, parts, members)]
+        if whole_of_it:
+            pieces = [piece._replace(part=WHOLE) for piece in pieces]
+            if not pieces[0].spec.size_bytes:
+                empty[leaf] = owner.finished(owner.new(pieces[0].spec)[0], pieces[0].spec)
         firsts.append(pieces[0])
         others += pieces[1:]
-    agreed = xxh3_128_hexdigest(msgspec.json.encode(sorted(shared)))
-    return Recipe((*firsts, *others), replicas, agreed)
+    return Recipe(
+        (*firsts, *others),
+        xxh3_128_hexdigest(msgspec.json.encode(sorted(shared))),
+        tuple(replicas),
+        _look(flat.owners, flat.arrays, replicas),
+        empty,
+        all(piece.part == OWN for piece in firsts),
+    )
 
 
-def _parts(
-    owner: StateAdapter, array: Any, path: str, ranks: tuple[int, ...] | None
-) -> Sequence[Part] | None:
-    """The parts of a leaf: those of a global array, or the one part of what is replicated."""
-    parts = owner.parts(array, path)
-    if parts is not None or ranks is None:
-        return parts
-    spec = owner.spec(array, path)
-    held = ArraySpec(spec.dtype, spec.shape, spec.framework, (0,) * len(spec.shape), spec.shape)
-    return (Part(held, array, ranks),)
+def _replica(spec: ArraySpec, array: Any, ranks: tuple[int, ...]) -> Part:
+    """What is replicated, as the one box of a global array."""
+    box = whole(spec.shape)
+    held = ArraySpec(spec.dtype, spec.shape, spec.framework, box.offsets, spec.shape)
+    return Part(held, array, ranks)
+
+
+def _look(
+    owners: Sequence[StateAdapter], arrays: Sequence[Any], leaves: Sequence[int]
+) -> list[object]:
+    """Fingerprints of some leaves, by adapter."""
+    by_owner: dict[int, tuple[StateAdapter, list[Any]]] = {}
+    for leaf in leaves:
+        owner = owners[leaf]
+        by_owner.setdefault(id(owner), (owner, []))[1].append(arrays[leaf])
+    return [owner.fingerprint(values) for owner, values in by_owner.values()]
 
 
 def _spread_over(parts: Sequence[Part], members: Members) -> tuple[int, ...] | None:
@@ -149,31 +171,33 @@ def _pieces_of(leaf: int, name: str, parts: Sequence[Part], members: Members) ->
 
 
 def gather(recipe: Recipe, owners: Sequence[StateAdapter], arrays: list[Any]) -> list[Any] | None:
-    """The arrays that the pieces are of, in their order; None if they are others than planned."""
+    """The arrays that the pieces are of, in their order; None if they are others than planned.
+
+    That arrays of this rank's own still are what they were is not looked at here.
+    """
     if recipe.is_plain:
         return arrays
+    if _look(owners, arrays, recipe.replicas) != recipe.seen:
+        return None
     found: list[Any] = []
     parts_of: dict[int, Sequence[Part] | None] = {}
     for piece in recipe.pieces:
-        leaf, array = piece.leaf, arrays[piece.leaf]
-        if leaf not in parts_of:
-            try:
-                parts_of[leaf] = _parts(owners[leaf], array, "", recipe.replicas.get(leaf))
-            except UnsupportedState:
-                return None  # a new plan knows the path, and says which leaf it is
-        parts = parts_of[leaf]
-        if piece.part < 0:
-            if parts is not None:
+        leaf, array, rows = piece.leaf, arrays[piece.leaf], piece.rows
+        if piece.part >= 0:
+            if leaf not in parts_of:
+                try:
+                    parts_of[leaf] = owners[leaf].parts(array, "")
+                except UnsupportedState:
+                    return None  # a new plan knows the path, and says which leaf it is
+            parts = parts_of[leaf]
+            if parts is None or piece.part >= len(parts):
                 return None
-            found.append(array)
-            continue
-        if parts is None or piece.part >= len(parts):
-            return None
-        part = parts[piece.part]
-        if (part.spec, part.holders) != (piece.held, piece.holders):
-            return None
-        array = part.array
-        if piece.rows is not None:
-            array = owners[leaf].rows(array, *piece.rows)
+            part = parts[piece.part]
+            if (part.spec, part.holders) != (piece.held, piece.holders):
+                return None
+            array = part.array
+        if rows is not None:
+            empty = recipe.empty.get(leaf)
+            array = owners[leaf].rows(array, *rows) if empty is None else empty
         found.append(array)
     return found

@@ -278,6 +278,10 @@ class Placing:
             tree = self.tree(node, path)
             self.finish.append(lambda: live.load_state_dict(settle(tree)))
             return live
+        if hasattr(live, "get_state") and hasattr(live, "set_state"):
+            tree = self.tree(node, path)
+            self.finish.append(lambda: live.set_state(settle(tree)))
+            return live
         if isinstance(live, Mapping):
             return self._match_dict(live, node, path, top)
         if isinstance(live, (list, tuple)):

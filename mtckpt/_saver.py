@@ -82,7 +82,11 @@ class Saver:
             # A user's state_dict or a framework may raise anything: it is named and wrapped.
             self._decline(save, f"the state could not be read: {type(error).__name__}")
             _save.raise_capture_error(step, error)
-        grant = self._slot(captured.plan.layout, save)
+        try:
+            grant = self._slot(captured.plan.layout, save)
+        except TierFull as error:
+            self._decline(save, error.what)
+            raise
         if grant is None:
             return save
         members = self.run.members
@@ -148,7 +152,9 @@ class Saver:
             return self._session.call("slots", want, protocol.Slots, self._patience_s(want))
         except TierFull as error:
             beside = os.path.join(self._disk_path() or "", ".mtckpt-slots")
-            if self._insists or not self._disk_path() or self._session.ram_path == beside:
+            alone = self.run.members.world_size == 1  # slots of other ranks would not move along
+            movable = alone and self._disk_path() and self._session.ram_path != beside
+            if self._insists or not movable:
                 raise
             logger.warning(
                 "run %s: %s; saves are captured on disk instead of in memory",

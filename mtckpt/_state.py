@@ -103,8 +103,8 @@ class Part(NamedTuple):
     """One box of a global array, as one process holds it.
 
     ``array`` is an array of the same adapter whose elements are the box. ``holders`` are the ranks
-    that hold this very box, in order: one of them stores each byte; none stands for this rank.
-    ``sharers`` are all that have a box of the array.
+    that hold this very box, in order: one of them stores each byte. ``sharers`` are all that have a
+    box of the array. None of them stands for this rank alone.
     """
 
     spec: ArraySpec
@@ -359,6 +359,8 @@ def _inner_state(value: Any, adapters: Sequence[StateAdapter]) -> tuple[object] 
             return (inner,)
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         return (value.state_dict(),)
+    if hasattr(value, "get_state") and hasattr(value, "set_state"):  # Grain's iterators
+        return (value.get_state(),)
     return None
 
 

@@ -15,7 +15,10 @@ from mtckpt.adapters.numpy import NumpyAdapter
 
 
 class Boxed:
-    """``boxes`` of a global array, each with its own ndarray; ``holders`` of all of them."""
+    """``boxes`` of a global array, each with its own ndarray.
+
+    ``holders`` are the ranks that hold each of them too, ``sharers`` all with a box of the array.
+    """
 
     def __init__(
         self,
@@ -24,9 +27,10 @@ class Boxed:
         boxes: Sequence[Box],
         holders: tuple[int, ...] = (),
         of: np.ndarray[Any, Any] | None = None,
+        sharers: tuple[int, ...] = (),
     ) -> None:
         self.shape, self.dtype, self.boxes = shape, np.dtype(dtype), list(boxes)
-        self.holders = holders
+        self.holders, self.sharers = holders, sharers
         self.arrays = [
             np.zeros(box.shape, dtype) if of is None else np.array(of[place(box)]) for box in boxes
         ]
@@ -65,7 +69,7 @@ class BoxedAdapter(NumpyAdapter):
         if not isinstance(value, Boxed):
             return None
         return [
-            Part(spec, array, value.holders)
+            Part(spec, array, value.holders, value.sharers)
             for spec, array in zip(self._specs(value), value.arrays, strict=True)
         ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import planted_in_agent as agent
 import planted_in_format as format_
+import planted_in_ranks as ranks
 import planted_in_tiers as tiers
 from planted_bug import Bug
 
@@ -24,6 +25,9 @@ BUGS = (
     *agent.SECURITY,
     *agent.SCHEDULE,
     *agent.DEADLINES,
+    *ranks.BOXES,
+    *ranks.SHARES,
+    *ranks.AGREEMENT,
     *tiers.LOCAL_TIER,
     *tiers.TRANSFER,
     *tiers.RETENTION,

@@ -75,7 +75,7 @@ RECORDS = (
         "save-complete-without-all-ranks",
         "_manifest.py",
         "== (first.save_id, len(records), first.step, first.incarnation, first.plan_digest)",
-        "== (first.save_id, first.world_size, first.step, first.incarnation, first.plan_digest)",
+        "== (first.save_id, r.world_size, first.step, first.incarnation, first.plan_digest)",
         ("test_manifest.py::test_a_save_is_complete_when_every_rank_of_one_save_is_there",),
     ),
     Bug(
@@ -158,7 +158,7 @@ INCARNATIONS = (
         "incarnation-not-counted-up",
         "_run.py",
         "number=max(highest for highest, _, _ in told) + 1,",
-        "number=max([1, *(highest for highest, _, _ in told)]),",
+        "number=max(1, *(highest for highest, _, _ in told)),",
         ("test_checkpointer.py::test_roll_back_starts_a_branch",),
     ),
     Bug(

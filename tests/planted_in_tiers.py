@@ -213,7 +213,7 @@ RESTORE = (
         "only-copy-placed-before-all-of-it-was-read",
         "_delivery.py",
         "            if last or check_only:\n",
-        "            if check_only:\n",
+        "            if (last and not spans) or check_only:\n",
         (
             "test_delivery.py::"
             "test_the_only_copy_of_the_only_step_is_checked_before_anything_changes",
@@ -264,15 +264,15 @@ RESTORE = (
     Bug(
         "damage-is-a-fresh-start",
         "_restorer.py",
-        "if not plan.candidates and (plan.lost or (",
-        "if not plan.candidates and (0 and (",
+        "        raise _no_healthy_step(plan.skipped)\n",
+        "        pass\n",
         ("test_checkpointer.py::test_every_step_damaged_is_no_fresh_start",),
     ),
     Bug(
         "silence-is-a-fresh-start",
         "_restorer.py",
-        "    if not plan.candidates and silent:\n        raise",
-        "    if not plan.candidates and silent and plan.skipped:\n        raise",
+        "    if not plan.candidates and silent:\n",
+        "    if not plan.candidates and silent and plan.skipped:\n",
         ("test_errors_raised.py::test_it_is_raised[RestoreUnavailable]",),
     ),
     Bug(

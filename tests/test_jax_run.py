@@ -179,6 +179,17 @@ with mtckpt.Checkpointer("r", [mtckpt.Ram(every=1)], timeout_s=20) as checkpoint
 assert state["w"].tolist() == [1, 1, 1] and state["key"] == jax.random.key(1)
 assert not any(name.startswith("flax") for name in sys.modules)
 """
+# JAX would take most of a GPU's memory for itself when it starts: importing it must not be enough.
+UNUSED = """
+import jax, torch
+import mtckpt
+from jax._src import xla_bridge
+model = torch.nn.Linear(3, 2)
+with mtckpt.Checkpointer("r", [mtckpt.Ram(every=1)], timeout_s=20) as checkpointer:
+    checkpointer.save(1, {"model": model}).wait("staged", timeout_s=20)
+    assert checkpointer.restore({"model": model})
+assert not xla_bridge.backends_are_initialized()
+"""
 NEITHER = """
 import sys
 import numpy as np
@@ -190,8 +201,8 @@ assert not {"jax", "jaxlib", "torch"} & sys.modules.keys()
 """
 
 
-@pytest.mark.parametrize("code", [NO_JAX, NO_TORCH, NEITHER])
-def test_no_framework_is_imported_for_another(code: str) -> None:
+@pytest.mark.parametrize("code", [NO_JAX, NO_TORCH, UNUSED, NEITHER])
+def test_no_framework_is_imported_or_started_for_another(code: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         capture_output=True,

@@ -199,6 +199,13 @@ def test_a_save_is_complete_when_every_rank_of_one_save_is_there(tmp_path: Path)
     assert not is_complete({0: huge})
 
 
+def test_parts_of_different_plans_are_no_save(tmp_path: Path) -> None:
+    parts = [make_shard(tmp_path, rank=rank, world_size=2).parsed() for rank in range(2)]
+    assert is_complete(dict(enumerate(parts)))
+    other = msgspec.structs.replace(parts[1], plan_digest="0" * 32)
+    assert not is_complete({0: parts[0], 1: other})
+
+
 def started(number: int, parent: tuple[int, int] | None = None, id_: int = 0) -> Incarnation:
     return Incarnation(1, "run", number, str(uuid.UUID(int=id_ or number)), parent)
 

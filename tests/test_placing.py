@@ -70,6 +70,36 @@ def test_a_named_tuple_is_matched_by_its_fields() -> None:
     assert restore(save({"at": (np.full(2, 5.0), 8)}), live)["at"] == Pair(inner, 8)
 
 
+def test_objects_with_get_state_and_set_state() -> None:
+    one, other = np.random.RandomState(1), np.random.RandomState(2)
+    one.normal(size=7)
+    saved = save({"rng": one})
+    live = {"rng": other}
+    assert restore(saved, live)["rng"] is other
+    assert other.normal() == one.normal()
+    assert differences({"rng": one}, {"rng": np.zeros(2)})["differing"]
+
+
+def test_grain_iterators_go_on_where_they_were() -> None:
+    grain = pytest.importorskip("grain")
+
+    def start() -> list[Any]:
+        data = grain.MapDataset.range(100).shuffle(seed=3).to_iter_dataset().batch(4)
+        sampler = grain.samplers.IndexSampler(
+            20, shard_options=grain.sharding.NoSharding(), shuffle=True, seed=1, num_epochs=1
+        )
+        loader = grain.DataLoader(data_source=range(20), sampler=sampler, worker_count=0)
+        return [iter(data), iter(loader)]
+
+    trained, resumed = start(), start()
+    for iterator in trained:
+        for _ in range(3):
+            next(iterator)
+    restore(save({"data": trained}), {"data": resumed})
+    for iterator, twin in zip(trained, resumed, strict=True):
+        assert np.array_equal(next(iterator), next(twin))
+
+
 def test_a_dict_of_plain_values_becomes_what_was_saved() -> None:
     live: dict[str, Any] = {"config": {"old": 1, "both": 2}}
     restore(save({"config": {"both": 3, "new": {"x": b"y"}}}), live)

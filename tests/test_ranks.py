@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
 import threading
@@ -12,12 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from agent_checks import until
 from boxed import Boxed, boxed_arrays
 
 import mtckpt
 from mtckpt._boxes import Box, whole
+from mtckpt.agent import protocol
 from mtckpt.agent.spawn import ensure_agent
-from mtckpt.errors import CheckpointError, RankTimeout, SaveFailed, StateMismatch, StepDisagreement
+from mtckpt.errors import (
+    CheckpointError,
+    GroupMissing,
+    RankTimeout,
+    SaveFailed,
+    StateMismatch,
+    StepDisagreement,
+)
 from mtckpt.testing.groups import local_groups
 
 pytestmark = pytest.mark.timeout(90)
@@ -84,13 +95,21 @@ def columns(rank: int, world_size: int) -> Box:
     return Box((0, first), (SHAPE[0], stop - first))
 
 
-def state(rank: int, world_size: int, *, filled: bool, cut: Any = rows) -> dict[str, Any]:
-    """A sharded array, a replicated one, one of the rank's own, and a plain value."""
+def state(
+    rank: int, world_size: int, *, filled: bool, cut: Any = rows, padded: bool = False
+) -> dict[str, Any]:
+    """A sharded array, a replicated one, one of the rank's own, and a plain value.
+
+    ``padded``: no rank can use a slot of another, since each shard has a size of its own.
+    """
+    everybody = tuple(range(world_size))
+    box, source = cut(rank, world_size), ARRAY if filled else None
     return {
-        "sharded": Boxed(SHAPE, float, [cut(rank, world_size)], of=ARRAY if filled else None),
+        "sharded": Boxed(SHAPE, float, [box], of=source, sharers=everybody),
         "replicated": mtckpt.replicated(ARRAY * 2 if filled else np.zeros(SHAPE)),
         "own": np.full(50, rank + 1.0 if filled else 0.0),
         "rank": rank if filled else -1,
+        **({"pad": np.zeros(5000 * rank)} if padded else {}),
     }
 
 
@@ -353,5 +372,69 @@ def test_ranks_that_are_left_over_do_not_hold_the_others_up(job: Callable[..., J
     for step in range(2, 7):
         for each in save(two, step):
             each.wait("local", timeout_s=30)
-    (run,) = two.ranks[0]._session.status().runs
-    assert len(run.slots) <= 2 * 3 + 2  # of the old job nothing is left
+    assert len(slots_of(two)) <= 2 * 3 + 2  # of the old job nothing is left
+
+
+def test_ranks_whose_memory_is_not_one_are_refused(ram_dir: Path) -> None:
+    """Agents of several nodes do not speak to each other: better no save than half of one."""
+
+    def work(rank: int) -> Exception | None:
+        group = groups[rank]
+        tiers = [mtckpt.Ram(ram_dir / f"node-{rank}", every=1)]
+        checkpointer = mtckpt.Checkpointer("run", tiers, group=group, timeout_s=20)
+        try:
+            checkpointer.save(1, {"w": np.zeros(3)})
+        except CheckpointError as error:
+            return error
+        finally:
+            checkpointer.close(timeout_s=1)
+        return None
+
+    groups = local_groups(2)
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(work, range(2)):
+            assert isinstance(found, GroupMissing)
+            assert "on 2 nodes" in str(found)
+
+
+def slots_of(job: Job) -> list[protocol.SlotStatus]:
+    (run,) = job.ranks[0]._session.status().runs
+    return run.slots
+
+
+def settled(saves: list[mtckpt.Save]) -> list[str]:
+    """Why each of them was called off, once that or the opposite is known; empty where staged."""
+    for each in saves:
+        try:
+            each.wait("staged", timeout_s=30)
+        except SaveFailed:
+            assert each.skipped  # called off, and no error
+    return [each.skipped or "" for each in saves]
+
+
+def test_a_rank_without_a_slot_holds_no_slot_of_another(
+    job: Callable[..., Job], ram_dir: Path
+) -> None:
+    """Somebody reads all that rank 1 has in memory: its slots are not given out again."""
+    three = job(3, tiers=[mtckpt.Ram(every=1, slots=2)], max_stall_s=0.5)
+    staged = 0
+    for step in range(1, 100):  # on a busy machine the first may take longer than that
+        staged += not any(settled(save(three, step, padded=True)))
+        if staged == 3:
+            break
+    with contextlib.ExitStack() as held:
+        for path in ram_dir.rglob("rank-00001.safetensors"):
+            fcntl.flock(held.enter_context(path.open("rb")), fcntl.LOCK_SH)
+        settled(save(three, 1999, padded=True))  # it had a slot for the next save already
+        for step in range(2000, 2006):
+            reasons = settled(save(three, step, padded=True))
+            assert all(reasons), reasons
+            assert "no slot is free" in reasons[1]
+        until(lambda: "sealed" not in [slot.state for slot in slots_of(three)])
+    # Saves resume together: at one step, on all ranks.
+    for step in range(3000, 3100):
+        reasons = settled(save(three, step, padded=True))
+        assert all(reasons) or not any(reasons)
+        if not any(reasons):
+            break
+    assert [restored.step for restored in restore(three, padded=True)] == [step] * 3

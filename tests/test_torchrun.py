@@ -106,8 +106,8 @@ def test_a_rank_that_is_stopped_is_named_and_saves_resume_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MTCKPT_RANK_S", "2")
-    said = run(3, "stuck", tmp_path, cwd=tmp_path)
-    for rank in range(3):  # rank 1, which goes on later, hears it too
+    said = run(2, "stuck", tmp_path, cwd=tmp_path)
+    for rank in range(2):  # rank 1, which goes on later, hears it too
         assert f"rank {rank}: step 2: RankTimeout of [1] at staged" in said
         assert f"rank {rank}: step 3: SaveFailed" in said
-    assert said.count("step 4: staged") == 3
+    assert said.count("step 4: staged") == 2

@@ -215,7 +215,7 @@ class Ring:
             elif slot.state is SlotState.CAPTURING:
                 fenced = slot.holder in run.fenced
                 parts.append("one belongs to a fenced process" if fenced else "one is captured")
-        return f"no slot is free: {'; '.join(parts) or 'none could be allocated'}"
+        return f"no slot is free: {'; '.join(dict.fromkeys(parts)) or 'none could be allocated'}"
 
     # -- sealing ---------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ from builders import build_incarnation, build_manifest, build_save
 from crash_worker import Life, Nursery, read_log
 
 from mtckpt import _manifest, _restore, _restorer
+from mtckpt._coordination import Single
 from mtckpt._restore import Place
 from mtckpt._run import Run
 from mtckpt.capture.cpu import CpuEngine
@@ -65,6 +67,7 @@ class FileRun:
     def __init__(self, places: Sequence[Place]) -> None:
         self.name, self.key, self.tiers = RUN, KEY, list[Any]()
         self.session = NoAgent()
+        self.group = Single()
         self._places = list(places)
 
     def places(self) -> list[Place]:
@@ -75,6 +78,9 @@ class FileRun:
 
     def within(self, label: str, work: Callable[[], Any], size_bytes: int = 0) -> Any:
         return work()
+
+    def together(self, stage: str, *_: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class Tiers:

@@ -45,7 +45,11 @@ PLAIN = "jax"
 WEAK = "jax.weak"
 KEY = "jax.key."
 # Two or more elements share a byte in XLA's memory; NumPy and our files give each its own.
-_PACKED_ON_DEVICE = frozenset({"int4", "uint4", "int2", "uint2", "float4_e2m1fn"})
+_PACKED_ON_DEVICE = frozenset(
+    np.dtype(getattr(ml_dtypes, name))
+    for name in ("int4", "uint4", "int2", "uint2", "float4_e2m1fn")
+    if hasattr(ml_dtypes, name)
+)
 # XLA's CPU devices adopt memory that starts at a multiple of this.
 _ALIGN_BYTES = 64
 
@@ -140,21 +144,36 @@ def host_addresses(
     On a CPU device that is where XLA keeps them; from all others they are copied to host memory.
     """
     _wait(values, paths)
-    pieces = [_one_of_many(value) for value in values]
-    in_place = _readable_in_place(pieces)
-    for piece, here in zip(pieces, in_place, strict=True):
-        if not here:
-            piece.copy_to_host_async()  # all devices at once
-    copies: list[np.ndarray[Any, Any]] = []
+    here_of: dict[Any, bool] = {}
     addresses = []
-    for piece, here in zip(pieces, in_place, strict=True):
-        if here:
-            addresses.append(piece.unsafe_buffer_pointer())
-            continue
-        copy = np.ascontiguousarray(np.asarray(piece))
-        copies.append(copy)
-        addresses.append(address_of(copy))
+    others = []
+    for value in values:
+        sharding = value.sharding
+        here = here_of.get(sharding)
+        if here is None:
+            here = here_of[sharding] = _is_one_cpu(sharding)
+        if here and _is_plain(value) and _is_dense(value):
+            addresses.append(value.unsafe_buffer_pointer())
+        else:
+            others.append((len(addresses), _one_of_many(value)))
+            addresses.append(0)
+    for _, piece in others:
+        piece.copy_to_host_async()  # all devices at once; on a CPU there is nothing to do
+    copies: list[np.ndarray[Any, Any]] = []
+    for at, piece in others:
+        if _is_one_cpu(piece.sharding) and _is_dense(piece):
+            addresses[at] = piece.unsafe_buffer_pointer()
+        else:
+            copy = np.ascontiguousarray(np.asarray(piece))
+            addresses[at] = address_of(copy)
+            copies.append(copy)
     return addresses, copies
+
+
+def _is_one_cpu(sharding: Sharding) -> bool:
+    devices = sharding.device_set
+    one: Any = next(iter(devices))
+    return len(devices) == 1 and bool(one.platform == "cpu")
 
 
 def _one_of_many(value: Any) -> Any:
@@ -177,45 +196,34 @@ def _wait(values: Sequence[Any], paths: Sequence[str]) -> None:
             spec_of(value, paths[i] if paths else "")
 
 
-def _readable_in_place(values: Sequence[Any]) -> list[bool]:
-    """For each array, whether its buffer holds its elements in C order in host memory."""
-    here: dict[object, bool] = {}
-    found = []
-    for value in values:
-        sharding = value.sharding
-        known = here.get(sharding)
-        if known is None:
-            devices = sharding.device_set
-            known = len(devices) == 1 and next(iter(devices)).platform == "cpu"
-            here[sharding] = known
-        found.append(known and _is_dense(value))
-    return found
-
-
 def _is_dense(value: Any) -> bool:
-    if not _is_plain(value) or value.dtype.name in _PACKED_ON_DEVICE:
+    """True if the buffer of a plain array holds its elements in C order, each in its own bytes."""
+    if value.dtype in _PACKED_ON_DEVICE:
         return False
     ndim = value.ndim
-    return ndim < 2 or bool(value.format.layout.major_to_minor == _C_ORDERS[ndim])
+    if ndim < 2:
+        return True
+    # What ``format`` is made of, for a tenth of the time; it is not public, so it may be gone.
+    layout = getattr(value, "_pjrt_layout", None)
+    known = _dense.get(layout)
+    if known is None:
+        known = value.format.layout.major_to_minor == tuple(range(ndim))
+        if layout is not None:
+            _dense[layout] = known
+    return known
 
 
 def _is_plain(value: Any) -> bool:
-    return type(value) is _PLAIN_TYPE
+    """True for an array of numbers; False for one of keys, which are made of several."""
+    return isinstance(value.dtype, np.dtype)
 
 
-class _COrders(dict[int, tuple[int, ...]]):
-    def __missing__(self, ndim: int) -> tuple[int, ...]:
-        order = self[ndim] = tuple(range(ndim))
-        return order
-
-
-_C_ORDERS = _COrders()
-_PLAIN_TYPE: type = type(jnp.zeros(()))
+_dense: dict[Any, bool] = {}
 
 
 def identity(value: Any) -> object | None:
     """The same object: JAX's arrays never change, so sharing a buffer otherwise means nothing."""
-    return (PLAIN, id(value)) if value.size else None
+    return id(value)
 
 
 # -- from bytes to arrays --------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""Bugs in what several ranks store, agree on and restore together; see ``planted_bugs``."""
+
+from __future__ import annotations
+
+from planted_bug import Bug
+
+BOXES = (
+    Bug(
+        "box-restored-in-part",
+        "_boxes.py",
+        "still += _without(part, common)",
+        "still += _without(part, common)[1:]",
+        ("test_boxes.py::test_pieces_and_what_is_missing_make_up_the_wanted_box_once",),
+    ),
+    Bug(
+        "rows-taken-for-columns",
+        "_boxes.py",
+        "or piece.shape[axis] == source.shape[axis] == target.shape[axis]",
+        "or piece.shape[axis] == target.shape[axis]",
+        ("test_boxes.py::test_a_wanted_box_is_put_together_byte_for_byte",),
+    ),
+    Bug(
+        "missing-bytes-left-as-they-are",
+        "_assembly.py",
+        "    if missing:\n",
+        "    if missing and not pieces:\n",
+        ("test_assembly.py::test_any_box_comes_from_any_boxes",),
+    ),
+    Bug(
+        "arrays-of-two-groups-mixed",
+        "_assembly.py",
+        "if entry.ranks != wanted.ranks:",
+        "if entry.dtype != wanted.dtype:",
+        ("test_assembly.py::test_groups_of_ranks_have_arrays_of_their_own_under_one_path",),
+    ),
+    Bug(
+        "private-state-of-rank-0-for-all",
+        "_restore.py",
+        "self.base = scope.rank % world_size",
+        "self.base = 0",
+        ("test_assembly.py::test_what_is_private_stays_with_its_rank",),
+    ),
+    Bug(
+        "first-shard-placed-before-the-last-was-seen",
+        "_restore.py",
+        "if last and sum(len(part.wants) for part in parts) > 1:",
+        "if last and len(parts) > 1:",
+        ("test_assembly.py::test_a_flipped_bit_in_any_shard_is_found[checked while placed]",),
+    ),
+)
+
+SHARES = (
+    Bug(
+        "share-of-a-rank-with-a-gap",
+        "_boxes.py",
+        "length * member // members, length * (member + 1) // members",
+        "length * member // members, length // members * (member + 1)",
+        ("test_boxes.py::test_shares_are_the_whole_each_byte_once",),
+    ),
+    Bug(
+        "share-of-ranks-on-another-node",
+        "_pieces.py",
+        "here = [rank for rank in part.holders if rank in members.node]",
+        "here = list(part.holders)",
+        ("test_pieces.py::test_every_byte_once_for_each_node",),
+    ),
+    Bug(
+        "stale-plan-of-a-global-array",
+        "_pieces.py",
+        "if (part.spec, part.holders) != (piece.held, piece.holders):",
+        "if part.spec.shape != (piece.held and piece.held.shape):",
+        ("test_pieces.py::test_what_changed_since_the_plan_is_not_gathered",),
+    ),
+)
+
+AGREEMENT = (
+    Bug(
+        "parts-of-two-plans-are-a-save",
+        "_manifest.py",
+        "r.incarnation, r.plan_digest)",
+        "r.incarnation, first.plan_digest)",
+        ("test_manifest.py::test_parts_of_different_plans_are_no_save",),
+    ),
+    Bug(
+        "crash-in-the-first-save-for-ever",
+        "_restorer.py",
+        "(plan.lost or (plan.skipped",
+        "(plan.skipped or (plan.skipped",
+        ("test_ranks.py::test_a_first_save_that_was_never_whole_is_no_step",),
+    ),
+    Bug(
+        "save-skipped-by-one-rank-alone",
+        "_saver.py",
+        "if self.run.members.world_size > 1 and save.id:",
+        "if self.run.members.world_size > 1 and not save.id:",
+        ("test_ranks.py::test_a_rank_that_cannot_capture_calls_the_save_off_on_all",),
+        quick=False,
+    ),
+    Bug(
+        "staged-with-a-part-missing",
+        "_session.py",
+        "        if sealed.staged:\n",
+        "        if sealed.save:\n",
+        ("test_ranks.py::test_a_rank_that_never_comes_is_named",),
+    ),
+)
