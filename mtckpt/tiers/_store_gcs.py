@@ -52,6 +52,7 @@ class GcsStore:
 
     min_part_bytes = 1
     max_parts = MAX_COMPONENTS**2
+    completes_atomically = True
     can_create: bool | None = True  # ifGenerationMatch is older than anything that lacks it
 
     def __init__(self, fs: Any, place: str, root: str, *, stall_s: float) -> None:

@@ -197,7 +197,11 @@ class Http:
         else:
             connection = http.client.HTTPConnection(through, timeout=connect_s)
             connection.asks_proxy = bool(proxy)  # type: ignore[attr-defined]  # a note of ours on it
-        connection.connect()
+        try:
+            connection.connect()
+        except BaseException:
+            connection.close()
+            raise
         connection.sock.settimeout(self._stall_s)
         return connection
 

@@ -38,7 +38,10 @@ class S3fsWire:
     def __init__(self, fs: Any, secrets: Iterable[str] = ()) -> None:
         self._fs = fs
         self._secrets = tuple(secrets)
-        self.region = ""
+
+    @property
+    def endpoint(self) -> str:
+        return str(self._fs._s3.meta.endpoint_url) if self._fs._s3 is not None else ""
 
     def call(self, operation: str, timeout_s: float, **params: Any) -> Mapping[str, Any]:
         async def work() -> Mapping[str, Any]:
