@@ -11,11 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agent_checks import ram_root, until
+from agent_checks import agent_pid, ram_root, until
 from stores import S3Server
 
 import mtckpt
-from mtckpt.errors import RestoreUnavailable, UsageError
+from mtckpt.errors import (
+    AccessDenied,
+    CloseFailed,
+    RestoreUnavailable,
+    SaveFailed,
+    UsageError,
+)
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
 
@@ -136,6 +142,42 @@ def command_lines() -> Iterator[bytes]:
             yield Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue  # it has ended
+
+
+def test_new_credentials_need_no_new_agent(tmp_path: Path, s3: S3Server) -> None:
+    """The wrong ones are told to the loop; the next Checkpointer brings others."""
+    url = f"s3://{s3.new_prefix()}"
+    wrong = {"url": url, "every": 1, "storage_options": {**s3.options, "secret": "not-it-at-all"}}
+    run = open_run(tmp_path, wrong)
+    save = run.save(1, make_state(1.0))
+    with pytest.raises(SaveFailed) as raised:
+        save.wait("durable", timeout_s=20)
+    assert isinstance(raised.value.__cause__, AccessDenied)
+    assert "not-it-at-all" not in str(raised.value) + str(raised.value.__cause__)
+    with pytest.raises(CloseFailed):
+        run.close(timeout_s=20)
+    agent, processes = agent_pid(), store_processes()
+    assert processes
+    with open_run(tmp_path, {**wrong, "storage_options": s3.options}) as run:
+        assert run.restore(make_state()).step == 1
+        run.save(2, make_state(2.0)).wait("durable", timeout_s=20)
+        assert agent_pid() == agent
+        until(lambda: not processes & store_processes())
+
+
+def store_processes() -> set[int]:
+    """Data processes that can speak to a store over a network."""
+    found = set()
+    for path in Path(f"/proc/{agent_pid()}/task").glob("*/children"):
+        for pid in path.read_text().split():
+            with contextlib.suppress(OSError):
+                if "botocore" in open_files(pid) or "_ssl." in open_files(pid):
+                    found.add(int(pid))
+    return found
+
+
+def open_files(pid: str) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
