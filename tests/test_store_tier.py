@@ -15,6 +15,7 @@ from agent_checks import agent_pid, ram_root, until
 from stores import S3Server
 
 import mtckpt
+from mtckpt import _run
 from mtckpt.errors import (
     AccessDenied,
     CloseFailed,
@@ -178,6 +179,22 @@ def store_processes() -> set[int]:
 
 def open_files(pid: str) -> str:
     return Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_a_step_of_this_node_does_not_wait_for_a_silent_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_run, "_STORE_PATIENCE_S", 0.5)
+    options = {"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:9"}
+    store = mtckpt.ObjectStore("s3://bucket/x", storage_options=options)
+    disk = mtckpt.Disk(tmp_path / "disk")
+    with mtckpt.Checkpointer("r", [mtckpt.Ram(every=1), disk], timeout_s=20) as run:
+        run.save(1, make_state(1.0)).wait("local", timeout_s=20)
+    run = mtckpt.Checkpointer("r", [mtckpt.Ram(every=1), disk, store], timeout_s=50)
+    restored = run.restore(make_state())
+    assert restored.step == 1
+    assert "did not answer within 0.5 s" in restored.skipped["tier store"]
+    run.close(timeout_s=1)
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
