@@ -202,6 +202,9 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError) as raised:
             mtckpt.ObjectStore(url)
         assert "hush" not in str(raised.value)
+    twice = [mtckpt.Disk(tmp_path / "d"), mtckpt.ObjectStore(f"file://{tmp_path}/d", every=2)]
+    with pytest.raises(UsageError, match="one directory"):
+        open_run(tmp_path, {}, tiers=twice)
     with pytest.raises(UsageError, match="engine"):
         mtckpt.ObjectStore("s3://b/x", engine="curl")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"storage_options\['session'\] is a object") as raised:
