@@ -129,6 +129,7 @@ class Http:
             # A server that has refused early closes its side: its answer may be there to read.
             connection.sock.settimeout(1.0)
             answer = self._answer(connection, None)
+            connection.close()
             if answer.status < 300:
                 raise
             return answer

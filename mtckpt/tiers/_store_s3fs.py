@@ -62,9 +62,9 @@ class S3fsWire:
             answer = await client.get_object(
                 Bucket=bucket, Key=name, Range=f"bytes={offset}-{offset + len(out) - 1}"
             )
-            _check_range(answer, offset)
             done = 0
             async with answer["Body"] as body:
+                _check_range(answer, offset)
                 async for piece in body.iter_chunks(PIECE_BYTES):
                     if done + len(piece) > len(out):
                         raise Refused(Kind.CORRUPTED, "more bytes than the range asked for")
