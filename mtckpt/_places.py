@@ -48,7 +48,7 @@ def refuse_one_directory(paths: Mapping[str, str]) -> None:
     """
     labels: dict[str, str] = {}
     for label, path in paths.items():
-        real = _without_links(path)
+        real = _without_links(path.removeprefix("file://"))
         if labels.setdefault(real, label) != label:
             raise UsageError(
                 f"the tiers {labels[real]} and {label} are one directory: {real}",

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenShard", "check_box", "open_shard", "stored_name"]
 
-_BLOCK_CHUNKS = 16
-
 
 def stored_name(entry: ArrayEntry) -> str:
     """The tensor's name in the file: its path, with the offsets of a box."""
@@ -51,7 +49,7 @@ class OpenShard:
 
     def read(self, tensor: StoredTensor, out: memoryview | None = None) -> None:
         """Read and verify a tensor, into ``out`` if it is wanted. Raises Damaged with the key."""
-        block_bytes = _BLOCK_CHUNKS * CHUNK_BYTES
+        block_bytes = self.held.block_bytes  # whole chunks
         scratch = memoryview(bytearray(min(block_bytes, tensor.size_bytes) if out is None else 0))
         digests = self.table.digests
         for start in range(0, tensor.size_bytes, block_bytes):

@@ -46,6 +46,9 @@ __all__ = ["Run"]
 logger = logging.getLogger(__name__)
 
 _MIN_BYTES_PER_S = 20e6
+# What a store gets to say what it has, where this node has a step: a crash of the training process
+# is not to be waited out because the network is.
+_STORE_PATIENCE_S = 10.0
 # Of a store, which gives up by itself where nothing comes any more.
 _MIN_STORE_BYTES_PER_S = 1e6
 
@@ -95,6 +98,7 @@ class Run:
             label: tier.place for label, tier in zip(self.labels, self.tiers, strict=True)
         }
         self._stores: dict[str, Tier] = {}
+        self._hurries = False
         self._highest = 0
         self._starting: Incarnation | None = None  # agreed on, and not yet known to the agent
         self._scanned = False
@@ -177,7 +181,18 @@ class Run:
             return cast("Tier", silent)  # nothing but ``list`` is called before it answered
 
     def scan(self, places: Sequence[Place]) -> tuple[dict[str, Inventory], dict[str, str]]:
-        inventories, silent = _restore.scan_places(places, self.key, self.within)
+        inventories: dict[str, Inventory] = {}
+        silent: dict[str, str] = {}
+        for place in places:
+            self._hurries = any(
+                save.complete
+                for inventory in inventories.values()
+                for save in inventory.saves.values()
+            )
+            found, without = _restore.scan_places([place], self.key, self.within)
+            inventories.update(found)
+            silent.update(without)
+        self._hurries = False
         known = _inventory.all_incarnations(inventories.values())
         numbers = [i.number for i in known]
         numbers += [name.incarnation for inv in inventories.values() for name in inv.saves]
@@ -192,6 +207,8 @@ class Run:
         """
         rate = _MIN_STORE_BYTES_PER_S if label in self._stores else _MIN_BYTES_PER_S
         timeout_s = self.timeout_s + size_bytes / rate
+        if self._hurries and label in self._stores:
+            timeout_s = min(timeout_s, _STORE_PATIENCE_S)
         result: list[Any] = []
         failure: list[BaseException] = []
 

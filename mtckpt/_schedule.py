@@ -132,6 +132,8 @@ class ObjectStore(SlowTier):
         storage_options: for that engine, JSON values only. By default credentials come from where
             the store's users keep them: environment, configuration files, the machine's role. They
             are never written or shown.
+        reuse: parts whose bytes the newest save in the store has are copied inside the store, where
+            it can; each shard there is whole all the same.
     """
 
     kind = "store"
@@ -142,6 +144,7 @@ class ObjectStore(SlowTier):
     storage_options: Mapping[str, Any] | None = field(
         default=None, kw_only=True, repr=False, hash=False
     )
+    reuse: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         parse_every(self.every, times=True)

@@ -86,6 +86,11 @@ class Held:
         self._lease = lease
 
     @property
+    def block_bytes(self) -> int:
+        """How much to ask for at once: of what is no file, as much as goes in several requests."""
+        return 64 << 20 if self._lease is None else 4 << 20
+
+    @property
     def fd(self) -> int:
         """The leased descriptor, of a tier in a directory."""
         assert self._lease is not None

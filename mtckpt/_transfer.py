@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mtckpt import _commit, _inventory, _manifest, _shard
+from mtckpt import _commit, _inventory, _manifest, _reuse, _shard
 from mtckpt._crash import crash_point
 from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Manifest, ManifestEntry, SaveName
@@ -32,8 +32,10 @@ from mtckpt.errors import (
     TierUnavailable,
 )
 from mtckpt.tiers.base import BytesSource, read_all
+from mtckpt.tiers.object_store import ObjectStoreTier
 
 if TYPE_CHECKING:
+    from mtckpt._reuse import Same
     from mtckpt.tiers.base import Source
 
 __all__ = [
@@ -58,9 +60,11 @@ logger = logging.getLogger(__name__)
 @dataclass(slots=True)
 class CopyResult:
     """``rewritten`` are keys that were there, damaged, and were set aside; ``record`` has the
-    bytes of the record that was stored last, by its key."""
+    bytes of the record that was stored last, by its key. ``reused_bytes`` were copied inside the
+    target."""
 
     copied_bytes: int = 0
+    reused_bytes: int = 0
     rewritten: list[str] = field(default_factory=list)
     record: dict[str, bytes] = field(default_factory=dict)
 
@@ -72,10 +76,12 @@ def copy_shard(
     name: SaveName,
     rank: int,
     *,
+    base: SaveName | None = None,
     progress: Progress | None = None,
 ) -> CopyResult:
     """Copy one shard, verified on the way, record last. What is there already and right is kept.
 
+    ``base``: a save there whose shard has parts in common, for a store that copies by itself.
     Raises Damaged for the source, and what the target's ``put`` raises; what this call stored is
     then gone again.
     """
@@ -88,11 +94,12 @@ def copy_shard(
             (table_key, BytesSource(shard.table_data), lambda: _same(target, table_key, shard)),
             (record_key, BytesSource(shard.record_data), lambda: _same(target, record_key, shard)),
         ]
+        same = _reuse.same_parts(target.tier, run_key, base, rank, shard) if base else None
         try:
             for point, (key, content, is_right) in zip(
                 ("data", "table", "record"), steps, strict=True
             ):
-                if _put(target, key, content, is_right, result):
+                if _put(target, key, content, is_right, result, same if point == "data" else None):
                     stored.append(key)
                 crash_point(f"flush.{point}")
         except BaseException:
@@ -103,12 +110,20 @@ def copy_shard(
 
 
 def _put(
-    target: Place, key: str, content: Source, is_right: Callable[[], bool], result: CopyResult
+    target: Place,
+    key: str,
+    content: Source,
+    is_right: Callable[[], bool],
+    result: CopyResult,
+    same: Same | None = None,
 ) -> bool:
     """Store one object; False if it was there and right. A damaged one is set aside."""
     for _ in range(2):
         try:
-            target.through.put(key, content)
+            if same is not None and isinstance(target.tier, ObjectStoreTier):
+                result.reused_bytes += target.tier.put_reusing(key, content, same).copied_bytes
+            else:
+                target.through.put(key, content)
         except AlreadyExists:
             if is_right():
                 return False

@@ -12,6 +12,7 @@ import http.client
 import random
 import re
 import socket
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ Kind = Literal[
     "late",  # the store does it, and `status` and `code` are the answer all the same
     "stall",  # the connection stays, and no byte moves
     "cut",  # half of the answer's body, then the end of the connection
+    "trickle",  # the answer's body, a byte now and then
     "short",  # fewer bytes than asked for, in an answer that is right in itself
     "wrong",  # a bit of the answer's body flipped
     "other_range",  # the right number of bytes from another place
@@ -33,6 +35,7 @@ Kind = Literal[
 
 MAX_HEAD = 64 << 10
 HOLD_S = 30.0
+TRICKLE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class FaultProxy:
     rules: list[Fault] = field(default_factory=list)
     seed: int = 0
     url: str = ""
+    tls: ssl.SSLContext | None = None
     seen: list[Seen] = field(default_factory=list)
     _first: dict[str, tuple[int, list[tuple[str, str]], bytes]] = field(default_factory=dict)
     _counts: Counter[Fault] = field(default_factory=Counter)
@@ -90,7 +94,8 @@ class FaultProxy:
     def __enter__(self) -> FaultProxy:
         self._random = random.Random(self.seed)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        scheme = "https" if self.tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
@@ -128,8 +133,16 @@ class FaultProxy:
             self._open.add(connection)
         upstream = http.client.HTTPConnection(self.upstream.partition("://")[2], timeout=60)
         try:
-            with connection, contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            with (
+                connection,
+                contextlib.ExitStack() as stack,
+                contextlib.suppress(OSError, http.client.HTTPException, ValueError),
+            ):
                 # Whatever breaks here breaks the connection, which is what a proxy would do.
+                if self.tls is not None:
+                    connection = stack.enter_context(
+                        self.tls.wrap_socket(connection, server_side=True)
+                    )
                 while (request := _read_request(connection)) is not None:
                     if not self._handle(connection, upstream, request):
                         return
@@ -170,6 +183,13 @@ class FaultProxy:
             headers = [(n, _moved(v) if n.lower() == "content-range" else v) for n, v in headers]
         if kind == "short":
             body = body[: len(body) // 2]
+        if kind == "trickle":
+            _send(connection, status, headers, b"", claimed=len(body))
+            for byte in body:
+                if self._ended.wait(TRICKLE_S):
+                    break
+                connection.sendall(bytes([byte]))
+            return False
         if kind == "cut":
             _send(connection, status, headers, body[: len(body) // 2], claimed=len(body))
             return False

@@ -54,7 +54,7 @@ SIGNATURES = {
     "Save.exception": "self",
     "Ram": "path=None, *, every='auto', slots='auto'",
     "Disk": "path, *, every=1, keep=3",
-    "ObjectStore": "url, *, every=1, keep=None, engine='auto', storage_options=None",
+    "ObjectStore": "url, *, every=1, keep=None, engine='auto', storage_options=None, reuse=False",
     "KeepLast": "n",
     "KeepEvery": "every, within=None",
     "KeepBest": "n, metric, mode='min'",

@@ -11,11 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agent_checks import ram_root, until
+from agent_checks import agent_pid, ram_root, until
 from stores import S3Server
 
 import mtckpt
-from mtckpt.errors import RestoreUnavailable, UsageError
+from mtckpt import _run
+from mtckpt.errors import (
+    AccessDenied,
+    CloseFailed,
+    RestoreUnavailable,
+    SaveFailed,
+    UsageError,
+)
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
 
@@ -138,11 +145,66 @@ def command_lines() -> Iterator[bytes]:
             continue  # it has ended
 
 
+def test_new_credentials_need_no_new_agent(tmp_path: Path, s3: S3Server) -> None:
+    """The wrong ones are told to the loop; the next Checkpointer brings others."""
+    url = f"s3://{s3.new_prefix()}"
+    wrong = {"url": url, "every": 1, "storage_options": {**s3.options, "secret": "not-it-at-all"}}
+    run = open_run(tmp_path, wrong)
+    save = run.save(1, make_state(1.0))
+    with pytest.raises(SaveFailed) as raised:
+        save.wait("durable", timeout_s=20)
+    assert isinstance(raised.value.__cause__, AccessDenied)
+    assert "not-it-at-all" not in str(raised.value) + str(raised.value.__cause__)
+    with pytest.raises(CloseFailed):
+        run.close(timeout_s=20)
+    agent, processes = agent_pid(), store_processes()
+    assert processes
+    with open_run(tmp_path, {**wrong, "storage_options": s3.options}) as run:
+        assert run.restore(make_state()).step == 1
+        run.save(2, make_state(2.0)).wait("durable", timeout_s=20)
+        assert agent_pid() == agent
+        until(lambda: not processes & store_processes())
+
+
+def store_processes() -> set[int]:
+    """Data processes that can speak to a store over a network."""
+    found = set()
+    for path in Path(f"/proc/{agent_pid()}/task").glob("*/children"):
+        for pid in path.read_text().split():
+            with contextlib.suppress(OSError):
+                if "botocore" in open_files(pid) or "_ssl." in open_files(pid):
+                    found.add(int(pid))
+    return found
+
+
+def open_files(pid: str) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_a_step_of_this_node_does_not_wait_for_a_silent_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_run, "_STORE_PATIENCE_S", 0.5)
+    options = {"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:9"}
+    store = mtckpt.ObjectStore("s3://bucket/x", storage_options=options)
+    disk = mtckpt.Disk(tmp_path / "disk")
+    with mtckpt.Checkpointer("r", [mtckpt.Ram(every=1), disk], timeout_s=20) as run:
+        run.save(1, make_state(1.0)).wait("local", timeout_s=20)
+    run = mtckpt.Checkpointer("r", [mtckpt.Ram(every=1), disk, store], timeout_s=50)
+    restored = run.restore(make_state())
+    assert restored.step == 1
+    assert "did not answer within 0.5 s" in restored.skipped["tier store"]
+    run.close(timeout_s=1)
+
+
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
     for url in ("bucket/x", "s3://", "s3://key:hush@bucket/x", "s3://bucket/x?token=hush", ""):
         with pytest.raises(UsageError) as raised:
             mtckpt.ObjectStore(url)
         assert "hush" not in str(raised.value)
+    twice = [mtckpt.Disk(tmp_path / "d"), mtckpt.ObjectStore(f"file://{tmp_path}/d", every=2)]
+    with pytest.raises(UsageError, match="one directory"):
+        open_run(tmp_path, {}, tiers=twice)
     with pytest.raises(UsageError, match="engine"):
         mtckpt.ObjectStore("s3://b/x", engine="curl")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"storage_options\['session'\] is a object") as raised:

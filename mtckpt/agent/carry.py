@@ -265,7 +265,13 @@ class Carrier:
         report(work.Progress(0, size_bytes))
         meter = _Meter(size_bytes, report)
         result = _transfer.copy_shard(
-            source, target, command.run_key, name, command.rank, progress=meter.add
+            source,
+            target,
+            command.run_key,
+            name,
+            command.rank,
+            base=_save_name(command.base) if command.base else None,
+            progress=meter.add,
         )
         done = None
         if command.is_last:
@@ -277,6 +283,7 @@ class Carrier:
             done is not None,
             result.rewritten,
             weak=done is not None and not done.atomic,
+            reused_bytes=result.reused_bytes,
         )
 
     def _complete(self, command: work.Complete) -> work.Completed:

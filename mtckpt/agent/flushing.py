@@ -144,6 +144,11 @@ class Flusher:
             self._tools.start(self._relieve(run), f"retention of {run.key} on disks")
         return True
 
+    def _base(self, run: RunState, tier: TierState) -> str:
+        """The newest save in a store: rules let it go last."""
+        held = [s for s in run.saves.values() if s.is_complete(tier.label) and s.save_id]
+        return str(max(held, key=lambda s: s.order).name) if held else ""
+
     def _add_best(self, run: RunState, tier: TierState) -> None:
         """The best of all goes to a store that keeps it, due or not, while it can be had."""
         for name in self._healer.best(run, tier):
@@ -164,6 +169,7 @@ class Flusher:
 
         source = run.source_for(save, tier.label) or run.ram
         ranks = sorted(save.ranks.get(source.label, ()))
+        base = self._base(run, tier) if tier.config.reuse else ""
         for rank in ranks:
             command = work.Flush(
                 run.key,
@@ -173,10 +179,12 @@ class Flusher:
                 tier.ref,
                 incarnation=run.incarnation if rank == ranks[0] else 0,
                 is_last=rank == ranks[-1],
+                base=base,
             )
             flushed = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
             save.ranks.setdefault(tier.label, set()).add(rank)
             before_bytes += flushed.copied_bytes
+            run.counters["reused_bytes"] += flushed.reused_bytes
             if flushed.weak:
                 save.weak.add(tier.label)
             # A listing may lag behind what was stored: it is looked at again then.

@@ -405,6 +405,12 @@ class Pool:
         worker = self.worker(place)
         return await worker.call(command, timeout_s, on_progress, stall_s=stall_s)
 
+    async def forget(self, place: work.TierRef) -> None:
+        """End the worker of a place; what it was doing fails as unavailable."""
+        worker = self._workers.pop((place.path, place.access), None)
+        if worker is not None:
+            await worker.close()
+
     async def close(self) -> None:
         """End all of them. Idempotent."""
         await asyncio.gather(*(worker.close() for worker in self._workers.values()))

@@ -30,6 +30,7 @@ import msgspec
 from mtckpt import errors
 from mtckpt._access import Access
 from mtckpt._manifest import Uuid
+from mtckpt._schedule import ObjectStore
 
 if TYPE_CHECKING:
     from mtckpt._schedule import SlowTier
@@ -56,11 +57,13 @@ class TierConfig(msgspec.Struct, frozen=True):
     path: str
     keep: list[dict[str, Any]] = []
     access: Access = Access()
+    reuse: bool = False
 
 
 def tier_config(label: str, tier: SlowTier, keep: list[dict[str, Any]]) -> TierConfig:
     """The settings of a tier as the agent gets them."""
-    return TierConfig(label, tier.kind, tier.place, keep, tier.access)
+    reuse = isinstance(tier, ObjectStore) and tier.reuse
+    return TierConfig(label, tier.kind, tier.place, keep, tier.access, reuse)
 
 
 class Open(msgspec.Struct, frozen=True):

@@ -218,12 +218,20 @@ class Registry:
             old = run.tiers.get(config.label)
             if old is not None and old.config.path == config.path:
                 # Other credentials are another data process, and the same tier.
-                old.config, old.ref = config, ref
+                before, old.config, old.ref = old.ref, config, ref
+                if before != ref:
+                    self.tools.start(self._forget(before), f"ending {old.label} as it was")
                 continue
             if old is not None and old.task is not None:
                 old.task.cancel()
             run.tiers[config.label] = TierState(config.label, config, ref)
         run.touch()
+
+    async def _forget(self, place: TierRef) -> None:
+        """End a data process, unless another run reaches its place in the same way."""
+        refs = [tier.ref for run in self.runs.values() for tier in run.tiers.values()]
+        if place.kind == "store" and place not in refs:
+            await self.tools.pool.forget(place)
 
     async def wait_scanned(self, run: RunState, timeout_s: float) -> None:
         """Wait until every tier has said what it holds, or that it cannot; at most so long."""

@@ -47,6 +47,9 @@ class DataProcesses(Protocol):
         ``stall_s`` is how long it may be silent while its bytes are moving.
         """
 
+    async def forget(self, place: work.TierRef) -> None:
+        """End the data process of a place that nothing will be asked of any more."""
+
     async def close(self) -> None:
         """End all data processes; one that hangs is left to the kernel."""
 

@@ -116,7 +116,7 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     Any error leaves nothing on the target that this command stored. Damaged names the tier that
     is damaged, always the source: a damaged copy on the target is set aside and written anew.
     RunLocked: a store has a later incarnation than ``incarnation``, if that is given. ``is_last``:
-    it looks then whether the save is complete.
+    it looks then whether the save is complete. ``base``: a save there to copy equal parts from.
     """
 
     run_key: str
@@ -126,6 +126,7 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     target: TierRef
     incarnation: int = 0
     is_last: bool = True
+    base: str = ""
 
 
 class Complete(msgspec.Struct, frozen=True, tag=True):
@@ -375,13 +376,14 @@ class Scanned(msgspec.Struct, frozen=True, tag=True):
 
 class Flushed(msgspec.Struct, frozen=True, tag=True):
     """``complete``: every rank's record is there now. ``rewritten``: keys that were damaged.
-    ``weak``: the store could not make the commit atomic."""
+    ``weak``: the store could not make the commit atomic. ``reused_bytes`` were not sent."""
 
     copied_bytes: int
     elapsed_s: float
     complete: bool
     rewritten: list[str] = []
     weak: bool = False
+    reused_bytes: int = 0
 
 
 class Completed(msgspec.Struct, frozen=True, tag=True):

@@ -26,9 +26,12 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 
 
 def opened(
-    url: str, engine: str, options: Mapping[str, Any], *, stall_s: float
+    url: str, engine: str, options: Mapping[str, Any], *, stall_s: float, longest_s: float
 ) -> tuple[Store, str, str]:
-    """The store, the path of its root (bucket first), and the engine that was chosen."""
+    """The store, the path of its root (bucket first), and the engine that was chosen.
+
+    No request waits ``stall_s`` for a byte, and none of a read takes more than ``longest_s``.
+    """
     if engine not in ("auto", "obstore", "fsspec"):
         raise UsageError(f"not an engine: {engine!r}", actions=["auto, obstore or fsspec"])
     scheme, separator, rest = url.partition("://")
@@ -39,7 +42,7 @@ def opened(
         )
     place = redacted(url.rstrip("/"))
     if scheme in _S3:
-        return _open_s3(place, _bucket_path(rest, place), engine, options, stall_s)
+        return _open_s3(place, _bucket_path(rest, place), engine, options, stall_s, longest_s)
     if engine == "obstore":
         raise UsageError(
             f"engine='obstore' is for s3:// only, not for {scheme}://",
@@ -63,7 +66,12 @@ def _has(package: str) -> bool:
 
 
 def _open_s3(
-    place: str, path: str, engine: str, options: Mapping[str, Any], stall_s: float
+    place: str,
+    path: str,
+    engine: str,
+    options: Mapping[str, Any],
+    stall_s: float,
+    longest_s: float,
 ) -> tuple[Store, str, str]:
     from mtckpt.tiers._store_s3 import S3Store
 
@@ -75,7 +83,8 @@ def _open_s3(
         from mtckpt.tiers._store_obstore import FastWire, can_serve
 
         if engine == "obstore" or can_serve(options):
-            return S3Store(FastWire(bucket, options, stall_s=stall_s), place), path, "obstore"
+            wire = FastWire(bucket, options, stall_s=stall_s, longest_s=longest_s)
+            return S3Store(wire, place), path, "obstore"
     if not _has("s3fs"):
         raise UsageError(
             "s3:// needs a client that is not installed",

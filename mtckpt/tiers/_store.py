@@ -105,12 +105,17 @@ class SentPart:
 
 
 class PartStore(Protocol):
-    """Large objects, part by part: nothing is seen before ``complete``, which never replaces."""
+    """Large objects, part by part: nothing is seen before ``complete``, which never replaces.
+
+    ``completes_atomically``: not even where two complete at the same moment.
+    """
 
     @property
     def min_part_bytes(self) -> int: ...
     @property
     def max_parts(self) -> int: ...
+    @property
+    def completes_atomically(self) -> bool: ...
 
     def checksum_of(self, view: memoryview) -> str: ...
     def find(self, path: str, timeout_s: float) -> list[Upload]: ...

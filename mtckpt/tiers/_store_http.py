@@ -129,6 +129,7 @@ class Http:
             # A server that has refused early closes its side: its answer may be there to read.
             connection.sock.settimeout(1.0)
             answer = self._answer(connection, None)
+            connection.close()
             if answer.status < 300:
                 raise
             return answer
@@ -197,7 +198,11 @@ class Http:
         else:
             connection = http.client.HTTPConnection(through, timeout=connect_s)
             connection.asks_proxy = bool(proxy)  # type: ignore[attr-defined]  # a note of ours on it
-        connection.connect()
+        try:
+            connection.connect()
+        except BaseException:
+            connection.close()
+            raise
         connection.sock.settimeout(self._stall_s)
         return connection
 

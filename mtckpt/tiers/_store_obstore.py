@@ -58,7 +58,9 @@ def can_serve(options: Mapping[str, Any]) -> bool:
 class FastWire:
     """Operations on one bucket, with the storage options of s3fs."""
 
-    def __init__(self, bucket: str, options: Mapping[str, Any], *, stall_s: float) -> None:
+    def __init__(
+        self, bucket: str, options: Mapping[str, Any], *, stall_s: float, longest_s: float
+    ) -> None:
         if not can_serve(options):
             unknown = sorted(set(options) - _OPTIONS) or sorted(
                 set(options["client_kwargs"]) - _CLIENT_OPTIONS
@@ -70,13 +72,17 @@ class FastWire:
         self._bucket = bucket
         self._options = dict(options)
         self._stall_s = stall_s
+        self._longest_s = longest_s
         self._lock = threading.Lock()
         self._http: Http | None = None
         self._client: Any = None
         self._reader: Any = None
         self._credentials: Any = None
         self._replaced: list[Any] = []
-        self.region = ""
+
+    @property
+    def endpoint(self) -> str:
+        return str(self._signer().meta.endpoint_url)
 
     # -- operations ------------------------------------------------------------------------------
 
@@ -220,7 +226,6 @@ class FastWire:
         self._verify = extra.get("verify", os.environ.get("AWS_CA_BUNDLE"))
         if self._http is None:
             self._http = Http(stall_s=self._stall_s, verify=self._verify)
-        self.region = client.meta.region_name
         self._client = client
 
     def _opened_reader(self) -> Any:
@@ -241,8 +246,8 @@ class FastWire:
             "allow_http": url.startswith("http://"),
             "connect_timeout": timedelta(seconds=min(10.0, self._stall_s)),
             "read_timeout": timedelta(seconds=self._stall_s),
-            # The whole of one ranged read; what bounds it in earnest is the tier's deadline.
-            "timeout": timedelta(seconds=600),
+            # The whole of one ranged read, however its bytes trickle in.
+            "timeout": timedelta(seconds=self._longest_s),
         }
         if self._verify is False:
             client_options["allow_invalid_certificates"] = True
@@ -258,7 +263,7 @@ class FastWire:
             more["endpoint"] = _with_bucket(url, self._bucket) if virtual else url
         return S3Store(
             self._bucket,
-            region=self.region,
+            region=client.meta.region_name,
             virtual_hosted_style_request=virtual,
             client_options=client_options,
             retry_config={"max_retries": 0},

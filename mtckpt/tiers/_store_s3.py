@@ -80,8 +80,8 @@ def refused_by_s3(status: int, code: str, message: str, secrets: Iterable[str] =
 class Wire(Protocol):
     """Carries operations of S3. Raises ``Refused`` for every answer that is no success."""
 
-    region: str
-
+    @property
+    def endpoint(self) -> str: ...
     def call(self, operation: str, timeout_s: float, **params: Any) -> Mapping[str, Any]: ...
     def send(
         self, operation: str, view: memoryview, timeout_s: float, **params: Any
@@ -151,6 +151,12 @@ class S3Store:
 
     def delete(self, path: str, timeout_s: float) -> None:
         self._wire.call("delete_object", timeout_s, **_at(path))
+
+    @property
+    def completes_atomically(self) -> bool:
+        # Amazon says so. Of two that completed one key at once SeaweedFS 4.48 let both win, now and
+        # then, though its single puts are atomic; what other servers do is not known.
+        return ".amazonaws.com" in self._wire.endpoint
 
     # -- parts -----------------------------------------------------------------------------------
 

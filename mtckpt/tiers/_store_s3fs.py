@@ -38,7 +38,10 @@ class S3fsWire:
     def __init__(self, fs: Any, secrets: Iterable[str] = ()) -> None:
         self._fs = fs
         self._secrets = tuple(secrets)
-        self.region = ""
+
+    @property
+    def endpoint(self) -> str:
+        return str(self._fs._s3.meta.endpoint_url) if self._fs._s3 is not None else ""
 
     def call(self, operation: str, timeout_s: float, **params: Any) -> Mapping[str, Any]:
         async def work() -> Mapping[str, Any]:
@@ -59,9 +62,9 @@ class S3fsWire:
             answer = await client.get_object(
                 Bucket=bucket, Key=name, Range=f"bytes={offset}-{offset + len(out) - 1}"
             )
-            _check_range(answer, offset)
             done = 0
             async with answer["Body"] as body:
+                _check_range(answer, offset)
                 async for piece in body.iter_chunks(PIECE_BYTES):
                     if done + len(piece) > len(out):
                         raise Refused(Kind.CORRUPTED, "more bytes than the range asked for")

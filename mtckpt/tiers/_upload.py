@@ -7,9 +7,9 @@ read once, in one piece, by the thread that sends it, so memory is bounded by th
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 MIB = 1 << 20
 # Another process may abort what we have begun; to begin anew more than once is a fight.
-MAX_BEGINNINGS = 2
+MAX_BEGINNINGS = 3
 
 Same = Callable[[int, int], "tuple[str, int] | None"]
 """For a range of the new object: path and offset of the same bytes in an object that is there."""
@@ -54,6 +54,10 @@ def asked(source: Source, offset: int, size_bytes: int) -> memoryview:
     return view
 
 
+class _OfAnother(Exception):
+    """A broken-off upload of this key holds other bytes: it is left alone, perhaps in flight."""
+
+
 class _Gone(Exception):
     """The multipart upload that we send to is no longer there."""
 
@@ -72,27 +76,29 @@ class Uploading:
     concurrency: int
     same: Same | None = None
     copied_bytes: int = 0
+    _resumes: bool = True
     _sent: dict[int, SentPart] = field(default_factory=dict)
     _checksums: dict[int, str] = field(default_factory=dict)
 
     def run(self, deadline: Deadline) -> None:
         """Upload and show, or raise with nothing to be seen under the key."""
-        for left in range(MAX_BEGINNINGS - 1, -1, -1):
+        for turn in range(MAX_BEGINNINGS):
             upload, has = self._begun(deadline)
             try:
                 self._send_all(upload, has, deadline)
                 crash_point("upload.sent")
-                self._complete(upload, deadline)
-            except _Gone as gone:
+                self._complete(upload, bool(has), deadline)
+            except (_Gone, _OfAnother) as gone:
+                self._resumes = self._resumes and isinstance(gone, _Gone)
                 self._sent.clear()
                 self._checksums.clear()
-                if not left:
+                if turn + 1 == MAX_BEGINNINGS:
                     raise self._error(Refused(Kind.NO_UPLOAD, str(gone)), deadline) from None
             except AlreadyExists:
-                self._abort(upload, deadline)
+                self._abort(upload, deadline)  # Whoever shares it cannot complete it either.
                 raise
             except BaseException as error:
-                if not _is_for_later(error):
+                if not has and not _is_for_later(error):
                     self._abort(upload, deadline)
                 raise
             else:
@@ -103,7 +109,9 @@ class Uploading:
 
     def _begun(self, deadline: Deadline) -> tuple[Upload, dict[int, SentPart]]:
         """An upload to send to, and the parts that it has: the fullest that fits, or a new one."""
-        found = self._make("look for broken-off uploads", deadline, self._find)
+        found: list[Upload] = []
+        if self._resumes:
+            found = self._make("look for broken-off uploads", deadline, self._find)
         best: tuple[Upload, dict[int, SentPart]] | None = None
         for upload in found:
             has = self._parts_of(upload, deadline)
@@ -153,30 +161,46 @@ class Uploading:
         return -(-self.source.size_bytes // self.part_bytes)
 
     def _send_all(self, upload: Upload, has: dict[int, SentPart], deadline: Deadline) -> None:
-        numbers = itertools.count(1)
+        # What is there first: if it is not ours, nothing of ours must be sent to it.
+        self._each(sorted(has), lambda number: self._kept(number, has[number]))
+        missing = [number for number in range(1, self._num_parts + 1) if number not in has]
+        self._each(missing, lambda number: self._part(upload, number, deadline))
+
+    def _each(self, numbers: Sequence[int], get: Callable[[int], SentPart]) -> None:
+        left = iter(numbers)
+        lock = threading.Lock()
         stopped = False
 
         def work(_: int) -> None:
             nonlocal stopped
             try:
-                for number in numbers:
-                    if stopped or number > self._num_parts:
+                while not stopped:
+                    with lock:
+                        number = next(left, None)
+                    if number is None:
                         return
-                    self._sent[number] = self._part(upload, number, has.get(number), deadline)
+                    self._sent[number] = get(number)
             except BaseException:
                 stopped = True
                 raise
 
-        in_threads(max(1, min(self.concurrency, self._num_parts)), work)
+        if numbers:
+            in_threads(min(self.concurrency, len(numbers)), work)
 
-    def _part(
-        self, upload: Upload, number: int, has: SentPart | None, deadline: Deadline
-    ) -> SentPart:
+    def _read(self, number: int) -> tuple[memoryview, str]:
         start, stop = self._range(number)
         view = asked(self.source, start, stop - start)
         checksum = self._checksums[number] = self.parts.checksum_of(view)
-        if has is not None and self.parts.has_bytes(has, view, checksum):
-            return replace(has, checksum=checksum)
+        return view, checksum
+
+    def _kept(self, number: int, has: SentPart) -> SentPart:
+        view, checksum = self._read(number)
+        if not self.parts.has_bytes(has, view, checksum):
+            raise _OfAnother(f"part {number} has other bytes")
+        return replace(has, checksum=checksum)
+
+    def _part(self, upload: Upload, number: int, deadline: Deadline) -> SentPart:
+        view, checksum = self._read(number)
         copied = self._copied(upload, number, checksum, deadline)
         if copied is not None:
             return copied
@@ -216,7 +240,7 @@ class Uploading:
 
     # -- showing it ------------------------------------------------------------------------------
 
-    def _complete(self, upload: Upload, deadline: Deadline) -> None:
+    def _complete(self, upload: Upload, shared: bool, deadline: Deadline) -> None:
         parts = [self._sent[number] for number in sorted(self._sent)]
         expected = self.parts.checksum_of_parts(parts)
         unsure = False
@@ -246,17 +270,28 @@ class Uploading:
                 raise _Gone(refused.said) from None
             error = self._error(refused, deadline)
         else:
-            self._check(stored, expected, deadline)
+            self._check(stored, expected, shared, deadline)
             return
         raise error
 
-    def _check(self, stored: Stored, expected: str | None, deadline: Deadline) -> None:
-        """What the store has made of the parts is what was sent; else it is taken away again."""
+    def _check(
+        self, stored: Stored, expected: str | None, shared: bool, deadline: Deadline
+    ) -> None:
+        """What the store has made of the parts is what was sent; else it is taken away again.
+
+        An upload that was there before may be in use by another writer as well: whose object it is
+        then says its content alone, and it is not ours to take away.
+        """
         if stored.checksum is None or expected is None:
             stored = self._make("look it up", deadline, lambda t: self.store.head(self.path, t))
-        if stored.size_bytes == self.source.size_bytes and (
+        is_right = stored.size_bytes == self.source.size_bytes and (
             expected is None or stored.checksum in (None, expected)
-        ):
+        )
+        if shared and (not is_right or stored.checksum is None):
+            if self._is_there(expected, deadline):
+                return
+            raise self._error(Refused(Kind.TAKEN, "another writer completed it"), deadline)
+        if is_right:
             return
         self._make("delete", deadline, lambda t: self.store.delete(self.path, t))
         said = f"{stored.size_bytes} bytes, checksum {stored.checksum}, sent with {expected}"

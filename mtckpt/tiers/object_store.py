@@ -99,7 +99,11 @@ class ObjectStoreTier:
         self.name = name
         self.survives = Survives.PROCESS | Survives.POWER | Survives.NODE | Survives.CLUSTER
         self._store, self._root, self.engine = opened(
-            url, engine, dict(storage_options or {}), stall_s=stall_s
+            url,
+            engine,
+            dict(storage_options or {}),
+            stall_s=stall_s,
+            longest_s=stall_s + RANGE_BYTES / min_bytes_per_s,
         )
         self._part_bytes = part_bytes
         self._concurrency = concurrency
@@ -140,8 +144,11 @@ class ObjectStoreTier:
     ) -> PutResult:
         """Create ``key``, copying inside the store the parts whose bytes it has already.
 
-        ``same(start, stop)`` is asked once for each range of ``part_ranges(source.size_bytes)``;
-        it returns the key and offset of an object of this tier that has just these bytes there, or
+        In parts, not every server makes the last step atomic where it makes a small put so: see
+        ``PutResult.atomic``.
+
+        ``same(start, stop)`` is asked once for each of ``part_ranges(source.size_bytes)``; it
+        returns the key and offset of an object of this tier that has just these bytes there, or
         None. What is copied is read from the source all the same, and compared by checksum; where
         the store cannot copy, the part is sent. ``PutResult.copied_bytes`` were not sent.
         """
@@ -166,6 +173,7 @@ class ObjectStoreTier:
             same=self._same_paths(same),
         )
         uploading.run(deadline)
+        atomic = atomic and parts.completes_atomically
         return PutResult(size_bytes, atomic, uploading.copied_bytes)
 
     def read_into(self, key: str, out: memoryview, offset: int = 0) -> None:

@@ -186,6 +186,19 @@ def test_a_stalled_connection_is_given_up(scene: Scene, verb: str) -> None:
     tier.close()
 
 
+@on_each
+def test_a_byte_now_and_then_keeps_no_read_alive(scene: Scene) -> None:
+    data = content(40_000)
+    scene.truth.put("run/a", BytesSource(data))
+    tier = scene.open(timeout_s=20.0, stall_s=0.5, min_bytes_per_s=100 * MIB)
+    scene.proxy.set(Fault("trickle", "^GET "))
+    out = bytearray(40_000)
+    tier.read_into("run/a", memoryview(out))
+    assert out == data
+    assert scene.proxy.hits()["trickle"] == 1
+    tier.close()
+
+
 def test_a_store_that_stalls_for_ever_is_unavailable_in_time(scene: Scene) -> None:
     tier = scene.open(timeout_s=1.0, stall_s=0.3)
     scene.proxy.set(Fault("stall", times=None))
