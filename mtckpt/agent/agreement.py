@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from mtckpt import _manifest
 from mtckpt.agent import protocol
 from mtckpt.agent.queue import SlotState
-from mtckpt.agent.runs import RAM, RunState, SaveState
+from mtckpt.agent.saves import RAM, SaveState
 from mtckpt.errors import CheckpointError, RankTimeout, StepDisagreement
 
 if TYPE_CHECKING:
     from mtckpt.agent.owners import Owner
     from mtckpt.agent.ring import Ring
+    from mtckpt.agent.runs import RunState
     from mtckpt.agent.tools import Tools
 
 __all__ = ["Agreement"]

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from mtckpt.agent import protocol, work
 from mtckpt.agent.queue import SlotState
-from mtckpt.agent.runs import RAM, RunState, SaveState, Slot, TierState
+from mtckpt.agent.saves import RAM, SaveState, Slot, TierState
 from mtckpt.errors import ObjectNotFound, TierFull
 
 if TYPE_CHECKING:
+    from mtckpt.agent.runs import RunState
     from mtckpt.agent.tools import Tools
     from mtckpt.agent.work import TierRef
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from mtckpt import _manifest
 from mtckpt.agent import protocol, queue, work
-from mtckpt.agent.runs import RAM, RunState, SaveState, TierState, describe_failure
+from mtckpt.agent.runs import RunState, describe_failure
+from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.errors import CheckpointError, CommitConflict, Damaged
 
 if TYPE_CHECKING:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from mtckpt._manifest import SaveName, newest_line, on_line, parse_record_file
 from mtckpt._retention import Held, KeepBest, decide, keep_from_wire, kept
 from mtckpt.agent import queue, work
-from mtckpt.agent.runs import RAM, RunState, SaveState, TierState
+from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.errors import CheckpointError, Damaged
 
 if TYPE_CHECKING:
+    from mtckpt.agent.runs import RunState
     from mtckpt.agent.tools import Tools
     from mtckpt.agent.work import TierRef
 

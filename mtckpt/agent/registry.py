@@ -26,7 +26,8 @@ from mtckpt.agent.healing import Healer
 from mtckpt.agent.owners import Owner
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.ring import Ring, new_id
-from mtckpt.agent.runs import RAM, RunState, Slot, TierState
+from mtckpt.agent.runs import RunState
+from mtckpt.agent.saves import RAM, Slot, TierState
 from mtckpt.agent.work import TierRef
 from mtckpt.errors import CheckpointError, UsageError
 

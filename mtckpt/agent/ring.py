@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from mtckpt import _manifest
 from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.queue import SlotState
-from mtckpt.agent.runs import RAM, Plan, RunState, SaveState, Slot
+from mtckpt.agent.saves import RAM, Plan, SaveState, Slot
 from mtckpt.errors import CheckpointError, Damaged, StepExists, TierFull
 
 if TYPE_CHECKING:
     from mtckpt.agent.owners import Owner
+    from mtckpt.agent.runs import RunState
     from mtckpt.agent.tools import Tools
 
 __all__ = ["Ring", "new_id"]

@@ -19,173 +19,18 @@ import msgspec
 
 from mtckpt._manifest import Incarnation, SaveName
 from mtckpt.agent import protocol, work
-from mtckpt.agent.protocol import SaveChange, SlotGrant, TierConfig, WireError
 from mtckpt.agent.queue import SaveFacts, SlotState
+from mtckpt.agent.saves import RAM, Plan, SaveState, Slot, TierState
 from mtckpt.errors import AgentUnavailable, CheckpointError, RunLocked
 
 if TYPE_CHECKING:
     from mtckpt.agent.owners import Owner
+    from mtckpt.agent.protocol import TierConfig
     from mtckpt.agent.work import TierRef
 
-__all__ = ["Plan", "RunState", "SaveState", "Slot", "TierState"]
+__all__ = ["RunState", "describe_failure"]
 
-RAM = "ram"
-_STAGE_OF_KIND = {"disk": "local", "store": "durable"}
 MAX_KEPT_CHANGES = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The shape of a slot."""
-
-    shard_bytes: int
-    table_bytes: int
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """A slot, or a shard in RAM whose files can become one. ``save`` is set once it is sealed.
-
-    ``doubtful``: CAPTURING as far as is known, and nobody may ever seal it (its agent restarted,
-    or its seal failed); looked at when slots run short. ``refused``: its owner was told that the
-    save failed, and does not seal it again.
-    """
-
-    slot_id: str
-    state: SlotState
-    shard_bytes: int
-    table_bytes: int = 0
-    inode: int = 0
-    data_path: str = ""
-    table_path: str = ""
-    record_path: str = ""
-    holder: str = ""
-    rank: int = 0
-    save: str = ""
-    doubtful: bool = False
-    refused: bool = False
-
-    def grant(self) -> SlotGrant:
-        return SlotGrant(
-            self.slot_id, self.inode, self.data_path, self.table_path, self.record_path
-        )
-
-    def fits(self, plan: Plan) -> bool:
-        """A shard that an earlier agent sealed has a table of a size not known before recycling."""
-        return self.shard_bytes == plan.shard_bytes and self.table_bytes in (0, plan.table_bytes)
-
-
-@dataclass(slots=True, eq=False)
-class SaveState:
-    """One save. ``ranks`` has, by tier label, the ranks whose records are there; none of them where
-    only other files are."""
-
-    name: SaveName
-    save_id: str
-    incarnation_id: str = ""
-    world_size: int = 1
-    size_bytes: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    reported: bool = False
-    due: set[str] = field(default_factory=set)
-    ranks: dict[str, set[int]] = field(default_factory=dict)
-    failed: dict[str, WireError] = field(default_factory=dict)
-    owed_why: dict[str, str] = field(default_factory=dict)
-    superseded: set[str] = field(default_factory=set)
-    writing: set[str] = field(default_factory=set)
-    uncommitted: set[str] = field(default_factory=set)
-    weak: set[str] = field(default_factory=set)
-    verified: set[str] = field(default_factory=set)
-    damaged: set[str] = field(default_factory=set)
-    readers: int = 0
-    heals: int = 0
-    recycling: bool = False
-    stages: list[str] = field(default_factory=list)
-    called_off: str = ""
-    plan_digest: str = ""
-    disputed: bool = False  # ranks sealed parts of different plans
-    began_s: float = field(default_factory=time.monotonic)
-    seq: int = 0
-    seen_at: float = field(default_factory=time.time)
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return (self.name.incarnation, self.name.step)
-
-    def is_complete(self, label: str) -> bool:
-        return len(self.ranks.get(label, ())) >= self.world_size and not self.disputed
-
-    @property
-    def is_open(self) -> bool:
-        """Whether parts of it are in RAM and others may still come."""
-        return bool(self.ranks.get(RAM)) and not (
-            self.called_off or self.stages or self.is_complete(RAM)
-        )
-
-    def lacking(self) -> list[int]:
-        """Ranks whose parts are not in RAM."""
-        return sorted(set(range(self.world_size)) - self.ranks.get(RAM, set()))
-
-    @property
-    def owed(self) -> frozenset[str]:
-        """Tiers that this save is to reach, and still may."""
-        return frozenset(
-            label
-            for label in self.due - self.failed.keys() - self.superseded
-            if not self.is_complete(label)
-        )
-
-    @property
-    def is_staged(self) -> bool:
-        return RAM in self.ranks and self.is_complete(RAM) and not self.recycling
-
-    def facts(self, *, has_source: bool, owed: frozenset[str]) -> SaveFacts:
-        return SaveFacts(
-            str(self.name), self.order, has_source, owed, frozenset(self.writing), self.readers
-        )
-
-    def change(self) -> SaveChange:
-        return SaveChange(
-            self.save_id,
-            self.name.step,
-            list(self.stages),
-            dict(self.failed),
-            {label: why for label, why in self.owed_why.items() if label in self.owed},
-            sorted(self.superseded),
-            [] if self.called_off else sorted(self.owed),
-            self.called_off,
-            sorted(self.weak),
-        )
-
-
-@dataclass(slots=True, eq=False)
-class TierState:
-    """A slower tier of a run. ``wake`` is set when there may be something to do for it."""
-
-    label: str
-    config: TierConfig
-    ref: TierRef
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    scanned: bool = False
-    problem: str = ""
-    attempts: int = 0
-    owed_since_s: float | None = None
-    bytes_per_s: float = 0.0
-    done_bytes: int = 0
-    total_bytes: int = 0
-    small_owed: dict[str, bytes] = field(default_factory=dict)
-    task: asyncio.Task[None] | None = None
-    to_keep: int = 0
-    keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
-    again: asyncio.Task[None] | None = None
-
-    @property
-    def stage(self) -> str | None:
-        return _STAGE_OF_KIND.get(self.config.kind)
-
-    @property
-    def is_store(self) -> bool:
-        return self.config.kind == "store"
 
 
 @dataclass(eq=False)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from mtckpt.agent import protocol
 from mtckpt.agent.protocol import AgentStatus, RunStatus, SlotStatus, TierStatus
-from mtckpt.agent.runs import RAM, RunState, SaveState
+from mtckpt.agent.saves import RAM, SaveState
 from mtckpt.errors import UnsupportedPlatform
 
 if TYPE_CHECKING:
     from mtckpt.agent.registry import Registry
+    from mtckpt.agent.runs import RunState
 
 __all__ = ["agent_status", "bounded_by", "prometheus_text"]
 

@@ -21,7 +21,8 @@ from mtckpt.agent import owners, protocol, work
 from mtckpt.agent.flushing import metrics_file
 from mtckpt.agent.owners import Claim, Owner, Verdict
 from mtckpt.agent.queue import SlotState
-from mtckpt.agent.runs import RAM, RunState, SaveState, TierState, describe_failure
+from mtckpt.agent.runs import RunState, describe_failure
+from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.errors import (
     AccessDenied,
     AgentTooOld,

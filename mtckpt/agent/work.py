@@ -446,10 +446,8 @@ Result: TypeAlias = (
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One line to a data process. ``id`` comes back in every reply.
-
-    ``again``: a process that died was given the same command, and may have done a part of it.
-    """
+    """One line to a data process. ``id`` comes back in every reply. ``again``: a process that died
+    was given the same command, and may have done a part of it."""
 
     id: int
     command: Command
@@ -457,8 +455,8 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """Without a total it says that the command's turn has come, and small things are done first;
-    with none of the total done, or all of it, a single step may take as long as there are bytes."""
+    """Without a total: the command's turn has come, and small things are done first. With none of
+    the total done, or all of it, a single step may take as long as there are bytes."""
 
     done_bytes: int
     total_bytes: int

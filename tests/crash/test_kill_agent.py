@@ -12,7 +12,8 @@ from fake_trainer import FakeTrainer, disk
 from mtckpt._manifest import SaveName
 from mtckpt.agent import protocol, work
 from mtckpt.agent.protocol import TierConfig
-from mtckpt.agent.runs import RAM, RunState, TierState
+from mtckpt.agent.runs import RunState
+from mtckpt.agent.saves import RAM, TierState
 from mtckpt.errors import AgentUnavailable
 
 
