@@ -30,7 +30,7 @@ from stores import S3Server, s3_server
 
 from mtckpt.tiers import BytesSource, ObjectStoreTier
 
-PART_BYTES = 32 * MIB
+PART_BYTES = 16 * MIB
 RANGE_BYTES = 16 * MIB
 IN_FLIGHT = 8
 SMALL_BYTES = 8 * MIB
@@ -198,7 +198,7 @@ def _reuse(server: S3Server, place: str, old: memoryview) -> None:
     tier = _tiers["obstore"]
     tier.put("old", BytesSource(old))
     changed = (len(old) // 3, len(old) // 3 + len(old) // 20)
-    new = _touched(len(old))
+    new = memoryview(bytearray(old))
     for start in range(*changed, 4096):
         new[start] ^= 1
 

@@ -69,7 +69,6 @@ class Flusher:
 
     async def _scan(self, run: RunState, tier: TierState) -> None:
         scanned = await self._tools.call(work.Scan(tier.ref, run.key), work.Scanned)
-        tier.scanned = True
         self._answered(run, tier)
         for found in scanned.runs:
             if found.run_key == run.key:

@@ -301,6 +301,8 @@ class RunState:
         for save in list(self.saves.values()):
             if label in save.ranks and str(save.name) not in found and not save.writing:
                 self.drop_copy(save, label)
+        if label != RAM:
+            self.tiers[label].scanned = True
         for tier in self.tiers.values():
             if tier.scanned:
                 self._discharge(tier.label)

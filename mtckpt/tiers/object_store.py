@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 Engine = Literal["auto", "obstore", "fsspec"]
 
 MIB = 1 << 20
-PART_BYTES = 32 * MIB
+PART_BYTES = 16 * MIB
 RANGE_BYTES = 16 * MIB
 # Starts with a dot, so no key is it and no listing shows it. It stays: the next process needs then
 # one request to learn what this one learned with two, and no right to delete.
