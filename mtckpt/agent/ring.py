@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from mtckpt import _manifest
@@ -215,8 +216,12 @@ class Ring:
                 parts.append(f"step {step} {why or 'is held by a reader'}")
             elif slot.state is SlotState.CAPTURING:
                 fenced = slot.holder in run.fenced
-                parts.append("one belongs to a fenced process" if fenced else "one is captured")
-        return f"no slot is free: {'; '.join(dict.fromkeys(parts)) or 'none could be allocated'}"
+                parts.append("one is a fenced process's" if fenced else "one is captured")
+        said = [
+            part if count == 1 else part.replace("one is", f"{count} are", 1)
+            for part, count in Counter(parts).items()
+        ]
+        return f"no slot is free: {'; '.join(said) or 'none could be allocated'}"
 
     # -- sealing ---------------------------------------------------------------------------------
 
