@@ -28,6 +28,7 @@ __all__ = [
     "PartStore",
     "Refused",
     "SentPart",
+    "SourceFailed",
     "Store",
     "StoreSaid",
     "Stored",
@@ -63,6 +64,15 @@ class Refused(Exception):
         self.said = said
         self.status = status
         super().__init__(said)
+
+
+class SourceFailed(BaseException):
+    """The source raised while a store read its blocks: ``error`` goes to the caller as it is, past
+    whatever looks for failures of the store."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        super().__init__(str(error))
 
 
 class StoreSaid(Exception):

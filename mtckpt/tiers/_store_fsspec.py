@@ -72,7 +72,8 @@ class FsspecStore:
                 # What is left of it is a temporary file, which the file system names, or nothing.
                 file.discard()
             if not self._commits and not file.closed:
-                file.closed = True  # Or its destructor would flush it, and show half an object.
+                with contextlib.suppress(Exception):
+                    file.closed = True  # Or its destructor would flush it, and show half an object.
                 with contextlib.suppress(Exception):
                     self._fs.rm_file(path)  # It was not there before, and is not whole.
             raise

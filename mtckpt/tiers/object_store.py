@@ -22,7 +22,7 @@ from mtckpt.tiers._blocks import in_threads
 from mtckpt.tiers._opening import opened
 from mtckpt.tiers._pacing import Bucket, Deadline
 from mtckpt.tiers._requests import Counts, Requests, Rules
-from mtckpt.tiers._store import Entry, Kind, Refused
+from mtckpt.tiers._store import Entry, Kind, Refused, SourceFailed
 from mtckpt.tiers._upload import Same, Uploading, asked, part_bytes_for
 from mtckpt.tiers.base import ObjectInfo, PutResult, Survives, check_key
 
@@ -373,6 +373,8 @@ class ObjectStoreTier:
             self._refuse_taken(key, path, deadline)
         try:
             self._requests.ask("store", key, deadline, create, size_bytes=size_bytes, again=hear)
+        except SourceFailed as failed:
+            raise failed.error from None
         except Refused as refused:
             if refused.kind is Kind.TAKEN:
                 if unsure and self._has(key, path, view, deadline):
@@ -461,7 +463,11 @@ class ObjectStoreTier:
 
 def _blocks(source: Source, block_bytes: int) -> Iterator[memoryview]:
     for start in range(0, source.size_bytes, block_bytes):
-        yield asked(source, start, min(block_bytes, source.size_bytes - start))
+        try:
+            block = asked(source, start, min(block_bytes, source.size_bytes - start))
+        except BaseException as error:
+            raise SourceFailed(error) from error
+        yield block
 
 
 def _is_key(key: str) -> bool:
