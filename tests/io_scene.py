@@ -14,7 +14,7 @@ from typing import Any
 
 from small_writer import KEEP, Nursery, Writer, whole_steps
 
-__all__ = ["LONG_S", "MAX_ATTEMPTS", "SHORT_S", "Scene", "wait_for"]
+__all__ = ["LONG_S", "MAX_ATTEMPTS", "SHORT_S", "Scene", "temporaries", "wait_for"]
 
 # Above this a save may be tried anew without anybody having told of a failure.
 MAX_ATTEMPTS = 3
@@ -83,13 +83,7 @@ class Scene:
         assert len(steps) >= KEEP, (self.local, steps)
 
     def temporaries(self) -> list[str]:
-        return [
-            os.path.join(home, name)
-            for root in (self.disk, self.ram_dir)
-            for home, _, names in os.walk(root)
-            for name in names
-            if name.startswith(".tmp")
-        ]
+        return temporaries(self.disk, self.ram_dir)
 
     def pid_of(self, victim: str, writer: Writer) -> int:
         if victim == "writer":
@@ -101,6 +95,17 @@ class Scene:
     def end(self, writer: Writer) -> None:
         writer.kill()
         self.nursery.wait(writer)
+
+
+def temporaries(*roots: Path) -> list[str]:
+    """Files that a put has not given their name yet, or has left; others may go meanwhile."""
+    return [
+        os.path.join(home, name)
+        for root in roots
+        for home, _, names in os.walk(root)
+        for name in names
+        if name.startswith(".tmp")
+    ]
 
 
 def children_of(pid: int) -> list[int]:

@@ -49,7 +49,7 @@ def active_adapters() -> list[StateAdapter]:
 def find_group(name: str) -> Group | None:
     """What joins the ranks of this job, if a framework of this process has started several."""
     for framework, module in _GROUPS:
-        if framework in sys.modules:
+        if sys.modules.get(framework) is not None:  # None: its import is blocked
             group = importlib.import_module(module).find_group(name)
             if group is not None:
                 return cast("Group", group)

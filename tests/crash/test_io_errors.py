@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from block_image import run
-from io_scene import LONG_S, MAX_ATTEMPTS, SHORT_S, Scene, wait_for
+from io_scene import LONG_S, MAX_ATTEMPTS, SHORT_S, Scene, temporaries, wait_for
 from small_writer import KEEP, Nursery, Writer, WriterError, whole_steps
 from syscall_tracer import ON_FILES, READS, Call, Tracer, why_not
 
@@ -355,7 +355,7 @@ def save_into(scene: Scene, tier: str, number: int, options: str) -> None:
             step += 1
             again.append(writer.do("attempt", step, LONG_S))
             assert len(again) <= MAX_ATTEMPTS, (options, endings[-1], again)
-        left = [p for p in place.rglob("*") if p.name.startswith(".tmp")]
+        left = temporaries(place)
         assert not left, left
         writer.kill()
         assert scene.nursery.wait(writer) == -signal.SIGKILL  # and not SIGBUS
