@@ -350,6 +350,8 @@ def delete_save(
         if aside.key.startswith(f"{run_key}/{name}/"):
             place.local.drop_quarantined(aside)
             freed_bytes += aside.size_bytes
+    if place.is_local and not records_only:
+        place.local.drop_remains(f"{run_key}/{name}")
     return False, freed_bytes
 
 

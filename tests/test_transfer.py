@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from mtckpt._source import Place
 from mtckpt._transfer import copy_shard, delete_save, heal_shard, verify_shard, write_manifest
 from mtckpt.errors import Damaged, FormatTooNew, ObjectNotFound, TierFull, TierUnavailable
 from mtckpt.tiers import BytesSource, PutResult, Source, ThrottledTier
+from mtckpt.tiers._rooted import temporary_name
 
 
 @pytest.fixture
@@ -340,6 +342,22 @@ def test_delete_waits_for_readers_and_takes_everything(
     assert freed_bytes > 2 * len(shard.data)
     assert not disk.local.path_of(f"{RUN}/{shard.name}").exists()
     assert delete_save(disk, RUN, shard.name) == (False, 0)
+
+
+def test_delete_takes_what_failed_calls_left(disk: Place, shard: Shard) -> None:
+    """A put whose own clean-up failed too, and a deletion that could not remove the directory."""
+    home = disk.local.path_of(f"{RUN}/{shard.name}")
+    home.mkdir(parents=True)
+    assert delete_save(disk, RUN, shard.name) == (False, 0)
+    assert not home.exists()
+    home.mkdir(parents=True)
+    (home / temporary_name()).write_bytes(b"left")
+    with open(home / temporary_name(), "wb") as in_flight:
+        fcntl.flock(in_flight, fcntl.LOCK_SH)
+        assert delete_save(disk, RUN, shard.name) == (False, 0)
+        assert [str(path) for path in home.iterdir()] == [in_flight.name]
+    assert delete_save(disk, RUN, shard.name) == (False, 0)
+    assert not home.exists()
 
 
 # No shard_maker in it: NumPy would take longer to load than all the rest.

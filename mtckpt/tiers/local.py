@@ -291,6 +291,21 @@ class LocalTier:
                     self._root.sync_directories(fds[-1:], None)
         return removed
 
+    def drop_remains(self, directory: str) -> None:
+        """Remove what failed calls left of a directory that has no object, and the directory.
+
+        Puts in flight are left alone, and then the directory too.
+        """
+        parts = check_key(directory).split("/")
+        for name, info in self._scan(parts):
+            if name.startswith(TEMPORARY) and stat.S_ISREG(info.st_mode):
+                self._drop_hidden(parts, name, unless_held=True)
+        with (
+            contextlib.suppress(ObjectNotFound),
+            self._below(parts, directory, "remove", writing=True) as fds,
+        ):
+            self._remove_empty(fds, parts, directory)
+
     # -- inside ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager

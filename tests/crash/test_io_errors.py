@@ -112,7 +112,11 @@ def fail_at(
         assert not left, (told, failed[:3], left)
         wait_for(lambda: kept(scene), f"retention goes on: {told}, {failed[:3]}", scene)
     else:
-        scene.left |= {path for path in scene.disk.glob("*/step-*") if not [*path.glob("*.json")]}
+        scene.left |= {
+            path
+            for path in scene.disk.glob("*/step-*")
+            if not [*path.glob("*.json")] or temporaries(path)
+        }
 
 
 def check_ending(ended: dict[str, Any], failed: list[Call], *, for_good: bool) -> None:
