@@ -63,13 +63,13 @@ def prune(
     rules = _rules(keep, keep_every, keep_best)
     with find(target, writable=not dry_run) as found:
         chosen = _places(found, rules)
-        verdicts = [v for run, place, r in chosen for v in _decide(run, place, r)]
+        decided = [(place, _decide(run, place, own)) for run, place, own in chosen]
+        verdicts = [verdict for _, here in decided for verdict in here]
         gone = [verdict for verdict in verdicts if verdict.delete]
         if gone and not dry_run:
             _confirm(gone, yes=yes, as_json=as_json)
-            for run, place, _ in chosen:
-                mine = [v for v in gone if (v.run, v.tier) == (run, place.label)]
-                _carry_out(place, mine, [v for v in verdicts if v.tier == place.label])
+            for place, here in decided:
+                _carry_out(place, here)
     _say(verdicts, dry_run=dry_run, as_json=as_json)
     return _output.WRONG if any(v.problem for v in verdicts) else _output.FINE
 
@@ -167,10 +167,13 @@ def _confirm(gone: Sequence[Verdict], *, yes: bool, as_json: bool) -> None:
         raise UsageError("it was not confirmed", state="nothing was deleted")
 
 
-def _carry_out(place: Place, gone: Sequence[Verdict], all_here: Sequence[Verdict]) -> None:
+def _carry_out(place: Place, all_here: Sequence[Verdict]) -> None:
     """Read the newest that stays back, then delete; what fails is noted, and nothing more goes."""
     from mtckpt import _source, _transfer
 
+    gone = [verdict for verdict in all_here if verdict.delete]
+    if not gone:
+        return  # and there may be no newest: no rule, or nothing complete
     where = _source.Place(place.tier, place.tier)
     try:
         _read_back(where, place, all_here)
