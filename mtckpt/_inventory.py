@@ -35,6 +35,7 @@ __all__ = [
     "has_leases",
     "incarnation_key",
     "incarnation_line",
+    "line_of",
     "save_key",
     "scan",
     "scan_save",
@@ -304,15 +305,23 @@ def all_incarnations(inventories: Iterable[Inventory]) -> list[Incarnation]:
 
 
 def incarnation_line(inventories: Iterable[Inventory]) -> list[tuple[int, int | None]]:
-    """The line of ``newest_line``, also where files of incarnations were lost or not copied along.
-
-    An incarnation that only saves tell of is taken to go on from the one before it, at a step below
-    its own first one: what an earlier one saved at those steps or later was abandoned.
-    """
+    """``line_of`` what some tiers hold: files of incarnations may be lost or not copied along."""
     inventories = list(inventories)
-    known = all_incarnations(inventories)
+    names = {name for inventory in inventories for name in inventory.saves}
+    return line_of(names, all_incarnations(inventories))
+
+
+def line_of(
+    names: Iterable[SaveName], incarnations: Iterable[Incarnation]
+) -> list[tuple[int, int | None]]:
+    """The line of ``newest_line``, also through incarnations that only saves tell of.
+
+    One of those is taken to go on from the one before it, at a step below its own first one: what
+    an earlier one saved at those steps or later was abandoned.
+    """
+    known = list(incarnations)
     first: dict[int, int] = {}
-    for name in {name for inventory in inventories for name in inventory.saves}:
+    for name in names:
         first[name.incarnation] = min(name.step, first.get(name.incarnation, name.step))
     numbers = sorted({*first, *(incarnation.number for incarnation in known)})
     lost = set(numbers) - {incarnation.number for incarnation in known}

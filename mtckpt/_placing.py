@@ -7,6 +7,7 @@ Matching changes nothing that lives; whatever differs is collected in ``diff`` a
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
@@ -95,11 +96,15 @@ class Placing:
         spec = self.arrays[index].spec
         if box is None and spec.offsets is not None:
             box = whole(spec.whole_shape)
+        # Of two leaves at one address, one is a view of the other: the longer is all of it.
         if box is None:
-            if spec.size_bytes:
+            known = self._wanted.get(address, index)
+            if spec.size_bytes and spec.size_bytes >= self.arrays[known].spec.size_bytes:
                 self._wanted[address] = index
         elif not box.is_empty:
-            self._boxes[address] = (index, box)
+            _, other = self._boxes.get(address, (index, box))
+            if math.prod(box.shape) >= math.prod(other.shape):
+                self._boxes[address] = (index, box)
 
     def fresh(self, index: int, like: object | None = None) -> Any:
         """A new host array for ``index``, filled before ``finish`` runs; the same one if tied."""
@@ -211,8 +216,13 @@ class Placing:
         addresses = owner.writable_addresses(lives, [self.arrays[i].spec for i in indexes])
         if addresses is None:
             return False
-        self._wanted.update(zip(addresses, indexes, strict=True))
-        self._wanted.pop(0, None)  # empty arrays
+        wanted = dict(zip(addresses, indexes, strict=True))
+        if len(wanted) == len(indexes) and self._wanted.keys().isdisjoint(wanted):
+            self._wanted.update(wanted)
+            self._wanted.pop(0, None)  # an empty array
+        else:  # several empty ones, tied ones, or views of others
+            for index, address in zip(indexes, addresses, strict=True):
+                self.into(index, address)
         self._note_in_place(owner, lives)
         return True
 

@@ -88,7 +88,7 @@ def plan_restore(
     "best"; a number takes the save of that step on the line, else of the newest incarnation.
     Raises StepNotFound for a number that no tier has.
     """
-    line = _manifest.newest_line(_inventory.all_incarnations(inventories))
+    line = _inventory.incarnation_line(inventories)
     found: dict[SaveName, list[str]] = {}
     problems: dict[SaveName, list[str]] = {}
     metrics: dict[SaveName, dict[str, float]] = {}

@@ -162,11 +162,15 @@ def _brought_near(
     if any(stage_of_tier(label) != "durable" for label in candidate.sources):
         return candidate
     label = run.fetch(candidate.name, show)
-    if label is None or label not in scope.places:
+    if label is None or label not in scope.places or label not in scope.inventories:
         return candidate
     tier = scope.places[label].tier
     look = functools.partial(_inventory.scan_save, tier, run.key, candidate.name)
-    save = run.within(label, look)
+    try:
+        save = run.within(label, look)
+    except CheckpointError as error:
+        logger.info("run %s: %s is not looked at: %s", run.name, label, error.what)
+        return candidate  # the store still has it
     if not save.complete:
         return candidate
     scope.inventories[label].saves[candidate.name] = save

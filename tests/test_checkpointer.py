@@ -173,6 +173,28 @@ def test_best_by_metrics_given_at_once_and_later(tmp_path: Path) -> None:
         assert (state["w"] == 2).all()
 
 
+@pytest.mark.parametrize("make", [np.arange, torch.arange], ids=["numpy", "torch"])
+@pytest.mark.parametrize("first", ["whole", "part"])
+def test_a_view_of_the_beginning_does_not_stand_for_the_whole(
+    make: Any, first: str, tmp_path: Path
+) -> None:
+    """Both begin at one address; and nested beside each other or apart they come back."""
+
+    def state(start: int) -> dict[str, Any]:
+        whole = make(start, start + 1000)
+        leaves = {"a": whole, "b": whole[:2]} if first == "whole" else {"a": whole[:2], "b": whole}
+        return {"leaves": leaves, "apart": [whole[:10], whole[990:]]}
+
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, state(5)).wait("staged", timeout_s=20)
+        live = state(0)
+        assert checkpointer.restore(live)
+    wanted = state(5)
+    for name in ("a", "b"):
+        assert live["leaves"][name].tolist() == wanted["leaves"][name].tolist()
+    assert [part.tolist() for part in live["apart"]] == [p.tolist() for p in wanted["apart"]]
+
+
 def test_another_run_is_a_warm_start(tmp_path: Path) -> None:
     with open_run(tmp_path, "base") as checkpointer:
         checkpointer.save(5, make_state(8)).wait("local", timeout_s=20)

@@ -333,9 +333,13 @@ class Flusher:
         if tier.is_store and names:
             # Readers in a store leave no trace: from here on nobody begins to read these, and who
             # has begun gets some time.
-            for name in names:
-                done &= await self._try_delete(run, tier, name, records_only=True)
-            await asyncio.sleep(self._tools.limits.delete_grace_s)
+            named = [n for n in names if await self._try_delete(run, tier, n, records_only=True)]
+            done = len(named) == len(names)
+            if named:
+                await asyncio.sleep(self._tools.limits.delete_grace_s)
+            # One that came to be wanted meanwhile, and is there again, is not what was let go.
+            still = set(self._healer.not_kept(run, tier))
+            names = [name for name in named if name in still]
         for name in names:
             if self.stopping:
                 return True

@@ -12,7 +12,8 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from mtckpt._manifest import SaveName, newest_line, on_line, parse_record_file
+from mtckpt._inventory import line_of
+from mtckpt._manifest import SaveName, on_line, parse_record_file
 from mtckpt._retention import Held, KeepBest, decide, keep_from_wire, kept
 from mtckpt.agent import queue, work
 from mtckpt.agent.saves import RAM, SaveState, TierState
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Healer"]
 
 logger = logging.getLogger(__name__)
+
+Line = list[tuple[int, int | None]]
 
 
 class Healer:
@@ -135,14 +138,17 @@ class Healer:
 
         ``as_if``: what they would be, had this save been read back.
         """
+        line = _line(run)
         waiting = self._waiting_for_a_store(run) if not tier.is_store else set()
         held = [
             self._held(
-                run,
+                line,
                 tier,
                 save,
                 verified=save is as_if or tier.label in save.verified,
-                busy=bool(save.writing) or str(save.name) in waiting,
+                busy=bool(save.writing)
+                or str(save.name) in waiting
+                or (tier.is_store and tier.label in save.owed),
             )
             for save in run.saves.values()
             if tier.label in save.ranks
@@ -153,8 +159,9 @@ class Healer:
 
     def wanted(self, run: RunState, tier: TierState) -> set[str]:
         """Saves that a store keeps once it has them; everything where it has no rules."""
+        line = _line(run)
         held = [
-            self._held(run, tier, save, complete=True)
+            self._held(line, tier, save, complete=True)
             for save in run.saves.values()
             if save.is_complete(tier.label) or tier.label in save.owed
         ]
@@ -162,9 +169,10 @@ class Healer:
 
     def best(self, run: RunState, tier: TierState) -> set[str]:
         """Saves that its rules keep for a metric, of all that lie anywhere."""
+        line = _line(run)
         rules = [rule for rule in keep_from_wire(tier.config.keep) if isinstance(rule, KeepBest)]
         held = [
-            self._held(run, tier, save, complete=any(map(save.is_complete, save.ranks)))
+            self._held(line, tier, save, complete=any(map(save.is_complete, save.ranks)))
             for save in run.saves.values()
             if rules and save.metrics
         ]
@@ -179,8 +187,7 @@ class Healer:
             for name in queue.backlog(tier.label, run.flushable(tier), self.wanted(run, tier))
         }
 
-    def _held(self, run: RunState, tier: TierState, save: SaveState, **facts: bool) -> Held:
-        line = newest_line(run.incarnations.values())
+    def _held(self, line: Line, tier: TierState, save: SaveState, **facts: bool) -> Held:
         return Held(
             save.name,
             complete=facts.get("complete", save.is_complete(tier.label)),
@@ -191,6 +198,10 @@ class Healer:
             age_s=max(0.0, time.time() - save.seen_at),
             metrics=save.metrics,
         )
+
+
+def _line(run: RunState) -> Line:
+    return line_of([save.name for save in run.saves.values()], run.incarnations.values())
 
 
 def _held(run: RunState, save: SaveState, *labels: str) -> AbstractContextManager[None]:
