@@ -236,10 +236,12 @@ class Fetched(msgspec.Struct, frozen=True):
 
 
 class Close(msgspec.Struct, frozen=True):
-    """The holder leaves. ``free_ram``: slots and RAM saves go once a slower tier has the newest."""
+    """The holder leaves. ``free_ram``: slots and RAM saves go once a slower tier has the newest.
+    The answer comes when they have gone, ``wait_s`` later at most."""
 
     holder: str
     free_ram: bool = True
+    wait_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
 
 
 class Remove(msgspec.Struct, frozen=True):

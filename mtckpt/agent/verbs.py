@@ -354,7 +354,7 @@ class Verbs:
             return protocol.Done("was closed before")
         if not owner.fenced_by:
             run.closing = message.free_ram
-        await self._registry.leave(run, owner, SMALL_TIMEOUT_S)
+        await self._registry.leave(run, owner, min(message.wait_s, SMALL_TIMEOUT_S))
         return protocol.Done()
 
     # -- removing --------------------------------------------------------------------------------
