@@ -39,20 +39,24 @@ class Agreement:
         """A rank has sealed its part of some save: do the ranks save the same?"""
         open_saves = run.open_saves(owner.incarnation)
         for save in open_saves:
-            if error := self._disagreement(run, save):
+            if found := self._disagreement(run, save):
+                error, last_step = found
                 for each in open_saves:
-                    await self._call_off(run, each, error.what, error)
+                    if each is save or (each.name.step <= last_step and each.lacking()):
+                        await self._call_off(run, each, error.what, error)
                 return
 
-    def _disagreement(self, run: RunState, save: SaveState) -> CheckpointError | None:
+    def _disagreement(self, run: RunState, save: SaveState) -> tuple[CheckpointError, int] | None:
+        """What the ranks differ in, and the last step that they did it up to."""
         step = save.name.step
         if save.disputed:
-            return StepDisagreement(
+            error = StepDisagreement(
                 f"at step {step} ranks have different global arrays",
                 stage="staged",
                 step=step,
                 actions=("build the same state on every rank",),
             )
+            return error, step
         ahead = [
             other
             for other in run.owners.values()
@@ -63,13 +67,14 @@ class Agreement:
         if not ahead:
             return None
         has = sorted(save.ranks[RAM])
-        return StepDisagreement(
+        error = StepDisagreement(
             f"ranks {has[:8]} saved step {step}, rank {ahead[0].rank} went on to step"
             f" {ahead[0].last_step} without it",
             stage="staged",
             step=step,
             rank=ahead[0].rank,
         )
+        return error, ahead[0].last_step
 
     async def declined(self, run: RunState, owner: Owner, message: protocol.CallOff) -> None:
         """A rank takes no part in a save: whoever has sealed it gives it up, nobody else begins."""

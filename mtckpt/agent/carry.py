@@ -478,6 +478,7 @@ def _save_scan(save: SaveEntry) -> work.SaveScan:
         incarnation_id=first.incarnation_id,
         due=list(first.due),
         saved_at_s=first.saved_at_s,
+        shard_bytes=[record.shard.size_bytes for _, record in sorted(save.records.items())],
     )
 
 

@@ -8,15 +8,17 @@ any save. Does not restore: trainers read what has arrived like any other save.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mtckpt._room import check_room
 from mtckpt.agent import protocol, work
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.saves import RAM, SaveState, Slot, TierState
-from mtckpt.errors import ObjectNotFound, TierFull
+from mtckpt.errors import CheckpointError, ObjectNotFound, TierFull
 
 if TYPE_CHECKING:
     from mtckpt.agent.runs import RunState
@@ -93,17 +95,38 @@ class Fetcher:
             if fetch is not None:
                 fetch.done_bytes = before_bytes + news.done_bytes
 
-        for rank in sorted(save.ranks[store.label]):
-            command = work.Flush(run.key, str(save.name), rank, store.ref, ref)
-            done = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
-            before_bytes += done.copied_bytes
+        is_new = label not in save.ranks and (label == RAM or run.tiers[label].scanned)
+        ranks = sorted(save.ranks[store.label])
+        if label == RAM:
+            here = save.ranks.get(RAM, set())
+            needed_bytes = sum(save.shard_bytes[rank] for rank in ranks if rank not in here)
+            with contextlib.suppress(OSError):  # a directory that is gone is named by the copy
+                check_room(ref.path, needed_bytes)
+        try:
+            for rank in ranks:
+                command = work.Flush(run.key, str(save.name), rank, store.ref, ref)
+                done = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
+                before_bytes += done.copied_bytes
+        except CheckpointError:
+            if is_new:
+                await self._take_back(run, save, label, ref)
+            raise
+
+    async def _take_back(self, run: RunState, save: SaveState, label: str, ref: TierRef) -> None:
+        """The parts of some ranks are no save, and nobody would know of them."""
+        try:
+            await self._tools.call(work.Delete(ref, run.key, str(save.name)), work.Deleted)
+        except CheckpointError as error:
+            # Why it was not fetched is what is told.
+            logger.warning("run %s: %s stays in part in %s: %s", run.key, save.name, label, error)
 
     def _arrived(self, run: RunState, save: SaveState, label: str) -> None:
         save.ranks[label] = set(range(save.world_size))
         if label == RAM:
-            shards = len(save.ranks[RAM])
-            for rank in save.ranks[RAM]:
-                slot = Slot(os.urandom(6).hex(), SlotState.COMMITTED, save.size_bytes // shards)
+            save.remains = False
+            here = {slot.rank for slot in run.slots.values() if slot.save == str(save.name)}
+            for rank in save.ranks[RAM] - here:
+                slot = Slot(os.urandom(6).hex(), SlotState.COMMITTED, save.shard_bytes[rank])
                 slot.save, slot.rank = str(save.name), rank
                 run.slots[slot.slot_id] = slot
             run.reach(save, "staged")

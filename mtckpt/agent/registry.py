@@ -413,8 +413,7 @@ def _adopt_slots(run: RunState, found: list[work.SlotScan], holder: str) -> None
         )
     for save in run.saves.values():
         for rank in save.ranks.get(RAM, ()):
-            shards = max(1, len(save.ranks[RAM]))
-            slot = Slot(new_id(), SlotState.COMMITTED, save.size_bytes // shards)
+            slot = Slot(new_id(), SlotState.COMMITTED, save.shard_bytes[rank])
             slot.save, slot.rank = str(save.name), rank
             run.slots[slot.slot_id] = slot
 

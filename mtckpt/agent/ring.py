@@ -290,6 +290,7 @@ class Ring:
         save.save_id = sealed.save_id
         save.incarnation_id, save.world_size = sealed.incarnation_id, sealed.world_size
         save.size_bytes += sealed.size_bytes
+        save.shard_bytes[sealed.rank] = sealed.size_bytes
         save.metrics.update(sealed.metrics)
         save.plan_digest = save.plan_digest or sealed.plan_digest
         save.disputed |= sealed.plan_digest != save.plan_digest

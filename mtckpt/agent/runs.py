@@ -153,8 +153,13 @@ class RunState:
         return [self.slot_facts(save) for save in self.saves.values() if save.ranks.get(RAM)]
 
     def slot_facts(self, save: SaveState) -> SaveFacts:
-        """Of one save: a tier that gets it from a disk does not need its slot."""
-        owed = frozenset(label for label in save.owed if not self._from_disk(save, label))
+        """Of one save: a store that can have it from a disk does not need its slot. From a disk
+        that only waits for it that is not sure: a newer save may take its place there."""
+        owed = frozenset(
+            label
+            for label in save.owed
+            if not save.remains and not (self.tiers[label].is_store and self._disks_with(save))
+        )
         return save.facts(has_source=save.is_staged, owed=owed)
 
     def flushable(self, tier: TierState) -> list[SaveFacts]:
@@ -176,10 +181,18 @@ class RunState:
         """The disk that a store gets a save from: one that has it, else one that it comes to."""
         if not self.tiers[label].is_store:
             return None
-        disks = [tier for tier in self.tiers.values() if tier.config.kind == "disk"]
-        have = [d for d in disks if save.is_complete(d.label) and d.label not in save.damaged]
-        due = [d for d in disks if d.label in save.owed and not d.problem]
-        return next(iter(have + due), None)
+        due = [d for d in self._disks() if d.label in save.owed and not d.problem]
+        return next(iter(self._disks_with(save) + due), None)
+
+    def _disks(self) -> list[TierState]:
+        return [tier for tier in self.tiers.values() if tier.config.kind == "disk"]
+
+    def _disks_with(self, save: SaveState) -> list[TierState]:
+        return [
+            disk
+            for disk in self._disks()
+            if save.is_complete(disk.label) and disk.label not in save.damaged
+        ]
 
     def newest_staged(self) -> SaveState | None:
         staged = [s for s in self.saves.values() if s.is_complete(RAM)]
@@ -280,6 +293,7 @@ class RunState:
             save.world_size = entry.world_size or save.world_size
             save.size_bytes = max(save.size_bytes, entry.size_bytes)
             save.ranks[label] = set(entry.ranks)
+            save.shard_bytes.update(zip(entry.ranks, entry.shard_bytes, strict=False))
             save.disputed |= not entry.complete and len(entry.ranks) == entry.world_size
             save.metrics.update(entry.metrics)
             save.seq = self.seq + 1  # whoever asks a new agent is told where it stands
@@ -301,7 +315,9 @@ class RunState:
         for save in list(self.saves.values()):
             if label in save.ranks and str(save.name) not in found and not save.writing:
                 self.drop_copy(save, label)
-        if label != RAM:
+        if label == RAM:
+            self._note_remains()
+        else:
             self.tiers[label].scanned = True
         for tier in self.tiers.values():
             if tier.scanned:
@@ -312,13 +328,33 @@ class RunState:
                 self.incarnations[incarnation.number] = incarnation
         self.touch()
 
+    def _note_remains(self) -> None:
+        """Slots are recycled rank by rank. Ranks that all have a newer step finished this one: what
+        some lack of it is not still to come."""
+        newest: dict[int, int] = {}
+        for save in self.saves.values():
+            if save.is_complete(RAM):
+                number, step = save.order
+                newest[number] = max(step, newest.get(number, step))
+        for save in self.saves.values():
+            older = save.name.step < newest.get(save.name.incarnation, save.name.step)
+            save.remains = older and bool(save.ranks.get(RAM)) and bool(save.lacking())
+
+    def _is_lost(self, save: SaveState, label: str) -> bool:
+        """Whether what is left of a save is nowhere whole that the tier could get it from."""
+        if not save.remains or not all(disk.scanned for disk in self._disks()):
+            return False
+        return not (self.tiers[label].is_store and self._disks_with(save))
+
     def _discharge(self, label: str) -> None:
         """What a tier does not have and has a newer save than, it had or left out on purpose."""
         held = [save.order for save in self.saves.values() if save.is_complete(label)]
         for save in self.saves.values():
             if save.is_complete(label):
                 save.due.discard(label)
-            elif label in save.owed and save.order < max(held, default=save.order):
+            elif label in save.owed and (
+                save.order < max(held, default=save.order) or self._is_lost(save, label)
+            ):
                 save.superseded.add(label)
                 save.seq = self.seq + 1  # whoever waits for it has to hear that it is in vain
 

@@ -93,6 +93,8 @@ class SaveState:
     called_off: str = ""
     plan_digest: str = ""
     disputed: bool = False  # ranks sealed parts of different plans
+    remains: bool = False  # some ranks' slots were recycled before the agent started, others not
+    shard_bytes: dict[int, int] = field(default_factory=dict)  # by rank
     began_s: float = field(default_factory=time.monotonic)
     seq: int = 0
     seen_at: float = field(default_factory=time.time)
@@ -108,7 +110,7 @@ class SaveState:
     def is_open(self) -> bool:
         """Whether parts of it are in RAM and others may still come."""
         return bool(self.ranks.get(RAM)) and not (
-            self.called_off or self.stages or self.is_complete(RAM)
+            self.called_off or self.stages or self.remains or self.is_complete(RAM)
         )
 
     def lacking(self) -> list[int]:

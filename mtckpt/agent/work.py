@@ -316,7 +316,7 @@ class SaveScan(msgspec.Struct, frozen=True):
     """One save in one tier. No ranks: a directory without a record, no save (yet, or any more).
 
     ``committed``: a store has its marker. ``saved_at_s`` is the writer's clock: for a rule in hours
-    and for people, never for order.
+    and for people, never for order. ``shard_bytes`` is in the order of ``ranks``.
     """
 
     save: str
@@ -334,6 +334,7 @@ class SaveScan(msgspec.Struct, frozen=True):
     aborted: str = ""
     saved_at_s: float = 0.0
     committed: bool = False
+    shard_bytes: list[int] = []
 
 
 class SlotScan(msgspec.Struct, frozen=True):

@@ -1,0 +1,100 @@
+"""What an agent makes of what an earlier one left: what is open, owed, whole and recyclable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mtckpt._manifest import SaveName
+from mtckpt.agent import queue, work
+from mtckpt.agent.protocol import TierConfig
+from mtckpt.agent.registry import _adopt_slots
+from mtckpt.agent.runs import RunState
+from mtckpt.agent.saves import RAM, Plan, SaveState, TierState
+
+SIZES = [100, 250]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunState:
+    run = RunState("r", "r", work.TierRef("ram", str(tmp_path), label=RAM))
+    for label in ("disk", "store"):
+        config = TierConfig(label, label, str(tmp_path / label))
+        ref = work.TierRef("disk" if label == "disk" else "store", config.path, label=label)
+        run.tiers[label] = TierState(label, config, ref)
+    return run
+
+
+def found(step: int, ranks: list[int], due: str = "", incarnation: int = 1) -> work.SaveScan:
+    name = SaveName(step, incarnation, f"{step:012d}")
+    sizes = [SIZES[rank] for rank in ranks]
+    return work.SaveScan(
+        str(name),
+        step,
+        incarnation,
+        ranks,
+        world_size=2,
+        complete=len(ranks) == 2,
+        size_bytes=sum(sizes),
+        save_id="x",
+        due=due.split(),
+        committed=True,
+        shard_bytes=sizes,
+    )
+
+
+def at(run: RunState, step: int, incarnation: int = 1) -> SaveState:
+    save = run.save_at(incarnation, step)
+    assert save is not None
+    return save
+
+
+def test_what_recycling_had_left_of_an_older_step_is_not_open(run: RunState) -> None:
+    saves = [found(10, [1]), found(20, [0, 1]), found(30, [0]), found(40, [1], "", 2)]
+    run.note_scan(RAM, work.RunScan("r", saves))
+    assert [save.name.step for save in run.open_saves(1)] == [30]
+    assert [save.name.step for save in run.open_saves(2)] == [40]
+    assert queue.pick_recycle(run.facts()) == str(at(run, 10).name)
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "superseded"), [([0, 1], set()), ([], {"disk", "store"}), ([0], {"disk", "store"})]
+)
+def test_what_nobody_has_whole_any_more_is_waited_for_by_nobody(
+    on_disk: list[int], superseded: set[str], run: RunState
+) -> None:
+    """A step due everywhere whose slots were half recycled: the disk has it, or it is superseded.
+
+    Recycling had begun, so a newer step was owed to whatever had not got this one.
+    """
+    run.note_scan(RAM, work.RunScan("r", [found(10, [1], "disk store"), found(20, [0, 1])]))
+    assert queue.pick_recycle(run.facts()) == str(at(run, 10).name)  # its slots wait for nobody
+    run.note_scan("store", work.RunScan("r"))
+    assert at(run, 10).superseded == set()  # a disk that was not looked into may have it
+    run.note_scan("disk", work.RunScan("r", [found(10, on_disk, "store")] if on_disk else []))
+    run.note_scan("store", work.RunScan("r"))
+    assert at(run, 10).superseded == superseded
+    assert at(run, 10).owed == (frozenset() if superseded else {"store"})
+
+
+def test_slots_that_an_earlier_agent_left_fit_whose_ranks_are_of_unequal_size(
+    run: RunState,
+) -> None:
+    run.note_scan(RAM, work.RunScan("r", [found(10, [0, 1])]))
+    _adopt_slots(run, [], "?")
+    sizes = {slot.rank: slot.shard_bytes for slot in run.slots.values()}
+    assert sizes == dict(enumerate(SIZES))
+    assert [s.rank for s in run.slots.values() if s.fits(Plan(SIZES[1], 64))] == [1]
+
+
+def test_a_slot_waits_for_the_store_until_a_disk_has_the_save(run: RunState) -> None:
+    """A disk that waits for it may be given a newer one instead, and the store has nothing then."""
+    saves = [found(10, [0, 1], "disk store"), found(20, [0, 1], "disk")]
+    run.note_scan(RAM, work.RunScan("r", saves))
+    assert queue.pick_recycle(run.facts()) is None
+    run.note_scan("disk", work.RunScan("r", [found(10, [0, 1], "store")]))
+    assert run.slot_facts(at(run, 10)).owed == frozenset()
+    assert queue.pick_recycle(run.facts()) == str(at(run, 10).name)
+    at(run, 10).damaged.add("disk")
+    assert queue.pick_recycle(run.facts()) is None
