@@ -241,7 +241,7 @@ class Close(msgspec.Struct, frozen=True):
 
     holder: str
     free_ram: bool = True
-    wait_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
+    wait_s: float = 0.0
 
 
 class Remove(msgspec.Struct, frozen=True):
