@@ -10,17 +10,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
-from mtckpt.errors import CheckpointError, GroupMissing, RankTimeout, UsageError
+from mtckpt.errors import CheckpointError, GroupMissing, RankTimeout, StepDisagreement, UsageError
 
 __all__ = ["Group", "Single", "Store", "StoreGroup", "choose", "exchange", "together"]
 
 _PAUSE_S = (0.001, 0.1)
+_LAST_READ_S = 2.0
 _numbers: dict[str, itertools.count[int]] = {}
 
 
@@ -44,7 +46,13 @@ class Group(Protocol):
 
 
 class Store(Protocol):
-    """Small values under keys that all ranks can see. Raises RuntimeError, whatever goes wrong."""
+    """Small values under keys that all ranks can see. Raises RuntimeError, whatever goes wrong.
+
+    A call may block for as long as the store's host does not answer.
+    """
+
+    place: str
+    """Where its host is, to name in errors; "" if that is not known."""
 
     def put(self, key: str, value: bytes) -> None:
         """Set a key that nobody set before."""
@@ -78,24 +86,56 @@ class StoreGroup:
         """See ``Group.exchange``. What was exchanged before the last time is deleted."""
         turn, self._turn = self._turn, self._turn + 1
         deadline_s = time.monotonic() + timeout_s
+        found: list[dict[str, bytes]] = []
+        failure: list[BaseException] = []
+
+        def talk() -> None:
+            try:
+                found.append(self._talk(turn, value, deadline_s))
+            except BaseException as error:  # noqa: BLE001 - raised by the caller below
+                failure.append(error)
+
+        # What a store blocks in has its own idea of time, or none: it is left behind.
+        thread = threading.Thread(target=talk, name="mtckpt-ranks", daemon=True)
+        thread.start()
+        thread.join(timeout_s + _LAST_READ_S)
+        if failure and not isinstance(failure[0], RuntimeError):
+            raise failure[0]
+        if not found:
+            raise self._silent(stage, timeout_s, failure) from (failure[0] if failure else None)
+        return self._by_rank(stage, found[0], timeout_s)
+
+    def _talk(self, turn: int, value: bytes, deadline_s: float) -> dict[str, bytes]:
+        """Give ``value``, and wait until the deadline for what others give: what is there then."""
         directory = f"{self._directory}/{turn}"
         names = [str(rank) for rank in range(self.world_size)]
-        try:
-            self._store.put(f"{directory}/{self.rank}", value)
-            pause_s, most_s = _PAUSE_S
-            while not self._store.have(directory, names) and time.monotonic() < deadline_s:
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, most_s)
-            found = self._store.read(directory, names)
-            if turn and len(found) == self.world_size:
-                # Everybody has come to this turn, so everybody has read the one before.
-                self._store.delete(f"{self._directory}/{turn - 1}/{self.rank}")
-        except RuntimeError as error:
-            raise RankTimeout(
-                f"{stage}: the store that joins the ranks does not answer: {error}",
-                stage=stage,
-                rank=self.rank,
-            ) from error
+        self._store.put(f"{directory}/{self.rank}", value)
+        pause_s, most_s = _PAUSE_S
+        while not self._store.have(directory, names) and time.monotonic() < deadline_s:
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, most_s)
+        found = self._store.read(directory, names)
+        if turn and len(found) == self.world_size:
+            # Everybody has come to this turn, so everybody has read the one before.
+            self._store.delete(f"{self._directory}/{turn - 1}/{self.rank}")
+        return found
+
+    def _silent(self, stage: str, timeout_s: float, failure: list[BaseException]) -> RankTimeout:
+        where = f" at {self._store.place}" if self._store.place else ""
+        why = f": {failure[0]}" if failure else f" within {timeout_s:.1f} s"
+        return RankTimeout(
+            f"{stage}: the host{where} of the store that joins the ranks did not answer{why}",
+            stage=stage,
+            rank=self.rank,
+            timeout_s=round(timeout_s, 1),
+            actions=(
+                "look at the process that hosts it: the launcher, or rank 0",
+                "give it longer: Checkpointer(timeout_s=...)",
+            ),
+        )
+
+    def _by_rank(self, stage: str, found: dict[str, bytes], timeout_s: float) -> list[bytes]:
+        names = [str(rank) for rank in range(self.world_size)]
         missing = [rank for rank, name in enumerate(names) if name not in found]
         if missing:
             raise RankTimeout(
@@ -159,11 +199,25 @@ def choose(given: object, find: Callable[[], Group | None]) -> Group:
 
 
 def exchange(group: Group, stage: str, value: object, timeout_s: float) -> list[object]:
-    """``Group.exchange`` of anything that JSON has."""
+    """``Group.exchange`` of anything that JSON has.
+
+    Raises StepDisagreement with the ranks that are at another stage: each would take what the
+    others gave for something else.
+    """
     if group.world_size == 1:
         return [value]
-    data = group.exchange(stage, msgspec.json.encode(value), timeout_s)
-    return [msgspec.json.decode(each) for each in data]
+    data = group.exchange(stage, msgspec.json.encode((stage, value)), timeout_s)
+    told = [msgspec.json.decode(each, type=tuple[str, Any]) for each in data]
+    elsewhere = [rank for rank, (at, _) in enumerate(told) if at != stage]
+    if elsewhere:
+        first = elsewhere[0]
+        raise StepDisagreement(
+            f"rank {first} is at {told[first][0]!r} while rank {group.rank} is at {stage!r}",
+            stage=stage,
+            rank=first,
+            ranks=elsewhere,
+        )
+    return [each for _, each in told]
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ __all__ = ["find_group"]
 class _Store:
     """See ``Store``; what JAX's client raises are RuntimeErrors."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, place: str) -> None:
         self._client = client
+        self.place = place
 
     def put(self, key: str, value: bytes) -> None:
         self._client.key_value_set_bytes(key, value)
@@ -45,5 +46,5 @@ def find_group(name: str) -> StoreGroup | None:
 
     if global_state.client is None or (global_state.num_processes or 1) < 2:
         return None
-    store = _Store(global_state.client)
+    store = _Store(global_state.client, global_state.coordinator_address or "")
     return StoreGroup(store, global_state.process_id, global_state.num_processes, name)

@@ -18,6 +18,10 @@ class _Store:
 
     def __init__(self, store: Any) -> None:
         self._store = store
+        while hasattr(store, "underlying_store"):
+            store = store.underlying_store
+        host = getattr(store, "host", "")  # a file or a table in memory has none
+        self.place = f"{host}:{store.port}" if host else ""
 
     def put(self, key: str, value: bytes) -> None:
         self._store.set(key, value)

@@ -1,0 +1,141 @@
+"""What ranks exchange: bounded even where the store's host stops, and never with another stage."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from stores import free_ports
+
+import mtckpt
+from mtckpt import _coordination
+from mtckpt.agent.spawn import ensure_agent
+from mtckpt.errors import StepDisagreement
+from mtckpt.testing.groups import local_groups
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("runtime_dir")]
+
+# A process of torch.distributed; rank 0 hosts the store. Each waits for a word before it goes on.
+TORCH_RANK = """
+import sys
+from datetime import timedelta
+import torch.distributed as dist
+from mtckpt import _coordination
+from mtckpt.adapters.torch.group import find_group
+from mtckpt.errors import RankTimeout
+rank, port = map(int, sys.argv[1:])
+store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timedelta(seconds=600))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+"""
+
+JAX_RANK = """
+import sys
+import jax
+from mtckpt import _coordination
+from mtckpt.adapters.jax.group import find_group
+from mtckpt.errors import RankTimeout
+rank, port = map(int, sys.argv[1:])
+jax.config.update("jax_platforms", "cpu")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+"""
+
+EXCHANGES = """
+group = find_group("run")
+print(_coordination.exchange(group, "first", rank, 60), flush=True)
+sys.stdin.readline()
+try:
+    _coordination.exchange(group, "second", rank, 2)
+except RankTimeout as error:
+    print(error, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[str, int, int], subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def one(script: str, rank: int, port: int) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script + EXCHANGES, str(rank), str(port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        started.append(process)
+        return process
+
+    yield one
+    for process in started:
+        process.kill()  # also one that is stopped
+        process.communicate()
+
+
+@pytest.mark.parametrize("script", [TORCH_RANK, JAX_RANK], ids=["torch", "jax"])
+def test_a_stopped_host_of_the_store_ends_the_exchange_in_time(
+    script: str, start: Callable[[str, int, int], subprocess.Popen[str]]
+) -> None:
+    pytest.importorskip("torch" if script is TORCH_RANK else "jax")
+    port = free_ports(1)
+    ranks = [start(script, rank, port) for rank in (0, 1)]
+    for process in ranks:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "[0, 1]\n"
+    os.kill(ranks[0].pid, signal.SIGSTOP)
+    stdin, stdout = ranks[1].stdin, ranks[1].stdout
+    assert stdin is not None
+    assert stdout is not None
+    stdin.write("go on\n")
+    stdin.flush()
+    said = stdout.readline()  # for ever without a bound: the store itself waits 10 minutes
+    where = f"the host at 127.0.0.1:{port} of the store that joins the ranks"
+    assert said.startswith(f"second: {where} did not answer within 2.0 s")
+    stdin.write("end\n")
+    stdin.flush()
+    if script is TORCH_RANK:  # JAX itself waits for its coordinator before it ends
+        assert ranks[1].wait(30) == 0  # a call that was left behind does not hold the process up
+
+
+def test_two_stages_are_not_taken_for_one() -> None:
+    groups = local_groups(3)
+    stages = ["look", "begin", "look"]
+    with ThreadPoolExecutor(3) as pool:
+        calls = [
+            pool.submit(_coordination.exchange, group, stage, 0, 20)
+            for group, stage in zip(groups, stages, strict=True)
+        ]
+    found = [(1, "begin"), (0, "look"), (1, "begin")]
+    for call, stage, (rank, at) in zip(calls, stages, found, strict=True):
+        with pytest.raises(StepDisagreement, match=f"rank {rank} is at '{at}'") as raised:
+            call.result()
+        assert raised.value.details["rank"] == rank
+        assert raised.value.details["stage"] == stage
+        assert raised.value.state
+        assert "restore and save on every rank" in str(raised.value.actions)
+    with ThreadPoolExecutor(3) as pool:  # and they can go on together
+        told = pool.map(lambda group: _coordination.exchange(group, "look", group.rank, 20), groups)
+    assert list(told) == [[0, 1, 2]] * 3
+
+
+def test_a_rank_that_saves_while_another_restores_is_named() -> None:
+    ensure_agent(20.0)
+    one, other = (
+        mtckpt.Checkpointer("run", [mtckpt.Ram(every=1)], group=group, timeout_s=20.0)
+        for group in local_groups(2)
+    )
+    with one, other, ThreadPoolExecutor(2) as pool:
+        restored = pool.submit(one.restore, {"w": np.zeros(3)})
+        saved = pool.submit(lambda: other.save(1, {"w": np.zeros(3)}).wait("staged"))
+        with pytest.raises(StepDisagreement, match="rank 1 is at 'begin'"):
+            restored.result()
+        with pytest.raises(mtckpt.errors.CheckpointError) as raised:
+            saved.result()
+    causes = [raised.value, raised.value.__cause__]
+    assert any(isinstance(cause, StepDisagreement) for cause in causes)
