@@ -58,7 +58,7 @@ State = Any
 _EXIT_S = 30.0
 # What the last words with the agent may take, though the deadline has passed.
 _GRACE_S = 1.0
-# How long close() waits for memory that is still read, such as by the check of the newest save.
+# How long close() waits until memory is free.
 _FREEING_S = 5.0
 _open_runs: dict[tuple[str, int], weakref.ref[Checkpointer]] = {}
 
@@ -399,11 +399,13 @@ class Checkpointer:
                 errors += self._pending if self._on_failure == "raise" else []
                 self._pending.clear()
             session.stop_listening()
+            # The agent answers once memory is free; what still reads it is the newest save's check.
+            wait_s = min(_FREEING_S, max(0.0, deadline_s - time.monotonic() - _GRACE_S))
             session.call(
                 "close",
-                protocol.Close(session.holder, free_ram=not errors, wait_s=_wait_s(deadline_s)),
+                protocol.Close(session.holder, free_ram=not errors, wait_s=wait_s),
                 protocol.Done,
-                _left_s(deadline_s, self._timeout_s),
+                _left_s(deadline_s, self._timeout_s + wait_s),
             )
         except (CheckpointError, RunLocked) as error:
             if not isinstance(error, RunLocked):
@@ -474,11 +476,6 @@ def _as_dict(value: Any) -> dict[str, Any]:
 def _left_s(deadline_s: float, most_s: float) -> float:
     """For one more call before a deadline: what is left, but never too little for an answer."""
     return min(most_s, max(_GRACE_S, deadline_s - time.monotonic()))
-
-
-def _wait_s(deadline_s: float) -> float:
-    """How long the agent may take to free memory before it answers."""
-    return min(_FREEING_S, max(0.0, deadline_s - time.monotonic() - _GRACE_S))
 
 
 def _no_one() -> None:
