@@ -11,6 +11,7 @@ Everything blocks and releases the interpreter lock while bytes move.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -365,8 +366,12 @@ def _delete_rank(key: str) -> int:
 def _is_leased(place: Place, key: str) -> bool:
     if not place.is_local:
         return False
-    try:
-        with place.local.try_exclusive(key) as fd:
-            return fd is None
-    except ObjectNotFound:
-        return False
+    for pause_s in (0.01, 0.05, 0.0):
+        try:
+            with place.local.try_exclusive(key) as fd:
+                if fd is not None:
+                    return False
+        except ObjectNotFound:
+            return False
+        time.sleep(pause_s)  # others that only look, as this does, hold it for a moment
+    return True
