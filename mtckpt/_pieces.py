@@ -8,7 +8,7 @@ may come back to any rank, what is private comes back to the one that had it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,7 @@ from mtckpt.errors import UnsupportedState
 if TYPE_CHECKING:
     from mtckpt._state import Flat, StateAdapter
 
-__all__ = ["ALONE", "Members", "Piece", "Recipe", "divide", "gather"]
+__all__ = ["ALONE", "Members", "Piece", "Recipe", "divide", "gather", "replicas_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,55 +64,69 @@ class Recipe:
     """The pieces of a plan. One of each leaf comes first, in the order of the leaves.
 
     ``agreed`` is the digest of what all ranks of the job have to have alike. ``replicas`` are the
-    leaves that are replicated, ``seen`` what they looked like, and ``empty`` stands for those of
-    which this rank has no share.
+    leaves that are replicated and their ranks, ``seen`` what they looked like, and ``empty`` stands
+    for those of which this rank has no share.
     """
 
     pieces: tuple[Piece, ...]
     agreed: str
-    replicas: tuple[int, ...]
+    replicas: dict[int, tuple[int, ...]]
     seen: list[object]
     empty: dict[int, Any]
     is_plain: bool
+
+
+def replicas_of(flat: Flat, members: Members) -> dict[int, tuple[int, ...]]:
+    """The leaves that are replicated whole, and the ranks that hold each; alone there are none."""
+    if members.world_size == 1:
+        return {}
+    everybody = tuple(range(members.world_size))
+    return {
+        leaf: ranks or everybody
+        for leaf, ranks in flat.replicas.items()
+        if flat.owners[leaf].parts(flat.arrays[leaf], flat.paths[leaf]) is None
+    }
 
 
 def divide(
     flat: Flat, specs: Sequence[ArraySpec], ties: dict[int, int], members: Members
 ) -> Recipe:
     """Decide what this rank stores of every leaf. Raises UnsupportedState as adapters do."""
-    everybody = tuple(range(members.world_size))
     firsts: list[Piece] = []
     others: list[Piece] = []
-    shared: list[tuple[str, str, tuple[int, ...]]] = []
-    replicas: list[int] = []
+    shared: list[tuple[str, str, str, tuple[int, ...]]] = []
+    replicas = replicas_of(flat, members)
     empty: dict[int, Any] = {}
     for leaf, (owner, array, path) in enumerate(
         zip(flat.owners, flat.arrays, flat.paths, strict=True)
     ):
-        parts = owner.parts(array, path)
-        whole_of_it = parts is None and leaf in flat.replicas and members.world_size > 1
-        if whole_of_it:
-            replicas.append(leaf)
-            parts = [_replica(specs[leaf], array, flat.replicas[leaf] or everybody)]
+        whole_of_it = leaf in replicas
+        parts = (
+            [_replica(specs[leaf], array, replicas[leaf])]
+            if whole_of_it
+            else owner.parts(array, path)
+        )
         if parts is None:
             firsts.append(Piece(leaf, specs[leaf]))
             continue
         ranks = _spread_over(parts, members)
-        if ranks is None:
-            spec = parts[0].spec
-            shared.append((path, spec.dtype, spec.whole_shape))
         name = flat.paths[ties.get(leaf, leaf)]
+        if ranks is None:
+            # The name says who stores a small replica. A box that is empty here is tied to none,
+            # whatever others see.
+            spec, agreed = parts[0].spec, name if whole_of_it else path
+            shared.append((path, agreed, spec.dtype, spec.whole_shape))
         pieces = [piece._replace(ranks=ranks) for piece in _pieces_of(leaf, name, parts, members)]
         if whole_of_it:
             pieces = [piece._replace(part=WHOLE) for piece in pieces]
             if not pieces[0].spec.size_bytes:
-                empty[leaf] = owner.finished(owner.new(pieces[0].spec)[0], pieces[0].spec)
+                empty[leaf] = _nothing(owner, pieces[0].spec)
         firsts.append(pieces[0])
         others += pieces[1:]
     return Recipe(
         (*firsts, *others),
         xxh3_128_hexdigest(msgspec.json.encode(sorted(shared))),
-        tuple(replicas),
+        replicas,
         _look(flat.owners, flat.arrays, replicas),
         empty,
         all(piece.part == OWN for piece in firsts),
@@ -126,8 +140,14 @@ def _replica(spec: ArraySpec, array: Any, ranks: tuple[int, ...]) -> Part:
     return Part(held, array, ranks)
 
 
+def _nothing(owner: StateAdapter, spec: ArraySpec) -> Any:
+    """An empty array, whatever kind the whole one is of: no elements make up no random key."""
+    plain = spec._replace(framework=spec.framework.partition(".")[0])
+    return owner.finished(owner.new(plain)[0], plain)
+
+
 def _look(
-    owners: Sequence[StateAdapter], arrays: Sequence[Any], leaves: Sequence[int]
+    owners: Sequence[StateAdapter], arrays: Sequence[Any], leaves: Iterable[int]
 ) -> list[object]:
     """Fingerprints of some leaves, by adapter."""
     by_owner: dict[int, tuple[StateAdapter, list[Any]]] = {}

@@ -136,10 +136,14 @@ class Planner:
             addresses, keep = _addresses(plan.groups, arrays, fingerprint)
         except UnsupportedState:
             return None  # a new plan knows the paths, and says which leaf it is
+        # What other ranks store for this one too has no address here, and may be tied differently.
+        unknown = not plan.recipe.is_plain
         if addresses != plan.sources or _has_copies(keep):
             # Other memory than last time: the same leaves may be tied differently now. Where a leaf
             # was copied, the same address proves nothing: a copy that was freed left it behind.
-            if _ties(plan.owners, leaves, plan.paths) != plan.ties:
+            unknown = True
+        if unknown:
+            if _ties(plan.owners, leaves, plan.paths, plan.recipe.replicas) != plan.ties:
                 return None
             plan.lie_at(addresses)
         return Captured(plan, plan.in_order, plain, (keep, arrays))
@@ -166,7 +170,7 @@ def make_plan(
     flat: _state.Flat, specs: Sequence[ArraySpec], members: Members
 ) -> tuple[Plan, list[Any]]:
     """Lay out the pieces of ``flat``, and give them; tied leaves once, under the first path."""
-    ties = _ties(flat.owners, flat.arrays, flat.paths)
+    ties = _ties(flat.owners, flat.arrays, flat.paths, _pieces.replicas_of(flat, members))
     recipe = _pieces.divide(flat, specs, ties, members)
     arrays = _pieces.gather(recipe, flat.owners, flat.arrays)
     assert arrays is not None  # nothing has changed since
@@ -279,14 +283,20 @@ def _has_copies(keep: object) -> bool:
 
 
 def _ties(
-    owners: Sequence[StateAdapter], arrays: Sequence[Any], paths: Sequence[str]
+    owners: Sequence[StateAdapter],
+    arrays: Sequence[Any],
+    paths: Sequence[str],
+    replicas: Mapping[int, tuple[int, ...]],
 ) -> dict[int, int]:
-    """Leaf -> the leaf whose bytes it has: the first path in sorted order of those tied."""
+    """Leaf -> the leaf whose bytes it has: the first path in sorted order of those tied.
+
+    One that is replicated is divided among its ranks, so it is tied to those of the same ranks.
+    """
     groups: dict[object, list[int]] = {}
     for i, (owner, array) in enumerate(zip(owners, arrays, strict=True)):
         identity = owner.identity(array)
         if identity is not None:
-            groups.setdefault(identity, []).append(i)
+            groups.setdefault((identity, replicas.get(i)), []).append(i)
     ties = {}
     for group in groups.values():
         if len(group) > 1:
