@@ -139,8 +139,8 @@ TRANSFER = (
     Bug(
         "deleted-under-a-reader",
         "_transfer.py",
-        "            return fd is None",
-        "            return fd == -1",
+        "                if fd is not None:\n                    return False\n",
+        "                return False\n",
         ("test_transfer.py::test_delete_waits_for_readers_and_takes_everything",),
     ),
     Bug(
