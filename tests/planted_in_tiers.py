@@ -262,6 +262,30 @@ RESTORE = (
         ("test_checkpointer.py::test_a_template_that_differs_changes_nothing",),
     ),
     Bug(
+        "lost-start-hides-its-steps",
+        "_restore.py",
+        "line = _inventory.incarnation_line(inventories)",
+        "line = _manifest.newest_line(_inventory.all_incarnations(inventories))",
+        ("test_checkpointer.py::test_a_start_whose_own_file_is_lost_keeps_its_steps",),
+    ),
+    Bug(
+        "view-stands-for-the-whole",
+        "_placing.py",
+        "if spec.size_bytes and spec.size_bytes >= self.arrays[known].spec.size_bytes:",
+        "if spec.size_bytes and known >= 0:",
+        ("test_checkpointer.py::test_a_view_of_the_beginning_does_not_stand_for_the_whole",),
+    ),
+    Bug(
+        "lease-held-by-a-mapping",
+        "tiers/local.py",
+        "                fcntl.flock(fd, fcntl.LOCK_UN)\n",
+        "                pass\n",
+        (
+            "tiers/test_local_leases.py::"
+            "test_a_lease_ends_though_an_error_still_refers_to_the_mapped_bytes",
+        ),
+    ),
+    Bug(
         "damage-is-a-fresh-start",
         "_restorer.py",
         "        raise _no_healthy_step(plan.skipped)\n",

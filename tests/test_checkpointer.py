@@ -159,6 +159,21 @@ def test_roll_back_starts_a_branch(tmp_path: Path) -> None:
         assert (state["w"] == 31).all()
 
 
+def test_a_start_whose_own_file_is_lost_keeps_its_steps(tmp_path: Path) -> None:
+    """Its saves tell of it: neither an older step nor a fresh start stands in for them."""
+    for step in (10, 20):
+        with open_run(tmp_path) as checkpointer:
+            state = make_state()
+            checkpointer.restore(state)
+            state["w"][:] = step
+            checkpointer.save(step, state).wait("local", timeout_s=20)
+    (lost,) = (tmp_path / "disk" / "r").glob("incarnation-000002.*")
+    lost.unlink()
+    with open_run(tmp_path) as checkpointer:
+        restored = checkpointer.restore(state := make_state())
+        assert (restored.step, float(state["w"][0, 0])) == (20, 20.0)
+
+
 def test_best_by_metrics_given_at_once_and_later(tmp_path: Path) -> None:
     keep = [mtckpt.KeepLast(3), mtckpt.KeepBest(1, "loss")]
     tiers = [mtckpt.Ram(every=1), mtckpt.Disk(tmp_path / "disk", keep=keep)]
