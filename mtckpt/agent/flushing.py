@@ -352,10 +352,14 @@ class Flusher:
         if name not in run.saves:
             return True
         try:
-            return await self._delete(run, tier, run.saves[name], records_only=records_only)
+            done = await self._delete(run, tier, run.saves[name], records_only=records_only)
         except CheckpointError as error:
-            logger.warning("run %s: %s keeps %s: %s", run.key, tier.label, name, error)
+            if name not in tier.undeleted:  # told once, and tried again from time to time
+                logger.warning("run %s: %s keeps %s: %s", run.key, tier.label, name, error)
+            tier.undeleted.add(name)
             return False
+        tier.undeleted.discard(name)
+        return done
 
     async def _delete(
         self, run: RunState, tier: TierState, save: SaveState, *, records_only: bool = False

@@ -169,6 +169,7 @@ class TierState:
     to_keep: int = 0
     keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
     again: asyncio.Task[None] | None = None
+    undeleted: set[str] = field(default_factory=set)
 
     @property
     def stage(self) -> str | None:
