@@ -1,8 +1,8 @@
 """The files of runs in a RAM root that are no objects of its tier: hidden ones, and whole runs.
 
 It knows how to open what a trainer wrote without being led astray, a run's configuration
-(``RUN/.run.json``, for the next agent), and how a run is wiped. It does not know what a slot is or
-what the configuration says.
+(``RUN/.run.json``, for the next agent), what only its user may read (``RUN/.join.json``), and how a
+run is wiped. It does not know what a slot is or what those files say.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["RunFiles", "is_there", "size_bytes_at", "unlink"]
 
 CONFIG_FILE = ".run.json"
+SECRET_FILE = ".join.json"
 
 
 class RunFiles:
@@ -73,22 +74,40 @@ class RunFiles:
 
     def write_config(self, run_key: str, data: bytes) -> None:
         """Replace the run's configuration, whole or not at all."""
-        temporary = temporary_name()
-        with self.directory(run_key, create=True) as run_fd:
-            fd = self.create(temporary, run_fd)
-            try:
-                with os.fdopen(fd, "wb") as file:
-                    file.write(data)
-                crash_point("config.written")
-                os.rename(temporary, CONFIG_FILE, src_dir_fd=run_fd, dst_dir_fd=run_fd)
-            except BaseException:
-                unlink(temporary, run_fd)
-                raise
+        self._replace(run_key, CONFIG_FILE, data, self._mode)
 
     def read_config(self, run_key: str) -> bytes:
         """The run's configuration. Raises ObjectNotFound."""
         with self.directory(run_key) as run_fd:
             return self.read(run_fd, CONFIG_FILE, _manifest.MAX_SMALL_BYTES)
+
+    def write_secret(self, run_key: str, data: bytes) -> None:
+        """Replace what only the agent's own user may read of the run, whole or not at all."""
+        self._replace(run_key, SECRET_FILE, data, 0o600)
+
+    def read_secret(self, run_key: str) -> bytes:
+        """What ``write_secret`` wrote. Raises ObjectNotFound; Damaged if others could read it."""
+        with self.directory(run_key) as run_fd:
+            fd = os.open(SECRET_FILE, os.O_RDONLY | FILE_FLAGS, dir_fd=run_fd)
+            with os.fdopen(fd, "rb") as file:
+                info = os.fstat(fd)
+                private = stat.S_ISREG(info.st_mode) and not info.st_mode & 0o077
+                if not private or info.st_uid != os.geteuid():
+                    raise Damaged(f"{SECRET_FILE} is not this user's alone: it is not used")
+                return file.read(_manifest.MAX_SMALL_BYTES)
+
+    def _replace(self, run_key: str, name: str, data: bytes, mode: int) -> None:
+        temporary = temporary_name()
+        with self.directory(run_key, create=True) as run_fd:
+            fd = self.create(temporary, run_fd, mode)
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    file.write(data)
+                crash_point("config.written")
+                os.rename(temporary, name, src_dir_fd=run_fd, dst_dir_fd=run_fd)
+            except BaseException:
+                unlink(temporary, run_fd)
+                raise
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -122,10 +141,11 @@ class RunFiles:
                     dropped.append(f"{name} is gone: it was empty")
         return dropped
 
-    def create(self, name: str, dir_fd: int) -> int:
+    def create(self, name: str, dir_fd: int, mode: int | None = None) -> int:
+        mode = self._mode if mode is None else mode
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | FILE_FLAGS
-        fd = os.open(name, flags, self._mode, dir_fd=dir_fd)
-        os.fchmod(fd, self._mode)  # The umask may have taken the group's bits.
+        fd = os.open(name, flags, mode, dir_fd=dir_fd)
+        os.fchmod(fd, mode)  # The umask may have taken the group's bits.
         return fd
 
     def open(self, dir_fd: int, name: str, *, writable: bool = False) -> int:

@@ -13,21 +13,24 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from mtckpt import _inventory, _transfer
 from mtckpt._access import open_store
-from mtckpt._manifest import SaveEntry, SaveName
+from mtckpt._manifest import SaveName
 from mtckpt._room import check_room
 from mtckpt._run_files import RunFiles
 from mtckpt._slots import Slot, SlotFinding, Slots
 from mtckpt._source import Place
 from mtckpt.agent import work
+from mtckpt.agent.findings import save_scan, slot_scan
 from mtckpt.agent.queue import Limits
 from mtckpt.errors import (
     AlreadyExists,
     CheckpointError,
+    Damaged,
     FormatError,
     ObjectNotFound,
     TierUnavailable,
@@ -36,6 +39,9 @@ from mtckpt.errors import (
 from mtckpt.tiers.base import BytesSource, Survives, Tier, check_key, read_all
 from mtckpt.tiers.local import LocalTier
 from mtckpt.tiers.object_store import ObjectStoreTier
+
+if TYPE_CHECKING:
+    from mtckpt.agent.peer_server import PeerServer
 
 __all__ = ["Carrier"]
 
@@ -54,6 +60,7 @@ class Carrier:
         self._lock = threading.Lock()
         self._places: dict[work.TierRef, tuple[Place, RunFiles | None]] = {}
         self._run_locks: dict[tuple[str, str], threading.Lock] = {}
+        self._peer_server: PeerServer | None = None
         self._table: dict[type, Callable[..., work.Result]] = {
             work.Ping: lambda _: work.Pong(os.getpid()),
             work.Allocate: self._allocate,
@@ -69,6 +76,8 @@ class Carrier:
             work.PutSmall: self._put_small,
             work.WriteRunConfig: self._write_config,
             work.ReadRunConfigs: self._read_configs,
+            work.WriteJoin: self._write_join,
+            work.ServePeers: self._serve_peers,
             work.Wipe: self._wipe,
         }
 
@@ -224,9 +233,9 @@ class Carrier:
         inventory = _inventory.scan(place.tier, run_key, label=command.tier.label or None)
         return work.RunScan(
             run_key=run_key,
-            saves=[_save_scan(save) for _, save in sorted(inventory.saves.items())],
+            saves=[save_scan(save) for _, save in sorted(inventory.saves.items())],
             incarnations=inventory.incarnations,
-            slots=[_slot_scan(finding) for finding in found],
+            slots=[slot_scan(finding) for finding in found],
             repaired=repaired,
             problems=inventory.problems,
         )
@@ -325,6 +334,15 @@ class Carrier:
             return work.Stored(already=True)
         return work.Stored()
 
+    def _serve_peers(self, command: work.ServePeers) -> work.Serving:
+        # The other data processes have no use for sockets.
+        from mtckpt.agent.peer_server import PeerServer
+
+        with self._lock:
+            if self._peer_server is None:
+                self._peer_server = PeerServer()
+        return self._peer_server.serve(command)
+
     # -- configuration ---------------------------------------------------------------------------
 
     def _write_config(self, command: work.WriteRunConfig) -> work.Stored:
@@ -333,11 +351,24 @@ class Carrier:
             files.write_config(command.config.run_key, msgspec.json.encode(command.config))
         return work.Stored()
 
+    def _write_join(self, command: work.WriteJoin) -> work.Stored:
+        files = self._files(command.tier)
+        with self._run_lock(command.tier, command.run_key):
+            files.write_secret(command.run_key, command.data)
+        return work.Stored()
+
     def _read_configs(self, command: work.ReadRunConfigs) -> work.RunConfigs:
         files = self._files(command.tier)
         configs: list[work.RunConfig] = []
         problems: list[str] = []
+        joins: dict[str, bytes] = {}
         for key in files.run_keys():
+            try:
+                joins[key] = files.read_secret(key)
+            except ObjectNotFound:
+                pass  # its ranks are all on this node
+            except Damaged as error:
+                problems.append(f"{key}: {error}")
             try:
                 config = msgspec.json.decode(files.read_config(key), type=work.RunConfig)
                 if config.run_key != key or config.version > work.RUN_CONFIG_VERSION:
@@ -348,7 +379,7 @@ class Carrier:
                 continue
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, FormatError) as error:
                 problems.append(f"{key}: {error}")
-        return work.RunConfigs(configs, problems)
+        return work.RunConfigs(configs, problems, joins)
 
 
 class _Meter:
@@ -434,51 +465,6 @@ def _slot_files(slot: Slot) -> work.SlotFiles:
         record_path=slot.record_path,
         shard_bytes=slot.shard_bytes,
         table_bytes=slot.table_bytes,
-    )
-
-
-def _slot_scan(finding: SlotFinding) -> work.SlotScan:
-    slot, record = finding.slot, finding.record
-    scan = work.SlotScan(
-        slot.slot_id, slot.inode, slot.shard_bytes, slot.table_bytes, finding.generation
-    )
-    if record is None:
-        return scan
-    return msgspec.structs.replace(
-        scan,
-        save=str(record.name),
-        save_id=record.save_id,
-        rank=record.rank,
-        step=record.step,
-        incarnation=record.incarnation,
-        due=list(record.due),
-    )
-
-
-def _save_scan(save: SaveEntry) -> work.SaveScan:
-    scan = work.SaveScan(
-        save=str(save.name),
-        step=save.name.step,
-        incarnation=save.name.incarnation,
-        ranks=sorted(save.records),
-        complete=save.complete,
-        size_bytes=save.size_bytes,
-        metrics=save.metrics,
-        problems=save.problems,
-        aborted=save.aborted,
-        committed=save.committed,
-    )
-    if not save.records:
-        return scan
-    first = save.records[min(save.records)]
-    return msgspec.structs.replace(
-        scan,
-        world_size=first.world_size,
-        save_id=first.save_id,
-        incarnation_id=first.incarnation_id,
-        due=list(first.due),
-        saved_at_s=first.saved_at_s,
-        shard_bytes=[record.shard.size_bytes for _, record in sorted(save.records.items())],
     )
 
 

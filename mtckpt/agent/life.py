@@ -209,6 +209,7 @@ class Life:
             await self._until_done(server, registry, lock)
             await registry.stop(DRAIN_S)
             self._leave()
+            await registry.peers.close()
             await server.stop()
         await tools.pool.close()
         logger.info("agent %s ends", registry.agent_id)

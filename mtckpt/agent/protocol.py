@@ -16,6 +16,8 @@ says which one it speaks. Payload bytes never travel here; they lie in slot file
     POST /v1/runs/{key}/fetch          Fetch       -> Fetched     from a store, to this node
     POST /v1/runs/{key}/close          Close       -> Done        nothing more will come
     POST /v1/runs/{key}/rm             Remove      -> Removed
+    POST /v1/runs/{key}/listen         Listen      -> PeerAddress  for agents of other nodes
+    POST /v1/runs/{key}/join           Join        -> Done        who the other nodes are
     GET  /v1/runs/{key}/changes?since=N&timeout_s=T  -> Changes   long poll
     GET  /status  /metrics  /events    POST /v1/stop  Stop -> Done
 """
@@ -29,13 +31,21 @@ import msgspec
 
 from mtckpt import errors
 from mtckpt._access import Access
+from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import Uuid
 from mtckpt._schedule import ObjectStore
 
 if TYPE_CHECKING:
     from mtckpt._schedule import SlowTier
 
-__all__ = ["PROTOCOL_VERSION", "decode", "encode", "error_from_wire", "error_to_wire"]
+__all__ = [
+    "PROTOCOL_VERSION",
+    "PeerAddress",
+    "decode",
+    "encode",
+    "error_from_wire",
+    "error_to_wire",
+]
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -254,6 +264,39 @@ class Remove(msgspec.Struct, frozen=True):
 class Removed(msgspec.Struct, frozen=True):
     removed: list[str]
     kept: list[str] = []
+
+
+class Listen(msgspec.Struct, frozen=True):
+    """Let agents of other nodes in; answered with the PeerAddress where they find this one.
+
+    ``host`` is an address of this node or an interface's name; without it the one that leads to
+    ``towards`` is taken, which is where the job's ranks meet.
+    """
+
+    holder: str
+    host: str = ""
+    towards: str = ""
+
+
+class NodeOfRun(msgspec.Struct, frozen=True):
+    """One node of a run, and the ranks that are on it."""
+
+    address: PeerAddress
+    ranks: list[int]
+
+
+class Join(msgspec.Struct, frozen=True):
+    """Who the nodes of a run are, the same from each rank. ``secret`` is hexadecimal; ``lead`` is
+    the index of the node of rank 0."""
+
+    holder: str
+    secret: str
+    world_size: int
+    nodes: list[NodeOfRun]
+    lead: int = 0
+
+    def __repr__(self) -> str:
+        return f"Join(world_size={self.world_size}, nodes={self.nodes!r}, ...)"
 
 
 class Stop(msgspec.Struct, frozen=True):

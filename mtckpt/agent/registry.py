@@ -24,6 +24,7 @@ from mtckpt.agent.fetching import Fetcher
 from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.owners import Owner
+from mtckpt.agent.peers import Peers
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.ring import Ring, new_id
 from mtckpt.agent.runs import RunState
@@ -62,6 +63,7 @@ class Registry:
         self.boot_id = _boot_id()
         self.host = socket.gethostname()
         self.ready = asyncio.Event()
+        self.peers = Peers(self)
         self._roots_path = os.path.join(directory, ROOTS_NAME)
         self._roots: list[str] = []
         self._loading = asyncio.Lock()
@@ -97,6 +99,8 @@ class Registry:
         for key in sorted({*by_key, *scans} - self.runs.keys()):
             config = by_key.get(key) or work.RunConfig(key, key)
             await self._adopt(ram, config, scans.get(key) or work.RunScan(key))
+            if key in configs.joins:
+                await self.peers.adopt(self.runs[key], configs.joins[key])
 
     async def _adopt(self, ram: TierRef, config: work.RunConfig, scan: work.RunScan) -> None:
         """One run as another agent left it: living owners are watched, dead ones settled."""
@@ -314,8 +318,12 @@ class Registry:
     # -- letting go ------------------------------------------------------------------------------
 
     async def housekeeping(self) -> None:
-        """Once a second or so: silent owners, old RAM, scrubs."""
+        """Once a second or so: silent owners, old RAM, scrubs, listeners."""
         now_s = time.monotonic()
+        try:
+            await self.peers.keep()
+        except CheckpointError as error:
+            logger.warning("other nodes cannot read here: %s", error)
         for run in list(self.runs.values()):
             for owner in run.living():
                 if owner.is_silent(now_s):

@@ -1,8 +1,6 @@
-"""The agent's HTTP side: who may connect, what is read, which verb answers.
+"""The agent's HTTP side for processes of this node: who may connect, which verb answers.
 
-Knows connections, limits and the mapping of errors. Does not know what a verb does. Whatever comes
-in, the server lives: a request that cannot be right gets a typed answer, a connection that is not
-ours gets closed before a byte of it is read.
+Knows users and paths. Does not know what a verb does, nor what any HTTP server needs (``serving``).
 """
 
 from __future__ import annotations
@@ -20,17 +18,11 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from mtckpt.agent import address, owners, protocol, status
+from mtckpt.agent.serving import HttpServer, reply
 from mtckpt.agent.verbs import Caller, Verbs
 from mtckpt.errors import (
     AccessDenied,
     AgentUnavailable,
-    CheckpointError,
-    FormatError,
-    RunLocked,
-    StepExists,
-    TierFull,
-    TierUnavailable,
-    UnsupportedPlatform,
     UsageError,
 )
 
@@ -45,64 +37,20 @@ __all__ = ["AgentServer"]
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 512
-BODY_TIMEOUT_S = 10.0
-IDLE_TIMEOUT_S = 60.0
 START_TIMEOUT_S = 60.0
-SHUTDOWN_TIMEOUT_S = 2.0
 MAX_POLL_S = 60.0
 MAX_QUEUED_EVENTS = 1000
 HEARTBEAT_S = 2.0
 
-_STATUS_OF = (
-    (RunLocked, 409),
-    (StepExists, 409),
-    (UnsupportedPlatform, 501),
-    (UsageError, 400),
-    (FormatError, 422),
-    (AccessDenied, 403),
-    (TierFull, 507),
-    (TierUnavailable, 503),
-    (AgentUnavailable, 503),
-)
 
-
-def http_status(error: CheckpointError) -> int:
-    return next((status_ for type_, status_ in _STATUS_OF if isinstance(error, type_)), 500)
-
-
-class _Gate(asyncio.Protocol):
-    """One connection before HTTP has seen it: handed on only if its user may connect."""
-
-    def __init__(self, server: AgentServer, make_handler: web.Server) -> None:
-        self._server = server
-        self._make_handler = make_handler
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        if not self._server.admits(transport):
-            transport.abort()
-            return
-        handler = self._make_handler()
-        transport.set_protocol(handler)
-        handler.connection_made(transport)
-        # Whoever connects only to see that we are there is going to ask for something.
-        self._server.idle_since[handler] = self._server.asked_s = time.monotonic()
-
-
-class AgentServer:
+class AgentServer(HttpServer):
     """HTTP over one listening socket, until ``stopped`` is set."""
 
     def __init__(self, registry: Registry, verbs: Verbs) -> None:
+        super().__init__()
         self._registry = registry
         self._verbs = verbs
-        self._runner: web.AppRunner | None = None
         self._server: asyncio.AbstractServer | None = None
-        self.stopped = asyncio.Event()
-        self.asked_s = time.monotonic()
-        self.in_flight = 0
-        # Connections that no request is being answered on, and since when.
-        self.idle_since: dict[web.RequestHandler, float] = {}
         self._posts: dict[str, tuple[type[Any], Callable[[RunState, Any], Awaitable[Any]]]] = {
             "incarnation": (protocol.Begin, verbs.begin),
             "slots": (protocol.WantSlots, verbs.want_slots),
@@ -115,57 +63,41 @@ class AgentServer:
             "fetch": (protocol.Fetch, verbs.fetch),
             "close": (protocol.Close, verbs.close),
             "rm": (protocol.Remove, verbs.remove),
+            "listen": (protocol.Listen, verbs.listen),
+            "join": (protocol.Join, verbs.join),
         }
 
     # -- life ------------------------------------------------------------------------------------
 
     async def start(self, listener: socket.socket) -> None:
         """Serve on a socket that listens already; connections in its backlog are answered."""
-        app = web.Application(
-            client_max_size=protocol.MAX_MESSAGE_BYTES, middlewares=[self._answer_errors]
-        )
-        app.router.add_get("/status", self._get_status)
-        app.router.add_get("/metrics", self._get_metrics)
-        app.router.add_get("/events", self._get_events)
-        app.router.add_get("/v1/runs/{key}/changes", self._get_changes)
-        app.router.add_post("/v1/runs/{key}/open", self._post_open)
-        app.router.add_post("/v1/runs/{key}/{verb}", self._post_verb)
-        app.router.add_post("/v1/stop", self._post_stop)
-        self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            keepalive_timeout=IDLE_TIMEOUT_S,
-            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-        )
-        await self._runner.setup()
+        await self.prepare(protocol.MAX_MESSAGE_BYTES)
         loop = asyncio.get_running_loop()
         listener.setblocking(False)
         # The socket's file is ours, or systemd's, to remove: not asyncio's, which would since 3.13.
         options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
         self._server = await loop.create_unix_server(
-            self._connection, sock=listener, backlog=address.BACKLOG, **options
+            self.connection, sock=listener, backlog=address.BACKLOG, **options
         )
 
-    def _connection(self) -> asyncio.Protocol:
-        assert self._runner is not None
-        assert self._runner.server is not None
-        return _Gate(self, self._runner.server)
+    def add_routes(self, router: web.UrlDispatcher) -> None:
+        """What can be asked."""
+        router.add_get("/status", self._get_status)
+        router.add_get("/metrics", self._get_metrics)
+        router.add_get("/events", self._get_events)
+        router.add_get("/v1/runs/{key}/changes", self._get_changes)
+        router.add_post("/v1/runs/{key}/open", self._post_open)
+        router.add_post("/v1/runs/{key}/{verb}", self._post_verb)
+        router.add_post("/v1/stop", self._post_stop)
 
     async def stop(self) -> None:
         """Close everything. Answers under way are cut off."""
-        self.stopped.set()
         if self._server is not None:
             self._server.close()
-        if self._runner is not None:
-            await self._runner.cleanup()
+        await super().stop()
 
-    def admits(self, transport: asyncio.BaseTransport) -> bool:
-        """Whether the user at the other end may connect, and there is room."""
-        if len(self.idle_since) + self.in_flight >= MAX_CONNECTIONS:
-            self.close_idle()
-        if len(self.idle_since) + self.in_flight >= MAX_CONNECTIONS:
-            logger.warning("refused a connection: %d are open", MAX_CONNECTIONS)
-            return False
+    def may_connect(self, transport: asyncio.BaseTransport) -> bool:
+        """Whether the user at the other end may."""
         uid = address.peer_of(transport.get_extra_info("socket")).uid
         # A service's socket is its group's: the kernel has checked that.
         if self._registry.service or uid in (0, os.geteuid()):
@@ -173,49 +105,7 @@ class AgentServer:
         logger.warning("refused a connection of user %d", uid)
         return False
 
-    def close_idle(self) -> None:
-        """Close connections that have been saying nothing, or half a request, for long."""
-        now_s = time.monotonic()
-        for connection, since_s in list(self.idle_since.items()):
-            if connection.transport is None:
-                del self.idle_since[connection]  # the other end has closed it
-            elif now_s - since_s > IDLE_TIMEOUT_S:
-                connection.transport.close()
-
     # -- requests --------------------------------------------------------------------------------
-
-    @web.middleware
-    async def _answer_errors(
-        self,
-        request: web.Request,
-        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
-    ) -> web.StreamResponse:
-        connection = request.protocol
-        self.idle_since.pop(connection, None)
-        self.in_flight += 1
-        try:
-            return await handler(request)
-        except CheckpointError as error:
-            return _reply(protocol.error_to_wire(error), http_status(error))
-        except web.HTTPException as error:
-            wire = protocol.WireError("UsageError", f"{request.path}: {error.reason}")
-            return _reply(wire, error.status)
-        except Exception as error:
-            # One request that meets a bug must not end the agent of all runs.
-            logger.exception("%s %s failed", request.method, request.path)
-            return _reply(protocol.error_to_wire(error), 500)
-        finally:
-            self.in_flight -= 1
-            self.asked_s = time.monotonic()
-            if request.transport is not None:
-                self.idle_since[connection] = time.monotonic()
-
-    async def _message(self, request: web.Request, type_: type[Any]) -> Any:
-        try:
-            body = await asyncio.wait_for(request.read(), BODY_TIMEOUT_S)
-        except asyncio.TimeoutError as error:
-            raise FormatError("the request's body did not come in time") from error
-        return protocol.decode(body, type_)
 
     async def _ready(self) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
@@ -235,7 +125,7 @@ class AgentServer:
         return run
 
     async def _post_open(self, request: web.Request) -> web.Response:
-        message = await self._message(request, protocol.Open)
+        message = await self.message(request, protocol.Open)
         await self._ready()
         assert request.transport is not None
         connection = request.transport.get_extra_info("socket")
@@ -243,7 +133,7 @@ class AgentServer:
         pidfd = owners.peer_pidfd(connection)
         try:
             caller = Caller(peer.pid, peer.uid, pidfd)
-            return _reply(await self._verbs.open(caller, request.match_info["key"], message))
+            return reply(await self._verbs.open(caller, request.match_info["key"], message))
         finally:
             if pidfd is not None:
                 os.close(pidfd)
@@ -253,8 +143,8 @@ class AgentServer:
         if found is None:
             raise web.HTTPNotFound
         type_, verb = found
-        message = await self._message(request, type_)
-        return _reply(await verb(await self._run(request), message))
+        message = await self.message(request, type_)
+        return reply(await verb(await self._run(request), message))
 
     async def _get_changes(self, request: web.Request) -> web.Response:
         run = await self._run(request)
@@ -287,10 +177,10 @@ class AgentServer:
             if owner is not None:
                 owner.listening -= 1
                 owner.heard_s = time.monotonic()
-        return _reply(run.changes(since, holder))
+        return reply(run.changes(since, holder))
 
     async def _get_status(self, _: web.Request) -> web.Response:
-        return _reply(status.agent_status(self._registry))
+        return reply(status.agent_status(self._registry))
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
         text = status.prometheus_text(self._registry)
@@ -335,20 +225,14 @@ class AgentServer:
         return response
 
     async def _post_stop(self, request: web.Request) -> web.Response:
-        message: protocol.Stop = await self._message(request, protocol.Stop)
+        message: protocol.Stop = await self.message(request, protocol.Stop)
         assert request.transport is not None
         uid = address.peer_of(request.transport.get_extra_info("socket")).uid
         if uid not in (0, os.geteuid()):
             raise AccessDenied("only the agent's own user may stop it", state="it goes on")
         left = await self._registry.drain(message.timeout_s) if message.drain else 0
         asyncio.get_running_loop().call_later(0.05, self.stopped.set)
-        return _reply(protocol.Done(f"{left} saves are still owed" if left else ""))
-
-
-def _reply(message: Any, status_: int = 200) -> web.Response:
-    return web.Response(
-        body=protocol.encode(message), status=status_, content_type="application/json"
-    )
+        return reply(protocol.Done(f"{left} saves are still owed" if left else ""))
 
 
 def _line(event: Event) -> bytes:

@@ -268,6 +268,18 @@ class Verbs:
                 raise result
         return owed
 
+    # -- other nodes -----------------------------------------------------------------------------
+
+    async def listen(self, run: RunState, message: protocol.Listen) -> protocol.PeerAddress:
+        """Agents of other nodes may find this one from here on."""
+        run.owner_of(message.holder)
+        return await self._registry.peers.listen(message)
+
+    async def join(self, run: RunState, message: protocol.Join) -> protocol.Done:
+        """The nodes of a run, as each of its ranks says them."""
+        run.owner_of(message.holder)
+        return await self._registry.peers.join(run, message)
+
     # -- saves -----------------------------------------------------------------------------------
 
     async def want_slots(self, run: RunState, message: protocol.WantSlots) -> protocol.Slots:

@@ -11,31 +11,34 @@ same tier under way at once; everything else may run side by side.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
 from mtckpt import errors
-from mtckpt._access import Access
-from mtckpt._manifest import Incarnation
-from mtckpt.agent.protocol import TierConfig, WireError
+from mtckpt.agent.findings import RunScan, SaveScan, SlotScan
+from mtckpt.agent.protocol import WireError
+from mtckpt.agent.run_config import RUN_CONFIG_VERSION, Owner, RunConfig, ServedRun, TierRef
 
-__all__ = ["Command", "Progress", "Reply", "Request", "Result", "TierRef", "place_of"]
+__all__ = [
+    "RUN_CONFIG_VERSION",
+    "Command",
+    "Owner",
+    "Progress",
+    "Reply",
+    "Request",
+    "Result",
+    "RunConfig",
+    "RunScan",
+    "SaveScan",
+    "ServedRun",
+    "SlotScan",
+    "TierRef",
+    "place_of",
+]
 
 # A scan of ten thousand saves of a thousand ranks fits; a stray stream of bytes does not.
 MAX_LINE_BYTES = 256 * 1024 * 1024
-RUN_CONFIG_VERSION = 1
-
-
-class TierRef(msgspec.Struct, frozen=True):
-    """A tier by its place. ``label`` is the name in its errors; ``bytes_per_s`` 0 is no limit."""
-
-    kind: Literal["ram", "disk", "store"]
-    path: str
-    group_access: bool = False
-    label: str = ""
-    bytes_per_s: int = 0
-    access: Access = Access()
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -183,34 +186,6 @@ class PutSmall(msgspec.Struct, frozen=True, tag=True):
     data: bytes
 
 
-class Owner(msgspec.Struct, frozen=True):
-    """One Checkpointer of a run, as the next agent needs to know it."""
-
-    holder: str
-    rank: int
-    pid: int
-    start_ticks: int
-    incarnation: int = 0
-    world_size: int = 1
-    parent_pid: int = 0
-
-
-class RunConfig(msgspec.Struct, frozen=True):
-    """What an agent must know of a run to go on where another stopped. Kept in the RAM tier.
-
-    ``extra`` belongs to the control process alone.
-    """
-
-    run: str
-    run_key: str
-    tiers: list[TierConfig] = []
-    owners: list[Owner] = []
-    incarnation: int = 0
-    incarnation_id: str = ""
-    extra: dict[str, Any] = {}
-    version: int = RUN_CONFIG_VERSION
-
-
 class WriteRunConfig(msgspec.Struct, frozen=True, tag=True):
     """-> Stored: replaces the run's configuration, whole or not at all."""
 
@@ -222,6 +197,27 @@ class ReadRunConfigs(msgspec.Struct, frozen=True, tag=True):
     """-> RunConfigs: of every run in the RAM tier; unreadable ones are listed as problems."""
 
     tier: TierRef
+
+
+class WriteJoin(msgspec.Struct, frozen=True, tag=True):
+    """-> Stored: replaces what the run's nodes have agreed on, which has a secret in it."""
+
+    tier: TierRef
+    run_key: str
+    data: bytes
+
+    def __repr__(self) -> str:
+        return f"WriteJoin({self.run_key!r}, ...)"
+
+
+class ServePeers(msgspec.Struct, frozen=True, tag=True):
+    """-> Serving: other nodes may read these runs, and no others, from now on. ``port`` 0: any."""
+
+    tier: TierRef
+    agent_id: str
+    host: str
+    port: int = 0
+    runs: list[ServedRun] = []
 
 
 class Wipe(msgspec.Struct, frozen=True, tag=True):
@@ -246,11 +242,13 @@ Command: TypeAlias = (
     | PutSmall
     | WriteRunConfig
     | ReadRunConfigs
+    | WriteJoin
+    | ServePeers
     | Wipe
 )
 
 
-_SLOWNESS = {"ram": 0, "disk": 1, "store": 2}
+_SLOWNESS = {"ram": 0, "disk": 1, "peers": 2, "store": 3}
 
 
 def place_of(command: Command) -> TierRef | None:
@@ -312,59 +310,6 @@ class Freed(msgspec.Struct, frozen=True, tag=True):
     freed_bytes: int
 
 
-class SaveScan(msgspec.Struct, frozen=True):
-    """One save in one tier. No ranks: a directory without a record, no save (yet, or any more).
-
-    ``committed``: a store has its marker. ``saved_at_s`` is the writer's clock: for a rule in hours
-    and for people, never for order. ``shard_bytes`` is in the order of ``ranks``.
-    """
-
-    save: str
-    step: int
-    incarnation: int
-    ranks: list[int] = []
-    world_size: int = 0
-    complete: bool = False
-    size_bytes: int = 0
-    save_id: str = ""
-    incarnation_id: str = ""
-    due: list[str] = []
-    metrics: dict[str, float] = {}
-    problems: list[str] = []
-    aborted: str = ""
-    saved_at_s: float = 0.0
-    committed: bool = False
-    shard_bytes: list[int] = []
-
-
-class SlotScan(msgspec.Struct, frozen=True):
-    """One slot in the slots' directory. ``save`` is set where the capture is finished: the record
-    parses, fits the sizes, and the table carries its generation; the data was not read."""
-
-    slot_id: str
-    inode: int
-    shard_bytes: int
-    table_bytes: int
-    generation: int = 0
-    save: str = ""
-    save_id: str = ""
-    rank: int = -1
-    step: int = -1
-    incarnation: int = 0
-    due: list[str] = []
-
-
-class RunScan(msgspec.Struct, frozen=True):
-    """One run in one tier. ``repaired`` has a line for each thing that a crash had left."""
-
-    run_key: str
-    saves: list[SaveScan] = []
-    incarnations: list[Incarnation] = []
-    slots: list[SlotScan] = []
-    repaired: list[str] = []
-    problems: list[str] = []
-
-
 class Scanned(msgspec.Struct, frozen=True, tag=True):
     """``swept`` counts temporaries removed; ``quarantined`` what is set aside (keys)."""
 
@@ -422,8 +367,18 @@ class Stored(msgspec.Struct, frozen=True, tag=True):
 
 
 class RunConfigs(msgspec.Struct, frozen=True, tag=True):
+    """``joins`` has, by run key, what ``WriteJoin`` wrote."""
+
     configs: list[RunConfig] = []
     problems: list[str] = []
+    joins: dict[str, bytes] = {}
+
+    def __repr__(self) -> str:
+        return f"RunConfigs({self.configs!r}, {self.problems!r}, ...)"
+
+
+class Serving(msgspec.Struct, frozen=True, tag=True):
+    port: int
 
 
 Result: TypeAlias = (
@@ -440,6 +395,7 @@ Result: TypeAlias = (
     | Healed
     | Stored
     | RunConfigs
+    | Serving
 )
 
 

@@ -336,7 +336,7 @@ def test_what_bounds_its_life_is_said(
 
 
 def test_every_error_has_a_status() -> None:
-    from mtckpt.agent.server import http_status
+    from mtckpt.agent.serving import http_status
 
     assert http_status(CheckpointError("x")) == 500
     assert http_status(UsageError("x")) == 400

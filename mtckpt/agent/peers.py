@@ -1,0 +1,235 @@
+"""The other nodes of this node's runs: where they are, and what they may ask and read here.
+
+Knows who has joined which run, keeps that for the next agent (readable by its user alone), and sees
+to it that the two listeners serve it: this process small messages, a data process the bytes. Does
+not know what the nodes agree on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mtckpt._handshake import SECRET_BYTES, PeerAddress
+from mtckpt.agent import protocol, work
+from mtckpt.agent.interfaces import choose_host
+from mtckpt.agent.peer_client import PeerClient
+from mtckpt.agent.peer_listener import PeerListener, PeerVerb
+from mtckpt.errors import (
+    AgentUnavailable,
+    CheckpointError,
+    FormatError,
+    TierUnavailable,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from mtckpt.agent.registry import Registry
+    from mtckpt.agent.runs import RunState
+
+__all__ = ["SERVING", "Peers"]
+
+logger = logging.getLogger(__name__)
+
+# The data process that other nodes read from.
+SERVING = work.TierRef("peers", "", label="peers")
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    """What the next agent has to know of a run's nodes. ``host``: where this one listens."""
+
+    join: protocol.Join
+    host: str = ""
+
+
+class Peers:
+    """See the module. One for the agent.
+
+    ``verbs`` is what agents of other nodes can ask: name -> (type of the message, what answers it).
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._tools = registry.tools
+        self._joins: dict[str, protocol.Join] = {}
+        self._clients: dict[tuple[str, PeerAddress], PeerClient] = {}
+        self._listener: PeerListener | None = None
+        self._address: PeerAddress | None = None
+        self._changing = asyncio.Lock()
+        self._telling = asyncio.Lock()
+        self.verbs: dict[str, PeerVerb] = {}
+
+    @property
+    def address(self) -> PeerAddress | None:
+        """Where other nodes find this agent; None while nothing listens."""
+        return self._address
+
+    # -- joining ---------------------------------------------------------------------------------
+
+    async def listen(self, message: protocol.Listen) -> PeerAddress:
+        """Start to listen, if nothing does yet. Raises UsageError, TierUnavailable."""
+        host = await asyncio.to_thread(choose_host, message.host, message.towards)
+        async with self._changing:
+            if self._address is None:
+                self._address = await self._start(host)
+            elif self._address.host != host:
+                raise UsageError(
+                    f"this node's agent listens at {self._address.host}, for another run",
+                    state="nothing was changed",
+                    actions=[f"set MTCKPT_PEER_HOST={self._address.host}"],
+                    host=host,
+                )
+        return self._address
+
+    async def join(self, run: RunState, message: protocol.Join) -> protocol.Done:
+        """Take over who the nodes of a run are, and let them read it. Idempotent."""
+        check_join(message)
+        if self._joins.get(run.key) != message:
+            kept = _Kept(message, self._address.host if self._address else "")
+            data = msgspec.json.encode(kept)
+            await self._tools.call(work.WriteJoin(run.ram, run.key, data), work.Stored)
+            self._joins[run.key] = message
+            self._forget_clients(run.key)
+        await self.keep()
+        return protocol.Done()
+
+    async def adopt(self, run: RunState, data: bytes) -> None:
+        """Take over what an agent before this one had been told, and listen where it did.
+
+        At other ports, of which the others do not know yet.
+        """
+        try:
+            kept = protocol.decode(data, _Kept)
+            check_join(kept.join)
+            self._joins[run.key] = kept.join
+            if kept.host:
+                await self.listen(protocol.Listen("", kept.host))
+        except CheckpointError as error:
+            logger.warning("run %s: its other nodes are not heard: %s", run.key, error)
+
+    def joined(self, run_key: str) -> protocol.Join | None:
+        """Who the nodes of a run are; None for a run that is on this node alone."""
+        return self._joins.get(run_key)
+
+    def secret_of(self, run_key: str) -> bytes | None:
+        """What the nodes of a run share."""
+        message = self._joins.get(run_key)
+        return None if message is None else bytes.fromhex(message.secret)
+
+    def leave(self, run_key: str) -> None:
+        """Forget a run that is gone from this node; nobody may read it any more."""
+        if self._joins.pop(run_key, None) is not None:
+            self._forget_clients(run_key)
+
+    def client(self, run_key: str, address: PeerAddress) -> PeerClient:
+        """What another node of the run is asked with. Raises UsageError for one never joined."""
+        secret = self.secret_of(run_key)
+        if secret is None:
+            raise UsageError("the run has no other nodes", run_key=run_key)
+        client = self._clients.get((run_key, address))
+        if client is None:
+            client = self._clients[run_key, address] = PeerClient(address, run_key, secret)
+        return client
+
+    def _forget_clients(self, run_key: str) -> None:
+        for key in [key for key in self._clients if key[0] == run_key]:
+            self._clients.pop(key).close()
+
+    # -- listening -------------------------------------------------------------------------------
+
+    async def _start(self, host: str) -> PeerAddress:
+        listener = PeerListener(
+            self._registry.agent_id, self._registry.runs, self.secret_of, self.verbs
+        )
+        sock = _bind(host)
+        await listener.start(sock)
+        control_port = sock.getsockname()[1]
+        try:
+            data_port = await self._serve(host, 0)
+        except BaseException:
+            await listener.stop()
+            raise
+        self._listener = listener
+        logger.info("other nodes are heard at %s, ports %d and %d", host, control_port, data_port)
+        return PeerAddress(
+            host,
+            control_port,
+            data_port,
+            self._registry.boot_id,
+            self._registry.agent_id,
+            self._registry.host,
+        )
+
+    async def keep(self) -> None:
+        """Once a second or so, and after changes: a data process that was replaced serves again."""
+        if self._listener is None or self._address is None:
+            return
+        self._listener.close_idle()
+        for key in self._joins.keys() - self._registry.runs.keys():
+            self.leave(key)
+        port = await self._serve(self._address.host, self._address.data_port)
+        if port != self._address.data_port:
+            raise AgentUnavailable("the data port of this node is taken by another process")
+
+    async def _serve(self, host: str, port: int) -> int:
+        async with self._telling:  # what was true before must not be told after what is true now
+            command = work.ServePeers(SERVING, self._registry.agent_id, host, port, self._served())
+            return (await self._tools.call(command, work.Serving)).port
+
+    def _served(self) -> list[work.ServedRun]:
+        """Everything that is on this node: what a store has, the others read there."""
+        runs = [self._registry.runs[key] for key in self._joins if key in self._registry.runs]
+        return [
+            work.ServedRun(
+                run.key,
+                self._joins[run.key].secret,
+                [run.ram, *(t.ref for t in run.tiers.values() if t.config.kind == "disk")],
+            )
+            for run in runs
+        ]
+
+    async def close(self) -> None:
+        """Stop to listen and to ask. Idempotent."""
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
+        if self._listener is not None:
+            await self._listener.stop()
+            self._listener = self._address = None
+
+
+def check_join(message: protocol.Join) -> None:
+    """Raises FormatError for nodes that cannot be those of a run."""
+    ranks = sorted(rank for node in message.nodes for rank in node.ranks)
+    try:
+        secret = bytes.fromhex(message.secret)
+    except ValueError as error:
+        raise FormatError("the secret of a run is not one") from error
+    if len(secret) != SECRET_BYTES:
+        raise FormatError("the secret of a run is not one")
+    if ranks != list(range(message.world_size)) or not 0 <= message.lead < len(message.nodes):
+        raise FormatError(
+            "the nodes of a run do not have its ranks, each once",
+            state="nothing was changed",
+            world_size=message.world_size,
+            nodes=len(message.nodes),
+        )
+
+
+def _bind(host: str) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.bind((host, 0))
+    except OSError as error:
+        sock.close()
+        raise TierUnavailable(
+            f"cannot listen at {host}: {error.strerror}",
+            state="nothing is served to other nodes",
+            actions=["set MTCKPT_PEER_HOST to an address of this node, or an interface's name"],
+            tier="peers",
+        ) from error
+    return sock

@@ -1,0 +1,123 @@
+"""One HTTP connection to another node's agent: proved in both directions before it is used.
+
+Knows deadlines, the handshake and small answers. Does not know what is asked, nor what an error of
+it means: OSError and HTTPException are the caller's to name.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import time
+from typing import Any
+
+import msgspec
+
+from mtckpt import _handshake
+from mtckpt._handshake import Challenger, PeerAddress, Refusal, Role, Welcome
+from mtckpt.errors import AccessDenied, AgentUnavailable, CheckpointError, FormatError
+
+__all__ = ["PeerConnection", "read_small", "refusal_text"]
+
+READ_BYTES = 1 << 16
+
+
+class PeerConnection(http.client.HTTPConnection):
+    """A connection for one role and run. Not for two threads at a time.
+
+    ``limit`` before whatever blocks: nothing goes on after ``deadline_s`` (of ``time.monotonic``),
+    nor is silent for longer than ``silence_s``.
+    """
+
+    auto_open = 0  # only ``open`` opens it: what is not proved is not used
+
+    def __init__(self, address: PeerAddress, role: Role, run_key: str, secret: bytes) -> None:
+        port = address.control_port if role == "control" else address.data_port
+        super().__init__(address.host, port)
+        self._challenger = Challenger(run_key, role, secret, address.agent_id)
+        self.deadline_s = 0.0
+        self.silence_s = float("inf")
+
+    def limit(self) -> None:
+        """Let the next blocking call end by the deadline. Raises TimeoutError."""
+        left_s = min(self.deadline_s - time.monotonic(), self.silence_s)
+        if left_s <= 0:
+            raise TimeoutError("the deadline has passed")
+        if self.sock is not None:
+            self.sock.settimeout(left_s)
+
+    def open(self, deadline_s: float) -> None:
+        """Connect, and prove on both sides.
+
+        Raises:
+            AccessDenied: the secret differs, or the other side refuses this one.
+            AgentUnavailable: another agent, or one that has not joined the run.
+            OSError, http.client.HTTPException: whatever kept the two apart.
+        """
+        self.deadline_s = deadline_s
+        left_s = min(deadline_s - time.monotonic(), self.silence_s)
+        if left_s <= 0:
+            raise TimeoutError("the deadline has passed")
+        self.sock = socket.create_connection((self.host, self.port), timeout=left_s)
+        try:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            answer = self._say(_handshake.HELLO_PATH, self._challenger.hello())
+            proof = self._challenger.check(_handshake.decode_small(answer, Welcome))
+            self._say(_handshake.PROVE_PATH, proof)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> http.client.HTTPResponse:
+        """Send a request and read the head of its answer."""
+        self.limit()
+        self.request(method, path, body=body, headers=headers or {})
+        self.limit()
+        return self.getresponse()
+
+    def _say(self, path: str, message: Any) -> bytes:
+        response = self.ask("POST", path, msgspec.json.encode(message))
+        data = read_small(self, response, _handshake.MAX_SMALL_BYTES)
+        if response.status == 200:
+            return data
+        what = refusal_text(data)
+        if response.status == 403:
+            raise AccessDenied(f"the peer refuses this process: {what}", state="nothing was sent")
+        refused: CheckpointError = AgentUnavailable(f"the peer is not ready: {what}")
+        raise refused
+
+
+def read_small(
+    connection: PeerConnection, response: http.client.HTTPResponse, max_bytes: int
+) -> bytes:
+    """The whole body. Raises HTTPException above ``max_bytes``, TimeoutError after the deadline."""
+    pieces: list[bytes] = []
+    left_bytes = max_bytes
+    while True:
+        connection.limit()
+        piece = response.read1(min(left_bytes + 1, READ_BYTES))
+        if not piece:
+            break
+        left_bytes -= len(piece)
+        if left_bytes < 0:
+            raise http.client.HTTPException("answer is larger than any can be")
+        pieces.append(piece)
+    if response.length:  # read1 does not tell an end that comes early
+        raise http.client.IncompleteRead(b"", response.length)
+    response.close()  # read1 leaves it open, and the connection busy
+    return b"".join(pieces)
+
+
+def refusal_text(data: bytes) -> str:
+    """What an answer says that is no success; a line at most."""
+    try:
+        text = _handshake.decode_small(data, Refusal).what
+    except FormatError:
+        text = data[:200].decode(errors="replace")
+    return " ".join(text.split())[:300]
