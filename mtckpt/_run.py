@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
+
 from mtckpt import _coordination, _inventory, _manifest, _restore
 from mtckpt._access import open_store
 from mtckpt._coordination import Group, Single
+from mtckpt._handshake import new_secret
 from mtckpt._manifest import Incarnation
 from mtckpt._pieces import ALONE, Members
 from mtckpt._restore import Place
@@ -29,6 +33,7 @@ from mtckpt.errors import (
     RunLocked,
     StepDisagreement,
     TierUnavailable,
+    UsageError,
 )
 from mtckpt.tiers import LocalTier, Survives
 
@@ -114,26 +119,59 @@ class Run:
         self._entered = True
 
     def join(self) -> None:
-        """Learn which ranks are on this node; all ranks do, before the first restore or save.
+        """Learn which ranks are on this node, and let the agents of several nodes know each other;
+        all ranks do, before the first restore or save.
 
-        Raises GroupMissing where their agents are not joined, RankTimeout.
+        Raises GroupMissing where their agents cannot be joined, RankTimeout, UsageError.
         """
         self.enter()
         group = self.group
         if self.members.world_size == group.world_size:
             return
-        nodes = self.exchange("join", _node_of(self.session.open()))
+        opened = self.session.open()
+        told = self.exchange("join", [_node_of(opened), opened.agent_id])
+        nodes = [str(node) for node, _ in told]
         here = tuple(rank for rank, node in enumerate(nodes) if node == nodes[group.rank])
         if len(here) < group.world_size:
-            raise GroupMissing(
-                f"the ranks of this job are on {len(set(map(str, nodes)))} nodes, and agents of"
-                " several nodes do not speak to each other yet",
-                world_size=group.world_size,
-                here=list(here),
-                state="nothing was done",
-                actions=("run all ranks on one node for now",),
-            )
+            agents = {agent: node for (_, agent), node in zip(told, nodes, strict=True)}
+            if len(set(agents.values())) < len(set(nodes)):
+                raise UsageError(
+                    "ranks of one node have their memory in different directories",
+                    state="nothing was done",
+                    actions=("give Ram() the same path on all ranks of a node",),
+                )
+            self._join_nodes(nodes)
         self.members = Members(group.rank, group.world_size, here)
+
+    def _join_nodes(self, nodes: Sequence[str]) -> None:
+        """Have the agents of all nodes told of one another. The secret that they prove to each
+        other is drawn by rank 0, and travels through the group this once."""
+        failure: CheckpointError | None = None
+        address: protocol.PeerAddress | None = None
+        try:
+            address = self.session.listen()
+        except CheckpointError as error:
+            failure = error
+        told = self.exchange(
+            "listen",
+            [
+                None if address is None else msgspec.to_builtins(address),
+                new_secret().hex() if self.group.rank == 0 else "",
+                failure.what if failure else "",
+            ],
+        )
+        if failure is not None:
+            raise failure
+        for rank, (_, _, why) in enumerate(told):
+            if why:
+                raise GroupMissing(
+                    f"other nodes cannot reach the agent of rank {rank}: {why}",
+                    rank=rank,
+                    state="nothing was done",
+                )
+        self.session.join(_joined(nodes, told))
+        # No agent is spoken to by one that has not been told of it.
+        self.exchange("joined", None)
 
     def exchange(self, stage: str, value: object) -> list[Any]:
         """What every rank gave. Raises RankTimeout."""
@@ -281,8 +319,9 @@ class Run:
         """The same incarnation on every rank: a number above all that any of them has seen."""
         if not self._scanned:
             self.scan(self.places())
-        told = self.exchange("begin", [self._highest, str(uuid.uuid4()), self.parent])
-        parents = [parent and tuple(parent) for _, _, parent in told]
+        host = [socket.gethostname(), self.session.pid]
+        told = self.exchange("begin", [self._highest, str(uuid.uuid4()), self.parent, host])
+        parents = [parent and tuple(parent) for _, _, parent, _ in told]
         if len(set(parents)) > 1:
             raise StepDisagreement(
                 f"ranks go on from different steps: {parents[:8]} (incarnation, step)",
@@ -293,9 +332,11 @@ class Run:
         return Incarnation(
             version=_manifest.FORMAT_VERSION,
             run=self.name,
-            number=max(highest for highest, _, _ in told) + 1,
+            number=max(highest for highest, _, _, _ in told) + 1,
             id=told[0][1],
             parent=self.parent,
+            host=told[0][3][0],
+            pid=told[0][3][1],
         )
 
     def fetch(self, name: SaveName, show: Callable[[int], None]) -> str | None:
@@ -314,9 +355,31 @@ class Run:
 
     def send_begin(self, incarnation: Incarnation) -> None:
         message = protocol.Begin(
-            self.session.holder, incarnation.number, incarnation.id, incarnation.parent
+            self.session.holder,
+            incarnation.number,
+            incarnation.id,
+            incarnation.parent,
+            incarnation.host,
+            incarnation.pid,
         )
         self.session.call("incarnation", message, protocol.Begun)
+
+
+def _joined(nodes: Sequence[str], told: list[Any]) -> protocol.Join:
+    """Which ranks are on which node, from what each said of its memory and its agent's address.
+
+    The node of rank 0 comes first and leads.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        ranks.setdefault(node, []).append(rank)
+    addresses = [msgspec.convert(address, protocol.PeerAddress) for address, _, _ in told]
+    return protocol.Join(
+        "",
+        told[0][1],
+        len(nodes),
+        [protocol.NodeOfRun(addresses[there[0]], there) for there in ranks.values()],
+    )
 
 
 def _node_of(opened: protocol.Opened) -> list[Any]:

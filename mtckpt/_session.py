@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
+
 from mtckpt.agent import protocol
 from mtckpt.agent.client import AgentClient
 from mtckpt.agent.spawn import ensure_agent
@@ -73,6 +75,7 @@ class Session:
         self.rank = 0
         self.world_size = 1
         self.opened: protocol.Opened | None = None
+        self.joined: protocol.Join | None = None  # of a job on several nodes
         self.fenced: RunLocked | None = None
         self.next_slot: protocol.SlotGrant | None = None
         self.held: Callable[[], dict[str, int]] = dict
@@ -123,8 +126,10 @@ class Session:
             held=self._held(),
             token=os.environ.get("MTCKPT_TOKEN", ""),
         )
-        path = f"/v1/runs/{self.run_key}/open"
-        opened = client.call(path, message, protocol.Opened, _left_s(deadline_s))
+        path = f"/v1/runs/{self.run_key}"
+        opened = client.call(f"{path}/open", message, protocol.Opened, _left_s(deadline_s))
+        if self.joined is not None:  # which another agent may not have found in its memory
+            client.call(f"{path}/join", self.joined, protocol.Done, _left_s(deadline_s))
         self._client = client
         return opened
 
@@ -140,6 +145,18 @@ class Session:
             self.ram_path = ram_path
             self.opened = self._open(deadline_s)
             return self.opened
+
+    def listen(self) -> protocol.PeerAddress:
+        """Where other nodes reach this one's agent, from now on."""
+        host = os.environ.get("MTCKPT_PEER_HOST", "")
+        message = protocol.Listen(self.holder, host, os.environ.get("MASTER_ADDR", ""))
+        return self.call("listen", message, protocol.PeerAddress)
+
+    def join(self, nodes: protocol.Join) -> None:
+        """Tell this node's agent of the others, now and whenever another agent has its place."""
+        message = msgspec.structs.replace(nodes, holder=self.holder)
+        self.call("join", message, protocol.Done)
+        self.joined = message
 
     def call(
         self, verb: str, message: Any, reply_type: type[_T], timeout_s: float | None = None

@@ -23,11 +23,11 @@ from mtckpt.agent import protocol
 from mtckpt.agent.spawn import ensure_agent
 from mtckpt.errors import (
     CheckpointError,
-    GroupMissing,
     RankTimeout,
     SaveFailed,
     StateMismatch,
     StepDisagreement,
+    UsageError,
 )
 from mtckpt.testing.groups import local_groups
 
@@ -375,8 +375,8 @@ def test_ranks_that_are_left_over_do_not_hold_the_others_up(job: Callable[..., J
     assert len(slots_of(two)) <= 2 * 3 + 2  # of the old job nothing is left
 
 
-def test_ranks_whose_memory_is_not_one_are_refused(ram_dir: Path) -> None:
-    """Agents of several nodes do not speak to each other: better no save than half of one."""
+def test_ranks_of_one_agent_have_their_memory_in_one_place(ram_dir: Path) -> None:
+    """They look like ranks of two nodes, and are not: better no save than half of one."""
 
     def work(rank: int) -> Exception | None:
         group = groups[rank]
@@ -393,8 +393,8 @@ def test_ranks_whose_memory_is_not_one_are_refused(ram_dir: Path) -> None:
     groups = local_groups(2)
     with ThreadPoolExecutor(2) as pool:
         for found in pool.map(work, range(2)):
-            assert isinstance(found, GroupMissing)
-            assert "on 2 nodes" in str(found)
+            assert isinstance(found, UsageError)
+            assert "in different directories" in str(found)
 
 
 def slots_of(job: Job) -> list[protocol.SlotStatus]:

@@ -1,8 +1,12 @@
-"""A save of several ranks is whole or called off: what the ranks of this node say about it.
+"""A save of several ranks is whole or called off: what ranks and other nodes say about it.
 
 Knows who has sealed, who declined, who ended, and how long the others have waited. A save that is
 called off gives its slots back at once, so that no rank holds one for a save that nobody finishes.
 Does not seal or copy.
+
+Over several nodes the lead decides. A node may call a save off by itself while one of its own ranks
+lacks its part, for then no other node can have all of it. Once it has told the lead that its ranks
+are there it waits for the lead's word, or for whoever restores and decides from the records.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from mtckpt.agent.saves import RAM, SaveState
 from mtckpt.errors import CheckpointError, RankTimeout, StepDisagreement
 
 if TYPE_CHECKING:
+    from mtckpt.agent.nodes import Layout, News
     from mtckpt.agent.owners import Owner
     from mtckpt.agent.ring import Ring
     from mtckpt.agent.runs import RunState
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["Agreement"]
 
 logger = logging.getLogger(__name__)
+
+# What the lead's word may take, once the lead has waited for as long as ranks are waited for.
+WORD_S = 5.0
 
 
 class Agreement:
@@ -37,7 +45,10 @@ class Agreement:
 
     async def sealed(self, run: RunState, owner: Owner) -> None:
         """A rank has sealed its part of some save: do the ranks save the same?"""
-        open_saves = run.open_saves(owner.incarnation)
+        await self._compare(run, owner.incarnation)
+
+    async def _compare(self, run: RunState, incarnation: int) -> None:
+        open_saves = run.open_saves(incarnation)
         for save in open_saves:
             if found := self._disagreement(run, save):
                 error, last_step = found
@@ -57,24 +68,22 @@ class Agreement:
                 actions=("build the same state on every rank",),
             )
             return error, step
-        ahead = [
-            other
-            for other in run.owners.values()
-            if other.incarnation == save.name.incarnation
-            and other.rank in save.lacking()
-            and other.last_step > step
-        ]
-        if not ahead:
+        last_steps = run.last_steps(save.name.incarnation)
+        lacking = save.lacking()
+        ahead = next((rank for rank in lacking if last_steps.get(rank, -1) > step), None)
+        if ahead is None:
             return None
-        has = sorted(save.ranks[RAM])
+        last_step = last_steps[ahead]
+        has = sorted(set(range(save.world_size)).difference(lacking))
+        host = f" on {run.layout.host_of(ahead)}" if run.layout else ""
         error = StepDisagreement(
-            f"ranks {has[:8]} saved step {step}, rank {ahead[0].rank} went on to step"
-            f" {ahead[0].last_step} without it",
+            f"ranks {has[:8]} saved step {step}, rank {ahead}{host} went on to step"
+            f" {last_step} without it",
             stage="staged",
             step=step,
-            rank=ahead[0].rank,
+            rank=ahead,
         )
-        return error, ahead[0].last_step
+        return error, last_step
 
     async def declined(self, run: RunState, owner: Owner, message: protocol.CallOff) -> None:
         """A rank takes no part in a save: whoever has sealed it gives it up, nobody else begins."""
@@ -91,6 +100,18 @@ class Agreement:
         else:
             await self._call_off(run, save, reason)
 
+    async def heard(self, run: RunState, save: SaveState, news: News) -> None:
+        """Another node has said something of a save: the lead, or to the lead."""
+        if news.called_off and not save.called_off:
+            wire = news.failed.get(RAM)
+            error = protocol.error_from_wire(wire) if wire is not None else None
+            if save.is_open:
+                await self._call_off(run, save, news.called_off, error)
+            elif not save.ranks.get(RAM) and not save.stages:
+                save.called_off = news.called_off  # before any rank of this node came to it
+                self._told(run, save)
+        await self._compare(run, save.name.incarnation)
+
     async def left(self, run: RunState, owner: Owner) -> None:
         """A rank is gone: what it has no part in cannot become whole."""
         for save in run.open_saves(owner.incarnation):
@@ -103,28 +124,71 @@ class Agreement:
                 )
                 await self._call_off(run, save, error.what, error)
 
-    async def begun(self, run: RunState, number: int) -> None:
-        """An incarnation starts: nobody finishes what an earlier one left open."""
+    async def begun(
+        self, run: RunState, number: int, parent: tuple[int, int] | None = None
+    ) -> None:
+        """An incarnation starts: nobody finishes what an earlier one left open.
+
+        Over several nodes: but for what it was restored from, which then was whole. What else was
+        not known to be had no part in that, and what is left of it holds no slot any more.
+        """
         for save in list(run.saves.values()):
-            if save.is_open and save.name.incarnation < number:
+            if save.name.incarnation >= number:
+                continue
+            if run.layout and parent is not None and save.order == tuple(parent):
+                save.chosen = True
+            elif save.is_open:
                 await self._call_off(run, save, "the job was started anew before all ranks had it")
+            elif run.layout and save.ranks.get(RAM) and not save.is_complete(RAM):
+                async with run.sealing:
+                    await self._give_back(run, save)
 
     async def overdue(self, run: RunState) -> None:
         """Call off what ranks have let others wait for too long."""
         limit_s = self._tools.limits.rank_s
         for save in list(run.saves.values()):
-            if save.is_open and time.monotonic() - save.began_s > limit_s:
-                lacking = save.lacking()
-                error = RankTimeout(
-                    f"ranks {lacking[:8]} did not capture their parts of step {save.name.step}"
-                    f" within {limit_s:.0f} s",
-                    stage="staged",
-                    rank=lacking[0],
-                    ranks=lacking,
-                    step=save.name.step,
-                    timeout_s=limit_s,
-                )
-                await self._call_off(run, save, error.what, error)
+            waited_s = time.monotonic() - save.began_s
+            if not save.is_open or waited_s <= limit_s:
+                continue
+            lacking = save.lacking()
+            layout = run.layout
+            if layout and (save.found or not (layout.is_lead or layout.own.intersection(lacking))):
+                if waited_s > limit_s + min(limit_s, WORD_S) and RAM not in save.failed:
+                    self._doubt(run, layout, save, lacking)
+                continue
+            if layout and not layout.is_lead:
+                lacking = sorted(layout.own.intersection(lacking))
+            who = layout.describe(lacking) if layout else f"ranks {lacking[:8]}"
+            error = RankTimeout(
+                f"{who} did not capture their parts of step {save.name.step}"
+                f" within {limit_s:.0f} s",
+                stage="staged",
+                rank=lacking[0],
+                ranks=lacking,
+                step=save.name.step,
+                timeout_s=limit_s,
+            )
+            await self._call_off(run, save, error.what, error)
+
+    def _doubt(self, run: RunState, layout: Layout, save: SaveState, lacking: list[int]) -> None:
+        """Whether it is whole others know, who are silent: its owners are told, and it is kept."""
+        if layout.is_lead:
+            who = f"the agent of {layout.describe(lacking)} does"
+        else:
+            who = f"the agent of rank 0 on {layout.host_of(0)} does"
+        error = RankTimeout(
+            f"step {save.name.step} is in memory here, and {who} not say whether it is on all"
+            " nodes",
+            stage="staged",
+            rank=lacking[0] if layout.is_lead else 0,
+            ranks=lacking,
+            step=save.name.step,
+            state="it is kept, and counts once that is known",
+        )
+        save.failed[RAM] = protocol.error_to_wire(error)
+        logger.warning("run %s: %s", run.key, error.what)
+        self._tools.events.emit("save.in_doubt", run=run.run, step=save.name.step)
+        run.touch(save)
 
     async def _call_off(
         self, run: RunState, save: SaveState, reason: str, error: CheckpointError | None = None
@@ -136,16 +200,20 @@ class Agreement:
             if error is not None:
                 save.failed[RAM] = protocol.error_to_wire(error)
             self._told(run, save)
-            for shard in [s for s in run.slots.values() if s.save == str(save.name)]:
-                try:
-                    slot = await self._ring.recycle_shard(run, save, shard)
-                except CheckpointError as trouble:
-                    # It is no save all the same; its memory goes with a later one's.
-                    logger.warning("run %s: %s: %s", run.key, save.name, trouble.what)
-                    continue
-                if slot is not None:
-                    slot.state, slot.holder = SlotState.FREE, ""
-            run.touch(save)
+            await self._give_back(run, save)
+
+    async def _give_back(self, run: RunState, save: SaveState) -> None:
+        """The slots of what is no save are free again."""
+        for shard in [s for s in run.slots.values() if s.save == str(save.name)]:
+            try:
+                slot = await self._ring.recycle_shard(run, save, shard)
+            except CheckpointError as trouble:
+                # It is no save all the same; its memory goes with a later one's.
+                logger.warning("run %s: %s: %s", run.key, save.name, trouble.what)
+                continue
+            if slot is not None:
+                slot.state, slot.holder = SlotState.FREE, ""
+        run.touch(save)
 
     def _told(self, run: RunState, save: SaveState) -> None:
         run.counters["called_off"] += 1

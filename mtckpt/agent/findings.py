@@ -41,6 +41,7 @@ class SaveScan(msgspec.Struct, frozen=True):
     saved_at_s: float = 0.0
     committed: bool = False
     shard_bytes: list[int] = []
+    plan_digest: str = ""
 
 
 class SlotScan(msgspec.Struct, frozen=True):
@@ -115,4 +116,5 @@ def save_scan(save: SaveEntry) -> SaveScan:
         due=list(first.due),
         saved_at_s=first.saved_at_s,
         shard_bytes=[record.shard.size_bytes for _, record in sorted(save.records.items())],
+        plan_digest=first.plan_digest,
     )

@@ -316,11 +316,21 @@ class Flusher:
                 done = await self._let_go(run, tier)
             run.touch()
 
+    def look_again(self, run: RunState, tier: TierState) -> None:
+        """Other nodes have said something of a tier: this one may let go of what it kept so far."""
+        if self._healer.not_kept(run, tier):
+            self._tools.start(
+                self._let_go_in_turn(run, tier), f"retention of {run.key} in {tier.label}"
+            )
+
+    async def _let_go_in_turn(self, run: RunState, tier: TierState) -> None:
+        async with tier.keeping:
+            await self._let_go(run, tier)
+
     async def _relieve(self, run: RunState) -> None:
         """A store has what disks held on to for it, beyond their own rules."""
         for tier in [tier for tier in run.tiers.values() if not tier.is_store]:
-            async with tier.keeping:
-                await self._let_go(run, tier)
+            await self._let_go_in_turn(run, tier)
 
     def _is_worth_reading(self, run: RunState, tier: TierState, save: SaveState) -> bool:
         """What a store has is read back only where something can go then: it costs as a restore."""
@@ -329,6 +339,8 @@ class Flusher:
     async def _let_go(self, run: RunState, tier: TierState) -> bool:
         """Delete what the rules let go; False if some of it could not go now."""
         names = self._healer.not_kept(run, tier)
+        if tier.is_store and run.layout and not run.layout.is_lead:
+            return True  # all nodes share it, and one of them looks after it
         done = True
         if tier.is_store and names:
             # Readers in a store leave no trace: from here on nobody begins to read these, and who

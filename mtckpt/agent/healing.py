@@ -50,6 +50,8 @@ class Healer:
                 if not await self._heal(run, save, label, rank):
                     return False
         save.verified.add(label)
+        if run.layout:
+            run.touch(save)  # other nodes wait to hear that
         return True
 
     async def damaged(self, run: RunState, save: SaveState, label: str, reason: str) -> None:
@@ -58,6 +60,8 @@ class Healer:
         save.verified.discard(label)
         run.counters["damaged"] += 1
         self._tools.count("save_damaged", label)
+        if run.layout:
+            run.touch(save)
         logger.warning("run %s: step %d in %s: %s", run.key, save.name.step, label, reason)
         self._tools.events.emit(
             "save.damaged", run=run.run, step=save.name.step, tier=label, reason=reason
@@ -145,7 +149,7 @@ class Healer:
                 line,
                 tier,
                 save,
-                verified=save is as_if or tier.label in save.verified,
+                verified=save is as_if or save.is_verified(tier.label),
                 busy=bool(save.writing)
                 or str(save.name) in waiting
                 or (tier.is_store and tier.label in save.owed),
@@ -193,7 +197,7 @@ class Healer:
             complete=facts.get("complete", save.is_complete(tier.label)),
             on_line=not line or on_line(save.name, line),
             verified=facts.get("verified", False),
-            damaged=tier.label in save.damaged,
+            damaged=save.is_damaged(tier.label),
             busy=facts.get("busy", False),
             age_s=max(0.0, time.time() - save.seen_at),
             metrics=save.metrics,

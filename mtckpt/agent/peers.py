@@ -70,12 +70,15 @@ class Peers:
 
     # -- joining ---------------------------------------------------------------------------------
 
-    async def listen(self, message: protocol.Listen) -> PeerAddress:
-        """Start to listen, if nothing does yet. Raises UsageError, TierUnavailable."""
+    async def listen(
+        self, message: protocol.Listen, before: PeerAddress | None = None
+    ) -> PeerAddress:
+        """Start to listen, if nothing does yet; at the ports of ``before`` if they are free.
+        Raises UsageError, TierUnavailable."""
         host = await asyncio.to_thread(choose_host, message.host, message.towards)
         async with self._changing:
             if self._address is None:
-                self._address = await self._start(host)
+                self._address = await self._start(host, before)
             elif self._address.host != host:
                 raise UsageError(
                     f"this node's agent listens at {self._address.host}, for another run",
@@ -88,26 +91,35 @@ class Peers:
     async def join(self, run: RunState, message: protocol.Join) -> protocol.Done:
         """Take over who the nodes of a run are, and let them read it. Idempotent."""
         check_join(message)
-        if self._joins.get(run.key) != message:
-            kept = _Kept(message, self._address.host if self._address else "")
-            data = msgspec.json.encode(kept)
-            await self._tools.call(work.WriteJoin(run.ram, run.key, data), work.Stored)
-            self._joins[run.key] = message
-            self._forget_clients(run.key)
+        known = self._joins.get(run.key)
+        # Said again by each rank, and to another agent: that may know later addresses by then.
+        if known is None or known.secret != message.secret:
+            await self.replace(run, message)
         await self.keep()
         return protocol.Done()
 
-    async def adopt(self, run: RunState, data: bytes) -> None:
+    async def replace(self, run: RunState, message: protocol.Join) -> None:
+        """Take over other nodes, or other addresses, and keep them for the next agent."""
+        kept = _Kept(message, self._address.host if self._address else "")
+        data = msgspec.json.encode(kept)
+        await self._tools.call(work.WriteJoin(run.ram, run.key, data), work.Stored)
+        self._joins[run.key] = message
+        self._forget_clients(run.key)
+
+    async def adopt(self, run: RunState, data: bytes, rank: int | None = None) -> None:
         """Take over what an agent before this one had been told, and listen where it did.
 
-        At other ports, of which the others do not know yet.
+        Its node was that of ``rank``. At other ports, if those are taken by now, of which the
+        others do not know yet.
         """
         try:
             kept = protocol.decode(data, _Kept)
             check_join(kept.join)
             self._joins[run.key] = kept.join
             if kept.host:
-                await self.listen(protocol.Listen("", kept.host))
+                nodes = kept.join.nodes
+                before = next((node.address for node in nodes if rank in node.ranks), None)
+                await self.listen(protocol.Listen("", kept.host), before)
         except CheckpointError as error:
             logger.warning("run %s: its other nodes are not heard: %s", run.key, error)
 
@@ -141,15 +153,20 @@ class Peers:
 
     # -- listening -------------------------------------------------------------------------------
 
-    async def _start(self, host: str) -> PeerAddress:
+    async def _start(self, host: str, before: PeerAddress | None) -> PeerAddress:
         listener = PeerListener(
             self._registry.agent_id, self._registry.runs, self.secret_of, self.verbs
         )
-        sock = _bind(host)
+        sock = _bind(host, before.control_port if before else 0)
         await listener.start(sock)
         control_port = sock.getsockname()[1]
         try:
-            data_port = await self._serve(host, 0)
+            try:
+                data_port = await self._serve(host, before.data_port if before else 0)
+            except TierUnavailable:
+                if before is None:
+                    raise
+                data_port = await self._serve(host, 0)  # taken since
         except BaseException:
             await listener.stop()
             raise
@@ -220,11 +237,16 @@ def check_join(message: protocol.Join) -> None:
         )
 
 
-def _bind(host: str) -> socket.socket:
+def _bind(host: str, port: int = 0) -> socket.socket:
+    """A bound socket, at any port if that one is taken."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        sock.bind((host, 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
     except OSError as error:
+        if port:
+            sock.close()
+            return _bind(host)
         sock.close()
         raise TierUnavailable(
             f"cannot listen at {host}: {error.strerror}",

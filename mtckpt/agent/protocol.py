@@ -112,12 +112,15 @@ class Opened(msgspec.Struct, frozen=True):
 
 
 class Begin(msgspec.Struct, frozen=True):
-    """Start an incarnation; the agent writes it to every tier before it answers."""
+    """Start an incarnation; the agent writes it to every tier before it answers. ``host`` and
+    ``pid`` are rank 0's: agents of several nodes write the same file."""
 
     holder: str
     number: int
     id: Uuid
     parent: tuple[int, int] | None = None
+    host: str = ""
+    pid: int = 0
 
 
 class Begun(msgspec.Struct, frozen=True):

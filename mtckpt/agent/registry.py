@@ -23,6 +23,7 @@ from mtckpt.agent.agreement import Agreement
 from mtckpt.agent.fetching import Fetcher
 from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.healing import Healer
+from mtckpt.agent.links import Links
 from mtckpt.agent.owners import Owner
 from mtckpt.agent.peers import Peers
 from mtckpt.agent.queue import SlotState
@@ -64,6 +65,7 @@ class Registry:
         self.host = socket.gethostname()
         self.ready = asyncio.Event()
         self.peers = Peers(self)
+        self.links = Links(tools, self.ring, self.agreement, self.flusher, self.peers)
         self._roots_path = os.path.join(directory, ROOTS_NAME)
         self._roots: list[str] = []
         self._loading = asyncio.Lock()
@@ -100,7 +102,10 @@ class Registry:
             config = by_key.get(key) or work.RunConfig(key, key)
             await self._adopt(ram, config, scans.get(key) or work.RunScan(key))
             if key in configs.joins:
-                await self.peers.adopt(self.runs[key], configs.joins[key])
+                rank = config.extra.get("rank_here")
+                await self.peers.adopt(self.runs[key], configs.joins[key], rank)
+                if isinstance(rank, int):
+                    self.links.join(self.runs[key], rank)
 
     async def _adopt(self, ram: TierRef, config: work.RunConfig, scan: work.RunScan) -> None:
         """One run as another agent left it: living owners are watched, dead ones settled."""
@@ -340,6 +345,8 @@ class Registry:
     async def _let_go(self, run: RunState) -> None:
         """Free a run's RAM if nobody owns it, nothing is owed, and it is safe elsewhere."""
         if run.gone or run.living() or run.settling or run.opening.locked() or is_busy(run):
+            return
+        if self.links.is_behind(run):
             return
         newest = run.newest_staged()
         safe = newest is None or any(

@@ -122,7 +122,7 @@ class Ring:
             return None
         finally:
             run.allocating -= 1
-        slot = _slot_of(files, SlotState.CAPTURING)
+        slot = Slot.of(files, SlotState.CAPTURING)
         slot.holder, slot.rank = owner.holder, owner.rank
         run.slots[slot.slot_id] = slot
         if run.gone or _is_out(owner):
@@ -188,7 +188,7 @@ class Ring:
         if save.is_complete(RAM):
             self._note_superseded(run, save)
         run.drop_shard(save, shard.slot_id, shard.rank)
-        slot = _slot_of(files, SlotState.CAPTURING)
+        slot = Slot.of(files, SlotState.CAPTURING)
         run.slots[slot.slot_id] = slot
         run.touch(save)
         return slot
@@ -299,19 +299,23 @@ class Ring:
         slot.state, slot.save, slot.rank, slot.holder = SlotState.SEALED, name, sealed.rank, ""
         slot.shard_bytes, slot.doubtful = sealed.size_bytes, False
         if save.is_complete(RAM):
-            for shard in run.slots.values():
-                if shard.save == name:
-                    shard.state = SlotState.COMMITTED
-            if run.reach(save, "staged"):
-                run.counters["staged"] += 1
-                self._tools.count("save_staged")
-                self._tools.count("bytes", RAM, save.size_bytes)
-                self._tools.events.emit(
-                    "save.staged", run=run.run, step=save.name.step, bytes=save.size_bytes
-                )
-            self._tools.start(self.tidy(run), f"tidy {run.key}")
+            self.note_staged(run, save)
         run.touch(save)
         return save
+
+    def note_staged(self, run: RunState, save: SaveState) -> None:
+        """All ranks have sealed their parts, on all nodes."""
+        for shard in run.slots.values():
+            if shard.save == str(save.name):
+                shard.state = SlotState.COMMITTED
+        if run.reach(save, "staged"):
+            run.counters["staged"] += 1
+            self._tools.count("save_staged")
+            self._tools.count("bytes", RAM, save.size_bytes)
+            self._tools.events.emit(
+                "save.staged", run=run.run, step=save.name.step, bytes=save.size_bytes
+            )
+        self._tools.start(self.tidy(run), f"tidy {run.key}")
 
     async def release(self, run: RunState, owner: Owner, slot_id: str) -> None:
         """A capture that did not happen: its slot is free again."""
@@ -480,19 +484,6 @@ class Ring:
 def _is_out(owner: Owner) -> bool:
     """Whether an owner is to be given nothing more."""
     return owner.dead or bool(owner.fenced_by)
-
-
-def _slot_of(files: work.SlotFiles, state: SlotState) -> Slot:
-    return Slot(
-        files.slot_id,
-        state,
-        files.shard_bytes,
-        files.table_bytes,
-        files.inode,
-        files.data_path,
-        files.table_path,
-        files.record_path,
-    )
 
 
 def new_id() -> str:

@@ -24,6 +24,8 @@ from mtckpt.agent.saves import RAM, Plan, SaveState, Slot, TierState
 from mtckpt.errors import AgentUnavailable, CheckpointError, RunLocked
 
 if TYPE_CHECKING:
+    from mtckpt.agent.links import Link
+    from mtckpt.agent.nodes import Layout
     from mtckpt.agent.owners import Owner
     from mtckpt.agent.protocol import TierConfig
     from mtckpt.agent.work import TierRef
@@ -42,6 +44,9 @@ class RunState:
     ram: TierRef
     tiers: dict[str, TierState] = field(default_factory=dict)
     owners: dict[int, Owner] = field(default_factory=dict)
+    layout: Layout | None = None  # of a job on several nodes
+    secret: str = ""
+    links: dict[int, Link] = field(default_factory=dict)
     fenced: dict[str, Owner] = field(default_factory=dict)
     slots: dict[str, Slot] = field(default_factory=dict)
     saves: dict[str, SaveState] = field(default_factory=dict)
@@ -107,6 +112,21 @@ class RunState:
             owner_pid=current.pid if current else 0,
             owner_host=current.host if current else "",
         )
+
+    def last_steps(self, incarnation: int) -> dict[int, int]:
+        """The step that each rank came to in an incarnation, as far as it is known here."""
+        far = {
+            rank: link.last_step
+            for number, link in self.links.items()
+            if self.layout and link.incarnation == incarnation
+            for rank in self.layout.nodes[number].ranks
+        }
+        here = {
+            owner.rank: owner.last_step
+            for owner in self.owners.values()
+            if owner.incarnation == incarnation
+        }
+        return {**far, **here}
 
     # -- news ------------------------------------------------------------------------------------
 
@@ -191,7 +211,7 @@ class RunState:
         return [
             disk
             for disk in self._disks()
-            if save.is_complete(disk.label) and disk.label not in save.damaged
+            if save.is_complete(disk.label) and not save.is_damaged(disk.label)
         ]
 
     def newest_staged(self) -> SaveState | None:
@@ -296,6 +316,8 @@ class RunState:
             save.shard_bytes.update(zip(entry.ranks, entry.shard_bytes, strict=False))
             save.disputed |= not entry.complete and len(entry.ranks) == entry.world_size
             save.metrics.update(entry.metrics)
+            save.plan_digest = save.plan_digest or entry.plan_digest
+            save.found = True
             save.seq = self.seq + 1  # whoever asks a new agent is told where it stands
             if entry.problems:
                 save.damaged.add(label)
@@ -315,18 +337,21 @@ class RunState:
         for save in list(self.saves.values()):
             if label in save.ranks and str(save.name) not in found and not save.writing:
                 self.drop_copy(save, label)
-        if label == RAM:
-            self._note_remains()
-        else:
+        if label != RAM:
             self.tiers[label].scanned = True
-        for tier in self.tiers.values():
-            if tier.scanned:
-                self._discharge(tier.label)
+        self.discharge()
         for incarnation in scan.incarnations:
             known = self.incarnations.get(incarnation.number)
             if known is None or known.id < incarnation.id:
                 self.incarnations[incarnation.number] = incarnation
         self.touch()
+
+    def discharge(self) -> None:
+        """Find out what is owed to nobody any more, once more is known of what lies where."""
+        self._note_remains()
+        for tier in self.tiers.values():
+            if tier.scanned:
+                self._discharge(tier.label)
 
     def _note_remains(self) -> None:
         """Slots are recycled rank by rank. Ranks that all have a newer step finished this one: what
@@ -375,6 +400,7 @@ class RunState:
                 "token": self.token,
                 "uid": self.creator_uid,
                 "unseen": [o.holder for o in self.owners.values() if not o.seen],
+                "rank_here": min(self.layout.own) if self.layout else None,
                 "fenced": msgspec.to_builtins([_noted(o) for o in self.fenced.values()]),
             },
         )

@@ -15,7 +15,8 @@ from mtckpt.agent.queue import SaveFacts, SlotState
 
 if TYPE_CHECKING:
     from mtckpt._manifest import SaveName
-    from mtckpt.agent.work import TierRef
+    from mtckpt.agent.nodes import News
+    from mtckpt.agent.work import SlotFiles, TierRef
 
 __all__ = ["RAM", "Plan", "SaveState", "Slot", "TierState"]
 
@@ -54,6 +55,20 @@ class Slot:
     doubtful: bool = False
     refused: bool = False
 
+    @staticmethod
+    def of(files: SlotFiles, state: SlotState) -> Slot:
+        """A slot whose files a data process has made."""
+        return Slot(
+            files.slot_id,
+            state,
+            files.shard_bytes,
+            files.table_bytes,
+            files.inode,
+            files.data_path,
+            files.table_path,
+            files.record_path,
+        )
+
     def grant(self) -> SlotGrant:
         return SlotGrant(
             self.slot_id, self.inode, self.data_path, self.table_path, self.record_path
@@ -67,7 +82,8 @@ class Slot:
 @dataclass(slots=True, eq=False)
 class SaveState:
     """One save. ``ranks`` has, by tier label, the ranks whose records are there; none of them where
-    only other files are."""
+    only other files are. That is what this node can read, and may delete; what ranks of other nodes
+    have is in ``told``, by node: at the lead what each said last, elsewhere what the lead did."""
 
     name: SaveName
     save_id: str
@@ -78,6 +94,7 @@ class SaveState:
     reported: bool = False
     due: set[str] = field(default_factory=set)
     ranks: dict[str, set[int]] = field(default_factory=dict)
+    told: dict[int, News] = field(default_factory=dict)
     failed: dict[str, WireError] = field(default_factory=dict)
     owed_why: dict[str, str] = field(default_factory=dict)
     superseded: set[str] = field(default_factory=set)
@@ -94,6 +111,8 @@ class SaveState:
     plan_digest: str = ""
     disputed: bool = False  # ranks sealed parts of different plans
     remains: bool = False  # some ranks' slots were recycled before the agent started, others not
+    found: bool = False  # by a scan: whether other nodes had it all is not for this one to say
+    chosen: bool = False  # the job was restored from it, so all of it was there
     shard_bytes: dict[int, int] = field(default_factory=dict)  # by rank
     began_s: float = field(default_factory=time.monotonic)
     seq: int = 0
@@ -104,25 +123,61 @@ class SaveState:
         return (self.name.incarnation, self.name.step)
 
     def is_complete(self, label: str) -> bool:
-        return len(self.ranks.get(label, ())) >= self.world_size and not self.disputed
+        """Whether all ranks have it there, those of other nodes on theirs; some are here."""
+        here = self.ranks.get(label)
+        if not here or self.disputed:
+            return False
+        if any(label in news.whole for news in self.told.values()):
+            return True
+        if label == RAM and self.chosen:
+            return True
+        return len(here | self._elsewhere(label)) >= self.world_size
+
+    def _elsewhere(self, label: str) -> set[int]:
+        """Ranks whose records other nodes have."""
+        return {rank for news in self.told.values() for rank in news.parts.get(label, ())}
+
+    def is_verified(self, label: str) -> bool:
+        """Whether all of it was read back there, by each node what it has."""
+        if label not in self.verified:
+            return False
+        told = [news for news in self.told.values() if label in news.read_back]
+        if any(label in news.whole for news in told):
+            return True
+        far = {rank for news in told for rank in news.parts.get(label, ())}
+        return len(self.ranks.get(label, set()) | far) >= self.world_size
+
+    def is_damaged(self, label: str) -> bool:
+        """Whether some of it was found damaged there, on this node or another."""
+        return label in self.damaged or any(label in news.damaged for news in self.told.values())
 
     @property
     def is_open(self) -> bool:
-        """Whether parts of it are in RAM and others may still come."""
-        return bool(self.ranks.get(RAM)) and not (
+        """Whether parts of it are in RAM, on some node, and others may still come."""
+        return bool(self.ranks.get(RAM) or self._elsewhere(RAM)) and not (
             self.called_off or self.stages or self.remains or self.is_complete(RAM)
         )
 
     def lacking(self) -> list[int]:
-        """Ranks whose parts are not in RAM."""
-        return sorted(set(range(self.world_size)) - self.ranks.get(RAM, set()))
+        """Ranks whose parts are not in RAM, as far as is known here."""
+        here = self.ranks.get(RAM, set())
+        return sorted(set(range(self.world_size)) - here - self._elsewhere(RAM))
+
+    def failures(self) -> dict[str, WireError]:
+        """Why it does not reach some tiers: for all ranks, since one of them fails for all."""
+        far = {label: why for news in self.told.values() for label, why in news.failed.items()}
+        return {**far, **self.failed}
+
+    def passed_over(self) -> set[str]:
+        """Tiers that take a newer save instead, on some node and so on all."""
+        return self.superseded.union(*(news.superseded for news in self.told.values()))
 
     @property
     def owed(self) -> frozenset[str]:
         """Tiers that this save is to reach, and still may."""
         return frozenset(
             label
-            for label in self.due - self.failed.keys() - self.superseded
+            for label in self.due - self.failures().keys() - self.passed_over()
             if not self.is_complete(label)
         )
 
@@ -140,9 +195,9 @@ class SaveState:
             self.save_id,
             self.name.step,
             list(self.stages),
-            dict(self.failed),
+            self.failures(),
             {label: why for label, why in self.owed_why.items() if label in self.owed},
-            sorted(self.superseded),
+            sorted(self.passed_over()),
             [] if self.called_off else sorted(self.owed),
             self.called_off,
             sorted(self.weak),

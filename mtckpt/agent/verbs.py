@@ -221,8 +221,8 @@ class Verbs:
                 message.number,
                 message.id,
                 message.parent,
-                owner.host,
-                owner.pid,
+                message.host or owner.host,
+                message.pid or owner.pid,
             )
         before = run.incarnations.get(message.number)
         run.incarnations[message.number] = known
@@ -240,7 +240,9 @@ class Verbs:
             # Ranks that the job had more before, left behind by a launcher that was killed.
             if old.rank >= owner.world_size and old.incarnation < message.number:
                 await self._fence(run, old, owner)
-        await self._registry.agreement.begun(run, message.number)
+        if len([o for o in run.owners.values() if not o.dead]) >= owner.world_size:
+            self._registry.links.leave(run)  # all of them are on this node now
+        await self._registry.agreement.begun(run, message.number, message.parent)
         await self._registry.write_config(run)
         owed = await self._put_everywhere(list(run.tiers.values()), key, data)
         run.touch()
@@ -277,8 +279,11 @@ class Verbs:
 
     async def join(self, run: RunState, message: protocol.Join) -> protocol.Done:
         """The nodes of a run, as each of its ranks says them."""
-        run.owner_of(message.holder)
-        return await self._registry.peers.join(run, message)
+        owner = run.owner_of(message.holder)
+        done = await self._registry.peers.join(run, message)
+        self._registry.links.join(run, owner.rank)
+        await self._registry.write_config(run)
+        return done
 
     # -- saves -----------------------------------------------------------------------------------
 
@@ -295,7 +300,7 @@ class Verbs:
         if save is None:
             return protocol.Sealed(name, next_slot)
         return protocol.Sealed(
-            name, next_slot, "staged" in save.stages, save.called_off, save.failed.get(RAM)
+            name, next_slot, "staged" in save.stages, save.called_off, save.failures().get(RAM)
         )
 
     async def call_off(self, run: RunState, message: protocol.CallOff) -> protocol.Done:

@@ -1,0 +1,262 @@
+"""What agents of a run's nodes tell each other, and how it is brought: again until it was heard.
+
+Knows who is told, what each was told last and who does not answer. What there is to tell is made in
+``nodes``; what it means is decided in ``agreement``. Nothing waits for another node here: a node
+that is silent owes its saves, and whoever waits for them is told by a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mtckpt._manifest import SaveName
+from mtckpt.agent.nodes import (
+    Heard,
+    News,
+    Tell,
+    layout_of,
+    moved,
+    news_for_lead,
+    news_for_nodes,
+)
+from mtckpt.agent.saves import RAM, SaveState
+from mtckpt.errors import AgentUnavailable, CheckpointError
+
+if TYPE_CHECKING:
+    from mtckpt._handshake import PeerAddress
+    from mtckpt.agent.agreement import Agreement
+    from mtckpt.agent.flushing import Flusher
+    from mtckpt.agent.peers import Peers
+    from mtckpt.agent.ring import Ring
+    from mtckpt.agent.runs import RunState
+    from mtckpt.agent.tools import Tools
+
+__all__ = ["Link", "Links"]
+
+logger = logging.getLogger(__name__)
+
+# Far below the size of a message; what is more goes in the next one.
+MAX_TOLD = 500
+_PAUSE_S = (0.05, 2.0)
+# One word and its answer; what it sets going may free slots.
+CALL_S = 10.0
+MAX_CALLS = 32
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """What one node was told, by the name of the save, and where it is itself."""
+
+    sent: dict[str, News] = field(default_factory=dict)
+    seq: int = -1
+    agent_id: str = ""
+    told_by: str = ""
+    # The last save that the node has spoken of.
+    incarnation: int = 0
+    last_step: int = -1
+    failing_since_s: float | None = None
+    problem: str = ""
+
+    def forget(self) -> None:
+        """Another agent is there now: it knows nothing."""
+        self.sent.clear()
+        self.seq = -1
+
+
+class Links:
+    """See the module. One for the agent, the state is the run's."""
+
+    def __init__(
+        self, tools: Tools, ring: Ring, agreement: Agreement, flusher: Flusher, peers: Peers
+    ) -> None:
+        self._tools = tools
+        self._ring = ring
+        self._agreement = agreement
+        self._flusher = flusher
+        self._peers = peers
+        self._threads = ThreadPoolExecutor(MAX_CALLS, "mtckpt-links")
+        peers.verbs["tell"] = (Tell, self.hear)
+
+    # -- who -------------------------------------------------------------------------------------
+
+    def join(self, run: RunState, rank: int) -> None:
+        """Be one of the nodes that the run has joined: the one of ``rank``. What others said when
+        they were other nodes is forgotten."""
+        join = self._peers.joined(run.key)
+        if join is None or join.secret == run.secret:
+            return
+        self.leave(run)
+        run.layout, run.secret = layout_of(join, rank), join.secret
+        run.links = {number: Link() for number in run.layout.partners()}
+        for save in run.saves.values():
+            save.told.clear()
+            save.found = True
+        for number in run.links:
+            self._tools.start(self._serve(run, number), f"telling node {number} of {run.key}")
+
+    def leave(self, run: RunState) -> None:
+        """Tell nobody any more. Idempotent."""
+        if run.layout is None:
+            return
+        run.layout, run.secret, run.links = None, "", {}
+        run.touch()
+
+    def is_behind(self, run: RunState) -> bool:
+        """Whether another node waits for this one's word, and may still get it. The lead's only:
+        what a node would have to say is in the lead's word that all is there."""
+        if run.layout is None or not run.layout.is_lead:
+            return False
+        now_s = time.monotonic()
+        return any(
+            any(
+                _weight(news) != _weight(link.sent.get(news.save)) for news in self._news(run, link)
+            )
+            for link in run.links.values()
+            if link.failing_since_s is None
+            or now_s - link.failing_since_s < self._tools.limits.rank_s
+        )
+
+    # -- telling ---------------------------------------------------------------------------------
+
+    def _news(self, run: RunState, link: Link) -> list[News]:
+        """What changed since the node was told, oldest first: a later step says that earlier ones
+        are over."""
+        layout = run.layout
+        assert layout is not None
+        fresh = sorted((s for s in run.saves.values() if s.seq > link.seq), key=lambda s: s.order)
+        made = [
+            news_for_nodes(save) if layout.is_lead else news_for_lead(save, layout, run.incarnation)
+            for save in fresh
+        ]
+        return [news for news in made if news is not None and news != link.sent.get(news.save)]
+
+    async def _serve(self, run: RunState, number: int) -> None:
+        link, attempt, greeted = run.links[number], 0, False
+        while not run.gone and run.links.get(number) is link:
+            changed, seq = run.changed, run.seq
+            news = self._news(run, link)
+            if news or not greeted:
+                part = news[:MAX_TOLD]
+                try:
+                    await self._tell(run, number, part)
+                except CheckpointError as error:
+                    self._failed(run, number, error)
+                    attempt += 1
+                    first_s, most_s = _PAUSE_S
+                    pause_s = min(first_s * 2.0 ** min(attempt, 10), most_s)
+                    await asyncio.sleep(pause_s * (0.5 + random.random()))
+                    continue
+                attempt, greeted = 0, True
+                if len(part) < len(news) or link.seq < 0:
+                    link.seq = max(link.seq, 0)
+                    continue
+            link.seq = seq
+            known = run.saves
+            link.sent = {name: news for name, news in link.sent.items() if name in known}
+            await changed.wait()
+
+    async def _tell(self, run: RunState, number: int, news: list[News]) -> None:
+        link, layout, here = run.links[number], run.layout, self._peers.address
+        assert layout is not None
+        if here is None:
+            raise AgentUnavailable("this agent does not listen to other nodes")
+        where = layout.nodes[number].address
+        # Whoever knows the secret: another agent may have that place by now.
+        client = self._peers.client(run.key, msgspec.structs.replace(where, agent_id=""))
+        message = Tell(layout.here, here, news)
+        heard = await asyncio.get_running_loop().run_in_executor(
+            self._threads, client.call, "tell", message, Heard, CALL_S
+        )
+        run.counters["told"] += 1
+        if link.problem:
+            logger.info("run %s: node %s answers again", run.key, where)
+            self._tools.events.emit("node.answers", run=run.run, node=number)
+        link.failing_since_s, link.problem = None, ""
+        before, link.agent_id = link.agent_id, heard.agent_id
+        if before and before != heard.agent_id:
+            link.forget()
+        link.sent.update((each.save, each) for each in news)
+
+    def _failed(self, run: RunState, number: int, error: CheckpointError) -> None:
+        link = run.links.get(number, Link())
+        if link.failing_since_s is None:
+            link.failing_since_s = time.monotonic()
+        if not link.problem:
+            logger.warning("run %s: node %d: %s; told again", run.key, number, error.what)
+            self._tools.events.emit("node.silent", run=run.run, node=number, reason=error.what)
+        link.problem = error.what
+
+    # -- hearing ---------------------------------------------------------------------------------
+
+    async def hear(self, run: RunState, message: Tell) -> Heard:
+        """Take in what another node says."""
+        link, here = run.links.get(message.node), self._peers.address
+        if link is None or here is None:
+            raise AgentUnavailable("this agent does not work together with that node")
+        if link.told_by != message.address.agent_id:
+            if link.told_by:
+                link.forget()
+            link.told_by = message.address.agent_id
+            await self._follow(run, message.node, message.address)
+        heard = [save for news in message.saves if (save := self._take_in(run, message.node, news))]
+        for save in sorted(heard, key=lambda s: s.order):
+            if (save.name.incarnation, save.name.step) > (link.incarnation, link.last_step):
+                link.incarnation, link.last_step = save.order
+            await self._agreement.heard(run, save, save.told[message.node])
+            self._settle(run, save)
+        run.discharge()
+        run.touch()
+        for label in {label for save in heard for label in save.ranks if label in run.tiers}:
+            self._flusher.look_again(run, run.tiers[label])
+        return Heard(here.agent_id)
+
+    async def _follow(self, run: RunState, number: int, address: PeerAddress) -> None:
+        """Another agent has the place of one that joined: it is spoken to where it is."""
+        layout, join = run.layout, self._peers.joined(run.key)
+        if layout is None or join is None or join.nodes[number].address == address:
+            return
+        join = moved(join, number, address)
+        await self._peers.replace(run, join)
+        run.layout = layout_of(join, join.nodes[layout.here].ranks[0])
+
+    def _take_in(self, run: RunState, number: int, news: News) -> SaveState | None:
+        name = SaveName.parse(news.save)
+        if name is None:
+            return None
+        save = run.saves.get(news.save)
+        if save is None:
+            save = run.saves[news.save] = SaveState(name, news.save_id)
+        save.save_id = save.save_id or news.save_id
+        save.incarnation_id = save.incarnation_id or news.incarnation_id
+        save.world_size = max(save.world_size, news.world_size)
+        save.plan_digest = save.plan_digest or news.plan_digest
+        save.disputed |= news.plan_digest not in ("", save.plan_digest)
+        if "staged" not in save.stages:  # what has had it since then may have let it go
+            save.due |= set(news.due) & run.tiers.keys()
+        save.told[number] = news
+        return save
+
+    def _settle(self, run: RunState, save: SaveState) -> None:
+        """What follows for this node where all nodes have their parts."""
+        if save.is_complete(RAM) and "staged" not in save.stages:
+            save.failed.pop(RAM, None)
+            self._ring.note_staged(run, save)
+        for label, tier in run.tiers.items():
+            if save.is_complete(label) and label not in save.uncommitted:
+                run.reach(save, tier.stage)
+        run.touch(save)
+
+
+def _weight(news: News | None) -> tuple[object, ...]:
+    """What a node needs to hear before this one may go."""
+    if news is None:
+        return ([], [], {}, "")
+    return (news.whole, news.superseded, news.failed, news.called_off)

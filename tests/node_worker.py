@@ -1,0 +1,134 @@
+"""A rank on a node of its own, told what to do by lines: ``["save", 3]``, ``["wait", 3, "local"]``.
+
+    python tests/node_worker.py '{"rank": 0, "world_size": 4, "board": "/tmp/...", ...}'
+
+The group is a directory that all ranks see. One JSON line of answer for each line of input; an
+error of ours is told as its class, its text and the class of its cause.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mtckpt
+from mtckpt._coordination import StoreGroup
+from mtckpt.errors import CheckpointError
+
+SIZE = 100_000
+
+
+class Board:
+    """A key-value store in a directory: what joins the ranks of these tests."""
+
+    def __init__(self, root: Path) -> None:
+        self.place = str(root)
+        self._root = root
+
+    def put(self, key: str, value: bytes) -> None:
+        path = self._root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(dir=self._root)
+        with os.fdopen(fd, "wb") as file:
+            file.write(value)
+        os.rename(temporary, path)
+
+    def have(self, directory: str, names: Sequence[str]) -> bool:
+        return all((self._root / directory / name).exists() for name in names)
+
+    def read(self, directory: str, names: Sequence[str]) -> dict[str, bytes]:
+        paths = {name: self._root / directory / name for name in names}
+        return {name: path.read_bytes() for name, path in paths.items() if path.exists()}
+
+    def delete(self, key: str) -> None:
+        (self._root / key).unlink(missing_ok=True)
+
+
+def state_at(step: int, rank: int) -> dict[str, Any]:
+    """What a rank holds at a step: an array of its own, one that all hold alike, and a number."""
+    return {
+        "own": np.full(SIZE, 1000.0 * step + rank),
+        "shared": mtckpt.replicated(np.arange(SIZE, dtype=np.float64) + step),
+        "step": step,
+    }
+
+
+class Worker:
+    """The verbs, one method each."""
+
+    def __init__(self, rank: int, world_size: int, board: str, disk: str, **settings: Any) -> None:
+        self.rank = rank
+        group = StoreGroup(Board(Path(board)), rank, world_size, "run")
+        slots = settings.pop("slots", "auto")
+        keep = settings.pop("keep", 2)
+        every = settings.pop("every", 1)
+        tiers = [
+            mtckpt.Ram(every=1, slots=slots),
+            mtckpt.Disk(disk, every=every, keep=keep),
+        ]
+        options = {"timeout_s": 20.0, "max_stall_s": 5.0, **settings}
+        self.checkpointer = mtckpt.Checkpointer("run", tiers, group=group, **options)
+        self.saves: dict[int, mtckpt.Save] = {}
+
+    def restore(self) -> Any:
+        live = state_at(0, self.rank)
+        restored = self.checkpointer.restore(live)
+        if restored.step is None:
+            return None
+        wanted = state_at(restored.step, self.rank)
+        assert np.array_equal(live["own"], wanted["own"])
+        assert np.array_equal(live["shared"].value, wanted["shared"].value)
+        assert live["step"] == restored.step
+        return [restored.step, dict(restored.sources)]
+
+    def save(self, step: int) -> Any:
+        self.saves[step] = self.checkpointer.save(step, state_at(step, self.rank))
+        return self.saves[step].skipped or ""
+
+    def bad(self, step: int) -> None:
+        """A state that cannot be saved: this rank declines."""
+        self.checkpointer.save(step, {**state_at(step, self.rank), "more": object()})
+
+    def other(self, step: int) -> None:
+        """Another global array than the others have."""
+        state = {**state_at(step, self.rank), "shared": mtckpt.replicated(np.zeros(7))}
+        self.saves[step] = self.checkpointer.save(step, state)
+
+    def wait(self, step: int, stage: str, timeout_s: float = 30.0) -> str:
+        save = self.saves[step]
+        save.wait(stage, timeout_s=timeout_s)  # type: ignore[arg-type]
+        return ",".join(sorted(save.reached))
+
+    def reached(self, step: int) -> list[str]:
+        return sorted(self.saves[step].reached)
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        self.checkpointer.close(timeout_s=timeout_s)
+
+    def status(self) -> Any:
+        (run,) = self.checkpointer._session.status().runs
+        return {"counters": run.counters, "slots": [slot.state for slot in run.slots]}
+
+
+def main() -> None:
+    worker = Worker(**json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        verb, *words = json.loads(line)
+        try:
+            answer = {"ok": getattr(worker, verb)(*words)}
+        except CheckpointError as error:
+            cause = type(error.__cause__).__name__ if error.__cause__ else ""
+            answer = {"error": type(error).__name__, "text": str(error), "cause": cause}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
