@@ -126,6 +126,8 @@ class AgentServer:
         )
         app.router.add_get("/status", self._get_status)
         app.router.add_get("/metrics", self._get_metrics)
+        app.router.add_get("/healthz", self._get_healthz)
+        app.router.add_get("/readyz", self._get_readyz)
         app.router.add_get("/events", self._get_events)
         app.router.add_get("/v1/runs/{key}/changes", self._get_changes)
         app.router.add_post("/v1/runs/{key}/open", self._post_open)
@@ -291,6 +293,16 @@ class AgentServer:
 
     async def _get_status(self, _: web.Request) -> web.Response:
         return _reply(status.agent_status(self._registry))
+
+    async def _get_healthz(self, _: web.Request) -> web.Response:
+        """It answers, whatever its tiers do: what is slow is not mended by another agent."""
+        return _reply(protocol.Done("it answers"))
+
+    async def _get_readyz(self, _: web.Request) -> web.Response:
+        """It knows what an agent before it left, so that a run can be opened at once."""
+        if not self._registry.ready.is_set():
+            raise AgentUnavailable("the agent is still reading what an earlier one left")
+        return _reply(protocol.Done("it is ready"))
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
         text = status.prometheus_text(self._registry)
