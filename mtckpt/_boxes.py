@@ -13,7 +13,17 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-__all__ = ["Box", "Run", "cover", "intersection", "runs", "share_of", "whole"]
+__all__ = [
+    "Box",
+    "Run",
+    "cover",
+    "intersection",
+    "runs",
+    "seats_of",
+    "share_of",
+    "spread_of",
+    "whole",
+]
 
 # What is smaller is not worth dividing among the ranks of a node.
 MIN_SPLIT_BYTES = 256 * 1024
@@ -146,3 +156,51 @@ def share_of(shape: tuple[int, ...], size_bytes: int, name: str, member: int, me
         owner = xxh3_64_intdigest(name.encode()) % members
         first, stop = (0, length) if owner == member else (0, 0)
     return Box((first, *([0] * (len(shape) - 1))), (stop - first, *shape[1:]))
+
+
+def seats_of(seat: int, num_seats: int, copies: int) -> tuple[int, ...]:
+    """``seat`` of a ring and ``copies`` others that stand evenly spaced, as many as there are.
+
+    Everybody is held by as many as everybody else holds. Seats that lie beside one another, up to
+    ``num_seats - ceil(num_seats / (1 + copies))`` of them, never hold one's all.
+    """
+    count = min(copies, num_seats - 1) + 1
+    return tuple((seat + turn * num_seats // count) % num_seats for turn in range(count))
+
+
+def spread_of(
+    shape: tuple[int, ...],
+    size_bytes: int,
+    name: str,
+    nodes: Sequence[Sequence[int]],
+    rank: int,
+    copies: int,
+) -> list[Box]:
+    """The parts of an array that ``rank`` has to store so that ``1 + copies`` nodes have each byte.
+
+    ``nodes`` are the ranks that hold the array, node by node in the order of a ring. Nodes share it
+    out as the members of one do (``share_of``), and each part is stored by its node and the
+    ``seats_of`` that one; the ranks of a node then share what it stores. An array without
+    dimensions is one element, which everybody stores.
+    """
+    if not shape:
+        return [whole(shape)]
+    num_nodes, length = len(nodes), shape[0]
+    here = next(seat for seat, ranks in enumerate(nodes) if rank in ranks)
+    is_divided = size_bytes >= MIN_SPLIT_BYTES and length >= num_nodes
+    if is_divided:
+        parts = [
+            (k, length * k // num_nodes, length * (k + 1) // num_nodes) for k in range(num_nodes)
+        ]
+    else:
+        # Another choice than that of a member: who is first on its node is not always asked.
+        parts = [(xxh3_64_intdigest(name.encode(), seed=1) % num_nodes, 0, length)]
+    boxes = []
+    member, members = nodes[here].index(rank), len(nodes[here])
+    for seat, first, stop in parts:
+        if here in seats_of(seat, num_nodes, copies) and first < stop:
+            part_bytes = size_bytes * (stop - first) // length
+            share = share_of((stop - first, *shape[1:]), part_bytes, name, member, members)
+            if not share.is_empty:
+                boxes.append(Box((first + share.offsets[0], *share.offsets[1:]), share.shape))
+    return boxes

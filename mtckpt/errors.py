@@ -6,6 +6,7 @@
     |   |-- StageNotPlanned            wait(stage) for a stage that no due tier gives
     |   |-- StepExists                 the same step twice in one incarnation
     |   |-- GroupMissing               more than one rank, and no group that joins them
+    |   |-- PlacementImpossible        too few nodes or domains for the copies insisted on
     |   |-- UnsupportedPlatform        saving where the operating system lacks what it needs
     |   |-- ForkedProcess              a Checkpointer used in a fork of the process that opened it
     |   `-- RestoreIgnored             functional state was restored and never read
@@ -63,6 +64,7 @@ __all__ = [
     "GroupMissing",
     "NoHealthyStep",
     "ObjectNotFound",
+    "PlacementImpossible",
     "RankTimeout",
     "RestoreError",
     "RestoreFailed",
@@ -142,7 +144,9 @@ class UsageError(CheckpointError, ValueError):
     """The call itself cannot be right: nothing was done."""
 
     usual_state = "nothing was done"
-    usual_actions = ("correct the call: the text above says what it may be",)
+    usual_actions: ClassVar[tuple[str, ...]] = (
+        "correct the call: the text above says what it may be",
+    )
 
 
 class UnsupportedState(UsageError):
@@ -159,6 +163,16 @@ class StepExists(UsageError):
 
 class GroupMissing(UsageError):
     """The job has more than one rank and no group joins them. Carries ``world_size``."""
+
+
+class PlacementImpossible(UsageError):
+    """There are too few nodes or domains for the copies. Carries ``copies``, ``warnings``."""
+
+    usual_state = "nothing was placed"
+    usual_actions = (
+        "add nodes in other failure domains, or ask for fewer copies",
+        "leave strict_placement out: the same is then a warning, and copies go where they can",
+    )
 
 
 class UnsupportedPlatform(UsageError):

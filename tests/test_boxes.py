@@ -10,7 +10,17 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtckpt._boxes import MIN_SPLIT_BYTES, Box, cover, intersection, runs, share_of, whole
+from mtckpt._boxes import (
+    MIN_SPLIT_BYTES,
+    Box,
+    cover,
+    intersection,
+    runs,
+    seats_of,
+    share_of,
+    spread_of,
+    whole,
+)
 
 shapes = st.lists(st.integers(0, 6), max_size=4).map(tuple)
 
@@ -111,3 +121,60 @@ def test_large_arrays_are_divided_evenly_and_small_ones_spread() -> None:
         for i in range(400)
     ]
     assert all(60 < owners.count(member) < 140 for member in range(4))
+
+
+@given(shapes, st.data())
+def test_a_spread_array_is_on_so_many_nodes_each_byte_once(
+    shape: tuple[int, ...], data: st.DataObject
+) -> None:
+    """Ranks are on nodes as they come; each node that has a byte has it in one rank."""
+    sizes = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=6))
+    ranks = iter(data.draw(st.permutations(range(sum(sizes)))))
+    nodes = [tuple(sorted(next(ranks) for _ in range(size))) for size in sizes]
+    copies = data.draw(st.integers(0, 3))
+    size_bytes = data.draw(st.sampled_from((1, MIN_SPLIT_BYTES, 40 * MIN_SPLIT_BYTES)))
+    name = data.draw(st.text(max_size=5))
+    if not shape:
+        assert spread_of(shape, size_bytes, name, nodes, 0, copies) == [whole(())]
+        return
+    counts = [
+        marked(
+            shape,
+            [b for r in node for b in spread_of(shape, size_bytes, name, nodes, r, copies)],
+        )
+        for node in nodes
+    ]
+    assert all(count.max(initial=0) <= 1 for count in counts)
+    assert np.array_equal(np.sum(counts, axis=0), np.full(shape, min(1 + copies, len(nodes))))
+    # Whoever stores a row of it is evenly spaced on the ring.
+    for row in range(shape[0] if math.prod(shape) else 0):
+        holders = {seat for seat, count in enumerate(counts) if count[row].any()}
+        assert holders in [set(seats_of(seat, len(nodes), copies)) for seat in range(len(nodes))]
+
+
+def test_a_spread_state_costs_each_node_its_fraction() -> None:
+    """Four nodes of two ranks, one copy: a node stores half of it, a rank a quarter."""
+    nodes = [(0, 1), (2, 3), (4, 5), (6, 7)]
+    for rank in range(8):
+        boxes = spread_of((1024, 256), 2**20, "w", nodes, rank, 1)
+        assert sum(math.prod(box.shape) for box in boxes) == 2**20 // 4 // 4
+    counts = [0] * 8
+    for i in range(800):
+        for rank in range(8):
+            counts[rank] += bool(spread_of((3,), 12, f"layer/{i}", nodes, rank, 1))
+    assert all(140 < count < 260 for count in counts)
+
+
+@given(st.integers(1, 12), st.integers(0, 4))
+def test_seats_are_evenly_spaced(num_seats: int, copies: int) -> None:
+    count = min(copies + 1, num_seats)
+    held = [0] * num_seats
+    for seat in range(num_seats):
+        seats = seats_of(seat, num_seats, copies)
+        assert seats[0] == seat
+        assert len(set(seats)) == count
+        for other in seats:
+            held[other] += 1
+        gaps = [(b - a) % num_seats for a, b in zip(seats, (*seats[1:], seat), strict=True)]
+        assert count == 1 or set(gaps) <= {num_seats // count, -(-num_seats // count)}
+    assert set(held) == {count}

@@ -27,6 +27,8 @@ from fake_trainer import TrainerProcess
 
 import mtckpt
 from mtckpt import _manifest, _shard, errors
+from mtckpt._placement import Held, place
+from mtckpt._survival import Node
 from mtckpt.agent import protocol
 from mtckpt.agent.spawn import ensure_agent
 from mtckpt.errors import CheckpointError
@@ -148,6 +150,13 @@ def _(stage: Stage) -> None:
     with pytest.raises(errors.SaveFailed) as raised:
         saves[0].result().wait("staged")
     raise raised.value.__cause__ or raised.value
+
+
+@raises("PlacementImpossible", "copies", "warnings")
+def _(stage: Stage) -> None:
+    """Nothing public asks for copies yet; what will ask decides by this function."""
+    nodes = [Node(name, name, (rank,)) for rank, name in enumerate(("one", "other"))]
+    place(nodes, [Held((0,), 1), Held((1,), 1)], copies=2, strict=True)
 
 
 @raises("UnsupportedPlatform")

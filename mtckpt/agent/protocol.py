@@ -20,6 +20,7 @@ says which one it speaks. Payload bytes never travel here; they lie in slot file
     POST /v1/runs/{key}/join           Join        -> Done        who the other nodes are
     GET  /v1/runs/{key}/changes?since=N&timeout_s=T  -> Changes   long poll
     GET  /status  /metrics  /events    POST /v1/stop  Stop -> Done
+    GET  /healthz  /readyz           -> Done        for a supervisor's probes
 """
 
 from __future__ import annotations

@@ -182,6 +182,16 @@ class AgentServer(HttpServer):
     async def _get_status(self, _: web.Request) -> web.Response:
         return reply(status.agent_status(self._registry))
 
+    async def _get_healthz(self, _: web.Request) -> web.Response:
+        """It answers, whatever its tiers do: what is slow is not mended by another agent."""
+        return reply(protocol.Done("it answers"))
+
+    async def _get_readyz(self, _: web.Request) -> web.Response:
+        """It knows what an agent before it left, so that a run can be opened at once."""
+        if not self._registry.ready.is_set():
+            raise AgentUnavailable("the agent is still reading what an earlier one left")
+        return reply(protocol.Done("it is ready"))
+
     async def _get_metrics(self, _: web.Request) -> web.Response:
         text = status.prometheus_text(self._registry)
         return web.Response(

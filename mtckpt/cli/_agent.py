@@ -230,7 +230,7 @@ def _remove(known: RunStatus, step: int | None, tiers: tuple[str, ...], *, as_js
 
 @click.group()
 def agent() -> None:
-    """Run the node agent as a service, or stop the one that runs."""
+    """Run the node agent as a service, ask how it is, or stop the one that runs."""
 
 
 @agent.command("run")
@@ -253,6 +253,30 @@ def agent_run(group: str | None, runtime_dir: str | None, as_json: bool) -> int:
     if as_json:
         print_json({"exit_code": code})
     return code
+
+
+@agent.command("health")
+@click.option("--ready", is_flag=True, help="Also: it has read what an earlier agent left.")
+@click.option("--timeout", "timeout_s", default=5.0, show_default=True, help="Seconds to wait.")
+@json_option
+@reporting
+def agent_health(ready: bool, timeout_s: float, as_json: bool) -> int:
+    """Ask whether the agent answers: for the probes of Kubernetes and other supervisors.
+
+    Exit status 1 if it does not, or not yet. It says nothing of tiers: that is `mtckpt status`.
+    """
+    from mtckpt.agent.client import agent_client
+    from mtckpt.agent.protocol import Done
+
+    if not 0 < timeout_s <= 3600:
+        raise UsageError("--timeout must be above 0, to 3600 seconds", state="nothing was asked")
+    with agent_client(timeout_s) as client:
+        detail = client.call("/readyz" if ready else "/healthz", None, Done).detail
+    if as_json:
+        print_json({"healthy": True, "detail": detail})
+    else:
+        print_line(detail)
+    return _output.FINE
 
 
 @agent.command("stop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -17,10 +18,17 @@ from typing import Any
 import pytest
 from fake_trainer import FakeTrainer, disk
 
-from mtckpt.agent import protocol, status
+from mtckpt._events import EventStream
+from mtckpt.agent import address, protocol, status
 from mtckpt.agent.client import AgentClient
+from mtckpt.agent.pool import Pool
 from mtckpt.agent.protocol import AgentStatus, Done
+from mtckpt.agent.queue import Limits
+from mtckpt.agent.registry import Registry
+from mtckpt.agent.server import AgentServer
 from mtckpt.agent.spawn import ensure_agent
+from mtckpt.agent.tools import Tools
+from mtckpt.agent.verbs import Verbs
 from mtckpt.errors import AgentUnavailable, CheckpointError, FormatError, UsageError
 
 
@@ -340,3 +348,32 @@ def test_every_error_has_a_status() -> None:
 
     assert http_status(CheckpointError("x")) == 500
     assert http_status(UsageError("x")) == 400
+
+
+def test_it_is_healthy_before_it_is_ready(tmp_path: Path) -> None:
+    """An agent that has not read what was left is neither replaced nor sent trainers."""
+    found = []
+
+    def ask(path: str) -> str:
+        with AgentClient(str(tmp_path / "s"), 5.0) as client:
+            try:
+                return client.call(path, None, Done).detail
+            except AgentUnavailable as error:
+                return error.what
+
+    async def serve() -> None:
+        pool = Pool()
+        registry = Registry(Tools(pool, Limits(), EventStream()), str(tmp_path), service=False)
+        server = AgentServer(registry, Verbs(registry))
+        await server.start(address.bind(str(tmp_path / "s"), 0o600))
+        for is_ready in (False, True):
+            if is_ready:
+                await registry.start()
+            found.extend([await asyncio.to_thread(ask, path) for path in ("/healthz", "/readyz")])
+        await registry.stop(5.0)
+        await server.stop()
+        await pool.close()
+
+    asyncio.run(serve())
+    waiting = "the agent is still reading what an earlier one left"
+    assert found == ["it answers", waiting, "it answers", "it is ready"]

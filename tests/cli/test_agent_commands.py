@@ -16,7 +16,8 @@ import pytest
 from builders import build_save
 from click.testing import CliRunner, Result
 
-from mtckpt.agent.protocol import AgentStatus, RunStatus, TierStatus, ram_base
+from mtckpt.agent.protocol import SOCKET_NAME, AgentStatus, RunStatus, TierStatus, ram_base
+from mtckpt.agent.spawn import ensure_agent
 from mtckpt.cli import _agent, main
 
 # A trainer that dies with everything staged and on disk, and closes nothing.
@@ -144,8 +145,6 @@ def test_without_an_agent_ram_is_all_that_can_be_seen(ram_dir: Path) -> None:
 def test_a_socket_that_nobody_serves_is_no_agent(runtime_dir: Path) -> None:
     import socket
 
-    from mtckpt.agent.protocol import SOCKET_NAME
-
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(runtime_dir / SOCKET_NAME))
     assert as_json("status")["agent"] is None
@@ -156,7 +155,6 @@ def test_an_agent_that_does_not_answer_is_an_error(
 ) -> None:
     import socket
 
-    from mtckpt.agent.protocol import SOCKET_NAME
     from mtckpt.cli import _target
 
     monkeypatch.setattr(_target, "STATUS_TIMEOUT_S", 0.3)
@@ -181,6 +179,10 @@ def test_agent_run_serves_until_it_is_stopped(tmp_path: Path) -> None:
         deadline_s = time.monotonic() + 20
         while not (directory / "agent.sock").exists() and time.monotonic() < deadline_s:
             time.sleep(0.02)
+        ready = subprocess.run(
+            [*command, "health", "--ready", "--timeout", "20"], env=environment, timeout=30
+        )
+        assert ready.returncode == 0
         stopped = subprocess.run(
             [*command, "stop", "--drain"], env=environment, capture_output=True, timeout=30
         )
@@ -189,6 +191,23 @@ def test_agent_run_serves_until_it_is_stopped(tmp_path: Path) -> None:
     finally:
         served.kill()
         served.communicate(timeout=10)
+
+
+def test_an_agent_is_asked_how_it_is(runtime_dir: Path) -> None:
+    """None, one that answers, one that is stopped: a probe needs no more."""
+    assert as_json("agent", "health", code=1)["error"]["type"] == "AgentUnavailable"
+    assert not (runtime_dir / SOCKET_NAME).exists()  # it starts none
+    ensure_agent(20.0)
+    assert as_json("agent", "health") == {"version": 1, "healthy": True, "detail": "it answers"}
+    assert mtckpt("agent", "health", "--ready", "--timeout", 20).output == "it is ready\n"
+    pid = as_json("status")["agent"]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        error = as_json("agent", "health", "--timeout", 0.3, code=1)["error"]
+        assert error["details"]["timeout_s"] == 0.3
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert mtckpt("agent", "health", "--timeout", 0).exit_code == 2
 
 
 def test_a_tier_with_a_problem_makes_status_fail(monkeypatch: pytest.MonkeyPatch) -> None:
