@@ -1,17 +1,28 @@
 """How a template and a checkpoint differ, and the error that says all of it at once.
 
-Knows paths and lines for people. Does not know trees or frameworks: whoever matches them fills it.
+Knows paths, specs and lines for people. Does not know trees or frameworks: whoever matches them
+fills it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from mtckpt._dtypes import DTYPES
 from mtckpt.errors import StateMismatch
 
-__all__ = ["Diff"]
+if TYPE_CHECKING:
+    from mtckpt._state import ArraySpec
+
+__all__ = ["Diff", "described", "is_same"]
 
 _MAX_LINES = 50
+_CAST = "cast"
+# One number each; of a packed pair nobody but torch makes two.
+_FLOATS = frozenset(
+    name for name in DTYPES if name.startswith(("float", "bfloat")) and not name.endswith("_x2")
+)
 
 
 @dataclass(slots=True)
@@ -48,3 +59,22 @@ class Diff:
             differing=tuple(self.differing),
         )
         raise error
+
+
+def is_same(stored: ArraySpec, wanted: ArraySpec) -> bool:
+    """True if a saved array can stand where one of a template does."""
+    if stored.whole_shape != wanted.whole_shape:
+        return False
+    first, _, kind = stored.framework.partition(".")
+    second, _, other_kind = wanted.framework.partition(".")
+    if other_kind == _CAST:
+        return stored.dtype in _FLOATS
+    # Two kinds of one framework: the keys of two random number generators.
+    differ = first == second and bool(kind) and bool(other_kind) and kind != other_kind
+    return stored.dtype == wanted.dtype and not differ
+
+
+def described(spec: ArraySpec) -> str:
+    """Type, shape and kind, for people."""
+    kind = spec.framework.partition(".")[2]
+    return f"{spec.dtype}{list(spec.whole_shape)}{f' ({kind})' if kind else ''}"

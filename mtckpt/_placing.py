@@ -15,7 +15,7 @@ from typing import Any
 
 from mtckpt import _state
 from mtckpt._boxes import Box, whole
-from mtckpt._diff import Diff
+from mtckpt._diff import Diff, described, is_same
 from mtckpt._renaming import Stored, rename_tree
 from mtckpt._replicas import Replicated
 from mtckpt._settling import assign_items, later, sequence_like, settle
@@ -151,10 +151,9 @@ class Placing:
         else:
             stored = self.arrays[node.index].spec
             wanted = self._owner(live).spec(live, path, template=True)
-            same = (stored.whole_shape, stored.dtype) == (wanted.whole_shape, wanted.dtype)
-            if same and not _differ_in_kind(stored.framework, wanted.framework):
+            if is_same(stored, wanted):
                 return True
-            line = f"{path}: {_described(wanted)} here, {_described(stored)} in the checkpoint"
+            line = f"{path}: {described(wanted)} here, {described(stored)} in the checkpoint"
         if not quiet:
             self.diff.differing.append(line)
         return False
@@ -468,18 +467,6 @@ class Placing:
                 return adapter
         # Saved by a framework that this process does not use: NumPy is always there.
         return next(adapter for adapter in self.adapters if adapter.framework == "numpy")
-
-
-def _differ_in_kind(one: str, other: str) -> bool:
-    """True for arrays of two kinds of one framework: the keys of two random number generators."""
-    first, _, kind = one.partition(".")
-    second, _, other_kind = other.partition(".")
-    return first == second and bool(kind) and bool(other_kind) and kind != other_kind
-
-
-def _described(spec: ArraySpec) -> str:
-    kind = spec.framework.partition(".")[2]
-    return f"{spec.dtype}{list(spec.whole_shape)}{f' ({kind})' if kind else ''}"
 
 
 def _has_arrays(node: Node) -> bool:

@@ -80,7 +80,8 @@ class ArraySpec(NamedTuple):
 
     ``shape`` is what this rank holds. ``offsets`` and ``global_shape`` place it in the global
     array; both are None for an array that is held whole. ``framework`` says which adapter made it,
-    and behind a dot what kind of its arrays it was: "numpy.scalar", "jax.weak", "jax.key.rbg".
+    and behind a dot what kind of its arrays it was: "numpy.scalar", "jax.weak", "jax.key.rbg"; of
+    one in a template also that it is filled from any floating-point type: "jax.cast".
     """
 
     dtype: str

@@ -1,10 +1,14 @@
-"""JAX: arrays, random keys and pytrees of any kind. Imported only once jax has been."""
+"""JAX: arrays, random keys and pytrees of any kind. Imported only once jax has been.
+
+``cast`` makes a template that takes arrays of other floating-point types.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from mtckpt.adapters.jax import leaves, nodes, sharded
+from mtckpt.adapters.jax.casting import cast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -12,7 +16,7 @@ if TYPE_CHECKING:
     from mtckpt._placing import Placing
     from mtckpt._state import ArraySpec, Node, Part
 
-__all__ = ["JaxAdapter"]
+__all__ = ["JaxAdapter", "cast"]
 
 
 class JaxAdapter:
@@ -77,8 +81,7 @@ class JaxAdapter:
 
     def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int]:
         """Host memory that becomes an array in ``finished`` or ``assign``."""
-        del like
-        return leaves.new(spec)
+        return leaves.new(spec, getattr(like, "casts_to", None))
 
     def finished(self, fresh: Any, spec: ArraySpec) -> Any:
         """An array on the default device."""

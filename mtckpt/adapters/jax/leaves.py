@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from mtckpt._state import ArraySpec, check_dtype
+from mtckpt.adapters.jax import casting
 from mtckpt.errors import UnsupportedState
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def spec_of(value: Any, path: str, *, template: bool = False) -> ArraySpec:
         data = jax.eval_shape(jax.random.key_data, value)
         return ArraySpec(data.dtype.name, tuple(data.shape), KEY + _impl(value))
     name = check_dtype(value.dtype.name, path)
-    return ArraySpec(name, tuple(value.shape), WEAK if value.weak_type else PLAIN)
+    kind = casting.CAST if isinstance(value, casting.Cast) else WEAK if value.weak_type else PLAIN
+    return ArraySpec(name, tuple(value.shape), kind)
 
 
 def _refusal(value: Any, template: bool) -> tuple[str, str]:
@@ -229,9 +231,15 @@ def identity(value: Any) -> object | None:
 # -- from bytes to arrays --------------------------------------------------------------------------
 
 
-def new(spec: ArraySpec) -> tuple[Fresh, int]:
-    """Host memory for an array. Raises UnsupportedState where JAX would not keep its type."""
-    dtype = check(spec, "", state="live state unchanged")
+def new(spec: ArraySpec, casts_to: np.dtype[Any] | None = None) -> tuple[Fresh, int]:
+    """Host memory for an array, which may become one of another type.
+
+    Raises UnsupportedState where JAX would not keep its type.
+    """
+    kept = spec if casts_to is None else spec._replace(dtype=casts_to.name)
+    dtype = check(kept, "", state="live state unchanged")
+    if casts_to is not None:
+        dtype = casting.stored_type(spec)
     host = _aligned(spec.size_bytes).view(dtype).reshape(spec.shape)
     return Fresh(host, spec), address_of(host)
 
@@ -297,6 +305,10 @@ def on_device(fresh: Fresh, like: Any, device: Any) -> Any:
 def _put(fresh: Fresh, like: Any, where: Any) -> Any:
     kind = fresh.spec.framework
     array: Any = fresh.host
+    casts_to = getattr(like, "casts_to", None)
+    if casts_to not in (None, array.dtype):
+        size_bytes = array.size * casts_to.itemsize
+        array = casting.converted(array, _aligned(size_bytes).view(casts_to).reshape(array.shape))
     if is_key(like) if like is not None else kind.startswith(KEY):
         # An old-style key becomes a new-style one where the template says so.
         impl = kind[len(KEY) :] if kind.startswith(KEY) else _impl(like)

@@ -30,6 +30,7 @@ class Cell:
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
+    casts_to: Any = None
 
 
 def is_sharded(value: Any) -> bool:
@@ -47,7 +48,8 @@ def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part]
     whole = leaves.spec_of(value, path, template=template)
     boxes = _boxes(value.sharding, tuple(value.shape), whole.shape)
     if template:
-        arrays: dict[_Box, Any] = {box: Cell(*box) for box in boxes.values()}
+        casts_to = getattr(value, "casts_to", None)
+        arrays: dict[_Box, Any] = {box: Cell(*box, casts_to) for box in boxes.values()}
     else:
         plain = jax.random.key_data(value) if leaves.is_key(value) else value
         arrays = {boxes[shard.device]: shard.data for shard in plain.addressable_shards}
