@@ -84,6 +84,8 @@ class AgentServer(HttpServer):
         """What can be asked."""
         router.add_get("/status", self._get_status)
         router.add_get("/metrics", self._get_metrics)
+        router.add_get("/healthz", self._get_healthz)
+        router.add_get("/readyz", self._get_readyz)
         router.add_get("/events", self._get_events)
         router.add_get("/v1/runs/{key}/changes", self._get_changes)
         router.add_post("/v1/runs/{key}/open", self._post_open)
