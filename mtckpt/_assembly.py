@@ -8,7 +8,7 @@ where they are wanted; of the others the wanted bytes are taken out of scratch m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,19 +45,38 @@ class Assembly:
 class Stores:
     """Where the boxes of global arrays are stored, by path: ``(rank, entry, box)``.
 
-    ``first`` is the rank that is asked first, since its shard is read anyway.
+    ``levels`` has all ranks, those first that are asked first: what ranks of one level have makes
+    those of the next superfluous, and their records are not looked at. ``entries`` gives a rank's.
     """
 
-    def __init__(self, entries: Mapping[int, Sequence[ArrayEntry]], first: int) -> None:
+    def __init__(
+        self,
+        levels: Sequence[Sequence[int]],
+        entries: Callable[[int], Sequence[ArrayEntry]],
+    ) -> None:
+        self._levels = [level for level in levels if level]
+        self._entries = entries
         self._by_path: dict[str, list[tuple[int, int, ArrayEntry]]] = {}
-        for rank in sorted(entries, key=lambda rank: (rank != first, rank)):
-            for index, entry in enumerate(entries[rank]):
+
+    def of(self, wanted: ArrayEntry, box: Box, step: int) -> list[tuple[int, int, Box]]:
+        """Stored boxes that cover a box of an array, as far as any do; those to prefer first.
+
+        Raises Damaged where ranks disagree about the array.
+        """
+        found = self._known(wanted, step)
+        while self._levels and _boxes.cover(box, [place for _, _, place in found])[1]:
+            self._learn(self._levels.pop(0))
+            found = self._known(wanted, step)
+        return found
+
+    def _learn(self, ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            for index, entry in enumerate(self._entries(rank)):
                 check_box(entry)
                 if entry.offsets is not None:
                     self._by_path.setdefault(entry.path, []).append((rank, index, entry))
 
-    def of(self, wanted: ArrayEntry, step: int) -> list[tuple[int, int, Box]]:
-        """Every stored box of one array. Raises Damaged where ranks disagree about the array."""
+    def _known(self, wanted: ArrayEntry, step: int) -> list[tuple[int, int, Box]]:
         found = []
         for rank, index, entry in self._by_path.get(wanted.path, ()):
             if entry.ranks != wanted.ranks:
@@ -99,7 +118,7 @@ def assemble(
         stored = (
             [(base, index, _boxes.whole(entry.shape))]
             if entry.offsets is None
-            else stores.of(entry, own.record.step)
+            else stores.of(entry, box, own.record.step)
         )
         for slab_address, slab in _slabs(address, box, entry):
             if drafts[-1].scratch_bytes >= MAX_SCRATCH_BYTES:

@@ -7,7 +7,8 @@ No byte reaches a target that was not checked against its digest.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -19,6 +20,7 @@ from mtckpt.capture.base import Engine, Move, Span
 from mtckpt.capture.memory import Mapping as MemoryMapping
 from mtckpt.capture.memory import anonymous
 from mtckpt.errors import (
+    CheckpointError,
     Damaged,
     FormatError,
     NoHealthyStep,
@@ -43,23 +45,36 @@ class Within(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tier to read from. ``mapped``: its files may be mapped (tmpfs); others are read."""
+    """A tier to read from. ``mapped``: its files may be mapped (tmpfs); others are read.
+
+    ``near``: it is of this node, so that a look into it costs nothing that others pay for.
+    """
 
     label: str
     tier: Tier
     mapped: bool
+    near: bool = True
 
 
 @dataclass(slots=True)
 class Attempt:
     """What one restore has met so far.
 
-    ``bad`` holds ``(tier label, key, reason)`` of damaged copies; ``touched`` turns true with the
-    first byte that may have changed in live state.
+    ``bad`` holds ``(tier label, key, reason)`` of damaged copies, ``silent`` the places far away
+    that did not answer; ``touched`` turns true with the first byte that may have changed in live
+    state.
     """
 
     bad: list[tuple[str, str, str]] = field(default_factory=list)
+    silent: dict[str, str] = field(default_factory=dict)
     touched: bool = False
+
+    def refuse(self, place: Place, key: str, error: CheckpointError) -> None:
+        """Note what a place has instead of a sound copy, or that it has stopped answering."""
+        if isinstance(error, TierUnavailable) and not place.near:
+            self.silent.setdefault(place.label, error.what)
+        else:
+            self.bad.append((place.label, key, error.what))
 
 
 @dataclass(slots=True)
@@ -207,6 +222,7 @@ class Delivery:
     def fetch(
         self,
         usable: Sequence[Place],
+        further: Iterator[Place],
         reasons: list[str],
         *,
         last_resort: bool,
@@ -214,12 +230,12 @@ class Delivery:
     ) -> None:
         """Get every byte here, and check it. Raises NoHealthyStep if no place has all of them.
 
-        With ``check_only`` no byte is placed anywhere.
+        ``further`` is looked at where ``usable`` places are not enough. With ``check_only`` no byte
+        is placed anywhere.
         """
         wanted = list(range(len(self._wants)))
-        for place in usable:
-            if not wanted:
-                break
+        places = itertools.chain(list(usable), further)
+        while wanted and (place := next(places, None)) is not None:
             last = last_resort and place is usable[-1]
             try:
                 if place.mapped and self._size_of(wanted) > _CHEAP_BYTES:
@@ -228,7 +244,7 @@ class Delivery:
                     left = self._staged(place, wanted)
             except (FormatError, TierError) as error:
                 reasons.append(f"{place.label}: {error.what}")
-                self._attempt.bad.append((place.label, self._key, error.what))
+                self._attempt.refuse(place, self._key, error)
                 continue
             if left:
                 tensors = self._loaded.layout.tensors

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mtckpt.errors import CheckpointError, SaveFailed, StageNotPlanned, WaitTimeout
 
-__all__ = ["Restored", "Save", "Stage", "Status", "Step", "stage_of_tier"]
+__all__ = ["Restored", "Save", "Stage", "Status", "Step", "stage_of_tier", "stages_together"]
 
 Stage = Literal["captured", "staged", "local", "replicated", "durable"]
 
@@ -32,6 +32,15 @@ _STAGE_OF_KIND = {"ram": "staged", "disk": "local", "peers": "replicated", "stor
 def stage_of_tier(label: str) -> str:
     """The stage that a save reaches with a tier, by its kind or its label ("disk-2")."""
     return _STAGE_OF_KIND[label.partition("-")[0]]
+
+
+def stages_together(of_parts: Collection[frozenset[str]]) -> set[str]:
+    """The stages that a save has reached whose parts have reached these, each for itself."""
+    return {
+        stage
+        for stage in set().union(*of_parts)
+        if all(_AT_OR_ABOVE[stage] & part for part in of_parts)
+    }
 
 
 class Save:

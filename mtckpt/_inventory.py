@@ -36,6 +36,7 @@ __all__ = [
     "incarnation_key",
     "incarnation_line",
     "line_of",
+    "read_record",
     "save_key",
     "scan",
     "scan_save",
@@ -174,6 +175,15 @@ def _settle_conflicts(tier: Tier, run_key: str, inventory: Inventory) -> None:
             if marker is not None and marker.name != save.name:
                 save.records.clear()
                 save.problems.append("another save of this step was committed by another job")
+
+
+def read_record(tier: Tier, run_key: str, name: SaveName, rank: int) -> Record:
+    """One record, as ``scan`` reads them. Raises FormatError where it is not sound, TierError."""
+    key = shard_keys(run_key, name, rank)[2]
+    data = read_all(tier, key, max_bytes=_manifest.MAX_RECORD_BYTES)
+    record = _manifest.decode_sealed(data, Record)
+    check_record(record, name, rank)
+    return record
 
 
 def check_newest(tier: Tier, run_key: str, number: int) -> None:

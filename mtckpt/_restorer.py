@@ -6,6 +6,7 @@ Knows what an unanswered or damaged tier means for the answer. The bytes are mov
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -13,7 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mtckpt import _inventory, _restore, _retention, errors
+from mtckpt._choice import Candidate, RestorePlan, plan_restore
 from mtckpt._handle import Restored, stage_of_tier
+from mtckpt._holdings import holdings_of
+
+# Restored, stage_of_tier
 from mtckpt._progress import progress
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import protocol
@@ -56,9 +61,7 @@ def restore(
     if not candidates:
         return Restored(None, state)
     skipped.update({f"tier {label}": why for label, why in silent.items()})
-    most_bytes = max(
-        save.size_bytes for inventory in inventories.values() for save in inventory.saves.values()
-    )
+    most_bytes = max(candidate.size_bytes for candidate in candidates)
     scope = _restore.Scope(
         run_key,
         {place.label: place for place in places},
@@ -71,14 +74,9 @@ def restore(
     )
     attempt = _restore.Attempt()
     for candidate in candidates:
-        size = sum(
-            record.shard.size_bytes
-            for record in inventories[candidate.sources[0]].saves[candidate.name].records.values()
-        )
+        step_at, size_bytes = candidate.name.step, candidate.size_bytes
         try:
-            with progress(
-                "restore", total_bytes=size, run=run.name, step=candidate.name.step
-            ) as show:
+            with progress("restore", total_bytes=size_bytes, run=run.name, step=step_at) as show:
                 if source is None and not partial:
                     candidate = _brought_near(run, candidate, scope, show)
                 outcome = _restore.restore_from(
@@ -107,7 +105,7 @@ def restore(
 
 def _look(
     run: Run, step: int | Literal["latest", "best"], source: str | os.PathLike[str] | None
-) -> tuple[list[Place], str, dict[str, Inventory], dict[str, str], _restore.RestorePlan]:
+) -> tuple[list[Place], str, dict[str, Inventory], dict[str, str], RestorePlan]:
     """What the tiers hold, which of them are silent, and what may be restored."""
     places, run_key = run.places(), run.key
     inventories, silent = run.scan(places)
@@ -115,7 +113,7 @@ def _look(
         places, run_key = run.source(source, places)
         inventories, silent = _restore.scan_places(places, run_key, run.within)
     best = _retention.best_of([tier.keep for tier in run.tiers])
-    plan = _restore.plan_restore(list(inventories.values()), step, best=best)
+    plan = plan_restore([holdings_of(each) for each in inventories.values()], step, best=best)
     if not plan.candidates and silent:
         raise RestoreUnavailable(
             "; ".join(f"{label}: {why}" for label, why in silent.items()),
@@ -128,7 +126,7 @@ def _look(
     return places, run_key, inventories, silent, plan
 
 
-def _agreed(run: Run, candidates: Sequence[_restore.Candidate]) -> Sequence[_restore.Candidate]:
+def _agreed(run: Run, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
     """The saves that every rank can see, in one order. Raises where ranks see nothing in common."""
     if run.group.world_size == 1:
         return candidates
@@ -154,12 +152,13 @@ def _elsewhere(rank: int, name: str, text: str) -> CheckpointError:
 
 def _brought_near(
     run: Run,
-    candidate: _restore.Candidate,
+    candidate: Candidate,
     scope: _restore.Scope,
     show: Callable[[int], None],
-) -> _restore.Candidate:
+) -> Candidate:
     """A save that only a store has, in a tier of this node as well: the next restart is from it."""
-    if any(stage_of_tier(label) != "durable" for label in candidate.sources):
+    stores = candidate.labels()
+    if any(stage_of_tier(label) != "durable" for label in stores):
         return candidate
     label = run.fetch(candidate.name, show)
     if label is None or label not in scope.places or label not in scope.inventories:
@@ -174,7 +173,8 @@ def _brought_near(
     if not save.complete:
         return candidate
     scope.inventories[label].saves[candidate.name] = save
-    return _restore.Candidate(candidate.name, (label, *candidate.sources), fetched=True)
+    sources = {rank: (label, *there) for rank, there in candidate.sources.items()}
+    return dataclasses.replace(candidate, sources=sources, fetched=sorted(stores)[0])
 
 
 def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> Restored:

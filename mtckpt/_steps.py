@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mtckpt import _inventory, _manifest
-from mtckpt._handle import Step, stage_of_tier
+from mtckpt import _holdings, _inventory, _manifest
+from mtckpt._handle import Step, stage_of_tier, stages_together
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mtckpt._inventory import Inventory
+    from mtckpt._manifest import SaveEntry
 
 __all__ = ["list_steps"]
 
@@ -18,23 +21,23 @@ def list_steps(inventories: Iterable[Inventory]) -> list[Step]:
     """The saves of several inventories as steps, oldest first."""
     inventories = list(inventories)
     line = _inventory.incarnation_line(inventories)
+    joined = _holdings.join([_holdings.holdings_of(each) for each in inventories])
     names = sorted({name for inv in inventories for name in inv.saves})
     steps = []
     for name in names:
         entries = [inv.saves[name] for inv in inventories if name in inv.saves]
-        complete = [e for e in entries if e.complete and not e.aborted]
-        record = next((e.records[r] for e in complete for r in e.records), None)
+        whole = joined[name]
+        tiers, stages = _reached(entries, whole)
         metrics: dict[str, float] = {}
         for entry in entries:
             metrics.update(entry.metrics)
-        stages = {stage_of_tier(e.tier) for e in complete}
         steps.append(
             Step(
                 step=name.step,
-                id=record.save_id if record else name.short_id,
-                tiers=tuple(e.tier for e in complete),
+                id=whole.whole[0] if whole.complete else name.short_id,
+                tiers=tiers,
                 stages=tuple(sorted(stages, reverse=True)),
-                size_bytes=max((e.size_bytes for e in entries), default=0),
+                size_bytes=max([whole.size_bytes, *(e.size_bytes for e in entries)]),
                 metrics=metrics,
                 damaged=tuple(p for e in entries for p in e.problems),
                 incarnation=name.incarnation,
@@ -42,3 +45,18 @@ def list_steps(inventories: Iterable[Inventory]) -> list[Step]:
             )
         )
     return steps
+
+
+def _reached(
+    entries: Sequence[SaveEntry], whole: _holdings.Joined
+) -> tuple[tuple[str, ...], set[str]]:
+    """The tiers that have a save, and the stages that it has reached in them.
+
+    Where no tier has all of it, those that have it together.
+    """
+    complete = [entry.tier for entry in entries if entry.complete and not entry.aborted]
+    if complete or not whole.complete:
+        return tuple(complete), {stage_of_tier(tier) for tier in complete}
+    together = dict.fromkeys(tier for there in whole.sources.values() for tier in there)
+    of_ranks = {frozenset(map(stage_of_tier, there)) for there in whole.sources.values()}
+    return tuple(together), stages_together(of_ranks)

@@ -35,7 +35,7 @@ BOXES = (
     ),
     Bug(
         "private-state-of-rank-0-for-all",
-        "_restore.py",
+        "_copies.py",
         "self.base = scope.rank % world_size",
         "self.base = 0",
         ("test_assembly.py::test_what_is_private_stays_with_its_rank",),

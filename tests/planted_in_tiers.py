@@ -263,9 +263,9 @@ RESTORE = (
     ),
     Bug(
         "lost-start-hides-its-steps",
-        "_restore.py",
-        "line = _inventory.incarnation_line(inventories)",
-        "line = _manifest.newest_line(_inventory.all_incarnations(inventories))",
+        "_choice.py",
+        "line = _inventory.line_of(saves, _incarnations(holdings))",
+        "line = _manifest.newest_line(_incarnations(holdings))",
         ("test_checkpointer.py::test_a_start_whose_own_file_is_lost_keeps_its_steps",),
     ),
     Bug(
@@ -308,9 +308,9 @@ RESTORE = (
     ),
     Bug(
         "called-off-save-offered",
-        "_restore.py",
-        "            if save.complete and not save.aborted:",
-        "            if save.complete:",
+        "_holdings.py",
+        'called off: {held.aborted}")\n            continue\n',
+        'called off: {held.aborted}")\n',
         ("test_guards.py::test_a_save_called_off_is_passed_over",),
     ),
     Bug(

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 import mtckpt
 from mtckpt import _assembly, _delivery, _inventory, _restore
 from mtckpt._boxes import Box, whole
-from mtckpt._restore import Attempt, Candidate, Place, Scope
+from mtckpt._choice import plan_restore
+from mtckpt._holdings import holdings_of
+from mtckpt._restore import Attempt, Place, Scope
 from mtckpt._shard import CHUNK_BYTES
 from mtckpt.adapters import active_adapters
 from mtckpt.capture import memory
@@ -47,7 +49,7 @@ def restore(root: Path, state: Any, rank: int = 0) -> dict[str, int]:
     """Bytes by tier."""
     tier = LocalTier(root, read_only=True)
     inventory = _inventory.scan(tier, "run", label="disk")
-    (name,) = inventory.saves
+    (candidate,) = plan_restore([holdings_of(inventory)], "latest").candidates
     scope = Scope(
         "run",
         {"disk": Place("disk", tier, mapped=True)},
@@ -58,7 +60,7 @@ def restore(root: Path, state: Any, rank: int = 0) -> dict[str, int]:
         rank,
     )
     return _restore.restore_from(
-        Candidate(name, ("disk",)), scope, state,
+        candidate, scope, state,
         partial=False, rename=None, attempt=Attempt(), last=True,
     ).sources  # fmt: skip
 

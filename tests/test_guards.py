@@ -25,7 +25,9 @@ from shard_maker import RUN, fill_slot, flip, make_shard, ram_place, slots_of
 from xxhash import xxh3_64_intdigest
 
 import mtckpt
-from mtckpt import _inventory, _manifest, _node, _restore, _save, _shard
+from mtckpt import _inventory, _manifest, _node, _save, _shard
+from mtckpt._choice import plan_restore
+from mtckpt._holdings import holdings_of
 from mtckpt._manifest import (
     SaveName,
 )
@@ -326,12 +328,13 @@ def test_a_save_called_off_is_passed_over(tmp_path: Path) -> None:
     tier = LocalTier(tmp_path, read_only=True)
     inventory = _inventory.scan(tier, "r")
     tier.close()
-    plan = _restore.plan_restore([inventory], "latest")
+    held = holdings_of(inventory)
+    plan = plan_restore([held], "latest")
     assert [candidate.name.step for candidate in plan.candidates] == [10]
     assert "rank 1 had no slot" in plan.skipped["step 20"]
-    assert not _restore.plan_restore([inventory], 20).candidates
+    assert not plan_restore([held], 20).candidates
     with pytest.raises(StepNotFound):
-        _restore.plan_restore([inventory], 30)
+        plan_restore([held], 30)
 
 
 def test_ids_from_a_trainer_do_not_become_names_of_files(own: Own) -> None:

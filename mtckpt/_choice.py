@@ -1,0 +1,126 @@
+"""Which steps a restore may take, in which order, and where the shards of each are. Pure.
+
+Knows what places hold together and the line of incarnations. Does not know what a step is wanted
+for, and reads nothing: every rank of a job that is told the same chooses the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from mtckpt import _holdings, _inventory, _manifest
+from mtckpt.errors import StepNotFound
+
+if TYPE_CHECKING:
+    from mtckpt._holdings import Holdings, Joined
+    from mtckpt._manifest import SaveName
+
+__all__ = ["Candidate", "RestorePlan", "plan_restore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One save that may be restored. ``sources`` has each rank's places, fastest first.
+
+    ``whole`` is what all its records have alike. ``every`` is the automatic interval that its rank
+    0 carries on. ``fetched``: the store from which the first place has it, as of just now.
+    """
+
+    name: SaveName
+    sources: Mapping[int, tuple[str, ...]]
+    whole: tuple[str, int, str]
+    size_bytes: int = 0
+    every: int = 0
+    fetched: str = ""
+
+    def labels(self) -> set[str]:
+        """Every place that has a part of it."""
+        return set().union(*set(self.sources.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """What to try, in order, and what was passed over with the reason.
+
+    ``lost``: something was passed over that had been a step, or may have been.
+    """
+
+    candidates: tuple[Candidate, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    lost: bool = False
+
+
+def plan_restore(
+    holdings: Sequence[Holdings],
+    step: int | Literal["latest", "best"],
+    *,
+    best: Callable[[Mapping[SaveName, Mapping[str, float]]], SaveName | None] | None = None,
+) -> RestorePlan:
+    """Decide which saves to try, newest first, from what the places hold together.
+
+    ``holdings`` come fastest first. Only saves on the incarnation line count for "latest" and
+    "best"; a number takes the save of that step on the line, else of the newest incarnation.
+    Raises StepNotFound for a number that no place has.
+    """
+    saves = _holdings.join(holdings)
+    line = _inventory.line_of(saves, _incarnations(holdings))
+    found = {name for name, save in saves.items() if save.complete}
+    names = sorted(found, key=lambda name: (name.step, name.incarnation), reverse=True)
+    counted = [name for name in names if not line or _manifest.on_line(name, line)]
+    chosen = _chosen(saves, step, names, counted, best)
+    passed_over = [
+        name
+        for name in sorted(saves.keys() - found, reverse=True)
+        if (not line or _manifest.on_line(name, line))
+        and (step == "latest" or name.step == step)
+        and (not chosen or name.step >= chosen[0].step)
+    ]
+    return RestorePlan(
+        tuple(_candidate(saves[name]) for name in chosen),
+        {f"step {name.step}": "; ".join(saves[name].reasons) for name in passed_over},
+        any(saves[name].lost for name in passed_over),
+    )
+
+
+def _candidate(save: Joined) -> Candidate:
+    return Candidate(save.name, save.sources, save.whole, save.size_bytes, save.every)
+
+
+def _chosen(
+    saves: Mapping[SaveName, Joined],
+    step: int | Literal["latest", "best"],
+    names: Sequence[SaveName],
+    counted: Sequence[SaveName],
+    best: Callable[[Mapping[SaveName, Mapping[str, float]]], SaveName | None] | None,
+) -> list[SaveName]:
+    """Of the complete saves ``names``, of which ``counted`` are on the line, those to try."""
+    if isinstance(step, int):
+        chosen = [n for n in counted if n.step == step] or [n for n in names if n.step == step]
+        if not chosen and not any(name.step == step for name in saves):
+            known = sorted({name.step for name in names})
+            raise StepNotFound(
+                f"no tier has step {step}",
+                step=step,
+                state="live state unchanged",
+                actions=(f"steps that are there: {known[-20:]}",),
+            )
+        return chosen
+    if step == "latest":
+        return list(counted)
+    pick = best({name: saves[name].metrics for name in counted}) if best else None
+    if pick is None and counted:
+        raise StepNotFound(
+            "no step has the metric that KeepBest names",
+            step="best",
+            state="live state unchanged",
+            actions=("give metrics to save() or report(), and KeepBest to a tier's keep=",),
+        )
+    return [] if pick is None else [pick]
+
+
+def _incarnations(holdings: Iterable[Holdings]) -> list[_manifest.Incarnation]:
+    """Every incarnation that any place knows, once each."""
+    found = {(i.number, i.id): i for each in holdings for i in each.incarnations}
+    return [found[key] for key in sorted(found)]

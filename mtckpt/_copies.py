@@ -1,0 +1,185 @@
+"""The shards of one save, opened where they lie: which places have a sound copy of which.
+
+Knows places, records and descriptions. Does not read the bytes of tensors, nor know what is wanted
+of them. A place of this node is looked into whenever a shard is opened; one that is far away only
+when no place before it has a sound copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from mtckpt import _inventory
+from mtckpt._delivery import Loaded, Place, describe
+from mtckpt._holdings import whole_of
+from mtckpt.errors import Damaged, FormatError, NoHealthyStep, TierError
+
+if TYPE_CHECKING:
+    from mtckpt._choice import Candidate
+    from mtckpt._delivery import Attempt, Within
+    from mtckpt._inventory import Inventory
+    from mtckpt._manifest import ArrayEntry, Record
+    from mtckpt._state import StateAdapter
+    from mtckpt.capture.base import Engine
+
+__all__ = ["Scope", "Shards", "Together"]
+
+logger = logging.getLogger(__name__)
+
+
+class Together(Protocol):
+    """What the ranks of a job do at the same time: it succeeds on all of them or on none.
+
+    Entered with the name of a stage; leaving it waits for all ranks. An error of this rank is
+    raised as it is, one of another rank names that rank.
+    """
+
+    def __call__(self, stage: str) -> AbstractContextManager[None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a restore is about and how it reads: the same for every save that it tries.
+
+    ``inventories`` are of places that this process has scanned itself. ``rank`` is this process's;
+    ``together`` joins it with the others.
+    """
+
+    run_key: str
+    places: Mapping[str, Place]
+    inventories: Mapping[str, Inventory]
+    adapters: Sequence[StateAdapter]
+    engine: Engine
+    within: Within
+    rank: int = 0
+    together: Together = lambda _: nullcontext()
+
+
+class Shards:
+    """See the module. ``usable`` has the places whose small files agree, by rank.
+
+    ``base`` is the rank whose private state this one takes: its own where the save has one, and
+    else the one that ``rank`` is modulo the number of ranks that saved.
+    """
+
+    def __init__(self, candidate: Candidate, scope: Scope, attempt: Attempt) -> None:
+        self._candidate = candidate
+        self._scope = scope
+        self._attempt = attempt
+        self._loaded: dict[int, Loaded] = {}
+        self._far: dict[int, Iterator[Place]] = {}
+        self.usable: dict[int, list[Place]] = {}
+        self.reasons: list[str] = []
+        world_size = len(candidate.sources)
+        self.base = scope.rank % world_size
+        if scope.rank >= world_size > 1:
+            logger.warning(
+                "step %d has %d ranks: rank %d takes the private state of rank %d",
+                candidate.name.step, world_size, scope.rank, self.base,
+            )  # fmt: skip
+
+    def keys(self, rank: int) -> tuple[str, str, str]:
+        return _inventory.shard_keys(self._scope.run_key, self._candidate.name, rank)
+
+    def levels(self) -> list[list[int]]:
+        """All ranks: the one whose shard is read anyway, those that are near, those far away."""
+        near: list[int] = []
+        far: list[int] = []
+        for rank in sorted(self._candidate.sources):
+            if rank != self.base:
+                (near if any(p.near for p in self._places(rank)) else far).append(rank)
+        return [[self.base], near, far]
+
+    def entries(self, rank: int) -> Sequence[ArrayEntry]:
+        """What a rank has, from the first sound record of it. Raises NoHealthyStep."""
+        loaded = self._loaded.get(rank)
+        if loaded is not None:
+            return loaded.entries
+        for place in self._places(rank):
+            record = self._record(place, rank)
+            if record is not None:
+                return record.array_entries()
+        raise self._nothing(rank)
+
+    def open(self, rank: int) -> Loaded:
+        """A shard's description. Raises NoHealthyStep where no place has a sound one."""
+        if rank in self._loaded:
+            return self._loaded[rank]
+        self.usable[rank] = []
+        places = self._places(rank)
+        self._far[rank] = iter([place for place in places if not place.near])
+        for place in places:
+            if place.near:
+                self._look(rank, place)
+        if rank not in self._loaded:
+            next(self.further(rank), None)
+        if rank not in self._loaded:
+            raise self._nothing(rank)
+        return self._loaded[rank]
+
+    def further(self, rank: int) -> Iterator[Place]:
+        """Places that are far away, each once it is known to be usable too."""
+        for place in self._far[rank]:
+            if place.label not in self._attempt.silent and self._look(rank, place):
+                yield place
+
+    def _places(self, rank: int) -> list[Place]:
+        """Where the shard is said to be, without the places that have stopped answering."""
+        return [
+            self._scope.places[label]
+            for label in self._candidate.sources[rank]
+            if label not in self._attempt.silent
+        ]
+
+    def _look(self, rank: int, place: Place) -> bool:
+        record = self._record(place, rank)
+        if record is None:
+            return False
+        look = functools.partial(describe, place, self.keys(rank), record)
+        try:
+            found: Loaded = self._scope.within(place.label, look, record.shard.data_start)
+        except (FormatError, TierError) as error:
+            self._refuse(place, rank, error)
+            return False
+        loaded = self._loaded.setdefault(rank, found)
+        if found.record.shard != loaded.record.shard:
+            first = self.usable[rank][0].label
+            self.reasons.append(f"{place.label}: another shard than {first} has")
+            return False
+        self.usable[rank].append(place)
+        return True
+
+    def _record(self, place: Place, rank: int) -> Record | None:
+        """The record at a place, from what was scanned or read now; None where it is not sound."""
+        name = self._candidate.name
+        inventory = self._scope.inventories.get(place.label)
+        if inventory is not None and name in inventory.saves:
+            record = inventory.saves[name].records.get(rank)
+            if record is not None:
+                return record
+        read = functools.partial(
+            _inventory.read_record, place.tier, self._scope.run_key, name, rank
+        )
+        try:
+            found: Record = self._scope.within(place.label, read)
+            if whole_of(found) != self._candidate.whole:
+                raise Damaged("the record is of another plan", key=self.keys(rank)[2])
+        except (FormatError, TierError) as error:
+            self._refuse(place, rank, error)
+            return None
+        return found
+
+    def _refuse(self, place: Place, rank: int, error: FormatError | TierError) -> None:
+        key = getattr(error, "key", None) or self.keys(rank)[0]
+        self._attempt.refuse(place, key, error)
+        self.reasons.append(f"{place.label}: {error.what}")
+
+    def _nothing(self, rank: int) -> NoHealthyStep:
+        silent = [f"{label}: {why}" for label, why in self._attempt.silent.items()]
+        reasons = self.reasons or silent or [f"no place has the shard of rank {rank}"]
+        return NoHealthyStep("; ".join(reasons), step=self._candidate.name.step)
