@@ -133,7 +133,7 @@ class Shards:
         return [
             self._scope.places[label]
             for label in self._candidate.sources[rank]
-            if label not in self._attempt.silent
+            if label in self._scope.places and label not in self._attempt.silent
         ]
 
     def _look(self, rank: int, place: Place) -> bool:
@@ -160,7 +160,7 @@ class Shards:
         inventory = self._scope.inventories.get(place.label)
         if inventory is not None and name in inventory.saves:
             record = inventory.saves[name].records.get(rank)
-            if record is not None:
+            if record is not None and whole_of(record) == self._candidate.whole:
                 return record
         read = functools.partial(
             _inventory.read_record, place.tier, self._scope.run_key, name, rank

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mtckpt import _inventory, _restore, _retention, errors
 from mtckpt._choice import Candidate, RestorePlan, plan_restore
+from mtckpt._gathering import Gathered, gather
 from mtckpt._handle import Restored, stage_of_tier
-from mtckpt._holdings import holdings_of
 
 # Restored, stage_of_tier
 from mtckpt._progress import progress
@@ -34,8 +34,6 @@ from mtckpt.errors import (
 if TYPE_CHECKING:
     import os
 
-    from mtckpt._inventory import Inventory
-    from mtckpt._restore import Place
     from mtckpt._run import Run
     from mtckpt.capture.base import Engine
 
@@ -55,22 +53,25 @@ def restore(
 ) -> Restored:
     """See ``Checkpointer.restore``."""
     with run.together("look", _elsewhere):
-        places, run_key, inventories, silent, plan = _look(run, step, source)
+        places = run.places()
+        other = None if source is None else run.source(source, places)
+    gathered = gather(run, places, other)
+    plan = _plan(run, gathered, step)
     skipped = dict(plan.skipped)
-    candidates = _agreed(run, plan.candidates)
+    candidates = plan.candidates
     if not candidates:
         return Restored(None, state)
-    skipped.update({f"tier {label}": why for label, why in silent.items()})
-    most_bytes = max(candidate.size_bytes for candidate in candidates)
+    skipped.update({f"tier {label}": why for label, why in gathered.silent.items()})
+    reading_s = max(_reading_s(run, candidate) for candidate in candidates)
     scope = _restore.Scope(
-        run_key,
-        {place.label: place for place in places},
-        inventories,
+        gathered.run_key,
+        gathered.places,
+        gathered.inventories,
         active_adapters(),
         engine,
         run.within,
         run.group.rank,
-        lambda stage: run.together(stage, _elsewhere, most_bytes),
+        lambda stage: run.together(stage, _elsewhere, reading_s),
     )
     attempt = _restore.Attempt()
     for candidate in candidates:
@@ -103,17 +104,11 @@ def restore(
     raise nothing
 
 
-def _look(
-    run: Run, step: int | Literal["latest", "best"], source: str | os.PathLike[str] | None
-) -> tuple[list[Place], str, dict[str, Inventory], dict[str, str], RestorePlan]:
-    """What the tiers hold, which of them are silent, and what may be restored."""
-    places, run_key = run.places(), run.key
-    inventories, silent = run.scan(places)
-    if source is not None:
-        places, run_key = run.source(source, places)
-        inventories, silent = _restore.scan_places(places, run_key, run.within)
+def _plan(run: Run, gathered: Gathered, step: int | Literal["latest", "best"]) -> RestorePlan:
+    """What may be restored. Raises where nothing may although there is, or may be, something."""
     best = _retention.best_of([tier.keep for tier in run.tiers])
-    plan = plan_restore([holdings_of(each) for each in inventories.values()], step, best=best)
+    plan = plan_restore(gathered.holdings, step, best=best)
+    silent = gathered.silent
     if not plan.candidates and silent:
         raise RestoreUnavailable(
             "; ".join(f"{label}: {why}" for label, why in silent.items()),
@@ -123,25 +118,18 @@ def _look(
         )
     if not plan.candidates and (plan.lost or (plan.skipped and step != "latest")):
         raise _no_healthy_step(plan.skipped)
-    return places, run_key, inventories, silent, plan
+    return plan
 
 
-def _agreed(run: Run, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-    """The saves that every rank can see, in one order. Raises where ranks see nothing in common."""
-    if run.group.world_size == 1:
-        return candidates
-    told = run.exchange("choose", [str(candidate.name) for candidate in candidates])
-    common = set(told[0]).intersection(*told)
-    if any(told) and not common:
-        raise RestoreUnavailable(
-            f"ranks {[rank for rank, names in enumerate(told) if not names]} see no step that the"
-            " others see",
-            tiers="all",
-            state="live state unchanged",
-            actions=("give every rank the same tiers, at the same paths",),
-        )
-    by_name = {str(candidate.name): candidate for candidate in candidates}
-    return [by_name[name] for name in told[0] if name in common]
+def _reading_s(run: Run, candidate: Candidate) -> float:
+    """How long a rank may read: all of a save from where it has to come from, or, where that was
+    damaged, one shard from any other place."""
+    first = {there[0] for there in candidate.sources.values()}
+    share_bytes = candidate.size_bytes // len(candidate.sources)
+    return max(
+        *(run.reading_s(label, candidate.size_bytes) for label in first),
+        *(run.reading_s(label, share_bytes) for label in candidate.labels()),
+    )
 
 
 def _elsewhere(rank: int, name: str, text: str) -> CheckpointError:
@@ -161,7 +149,7 @@ def _brought_near(
     if any(stage_of_tier(label) != "durable" for label in stores):
         return candidate
     label = run.fetch(candidate.name, show)
-    if label is None or label not in scope.places or label not in scope.inventories:
+    if label is None or label not in scope.places:
         return candidate
     tier = scope.places[label].tier
     look = functools.partial(_inventory.scan_save, tier, run.key, candidate.name)
@@ -172,7 +160,6 @@ def _brought_near(
         return candidate  # the store still has it
     if not save.complete:
         return candidate
-    scope.inventories[label].saves[candidate.name] = save
     sources = {rank: (label, *there) for rank, there in candidate.sources.items()}
     return dataclasses.replace(candidate, sources=sources, fetched=sorted(stores)[0])
 

@@ -6,6 +6,7 @@ know state. Every look into a tier is bounded: a tier that hangs is an error tha
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from mtckpt import _coordination, _inventory, _manifest, _restore
+from mtckpt import _coordination, _holdings, _manifest, _restore
 from mtckpt._access import open_store
 from mtckpt._coordination import Group, Single
 from mtckpt._handshake import new_secret
-from mtckpt._manifest import Incarnation
+from mtckpt._manifest import Incarnation, SaveName
 from mtckpt._pieces import ALONE, Members
 from mtckpt._restore import Place
 from mtckpt._schedule import ObjectStore
@@ -40,8 +41,8 @@ from mtckpt.tiers import LocalTier, Survives
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from mtckpt._holdings import Holdings
     from mtckpt._inventory import Inventory
-    from mtckpt._manifest import SaveName
     from mtckpt._schedule import SlowTier
     from mtckpt._session import Session
     from mtckpt.tiers import ObjectInfo, Tier
@@ -54,8 +55,8 @@ _MIN_BYTES_PER_S = 20e6
 # What a store gets to say what it has, where this node has a step: a crash of the training process
 # is not to be waited out because the network is.
 _STORE_PATIENCE_S = 10.0
-# Of a store, which gives up by itself where nothing comes any more.
-_MIN_STORE_BYTES_PER_S = 1e6
+# Over a network, where a tier gives up by itself when nothing comes any more.
+_MIN_FAR_BYTES_PER_S = 1e6
 
 
 class _Silent:
@@ -173,16 +174,23 @@ class Run:
         # No agent is spoken to by one that has not been told of it.
         self.exchange("joined", None)
 
-    def exchange(self, stage: str, value: object) -> list[Any]:
-        """What every rank gave. Raises RankTimeout."""
-        return _coordination.exchange(self.group, stage, value, self.timeout_s)
+    def exchange(self, stage: str, value: object, *, patient: bool = False) -> list[Any]:
+        """What every rank gave; ``patient`` where some may wait for their tiers meanwhile.
+
+        Raises RankTimeout.
+        """
+        timeout_s = self._patience_s() if patient else self.timeout_s
+        return _coordination.exchange(self.group, stage, value, timeout_s)
+
+    def _patience_s(self) -> float:
+        return self.timeout_s * (2 + len(self.tiers))
 
     def together(
-        self, stage: str, foreign: Callable[[int, str, str], CheckpointError], size_bytes: int = 0
+        self, stage: str, foreign: Callable[[int, str, str], CheckpointError], reading_s: float = 0
     ) -> AbstractContextManager[None]:
-        """See ``_coordination.together``. Others may have to wait for each of their tiers, and for
-        so many bytes, while this rank had luck."""
-        patience_s = self.timeout_s * (2 + len(self.tiers)) + size_bytes / _MIN_BYTES_PER_S
+        """See ``_coordination.together``. Others may have to wait for each of their tiers, and to
+        read for so long, while this rank had luck."""
+        patience_s = self._patience_s() + reading_s
         return _coordination.together(self.group, stage, patience_s, foreign)
 
     def places(self) -> list[Place]:
@@ -194,7 +202,8 @@ class Run:
         for label, settings in zip(self.labels, self.tiers, strict=True):
             tier = self._opened(label, settings)
             if tier is not None:
-                found.append(Place(label, tier, mapped=False))
+                near = not isinstance(settings, ObjectStore)
+                found.append(Place(label, tier, mapped=False, near=near))
         return found
 
     def _opened(self, label: str, settings: SlowTier) -> Tier | None:
@@ -219,32 +228,46 @@ class Run:
             return cast("Tier", silent)  # nothing but ``list`` is called before it answered
 
     def scan(self, places: Sequence[Place]) -> tuple[dict[str, Inventory], dict[str, str]]:
+        """Every place's inventory, and the reason of each that does not answer."""
         inventories: dict[str, Inventory] = {}
         silent: dict[str, str] = {}
         for place in places:
-            self._hurries = any(
-                save.complete
-                for inventory in inventories.values()
-                for save in inventory.saves.values()
-            )
-            found, without = _restore.scan_places([place], self.key, self.within)
+            held = [save for inv in inventories.values() for save in inv.saves.values()]
+            with self.hurrying(any(save.complete for save in held)):
+                found, without = _restore.scan_places([place], self.key, self.within)
             inventories.update(found)
             silent.update(without)
-        self._hurries = False
-        known = _inventory.all_incarnations(inventories.values())
-        numbers = [i.number for i in known]
-        numbers += [name.incarnation for inv in inventories.values() for name in inv.saves]
+        self.note([_holdings.holdings_of(each) for each in inventories.values()])
+        return inventories, silent
+
+    @contextlib.contextmanager
+    def hurrying(self, hurries: bool) -> Iterator[None]:
+        """While this is held, a store does not get long to answer."""
+        self._hurries = hurries
+        try:
+            yield
+        finally:
+            self._hurries = False
+
+    def note(self, holdings: Sequence[Holdings]) -> None:
+        """Take in which incarnations there have been."""
+        numbers = [each.number for held in holdings for each in held.incarnations]
+        names = [SaveName.parse(save.save) for held in holdings for save in held.saves]
+        numbers += [name.incarnation for name in names if name is not None]
         self._highest = max([self._highest, *numbers])
         self._scanned = True
-        return inventories, silent
+
+    def reading_s(self, label: str, size_bytes: int) -> float:
+        """How long so many bytes may take from a tier that is to count as one that answers."""
+        is_far = label.partition("-")[0] in ("peers", "store")
+        return size_bytes / (_MIN_FAR_BYTES_PER_S if is_far else _MIN_BYTES_PER_S)
 
     def within(self, label: str, work: Callable[[], Any], size_bytes: int = 0) -> Any:
         """Run ``work`` in a thread that may be left behind, so that a stuck tier is an error.
 
         It gets ``timeout_s``, and more for what it has to read at a rate that any disk has.
         """
-        rate = _MIN_STORE_BYTES_PER_S if label in self._stores else _MIN_BYTES_PER_S
-        timeout_s = self.timeout_s + size_bytes / rate
+        timeout_s = self.timeout_s + self.reading_s(label, size_bytes)
         if self._hurries and label in self._stores:
             timeout_s = min(timeout_s, _STORE_PATIENCE_S)
         result: list[Any] = []

@@ -18,6 +18,7 @@ from agent_checks import until
 from boxed import Boxed, boxed_arrays
 
 import mtckpt
+from mtckpt import _coordination, _run
 from mtckpt._boxes import Box, whole
 from mtckpt.agent import protocol
 from mtckpt.agent.spawn import ensure_agent
@@ -171,6 +172,28 @@ def test_another_number_of_ranks(job: Callable[..., Job], before: int, after: in
         check(live, rank % before)
 
     assert later(work) == [None] * after
+
+
+def test_ranks_wait_for_one_another_as_long_as_a_store_may_take(
+    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiers = [mtckpt.Ram(every=1), mtckpt.ObjectStore(f"file://{tmp_path}/store")]
+    first = job(2, tiers=tiers)
+    for each in save(first, 1):
+        each.wait("durable", timeout_s=30)
+    first.close()  # frees the memory
+    waits: dict[str, float] = {}
+    together = _coordination.together
+
+    def noted(group: Any, stage: str, timeout_s: float, foreign: Any) -> Any:
+        waits[stage] = timeout_s
+        return together(group, stage, timeout_s, foreign)
+
+    monkeypatch.setattr(_coordination, "together", noted)
+    monkeypatch.setattr(_run.Run, "fetch", lambda *_: None)
+    for restored in restore(job(2, tiers=tiers)):
+        assert restored.sources.keys() == {"store"}
+    assert waits["fetch"] - waits["look"] > 2 * ARRAY.nbytes / 1e6
 
 
 def test_each_replicated_byte_is_captured_once(job: Callable[..., Job], tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ import pytest
 from builders import build_incarnation, build_manifest, build_save
 from crash_worker import Life, Nursery, read_log
 
-from mtckpt import _manifest, _restore, _restorer
+from mtckpt import _manifest, _restorer
 from mtckpt._coordination import Single
+from mtckpt._holdings import Holdings
+from mtckpt._pieces import ALONE
 from mtckpt._restore import Place
 from mtckpt._run import Run
 from mtckpt.capture.cpu import CpuEngine
@@ -68,13 +70,17 @@ class FileRun:
         self.name, self.key, self.tiers = RUN, KEY, list[Any]()
         self.session = NoAgent()
         self.group = Single()
+        self.members = ALONE
         self._places = list(places)
 
     def places(self) -> list[Place]:
         return self._places
 
-    def scan(self, places: Sequence[Place]) -> Any:
-        return _restore.scan_places(places, self.key, self.within)
+    def note(self, holdings: Sequence[Holdings]) -> None:
+        pass
+
+    def reading_s(self, label: str, size_bytes: int) -> float:
+        return 0.0
 
     def within(self, label: str, work: Callable[[], Any], size_bytes: int = 0) -> Any:
         return work()
