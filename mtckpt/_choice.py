@@ -57,10 +57,12 @@ def plan_restore(
     step: int | Literal["latest", "best"],
     *,
     best: Callable[[Mapping[SaveName, Mapping[str, float]]], SaveName | None] | None = None,
+    fastest: Iterable[str] = (),
 ) -> RestorePlan:
     """Decide which saves to try, newest first, from what the places hold together.
 
-    ``holdings`` come fastest first. Only saves on the incarnation line count for "latest" and
+    ``fastest`` has the labels of places in the order in which they are to be read; without it they
+    come in that of ``holdings``. Only saves on the incarnation line count for "latest" and
     "best"; a number takes the save of that step on the line, else of the newest incarnation.
     Raises StepNotFound for a number that no place has.
     """
@@ -78,14 +80,18 @@ def plan_restore(
         and (not chosen or name.step >= chosen[0].step)
     ]
     return RestorePlan(
-        tuple(_candidate(saves[name]) for name in chosen),
+        tuple(_candidate(saves[name], list(fastest)) for name in chosen),
         {f"step {name.step}": "; ".join(saves[name].reasons) for name in passed_over},
         any(saves[name].lost for name in passed_over),
     )
 
 
-def _candidate(save: Joined) -> Candidate:
-    return Candidate(save.name, save.sources, save.whole, save.size_bytes, save.every)
+def _candidate(save: Joined, fastest: Sequence[str]) -> Candidate:
+    sources: Mapping[int, tuple[str, ...]] = save.sources
+    if fastest:
+        alike = {there: tuple(sorted(there, key=fastest.index)) for there in set(sources.values())}
+        sources = {rank: alike[there] for rank, there in sources.items()}
+    return Candidate(save.name, sources, save.whole, save.size_bytes, save.every)
 
 
 def _chosen(

@@ -97,6 +97,7 @@ def restore(
             if source is None:
                 _report_damage(run, attempt.bad)
             attempt.bad.clear()
+        skipped.update({f"tier {label}": why for label, why in attempt.silent.items()})
         return _restored(run, outcome, skipped)
     nothing = _no_healthy_step(skipped)
     if attempt.touched:
@@ -107,7 +108,7 @@ def restore(
 def _plan(run: Run, gathered: Gathered, step: int | Literal["latest", "best"]) -> RestorePlan:
     """What may be restored. Raises where nothing may although there is, or may be, something."""
     best = _retention.best_of([tier.keep for tier in run.tiers])
-    plan = plan_restore(gathered.holdings, step, best=best)
+    plan = plan_restore(gathered.holdings, step, best=best, fastest=gathered.places)
     silent = gathered.silent
     if not plan.candidates and silent:
         raise RestoreUnavailable(
@@ -148,6 +149,8 @@ def _brought_near(
     stores = candidate.labels()
     if any(stage_of_tier(label) != "durable" for label in stores):
         return candidate
+    if len(run.members.node) < run.members.world_size:
+        return candidate  # each node would bring the shards of all
     label = run.fetch(candidate.name, show)
     if label is None or label not in scope.places:
         return candidate
@@ -175,7 +178,7 @@ def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> R
     restored = Restored(
         record.step,
         outcome.state,
-        sources=outcome.sources,
+        sources=_by_tier(outcome.sources),
         skipped=dict(skipped.items()),
         id_=record.save_id,
     )
@@ -185,9 +188,20 @@ def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> R
     return restored
 
 
+def _by_tier(sources: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by tier: all peers' places are one."""
+    found: dict[str, int] = {}
+    for label, size_bytes in sources.items():
+        tier = "peers" if stage_of_tier(label) == "replicated" else label
+        found[tier] = found.get(tier, 0) + size_bytes
+    return found
+
+
 def _report_damage(run: Run, bad: Sequence[tuple[str, str, str]]) -> None:
     for label, key, reason in bad:
         logger.warning("run %s: %s of tier %s is damaged: %s", run.name, key, label, reason)
+        if stage_of_tier(label) == "replicated":
+            continue  # another node's, whose agent looks over what it has
         with contextlib.suppress(CheckpointError):
             run.session.call("damage", protocol.Damage(label, key, reason), protocol.Done)
 
