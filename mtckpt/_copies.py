@@ -87,13 +87,19 @@ class Shards:
         return _inventory.shard_keys(self._scope.run_key, self._candidate.name, rank)
 
     def levels(self) -> list[list[int]]:
-        """All ranks: the one whose shard is read anyway, those that are near, those far away."""
+        """All ranks, in groups: those whose shards are near, those far away; in each the one first
+        whose shard is read anyway."""
         near: list[int] = []
         far: list[int] = []
         for rank in sorted(self._candidate.sources):
-            if rank != self.base:
-                (near if any(p.near for p in self._places(rank)) else far).append(rank)
-        return [[self.base], near, far]
+            (near if any(place.near for place in self._places(rank)) else far).append(rank)
+        levels = [near, far]
+        for level in levels:
+            if self.base in level:
+                level.remove(self.base)
+                levels.insert(levels.index(level), [self.base])
+                break
+        return levels
 
     def entries(self, rank: int) -> Sequence[ArrayEntry]:
         """What a rank has, from the first sound record of it. Raises NoHealthyStep."""

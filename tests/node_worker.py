@@ -88,6 +88,15 @@ class Worker:
         assert live["step"] == restored.step
         return [restored.step, dict(restored.sources)]
 
+    def adopt(self) -> Any:
+        """In a job with another number of ranks: the step, whose private state came, sources."""
+        live = state_at(0, self.rank)
+        restored = self.checkpointer.restore(live)
+        step = restored.step or 0
+        assert np.array_equal(live["shared"].value, state_at(step, 0)["shared"].value)
+        (own,) = set(live["own"].tolist())
+        return [step, int(own - 1000 * step), dict(restored.sources)]
+
     def save(self, step: int) -> Any:
         self.saves[step] = self.checkpointer.save(step, state_at(step, self.rank))
         return self.saves[step].skipped or ""

@@ -1,0 +1,63 @@
+"""Restores of ranks that are on several nodes: real agents on loopback, ranks as processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from node_scene import Cluster, Node
+from node_worker import SIZE
+
+pytestmark = pytest.mark.timeout(120)
+ARRAY_BYTES = SIZE * 8
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    made: list[Cluster] = []
+
+    def make(count: int = 2, per_node: int = 1) -> Cluster:
+        made.append(Cluster(tmp_path, [Node(tmp_path, name) for name in "abc"[:count]]))
+        made[-1].start(per_node)
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_ranks_that_come_back_read_their_own_memory(cluster: Callable[..., Cluster]) -> None:
+    job = cluster(2, per_node=2)
+    assert job.all("restore") == [None] * 4
+    for step in (1, 2):
+        job.save(step)
+    job.start(2)
+    assert job.all("restore") == [[2, {"ram": 2 * ARRAY_BYTES}]] * 4
+    job.save(3)
+
+
+def test_ranks_that_come_back_on_other_nodes_read_from_peers(
+    cluster: Callable[..., Cluster],
+) -> None:
+    job = cluster(2)
+    job.save(1, "local")
+    job.nodes.reverse()
+    job.start()
+    # What is their own is on the other node; what all hold alike is on this one too.
+    assert job.all("restore") == [[1, {"ram": ARRAY_BYTES, "peers": ARRAY_BYTES}]] * 2
+    job.save(2)
+
+
+def test_more_ranks_on_the_same_nodes(cluster: Callable[..., Cluster]) -> None:
+    job = cluster(2)
+    job.save(1)
+    job.start(2)
+    found = job.all("adopt")
+    # Ranks 0 and 2 take what rank 0 had of its own, 1 and 3 what rank 1 had.
+    mixed = {"ram": ARRAY_BYTES, "peers": ARRAY_BYTES}
+    assert found == [
+        [1, 0, {"ram": 2 * ARRAY_BYTES}], [1, 1, mixed], [1, 0, mixed],
+        [1, 1, {"ram": 2 * ARRAY_BYTES}],
+    ]  # fmt: skip
+    job.save(2, "local")
