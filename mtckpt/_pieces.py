@@ -88,13 +88,15 @@ def replicas_of(flat: Flat, members: Members) -> dict[int, tuple[int, ...]]:
     }
 
 
-def divide(
-    flat: Flat, specs: Sequence[ArraySpec], ties: dict[int, int], members: Members
-) -> Recipe:
-    """Decide what this rank stores of every leaf. Raises UnsupportedState as adapters do."""
+def divide(flat: Flat, specs: Sequence[ArraySpec], members: Members) -> Recipe:
+    """Decide what this rank stores of every leaf. Raises UnsupportedState as adapters do.
+
+    By each leaf alone: which of them are tied is this rank's own business, and others may hold the
+    same arrays in memory of their own.
+    """
     firsts: list[Piece] = []
     others: list[Piece] = []
-    shared: list[tuple[str, str, str, tuple[int, ...]]] = []
+    shared: list[tuple[str, str, tuple[int, ...]]] = []
     replicas = replicas_of(flat, members)
     empty: dict[int, Any] = {}
     for leaf, (owner, array, path) in enumerate(
@@ -110,13 +112,10 @@ def divide(
             firsts.append(Piece(leaf, specs[leaf]))
             continue
         ranks = _spread_over(parts, members)
-        name = flat.paths[ties.get(leaf, leaf)]
         if ranks is None:
-            # The name says who stores a small replica. A box that is empty here is tied to none,
-            # whatever others see.
-            spec, agreed = parts[0].spec, name if whole_of_it else path
-            shared.append((path, agreed, spec.dtype, spec.whole_shape))
-        pieces = [piece._replace(ranks=ranks) for piece in _pieces_of(leaf, name, parts, members)]
+            spec = parts[0].spec
+            shared.append((path, spec.dtype, spec.whole_shape))
+        pieces = [piece._replace(ranks=ranks) for piece in _pieces_of(leaf, path, parts, members)]
         if whole_of_it:
             pieces = [piece._replace(part=WHOLE) for piece in pieces]
             if not pieces[0].spec.size_bytes:

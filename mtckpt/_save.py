@@ -171,7 +171,7 @@ def make_plan(
 ) -> tuple[Plan, list[Any]]:
     """Lay out the pieces of ``flat``, and give them; tied leaves once, under the first path."""
     ties = _ties(flat.owners, flat.arrays, flat.paths, _pieces.replicas_of(flat, members))
-    recipe = _pieces.divide(flat, specs, ties, members)
+    recipe = _pieces.divide(flat, specs, members)
     arrays = _pieces.gather(recipe, flat.owners, flat.arrays)
     assert arrays is not None  # nothing has changed since
     groups = _groups([flat.owners[piece.leaf] for piece in recipe.pieces])
@@ -219,16 +219,21 @@ def make_plan(
 
 
 def _same_as(recipe: Recipe, ties: dict[int, int]) -> dict[int, int]:
-    """Piece -> the piece whose bytes it has. Tied leaves are divided alike, piece by piece."""
+    """Piece -> the piece whose bytes it has: the same part of the leaf that its own is tied to.
+
+    Of two tied leaves that are small this rank may store one and another rank the other.
+    """
     if recipe.is_plain or not ties:
         return dict(ties)
-    pieces_of: dict[int, list[int]] = {}
+    pieces_of: dict[int, dict[object, int]] = {}
     for i, piece in enumerate(recipe.pieces):
-        pieces_of.setdefault(piece.leaf, []).append(i)
+        what = piece.part, piece.spec.offsets, piece.spec.shape
+        pieces_of.setdefault(piece.leaf, {})[what] = i
     return {
         piece: twin
         for leaf, first in ties.items()
-        for piece, twin in zip(pieces_of[leaf], pieces_of[first], strict=True)
+        for what, piece in pieces_of[leaf].items()
+        if (twin := pieces_of[first].get(what)) is not None
     }
 
 

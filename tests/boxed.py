@@ -74,7 +74,9 @@ class BoxedAdapter(NumpyAdapter):
         ]
 
     def identity(self, value: Any) -> object | None:
-        return None if isinstance(value, Boxed) else super().identity(value)
+        if isinstance(value, Boxed):
+            return "boxed", id(value)
+        return super().identity(value)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from mtckpt import _state
 from mtckpt._boxes import MIN_SPLIT_BYTES, Box, whole
 from mtckpt._pieces import Members, Recipe, divide, gather
 from mtckpt._replicas import Replicated
+from mtckpt._save import make_plan
 
 
 def recipe_of(state: Any, members: Members) -> tuple[Recipe, list[Any]]:
@@ -23,7 +24,7 @@ def recipe_of(state: Any, members: Members) -> tuple[Recipe, list[Any]]:
         owner.spec(array, path)
         for owner, array, path in zip(flat.owners, flat.arrays, flat.paths, strict=True)
     ]
-    recipe = divide(flat, specs, {}, members)
+    recipe = divide(flat, specs, members)
     arrays = gather(recipe, flat.owners, flat.arrays)
     assert arrays is not None
     return recipe, arrays
@@ -68,6 +69,36 @@ def test_every_byte_once_for_each_node(
         assert (stored["w"][edge:] == (1 in halves)).all()
     else:
         assert stored["r"] == len(node)  # one element is stored by everybody
+
+
+@given(st.data(), st.booleans(), st.sampled_from(["replicated", "boxed"]))
+def test_no_byte_is_left_to_another_rank_whatever_each_has_tied(
+    data: st.DataObject, large: bool, kind: str
+) -> None:
+    """Three names, of one array or of several as each rank happens to hold them, on some ranks."""
+    world_size = data.draw(st.integers(2, 4))
+    holders = tuple(sorted(data.draw(st.sets(st.integers(0, world_size - 1), min_size=2))))
+    shape = (MIN_SPLIT_BYTES // 8, 2) if large else (5, 2)
+    array = np.arange(math.prod(shape), dtype=np.float64).reshape(shape)
+    names = ["a", data.draw(st.text("bcde", min_size=1, max_size=3)), "z"]
+    covered = {name: np.zeros(shape, bool) for name in names}
+    for rank in holders:
+        alike = data.draw(st.lists(st.integers(0, 2), min_size=3, max_size=3))
+        held: list[Any] = [Replicated(array.copy(), holders) for _ in range(3)]
+        if kind == "boxed":
+            held = [Boxed(shape, float, [whole(shape)], holders, of=array) for _ in range(3)]
+        state = {name: held[which] for name, which in zip(names, alike, strict=True)}
+        flat = _state.flatten(state, [BoxedAdapter()])
+        specs = [o.spec(a, "") for o, a in zip(flat.owners, flat.arrays, strict=True)]
+        plan, arrays = make_plan(flat, specs, Members(rank, world_size, tuple(range(world_size))))
+        for index, piece in enumerate(plan.recipe.pieces):
+            twin = plan.same_as.get(index, index)
+            assert twin not in plan.same_as
+            where = place(Box(piece.spec.offsets or (), piece.spec.shape))
+            assert np.array_equal(arrays[twin], array[where])
+            covered[flat.paths[piece.leaf]][where] = True
+    for name in names:
+        assert covered[name].all(), name
 
 
 def test_ranks_agree_by_what_they_share_alone() -> None:
