@@ -9,6 +9,7 @@ error of ours is told as its class, its text and the class of its cause.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -17,12 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from boxed import Boxed, boxed_arrays
 
 import mtckpt
+from mtckpt import _assembly
+from mtckpt._boxes import Box
 from mtckpt._coordination import StoreGroup
 from mtckpt.errors import CheckpointError
 
 SIZE = 100_000
+MESH = (5_000, 4_000)
 
 
 class Board:
@@ -58,6 +63,27 @@ def state_at(step: int, rank: int) -> dict[str, Any]:
         "shared": mtckpt.replicated(np.arange(SIZE, dtype=np.float64) + step),
         "step": step,
     }
+
+
+def meshed(rank: int, world_size: int, cut: str) -> Boxed:
+    """Every rank's part of one array of ``MESH``, by rows or by columns."""
+    axis = 0 if cut == "rows" else 1
+    first, stop = (MESH[axis] * r // world_size for r in (rank, rank + 1))
+    box = (
+        Box((first, 0), (stop - first, MESH[1]))
+        if axis == 0
+        else Box((0, first), (MESH[0], stop - first))
+    )
+    whole = np.arange(math.prod(MESH), dtype=np.float32).reshape(MESH)
+    return Boxed(MESH, np.float32, [box], of=whole, sharers=tuple(range(world_size)))
+
+
+def memory_bytes(what: str) -> int:
+    """Of this process, as the kernel counts it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(what)
 
 
 class Worker:
@@ -97,6 +123,24 @@ class Worker:
         (own,) = set(live["own"].tolist())
         return [step, int(own - 1000 * step), dict(restored.sources)]
 
+    def save_mesh(self, step: int, cut: str, world_size: int) -> str:
+        """Save this rank's rows or columns of one large array, whose numbers count up."""
+        self.saves[step] = self.checkpointer.save(step, {"w": meshed(self.rank, world_size, cut)})
+        return self.saves[step].skipped or ""
+
+    def restore_mesh(self, cut: str, world_size: int, scratch_bytes: int) -> Any:
+        """Restore this rank's part: step, its bytes, the most memory besides, sources."""
+        _assembly.MAX_SCRATCH_BYTES = scratch_bytes
+        live = meshed(self.rank, world_size, cut)
+        wanted = live.arrays[0].copy()
+        live.arrays[0][:] = 0
+        before_bytes = memory_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        restored = self.checkpointer.restore({"w": live})
+        peak_bytes = memory_bytes("VmHWM") - before_bytes
+        assert np.array_equal(live.arrays[0], wanted)
+        return [restored.step, wanted.nbytes, peak_bytes, dict(restored.sources)]
+
     def save(self, step: int) -> Any:
         self.saves[step] = self.checkpointer.save(step, state_at(step, self.rank))
         return self.saves[step].skipped or ""
@@ -128,6 +172,11 @@ class Worker:
 
 def main() -> None:
     worker = Worker(**json.loads(sys.argv[1]))
+    with boxed_arrays():
+        listen(worker)
+
+
+def listen(worker: Worker) -> None:
     for line in sys.stdin:
         verb, *words = json.loads(line)
         try:

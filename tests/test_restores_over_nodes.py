@@ -61,3 +61,21 @@ def test_more_ranks_on_the_same_nodes(cluster: Callable[..., Cluster]) -> None:
         [1, 1, {"ram": 2 * ARRAY_BYTES}],
     ]  # fmt: skip
     job.save(2, "local")
+
+
+@pytest.mark.parametrize(("before", "after"), [("rows", "rows"), ("rows", "columns")])
+def test_another_mesh_takes_no_more_memory_than_its_own_part(
+    cluster: Callable[..., Cluster], before: str, after: str
+) -> None:
+    """From RAM and peers. A whole array in any process would be seen in the kernel's peak."""
+    job = cluster(2, per_node=2)
+    assert job.all("save_mesh", 1, before, 4) == [""] * 4
+    assert all(isinstance(each, str) for each in job.all("wait", 1, "staged"))
+    if after == "rows":
+        job.nodes.reverse()
+    job.start()
+    for step, own_bytes, peak_bytes, sources in job.all("restore_mesh", after, 2, 4 << 20):
+        assert step == 1
+        assert "peers" in sources
+        assert sum(sources.values()) < own_bytes * (1.01 if after == "rows" else 2.2)
+        assert peak_bytes <= 1.1 * own_bytes
