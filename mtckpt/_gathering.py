@@ -14,13 +14,16 @@ import msgspec
 
 from mtckpt import _holdings, _restore
 from mtckpt._delivery import Place
+from mtckpt._handle import stage_of_tier
+from mtckpt._handshake import same_place
 from mtckpt._holdings import Holdings, holdings_of
+from mtckpt.agent import protocol
 from mtckpt.tiers.peer import PeerTier
 
 if TYPE_CHECKING:
+    from mtckpt._handshake import PeerAddress
     from mtckpt._inventory import Inventory
     from mtckpt._run import Run
-    from mtckpt.agent import protocol
 
 __all__ = ["Gathered", "gather"]
 
@@ -38,7 +41,8 @@ class _Told(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(slots=True)
 class Gathered:
-    """``places`` by label, fastest first; ``silent`` ones with the reason.
+    """``places`` by label, fastest first; ``silent`` ones with the reason; ``absent`` are places
+    of nodes that the job no longer has.
 
     ``holdings`` of all of them come in the same order on every rank, whatever each of them calls
     the places. ``inventories`` are of what this process has looked at itself.
@@ -48,16 +52,21 @@ class Gathered:
     places: dict[str, Place] = field(default_factory=dict)
     holdings: list[Holdings] = field(default_factory=list)
     silent: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
     inventories: dict[str, Inventory] = field(default_factory=dict)
 
 
 def gather(
-    run: Run, places: Sequence[Place], other: tuple[Sequence[Place], str] | None = None
+    run: Run,
+    step: int | str,
+    places: Sequence[Place],
+    other: tuple[Sequence[Place], str] | None = None,
 ) -> Gathered:
     """Look into this node's places, and learn what other nodes have in theirs. All ranks call it.
 
-    ``other`` has the places and the key of another run that is restored from. Raises RankTimeout. A
-    place that does not answer is named in the result, whose ever it is.
+    Nodes of an earlier job are asked as well where the nodes of this one do not have all of
+    ``step``. ``other`` has the places and the key of another run that is restored from. Raises
+    RankTimeout. A place that does not answer is named in the result, whose ever it is.
     """
     found = Gathered(run.key)
     near = [place for place in places if place.near]
@@ -67,6 +76,8 @@ def gather(
         held = any(save.complete for save in _holdings.join(found.holdings).values())
         with run.hurrying(held):
             _take_in_shared(found, _look(run, found, far))
+    if other is None and not _holdings.is_whole(found.holdings, step):
+        _look_at_former(run, found)
     run.note(found.holdings)
     if other is None:
         return found
@@ -122,23 +133,22 @@ def _take_in_nodes(run: Run, found: Gathered, told: Mapping[int, _Told]) -> None
 
 def _called(run: Run, rank: int, label: str) -> str:
     """What the place of the node of a rank is called on other nodes."""
-    node = _node_of(run, rank)
-    names = [each.address.name for each in _nodes(run)]
-    name = node.address.name or node.address.host
+    address = _node_of(run, rank).address
+    names = [each.address.name or each.address.host for each in _nodes(run)]
+    name = address.name or address.host
     return f"peers-{name}-{label}" if names.count(name) < 2 else f"peers-{name}-{rank}-{label}"
 
 
 def _peer(run: Run, rank: int, label: str) -> Place:
     joined = run.session.joined
     assert joined is not None
-    tier = PeerTier(
-        _node_of(run, rank).address,
-        run.key,
-        bytes.fromhex(joined.secret),
-        place=label,
-        timeout_s=min(run.timeout_s, _PEER_TIMEOUT_S),
-    )
+    tier = _peer_tier(run, _node_of(run, rank).address, joined.secret, label)
     return Place(_called(run, rank, label), tier, mapped=False, near=False)
+
+
+def _peer_tier(run: Run, address: PeerAddress, secret: str, label: str) -> PeerTier:
+    timeout_s = min(run.timeout_s, _PEER_TIMEOUT_S)
+    return PeerTier(address, run.key, bytes.fromhex(secret), place=label, timeout_s=timeout_s)
 
 
 def _node_of(run: Run, rank: int) -> protocol.NodeOfRun:
@@ -148,3 +158,66 @@ def _node_of(run: Run, rank: int) -> protocol.NodeOfRun:
 def _nodes(run: Run) -> Sequence[protocol.NodeOfRun]:
     joined = run.session.joined
     return [] if joined is None else joined.nodes
+
+
+# -- nodes that the job no longer has --------------------------------------------------------------
+
+
+def _look_at_former(run: Run, found: Gathered) -> None:
+    """Nodes that had the run before and are not of this job may be there still, with what they had.
+
+    The first rank that knows of one looks, since nobody of that node can. One that does not answer
+    is passed over: it may have gone for good.
+    """
+    places = _former_places(run)
+    if not places:
+        return
+    told = _Told((), {})
+    for of_node in places.get(run.members.rank, ()):
+        for place in of_node:
+            inventories, silent = _restore.scan_places([place], run.key, run.within)
+            more = tuple(map(holdings_of, inventories.values()))
+            told = _Told((*told.holdings, *more), {**told.silent, **silent})
+            if silent:
+                break  # its other places are read through the same agent
+    answers = run.exchange("former", msgspec.to_builtins(told), patient=True)
+    for each in (msgspec.convert(answer, _Told) for answer in answers):
+        found.holdings += each.holdings
+        found.absent.update(each.silent)
+    stores = {label: p for label, p in found.places.items() if stage_of_tier(label) == "durable"}
+    former = [place for nodes in places.values() for of_node in nodes for place in of_node]
+    former.sort(key=lambda place: not place.label.endswith("-ram"))
+    for label in stores:
+        del found.places[label]
+    found.places.update({place.label: place for place in former})
+    found.places.update(stores)  # which come last
+
+
+def _former_places(run: Run) -> dict[int, list[list[Place]]]:
+    """Those of nodes of an earlier job, node by node, by the rank that is to look."""
+    known = None
+    if run.members.rank == run.members.node[0] and run.session.opened is not None:
+        known = run.session.opened.others
+    answers = run.exchange("former", msgspec.to_builtins(known))
+    seen = [node.address for node in _nodes(run)]
+    labels = ["ram", *(label for label in run.labels if stage_of_tier(label) != "durable")]
+    places: dict[int, list[list[Place]]] = {}
+    for rank, answer in enumerate(answers):
+        others = msgspec.convert(answer, protocol.Others | None)
+        for address in [node.address for node in others.nodes] if others else []:
+            if any(same_place(address, each) for each in seen):
+                continue
+            seen.append(address)
+            name = f"peers-{address.name or address.host}-former{len(seen)}"
+            places.setdefault(rank, []).append(
+                [
+                    Place(
+                        f"{name}-{label}",
+                        _peer_tier(run, address, others.secret if others else "", label),
+                        mapped=False,
+                        near=False,
+                    )
+                    for label in labels
+                ]
+            )
+    return places

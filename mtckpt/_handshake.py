@@ -32,6 +32,7 @@ __all__ = [
     "Welcome",
     "decode_small",
     "new_secret",
+    "same_place",
 ]
 
 PEER_PROTOCOL_VERSION = 1
@@ -59,6 +60,11 @@ class PeerAddress(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.name} ({self.host})" if self.name else self.host
+
+
+def same_place(one: PeerAddress, other: PeerAddress) -> bool:
+    """Whether both are the same node's, perhaps by another agent."""
+    return (one.host, one.control_port) == (other.host, other.control_port)
 
 
 class Hello(msgspec.Struct, frozen=True):

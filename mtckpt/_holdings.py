@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
     from mtckpt._manifest import Record, SaveEntry
 
-__all__ = ["HeldSave", "Holdings", "Joined", "Part", "holdings_of", "join", "whole_of"]
+__all__ = ["HeldSave", "Holdings", "Joined", "Part", "holdings_of", "is_whole", "join", "whole_of"]
 
 _MAX_REASON_CHARS = 300
 _MAX_NAMED = 8
@@ -147,6 +147,15 @@ def join(holdings: Sequence[Holdings]) -> dict[SaveName, Joined]:
             if name is not None:
                 found.setdefault(name, []).append((place.label, held))
     return {name: _joined(name, held) for name, held in found.items()}
+
+
+def is_whole(holdings: Sequence[Holdings], step: int | str) -> bool:
+    """Whether the places have all of a step, or, where it is no number, of the newest save."""
+    saves = join(holdings)
+    if isinstance(step, int):
+        return any(save.complete for name, save in saves.items() if name.step == step)
+    newest = max(saves, key=lambda name: (name.incarnation, name.step), default=None)
+    return newest is not None and saves[newest].complete
 
 
 def _joined(name: SaveName, places: Sequence[tuple[str, HeldSave]]) -> Joined:

@@ -55,13 +55,13 @@ def restore(
     with run.together("look", _elsewhere):
         places = run.places()
         other = None if source is None else run.source(source, places)
-    gathered = gather(run, places, other)
+    gathered = gather(run, step, places, other)
     plan = _plan(run, gathered, step)
-    skipped = dict(plan.skipped)
+    skipped = {**plan.skipped, **_mute(gathered.absent)}
     candidates = plan.candidates
     if not candidates:
         return Restored(None, state)
-    skipped.update({f"tier {label}": why for label, why in gathered.silent.items()})
+    skipped.update(_mute(gathered.silent))
     reading_s = max(_reading_s(run, candidate) for candidate in candidates)
     scope = _restore.Scope(
         gathered.run_key,
@@ -97,7 +97,7 @@ def restore(
             if source is None:
                 _report_damage(run, attempt.bad)
             attempt.bad.clear()
-        skipped.update({f"tier {label}": why for label, why in attempt.silent.items()})
+        skipped.update(_mute(attempt.silent))
         return _restored(run, outcome, skipped)
     nothing = _no_healthy_step(skipped)
     if attempt.touched:
@@ -118,8 +118,12 @@ def _plan(run: Run, gathered: Gathered, step: int | Literal["latest", "best"]) -
             actions=("repair or leave out the tier, then restart",),
         )
     if not plan.candidates and (plan.lost or (plan.skipped and step != "latest")):
-        raise _no_healthy_step(plan.skipped)
+        raise _no_healthy_step({**plan.skipped, **_mute(gathered.absent)})
     return plan
+
+
+def _mute(places: Mapping[str, str]) -> dict[str, str]:
+    return {f"tier {label}": why for label, why in places.items()}
 
 
 def _reading_s(run: Run, candidate: Candidate) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +18,7 @@ from mtckpt._delivery import Place
 from mtckpt._handshake import PeerAddress
 from mtckpt._pieces import Members
 from mtckpt._run import Run
-from mtckpt.agent.protocol import Join, NodeOfRun
+from mtckpt.agent.protocol import Join, NodeOfRun, Others
 from mtckpt.capture.cpu import CpuEngine
 from mtckpt.errors import (
     CheckpointError,
@@ -63,6 +63,7 @@ class Cluster:
         self.over_network: dict[tuple[str, str], Watched] = {}
         monkeypatch.setattr(_gathering, "PeerTier", self._peer)
         self.own: dict[tuple[int, str], Watched] = {}
+        self.others: Others | None = None
         for label in ("ram", "disk", "store"):
             for node in range(num_nodes):
                 (self.directory(node, label)).mkdir(parents=True, exist_ok=True)
@@ -79,20 +80,18 @@ class Cluster:
         self, address: PeerAddress, run_key: str, secret: bytes, *, place: str, timeout_s: float
     ) -> Watched:
         assert (run_key, secret) == ("run", b"\0")
-        key = (address.name, place)
-        if key not in self.over_network:
-            node = NAMES.index(address.name)
-            self.over_network[key] = Watched(self.directory(node, place), "peers")
-        return self.over_network[key]
+        directory = self.directory(NAMES.index(address.name), place)
+        tier = Watched(directory, "peers")
+        return self.over_network.setdefault((address.name, place), tier)
 
-    def save(self, step: int, where: dict[str, Sequence[int]]) -> None:
+    def save(self, step: int, where: Mapping[str, Sequence[int]], world_size: int = 0) -> None:
         """``where`` has the ranks whose shards lie in a place, such as "a-ram"."""
         for place, ranks in where.items():
             for rank in ranks:
                 arrays = {"w": np.full(1000, 10.0 * step + rank)}
                 builders.build_save(
                     self.root / place, "run", step, arrays, {"rank": rank},
-                    rank=rank, world_size=2 * self.num_nodes,
+                    rank=rank, world_size=world_size or 2 * self.num_nodes,
                 )  # fmt: skip
 
     def restore(self, **options: Any) -> list[Any]:
@@ -122,13 +121,15 @@ class _Run:
     def __init__(self, cluster: Cluster, group: Any, rank: int) -> None:
         self.name = self.key = "run"
         self.tiers: list[Any] = []
+        self.labels = ["disk", "store"]
         self.timeout_s = 20.0
         self.group = group
         self._cluster = cluster
         node = rank // 2
         self.members = Members(rank, 2 * cluster.num_nodes, (2 * node, 2 * node + 1))
         joined = cluster.sessions if cluster.num_nodes > 1 else None
-        self.session = SimpleNamespace(joined=joined, call=self._call)
+        opened = SimpleNamespace(others=cluster.others)
+        self.session = SimpleNamespace(joined=joined, call=self._call, opened=opened)
         self._places = [
             Place(label, self._tier(node, label), mapped=label == "ram", near=label != "store")
             for label in ("ram", "disk", "store")
@@ -267,6 +268,30 @@ def test_what_a_lost_node_had_was_a_step_if_it_was_whole_once(
             assert "records of ranks [0, 1] are missing" in str(found)
         else:
             assert not found
+
+
+def test_a_node_that_the_job_no_longer_has_gives_what_it_has(
+    cluster: Callable[[int], Cluster],
+) -> None:
+    """Four ranks on two nodes, and then two on one of them: the other node is there still."""
+    one = cluster(1)
+    for label in ("ram", "disk"):
+        one.directory(1, label).mkdir()
+    for step, where in ((1, {"a-ram": (0, 1), "a-disk": (2, 3)}), (2, {"a-ram": (0, 1)})):
+        one.save(step, where, world_size=4)
+    one.save(2, {"b-ram": (2, 3)}, world_size=4)
+    one.others = Others([NodeOfRun(PeerAddress("h", 1, 2, name="b"), [2, 3])], "00")
+    assert [each.step for each in one.restore()] == [2, 2]
+    assert [each.sources for each in one.restore()] == [{"ram": 8000}] * 2
+    # It is not asked while this node has all of the newest step, and may be gone for good.
+    _peer_of(one, "b", "ram").silent = True
+    for restored in one.restore():
+        assert restored.step == 1
+        assert "tier peers-b-former1-ram" in restored.skipped
+    one.save(3, {"a-ram": range(4)}, world_size=4)
+    _peer_of(one, "b", "ram").asked.clear()
+    assert [each.skipped for each in one.restore()] == [{}, {}]
+    assert not _peer_of(one, "b", "ram").asked
 
 
 def _peer_of(cluster: Cluster, name: str, place: str) -> Watched:

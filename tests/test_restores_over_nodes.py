@@ -63,6 +63,24 @@ def test_more_ranks_on_the_same_nodes(cluster: Callable[..., Cluster]) -> None:
     job.save(2, "local")
 
 
+def test_fewer_nodes_take_over_what_the_one_that_is_left_out_still_has(
+    cluster: Callable[..., Cluster],
+) -> None:
+    job = cluster(2)
+    job.save(1)
+    left_out = job.nodes.pop()
+    try:
+        job.start(2)
+        own, private = job.all("adopt")
+        assert own == [1, 0, {"ram": 2 * ARRAY_BYTES}]
+        assert private == [1, 1, {"ram": ARRAY_BYTES, "peers": ARRAY_BYTES}]
+        job.save(2)
+        job.start(2)
+        assert [each[1] for each in job.all("restore")] == [{"ram": 2 * ARRAY_BYTES}] * 2
+    finally:
+        job.nodes.append(left_out)
+
+
 @pytest.mark.parametrize(("before", "after"), [("rows", "rows"), ("rows", "columns")])
 def test_another_mesh_takes_no_more_memory_than_its_own_part(
     cluster: Callable[..., Cluster], before: str, after: str

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mtckpt._handshake import SECRET_BYTES, PeerAddress
+from mtckpt._handshake import SECRET_BYTES, PeerAddress, same_place
 from mtckpt.agent import protocol, work
 from mtckpt.agent.interfaces import choose_host
 from mtckpt.agent.peer_client import PeerClient
@@ -126,6 +126,20 @@ class Peers:
     def joined(self, run_key: str) -> protocol.Join | None:
         """Who the nodes of a run are; None for a run that is on this node alone."""
         return self._joins.get(run_key)
+
+    def others(self, run_key: str) -> protocol.Others | None:
+        """The run's nodes besides this one, for who comes back without some of them."""
+        message = self._joins.get(run_key)
+        if message is None:
+            return None
+        own = self._address
+        nodes = [
+            node
+            for node in message.nodes
+            if node.address.agent_id != self._registry.agent_id
+            and (own is None or not same_place(node.address, own))
+        ]
+        return protocol.Others(nodes, message.secret) if nodes else None
 
     def secret_of(self, run_key: str) -> bytes | None:
         """What the nodes of a run share."""

@@ -100,6 +100,24 @@ class Open(msgspec.Struct, frozen=True):
     token: str = ""
 
 
+class NodeOfRun(msgspec.Struct, frozen=True):
+    """One node of a run, and the ranks that are on it."""
+
+    address: PeerAddress
+    ranks: list[int]
+
+
+class Others(msgspec.Struct, frozen=True):
+    """The nodes besides this one that had the run when its ranks last joined, and the secret by
+    which they let it in."""
+
+    nodes: list[NodeOfRun]
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"Others(nodes={self.nodes!r}, ...)"
+
+
 class Opened(msgspec.Struct, frozen=True):
     """``finished`` names the saves that the agent sealed for an owner that died."""
 
@@ -110,6 +128,7 @@ class Opened(msgspec.Struct, frozen=True):
     ram_root: str
     finished: list[str] = []
     fenced_pid: int = 0
+    others: Others | None = None
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -280,13 +299,6 @@ class Listen(msgspec.Struct, frozen=True):
     holder: str
     host: str = ""
     towards: str = ""
-
-
-class NodeOfRun(msgspec.Struct, frozen=True):
-    """One node of a run, and the ranks that are on it."""
-
-    address: PeerAddress
-    ranks: list[int]
 
 
 class Join(msgspec.Struct, frozen=True):

@@ -95,6 +95,7 @@ class Verbs:
             run.ram.path,
             finished,
             fenced_pid,
+            self._registry.peers.others(key),
         )
 
     def _admit(self, run: RunState, caller: Caller, message: protocol.Open) -> None:
