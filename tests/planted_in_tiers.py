@@ -288,7 +288,7 @@ RESTORE = (
     Bug(
         "damage-is-a-fresh-start",
         "_restorer.py",
-        "        raise _no_healthy_step(plan.skipped)\n",
+        "        raise _no_healthy_step({**plan.skipped, **_mute(gathered.absent)})\n",
         "        pass\n",
         ("test_checkpointer.py::test_every_step_damaged_is_no_fresh_start",),
     ),
