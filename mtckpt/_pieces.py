@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 from xxhash import xxh3_128_hexdigest
 
-from mtckpt._boxes import Box, share_of, whole
+from mtckpt._boxes import Box, share_of, spread_of, whole
 from mtckpt._dtypes import size_bytes_of
 from mtckpt._state import ArraySpec, Part
 from mtckpt.errors import UnsupportedState
@@ -28,11 +28,18 @@ __all__ = ["ALONE", "Members", "Piece", "Recipe", "divide", "gather", "replicas_
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """This rank, how many there are, and which of them are on this node."""
+    """This rank, how many there are, and which of them are on this node.
+
+    ``spread`` are the ranks of all nodes, node by node in the order of placement's ring, where
+    nodes divide what they hold alike so that ``1 + copies`` of them store each byte; empty where
+    every node stores all that its ranks hold.
+    """
 
     rank: int = 0
     world_size: int = 1
     node: tuple[int, ...] = (0,)
+    spread: tuple[tuple[int, ...], ...] = ()
+    copies: int = 0
 
 
 ALONE = Members()
@@ -124,12 +131,17 @@ def divide(flat: Flat, specs: Sequence[ArraySpec], members: Members) -> Recipe:
         others += pieces[1:]
     return Recipe(
         (*firsts, *others),
-        xxh3_128_hexdigest(msgspec.json.encode(sorted(shared))),
+        xxh3_128_hexdigest(msgspec.json.encode([*sorted(shared), *_layout(members)])),
         replicas,
         _look(flat.owners, flat.arrays, replicas),
         empty,
         all(piece.part == OWN for piece in firsts),
     )
+
+
+def _layout(members: Members) -> list[object]:
+    """How shared bytes are divided among nodes, which all ranks have to believe alike."""
+    return [("spread", members.copies, members.spread)] if members.spread else []
 
 
 def _replica(spec: ArraySpec, array: Any, ranks: tuple[int, ...]) -> Part:
@@ -174,19 +186,33 @@ def _pieces_of(leaf: int, name: str, parts: Sequence[Part], members: Members) ->
         if box in known:
             continue
         known.add(box)
-        here = [rank for rank in part.holders if rank in members.node]
-        share = whole(spec.shape)
-        if members.rank in here:
-            size_bytes = size_bytes_of(spec.dtype, spec.shape)
-            share = share_of(spec.shape, size_bytes, name, here.index(members.rank), len(here))
-        rows = None
-        if share != whole(spec.shape):
-            rows = (share.offsets[0], share.offsets[0] + share.shape[0])
-            offsets = (box.offsets[0] + rows[0], *box.offsets[1:])
-            spec = ArraySpec(spec.dtype, share.shape, spec.framework, offsets, spec.global_shape)
-        pieces.append(Piece(leaf, spec, number, rows, part.spec, part.holders))
+        for share in _shares(spec, name, part, members):
+            piece = Piece(leaf, spec, number, None, part.spec, part.holders)
+            if share != whole(spec.shape):
+                rows = (share.offsets[0], share.offsets[0] + share.shape[0])
+                offsets = (box.offsets[0] + rows[0], *box.offsets[1:])
+                stored = ArraySpec(
+                    spec.dtype, share.shape, spec.framework, offsets, spec.global_shape
+                )
+                piece = piece._replace(spec=stored, rows=rows)
+            pieces.append(piece)
     full = [piece for piece in pieces if piece.spec.size_bytes]
     return full or pieces[:1]
+
+
+def _shares(spec: ArraySpec, name: str, part: Part, members: Members) -> list[Box]:
+    """What this rank stores of a box that it holds, as boxes of that box; one may be empty."""
+    if members.rank not in part.holders:
+        return [whole(spec.shape)]
+    size_bytes = size_bytes_of(spec.dtype, spec.shape)
+    if members.spread:
+        holding = [[r for r in node if r in part.holders] for node in members.spread]
+        nodes = [ranks for ranks in holding if ranks]
+        nothing = [Box((0,) * len(spec.shape), (0, *spec.shape[1:]))]
+        found = spread_of(spec.shape, size_bytes, name, nodes, members.rank, members.copies)
+        return found or nothing
+    here = [rank for rank in part.holders if rank in members.node]
+    return [share_of(spec.shape, size_bytes, name, here.index(members.rank), len(here))]
 
 
 def gather(recipe: Recipe, owners: Sequence[StateAdapter], arrays: list[Any]) -> list[Any] | None:

@@ -20,7 +20,15 @@ from mtckpt._boxes import seats_of
 from mtckpt._survival import GIB, Levels, Node, Part, Survival, levels_of, ranges, survival_of
 from mtckpt.errors import PlacementImpossible, UsageError
 
-__all__ = ["Held", "Layout", "Placement", "choose_layout", "memory_bytes", "place"]
+__all__ = [
+    "Held",
+    "Layout",
+    "Placement",
+    "choose_layout",
+    "held_in",
+    "memory_bytes",
+    "place",
+]
 
 # A node where so many copies did not verify holds no others' copies while there are other nodes.
 LEMON_FAILURES = 3
@@ -389,6 +397,27 @@ def choose_layout(
         f" {_of(needed['node'], room_bytes)}, this {needed['spread'] / GIB:.2f} GiB"
     )
     return Layout("spread", needed["spread"], needed["spread"] <= room_bytes, reason)
+
+
+def held_in(
+    layout: Literal["node", "spread"],
+    nodes: Sequence[Node],
+    private_bytes: int,
+    shared_bytes: int,
+    copies: int,
+) -> list[Held]:
+    """What a save leaves on equal nodes, before a copy is made; ``shared_bytes`` all hold alike."""
+    ring, _ = _ring_of(nodes)
+    held = [Held(node.ranks, private_bytes) for node in ring] if private_bytes else []
+    if not shared_bytes or not ring:
+        return held
+    if layout == "node":
+        return [*held, Held(tuple(rank for node in ring for rank in node.ranks), shared_bytes)]
+    for seat in range(len(ring)):
+        first, stop = (shared_bytes * at // len(ring) for at in (seat, seat + 1))
+        seats = seats_of(seat, len(ring), copies)
+        held.append(Held(tuple(rank for at in seats for rank in ring[at].ranks), stop - first))
+    return held
 
 
 def _of(needed_bytes: int, room_bytes: int) -> str:

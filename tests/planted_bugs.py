@@ -26,6 +26,7 @@ BUGS = (
     *agent.SCHEDULE,
     *agent.DEADLINES,
     *ranks.BOXES,
+    *ranks.PLACEMENT,
     *ranks.SHARES,
     *ranks.AGREEMENT,
     *tiers.LOCAL_TIER,

@@ -4,6 +4,30 @@ from __future__ import annotations
 
 from planted_bug import Bug
 
+PLACEMENT = (
+    Bug(
+        "copies-beside-one-another",
+        "_boxes.py",
+        "(seat + turn * num_seats // count)",
+        "(seat + turn)",
+        ("test_placement.py::test_the_ring_is_as_good_as_any_that_is_balanced",),
+    ),
+    Bug(
+        "one-loss-too-many-promised",
+        "_survival.py",
+        "least[name] = fewest - 1",
+        "least[name] = fewest",
+        ("test_placement.py::test_the_report_is_what_is_really_lost",),
+    ),
+    Bug(
+        "racks-of-two-zones-mixed",
+        "_survival.py",
+        "paths = [path[: len(used) - position] for path in wider]",
+        "paths = [path[len(used) - position - 1 : len(used) - position] for path in wider]",
+        ("test_placement.py::test_a_rack_of_one_zone_is_not_that_of_another",),
+    ),
+)
+
 BOXES = (
     Bug(
         "box-restored-in-part",

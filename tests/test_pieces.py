@@ -101,6 +101,54 @@ def test_no_byte_is_left_to_another_rank_whatever_each_has_tied(
         assert covered[name].all(), name
 
 
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=3).map(tuple),
+    st.lists(st.integers(1, 3), min_size=1, max_size=4).filter(lambda sizes: sum(sizes) > 1),
+    st.integers(0, 2),
+    st.booleans(),
+)
+def test_a_spread_state_is_on_so_many_nodes(
+    shape: tuple[int, ...], sizes: list[int], copies: int, large: bool
+) -> None:
+    """Rows go to even and odd ranks, another array to all: of each, so many nodes that hold it."""
+    if large:
+        shape = (shape[0], max(1, MIN_SPLIT_BYTES // 8), *shape[1:2])
+    ranks = iter(range(sum(sizes)))
+    nodes = tuple(tuple(next(ranks) for _ in range(size)) for size in sizes)
+    array = np.arange(math.prod(shape), dtype=np.float64).reshape(shape)
+    edge, digests = shape[0] // 2, set()
+    counts = {name: np.zeros(shape, np.int8) for name in ("w", "r")}
+    for node in nodes:
+        stored = {name: np.zeros(shape, np.int8) for name in ("w", "r")}
+        for rank in node:
+            half = tuple(r for r in range(sum(sizes)) if r % 2 == rank % 2)
+            first, stop = (0, edge) if rank % 2 == 0 else (edge, shape[0])
+            box = Box((first, *[0] * (len(shape) - 1)), (stop - first, *shape[1:]))
+            state = {"w": Boxed(shape, float, [box], half, of=array), "r": Replicated(array)}
+            recipe, arrays = recipe_of(state, Members(rank, sum(sizes), node, nodes, copies))
+            digests.add(recipe.agreed)
+            assert {piece.leaf for piece in recipe.pieces[:2]} == {0, 1}  # all leaves are named
+            for piece, found in zip(recipe.pieces, arrays, strict=True):
+                where = place(Box(piece.spec.offsets or (), piece.spec.shape))
+                assert np.array_equal(found, array[where])
+                stored[("w", "r")[piece.leaf]][where] += 1
+        for name, count in stored.items():
+            assert count.max(initial=0) <= 1
+            counts[name] += count
+    assert len(digests) == 1
+    assert (counts["r"] == min(1 + copies, len(nodes))).all()
+    for odd, rows in ((0, slice(0, edge)), (1, slice(edge, None))):
+        holding = sum(any(rank % 2 == odd for rank in node) for node in nodes)
+        assert (counts["w"][rows] == min(1 + copies, holding)).all()
+
+
+def test_ranks_that_divide_otherwise_do_not_agree() -> None:
+    spread = Members(0, 2, (0,), ((0,), (1,)), 1)
+    others = (Members(0, 2, (0,)), Members(0, 2, (0,), ((0,), (1,)), 2))
+    digests = [recipe_of({"w": Replicated(np.zeros(8))}, m)[0].agreed for m in (spread, *others)]
+    assert len(set(digests)) == 3
+
+
 def test_ranks_agree_by_what_they_share_alone() -> None:
     """Its digest is the same on all ranks, whatever is private or lies elsewhere."""
     digests = set()

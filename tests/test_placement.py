@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from mtckpt._placement import (
     Held,
     Placement,
     choose_layout,
+    held_in,
     memory_bytes,
     place,
 )
@@ -391,3 +393,22 @@ def test_data_parallel_on_four_nodes_spreads_to_half_of_them() -> None:
     layout = choose_layout(0, 1 << 30, 4, copies=1, slots=2, room_bytes=1 << 30)
     assert (layout.name, layout.needed_bytes, layout.fits) == ("spread", 1 << 30, True)
     assert "every byte is captured by 2 of 4 nodes" in layout.reason
+
+
+@given(clusters(), st.integers(0, 3), st.integers(0, 100), st.sampled_from(("node", "spread")))
+def test_a_layout_leaves_every_byte_on_enough_nodes(
+    nodes: list[Node], copies: int, shared: int, layout: Literal["node", "spread"]
+) -> None:
+    """Nothing of what is shared has to be copied, and a spread state survives as a ring does."""
+    held = held_in(layout, nodes, 0, shared, copies)
+    assert sum(h.size_bytes for h in held) == shared
+    placement = place(nodes, held, 0)
+    fewer = min(copies, len(nodes) - 1)
+    if layout == "node" or not shared:
+        assert placement.survival.any.get("node", -1) == (len(nodes) - 1 if shared else -1)
+    else:
+        assert placement.survival.any["node"] == fewer
+        ring = place(nodes, own(nodes), copies)
+        assert placement.survival.any == ring.survival.any
+    with_own = place(nodes, held_in(layout, nodes, 7, shared, copies), copies)
+    assert min(with_own.pulled_bytes().values()) >= 7 * fewer

@@ -11,6 +11,7 @@ import click
 from mtckpt.cli._agent import agent, rm, status
 from mtckpt.cli._convert import export_, import_
 from mtckpt.cli._doctor import doctor
+from mtckpt.cli._estimate import estimate
 from mtckpt.cli._list import ls, show
 from mtckpt.cli._prune import prune
 from mtckpt.cli._verify import verify
@@ -30,5 +31,5 @@ def main() -> None:
     """Look at, check, convert and remove checkpoints, and see what this machine can do for them."""
 
 
-for _command in (ls, show, verify, status, rm, prune, doctor, export_, import_, agent):
+for _command in (ls, show, verify, status, rm, prune, doctor, estimate, export_, import_, agent):
     main.add_command(_command)

@@ -13,7 +13,14 @@ Level = Literal["ok", "note", "wrong"]
 
 GIB = 1 << 30
 MIB = 1 << 20
-_DOCKER_SHM_BYTES = 64 * MIB
+_CONTAINER_SHM_BYTES = 64 * MIB
+_MORE_SHM = {
+    "docker": ("docker run --shm-size=32g (two to three times the state of this node's ranks)",),
+    "kubernetes": (
+        "mount memory of the node, or an emptyDir with medium: Memory, and name it MTCKPT_RAM_DIR",
+        "deploy/ has manifests for both: https://mtckpt.readthedocs.io/kubernetes",
+    ),
+}
 _FEW_FILES = 4096
 _NETWORK_KINDS = (
     "nfs",
@@ -116,13 +123,13 @@ def _ram(facts: Facts) -> Finding:
     rate = f", first write {_rate(facts.ram_bytes_per_s)}" if facts.ram_bytes_per_s else ""
     sizes = f"{size_text(facts.ram_free_bytes)} free of {size_text(facts.ram_total_bytes)}"
     value = f"{facts.ram_path}: {sizes}{rate}"
-    if 0 < facts.ram_total_bytes <= _DOCKER_SHM_BYTES:
+    if 0 < facts.ram_total_bytes <= _CONTAINER_SHM_BYTES:
         return Finding(
             name,
             value,
             "wrong",
-            "this is the size that Docker gives; two slots of a model do not fit",
-            ("docker run --shm-size=32g (two to three times the state of this node's ranks)",),
+            "this is the size that containers are given; two slots of a model do not fit",
+            _MORE_SHM.get(facts.container, _MORE_SHM["docker"]),
         )
     if facts.ram_free_bytes < facts.ram_total_bytes // 10:
         return Finding(

@@ -71,6 +71,10 @@ def test_a_good_machine_has_nothing_to_say() -> None:
             "MTCKPT_RAM_DIR",
         ),
         ({"ram_total_bytes": 64 * MIB}, "RAM tier", "wrong", "--shm-size"),
+        (
+            {"ram_total_bytes": 64 * MIB, "container": "kubernetes"},
+            *("RAM tier", "wrong", "medium: Memory"),
+        ),
         ({"ram_free_bytes": GIB}, "RAM tier", "note", "mtckpt rm RUN"),
         ({"ram_huge": False, "ram_huge_option": ""}, "huge pages", "note", "huge=within_size"),
         ({"memory_limit_bytes": 8 * GIB}, "memory", "note", "cgroup limit 8.0 GiB"),
