@@ -16,7 +16,7 @@ import _isolation
 import numpy as np
 import pytest
 import store_worker
-from agent_checks import until
+from agent_checks import kill_agent, until
 
 import mtckpt
 from mtckpt import _inventory, _manifest
@@ -106,7 +106,8 @@ def test_two_jobs_that_write_one_run_do_not_mix(tmp_path: Path) -> None:
             assert np.array_equal(checkpoint["w"], store_worker.state_at(step.step)["w"])
 
 
-def test_a_job_that_goes_on_beside_its_successor_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("agent", ["stays", "restarts"])
+def test_a_job_that_goes_on_beside_its_successor_is_told(tmp_path: Path, agent: str) -> None:
     """Its node was given up, and was only cut off: what it writes now counts on no branch."""
     url = f"file://{tmp_path}/store"
     with open_run(tmp_path) as run:
@@ -115,6 +116,8 @@ def test_a_job_that_goes_on_beside_its_successor_is_told(tmp_path: Path) -> None
         with contextlib.closing(ObjectStoreTier(url)) as there:
             key = _inventory.incarnation_key("r", successor)
             there.put(key, BytesSource(_manifest.encode_sealed(successor)))
+        if agent == "restarts":  # the next one finds the successor when it looks into the store
+            kill_agent()
         save = run.save(2, state(2))
         with pytest.raises(SaveFailed) as raised:
             save.wait("durable", timeout_s=20)

@@ -177,7 +177,7 @@ class Flusher:
                 rank,
                 source,
                 tier.ref,
-                incarnation=run.incarnation if rank == ranks[0] else 0,
+                incarnation=run.begun if rank == ranks[0] else 0,
                 is_last=rank == ranks[-1],
                 base=base,
             )

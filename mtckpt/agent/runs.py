@@ -51,6 +51,7 @@ class RunState:
     slots: dict[str, Slot] = field(default_factory=dict)
     saves: dict[str, SaveState] = field(default_factory=dict)
     incarnations: dict[int, Incarnation] = field(default_factory=dict)
+    begun: int = 0  # the newest that began on this node: a store may know of a rival's
     plans: dict[str, tuple[Plan, int]] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     finished: list[str] = field(default_factory=list)
@@ -344,6 +345,8 @@ class RunState:
             known = self.incarnations.get(incarnation.number)
             if known is None or known.id < incarnation.id:
                 self.incarnations[incarnation.number] = incarnation
+            if label == RAM:
+                self.begun = max(self.begun, incarnation.number)
         self.touch()
 
     def discharge(self) -> None:
