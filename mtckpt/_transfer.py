@@ -231,7 +231,11 @@ def write_manifest(
     try:
         atomic = _commit.put_marker(place.tier, run_key, name, data)
     except CommitConflict:
-        delete_save(place, run_key, name)
+        try:
+            delete_save(place, run_key, name)
+        except CheckpointError as error:
+            # Who lost is to know that it did. What stays is not committed, so it does not count.
+            logger.warning("%s stays in %s: %s", name, place.tier.name, error.what)
         raise
     crash_point("flush.marker")
     return Completed(atomic)

@@ -1,8 +1,8 @@
-"""Brings staged saves to the slower tiers of a run, keeps them by its rules, reports what failed.
+"""Brings staged saves to the slower tiers of a run, and reports what failed.
 
-One task a tier and run: scan it once, then the newest owed save, read it back, delete what the
-rules let go. Knows what is retried and what is reported. Does not copy: data processes do, and a
-disk that hangs holds up its own task only. Nothing is deleted before its successor was read back.
+One task a tier and run: scan it once, then the newest owed save. Knows what is retried and what is
+reported. Does not copy: data processes do, and a disk that hangs holds up its own task only. Does
+not delete either (``keeping``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mtckpt import _manifest
 from mtckpt.agent import protocol, queue, work
+from mtckpt.agent.keeping import Keeper
 from mtckpt.agent.runs import RunState, describe_failure
 from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.errors import CheckpointError, CommitConflict, Damaged
@@ -38,7 +39,8 @@ class Flusher:
         self._tools = tools
         self._ring = ring
         self._healer = healer
-        self.stopping = False
+        self._keeper = Keeper(tools, ring, healer)
+        self._stopping = False
 
     def start(self, run: RunState) -> None:
         """See that every tier of the run has its task."""
@@ -48,8 +50,16 @@ class Flusher:
                     self._serve(run, tier), f"flush {run.key} to {tier.label}"
                 )
 
+    def look_again(self, run: RunState, tier: TierState) -> None:
+        """Other nodes have said something of a tier: this one may let go of what it kept so far."""
+        self._keeper.look_again(run, tier)
+
+    def stop(self) -> None:
+        """Begin nothing more; what is under way ends."""
+        self._stopping = self._keeper.stopping = True
+
     async def _serve(self, run: RunState, tier: TierState) -> None:
-        while not run.gone and not self.stopping:
+        while not run.gone and not self._stopping:
             tier.wake.clear()
             try:
                 if tier.ref.access.withheld:
@@ -138,10 +148,7 @@ class Flusher:
         tier.bytes_per_s = copied_bytes / elapsed_s
         self._answered(run, tier)
         self._arrived(run, tier, save, copied_bytes, elapsed_s)
-        tier.to_keep += 1
-        self._tools.start(self._keep(run, tier, save), f"retention of {run.key} in {tier.label}")
-        if tier.is_store:
-            self._tools.start(self._relieve(run), f"retention of {run.key} on disks")
+        self._keeper.start(run, tier, save)
         return True
 
     def _base(self, run: RunState, tier: TierState) -> str:
@@ -284,118 +291,6 @@ class Flusher:
             reason=describe_failure(error),
         )
         run.touch(save)
-
-    # -- retention -------------------------------------------------------------------------------
-
-    async def _keep(self, run: RunState, tier: TierState, save: SaveState) -> None:
-        """Read the new save back, and only then let older ones go."""
-        try:
-            async with tier.keeping:
-                if self.stopping or not self._is_worth_reading(run, tier, save):
-                    return
-                if not await self._healer.verify_save(run, save, tier.label):
-                    return
-                done = await self._let_go(run, tier)
-        finally:
-            tier.to_keep -= 1
-            run.touch()
-        if not done and (tier.again is None or tier.again.done()):
-            tier.again = self._tools.start(
-                self._keep_again(run, tier), f"retention of {run.key} in {tier.label}"
-            )
-
-    async def _keep_again(self, run: RunState, tier: TierState) -> None:
-        """Try what could not go yet from time to time: there may be no later flush."""
-        attempt, done = 0, False
-        while not done:
-            attempt += 1
-            await asyncio.sleep(queue.backoff_s(attempt, random.random()))
-            if self.stopping or run.gone or run.tiers.get(tier.label) is not tier:
-                return
-            async with tier.keeping:
-                done = await self._let_go(run, tier)
-            run.touch()
-
-    def look_again(self, run: RunState, tier: TierState) -> None:
-        """Other nodes have said something of a tier: this one may let go of what it kept so far."""
-        if self._healer.not_kept(run, tier):
-            self._tools.start(
-                self._let_go_in_turn(run, tier), f"retention of {run.key} in {tier.label}"
-            )
-
-    async def _let_go_in_turn(self, run: RunState, tier: TierState) -> None:
-        async with tier.keeping:
-            await self._let_go(run, tier)
-
-    async def _relieve(self, run: RunState) -> None:
-        """A store has what disks held on to for it, beyond their own rules."""
-        for tier in [tier for tier in run.tiers.values() if not tier.is_store]:
-            await self._let_go_in_turn(run, tier)
-
-    def _is_worth_reading(self, run: RunState, tier: TierState, save: SaveState) -> bool:
-        """What a store has is read back only where something can go then: it costs as a restore."""
-        return not tier.is_store or bool(self._healer.not_kept(run, tier, as_if=save))
-
-    async def _let_go(self, run: RunState, tier: TierState) -> bool:
-        """Delete what the rules let go; False if some of it could not go now."""
-        names = self._healer.not_kept(run, tier)
-        if tier.is_store and run.layout and not run.layout.is_lead:
-            return True  # all nodes share it, and one of them looks after it
-        done = True
-        if tier.is_store and names:
-            # Readers in a store leave no trace: from here on nobody begins to read these, and who
-            # has begun gets some time.
-            named = [n for n in names if await self._try_delete(run, tier, n, records_only=True)]
-            done = len(named) == len(names)
-            if named:
-                await asyncio.sleep(self._tools.limits.delete_grace_s)
-            # One that came to be wanted meanwhile, and is there again, is not what was let go.
-            still = set(self._healer.not_kept(run, tier))
-            names = [name for name in named if name in still]
-        for name in names:
-            if self.stopping:
-                return True
-            done &= await self._try_delete(run, tier, name)
-        return done
-
-    async def _try_delete(
-        self, run: RunState, tier: TierState, name: str, *, records_only: bool = False
-    ) -> bool:
-        if name not in run.saves:
-            return True
-        try:
-            done = await self._delete(run, tier, run.saves[name], records_only=records_only)
-        except CheckpointError as error:
-            if name not in tier.undeleted:  # told once, and tried again from time to time
-                logger.warning("run %s: %s keeps %s: %s", run.key, tier.label, name, error)
-            tier.undeleted.add(name)
-            return False
-        tier.undeleted.discard(name)
-        return done
-
-    async def _delete(
-        self, run: RunState, tier: TierState, save: SaveState, *, records_only: bool = False
-    ) -> bool:
-        """Delete one save, or what speaks for it; False if a reader has it."""
-        async with run.lock(save, tier.label):
-            command = work.Delete(tier.ref, run.key, str(save.name), records_only)
-            deleted = await self._tools.call(command, work.Deleted)
-        if deleted.busy:
-            return False
-        if records_only:
-            save.ranks[tier.label] = set()
-            return True
-        run.drop_copy(save, tier.label)
-        for label in save.owed:
-            if run.source_for(save, label) is None:
-                # Nobody has it any more for a store that did not answer in time.
-                self._ring.supersede(run, save, label)
-                run.touch(save)
-        run.counters["deleted"] += 1
-        self._tools.count("save_deleted", tier.label)
-        self._tools.events.emit("save.deleted", run=run.run, step=save.name.step, tier=tier.label)
-        run.touch()
-        return True
 
 
 def metrics_file(run: RunState, save: SaveState) -> tuple[str, bytes]:

@@ -352,7 +352,8 @@ class Changes(msgspec.Struct, frozen=True):
 
 
 class TierStatus(msgspec.Struct, frozen=True):
-    """What one tier holds and owes. ``newest_age_s`` is None when it holds nothing."""
+    """What one tier holds and owes. ``newest_age_s`` is None when it holds nothing; ``not_deleted``
+    says why a store still has what its rules let go."""
 
     label: str
     kind: str
@@ -368,6 +369,7 @@ class TierStatus(msgspec.Struct, frozen=True):
     total_bytes: int = 0
     weak: bool = False
     keep: list[dict[str, Any]] = []
+    not_deleted: str = ""
 
 
 class SlotStatus(msgspec.Struct, frozen=True):

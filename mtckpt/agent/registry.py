@@ -228,7 +228,7 @@ class Registry:
             old = run.tiers.get(config.label)
             if old is not None and old.config.path == config.path:
                 # Other credentials are another data process, and the same tier.
-                before, old.config, old.ref = old.ref, config, ref
+                before, old.config, old.ref, old.denied = old.ref, config, ref, ""
                 if before != ref:
                     self.tools.start(self._forget(before), f"ending {old.label} as it was")
                 continue
@@ -400,7 +400,7 @@ class Registry:
 
     async def stop(self, drain_s: float) -> None:
         """Let what is being written end within the time; the rest is in the records."""
-        self.flusher.stopping = True
+        self.flusher.stop()
         deadline_s = time.monotonic() + drain_s
         while self._is_writing() and time.monotonic() < deadline_s:  # noqa: ASYNC110 - as in drain
             await asyncio.sleep(_POLL_S)

@@ -225,6 +225,7 @@ class TierState:
     keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
     again: asyncio.Task[None] | None = None
     undeleted: set[str] = field(default_factory=set)
+    denied: str = ""  # why a store lets nothing be deleted
 
     @property
     def stage(self) -> str | None:

@@ -68,6 +68,7 @@ def _run_status(run: RunState) -> RunStatus:
                 done_bytes=tier.done_bytes,
                 total_bytes=tier.total_bytes,
                 keep=tier.config.keep,
+                not_deleted=tier.denied,
                 weak=any(tier.label in save.weak for save in run.saves.values()),
             )
         )

@@ -111,7 +111,8 @@ def _print_status(found: AgentStatus | None, runs: list[RunStatus]) -> None:
 def _tier_row(tier: TierStatus) -> tuple[object, ...]:
     from mtckpt._handle import size_text
 
-    doing = tier.problem or ("commits there are not atomic (weak)" if tier.weak else "")
+    doing = tier.problem or (f"nothing is deleted: {tier.not_deleted}" if tier.not_deleted else "")
+    doing = doing or ("commits there are not atomic (weak)" if tier.weak else "")
     if not doing and tier.total_bytes > tier.done_bytes:
         share = 100 * tier.done_bytes // tier.total_bytes
         doing = f"{share} % at {size_text(tier.bytes_per_s)}/s"
