@@ -8,16 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agent_checks import status_of, until
+from agent_checks import kill_agent, status_of, until
 from builders import build_save
+from fake_trainer import FakeTrainer
 from fault_proxy import Fault, FaultProxy
 from stores import S3Server
 
 import mtckpt
 from mtckpt import _inventory
+from mtckpt._access import access_of
 from mtckpt._manifest import SaveName
 from mtckpt._source import Place
 from mtckpt._transfer import copy_shard, write_manifest
+from mtckpt.agent.protocol import TierConfig, TierStatus
 from mtckpt.errors import CommitConflict
 from mtckpt.tiers import LocalTier, ObjectStoreTier
 
@@ -110,3 +113,38 @@ def test_who_loses_a_step_is_told_so_though_its_save_cannot_be_withdrawn(
                 write_manifest(target, "r", name, copied.record)
         saves = _inventory.scan(store, "r").saves
         assert [name for name, save in saves.items() if save.complete] == names[:1]
+
+
+def test_credentials_are_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that starts without a Checkpointer was not given any. What is owed meanwhile has
+    failed after a time, so that memory and agent are let go of; who brings some has it stored."""
+    monkeypatch.setenv("MTCKPT_OWED_S", "1")
+    place = tmp_path / "store"
+    url = f"file://{place}"
+    access = access_of(url, "auto", {"auto_mkdir": True})  # options are secret, whatever they are
+
+    def status() -> TierStatus:
+        found = until(status_of)
+        tier: TierStatus = found.tiers[1]
+        return tier
+
+    trainer = FakeTrainer("r", [TierConfig("store", "store", url, access=access)])
+    place.write_bytes(b"no directory can be made here")
+    trainer.open()
+    trainer.begin(1)
+    trainer.save(1, ["store"])
+    kill_agent()
+    until(lambda: "no credentials" in status().problem)
+    assert status().owed == [1]
+    until(lambda: status().owed == [])
+    found = status_of()
+    assert found is not None
+    assert found.counters["failed"] == 1
+    place.unlink()
+    trainer.open()
+    assert trainer.wait_stage(1, "durable").failed == {}
+    assert status().problem == ""
+    trainer.close()
+    assert [step.step for step in mtckpt.steps(url) if step.tiers] == [1]

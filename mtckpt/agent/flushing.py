@@ -18,7 +18,7 @@ from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.keeping import Keeper
 from mtckpt.agent.runs import RunState, describe_failure
 from mtckpt.agent.saves import RAM, SaveState, TierState
-from mtckpt.errors import CheckpointError, CommitConflict, Damaged
+from mtckpt.errors import CheckpointError, CommitConflict, Damaged, TierUnavailable
 
 if TYPE_CHECKING:
     from mtckpt.agent.healing import Healer
@@ -63,9 +63,10 @@ class Flusher:
             tier.wake.clear()
             try:
                 if tier.ref.access.withheld:
-                    tier.problem = "waits for a Checkpointer that brings the store's credentials"
-                    await tier.wake.wait()
-                    continue
+                    raise TierUnavailable(
+                        "no credentials were left to this agent: a Checkpointer brings them",
+                        tier=tier.label,
+                    )
                 if not tier.scanned:
                     await self._scan(run, tier)
                 await self._store_small(run, tier)

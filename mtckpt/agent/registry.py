@@ -229,6 +229,8 @@ class Registry:
             if old is not None and old.config.path == config.path:
                 # Other credentials are another data process, and the same tier.
                 before, old.config, old.ref, old.denied = old.ref, config, ref, ""
+                if before.access.withheld:
+                    _end_waiting(run, old)
                 if before != ref:
                     self.tools.start(self._forget(before), f"ending {old.label} as it was")
                 continue
@@ -408,6 +410,15 @@ class Registry:
     def _is_writing(self) -> bool:
         saves = [save for run in self.runs.values() for save in run.saves.values()]
         return any(save.writing for save in saves)
+
+
+def _end_waiting(run: RunState, tier: TierState) -> None:
+    """Credentials have come: what failed for want of them is owed again, and tried at once."""
+    if tier.task is not None:
+        tier.task.cancel()  # it was asleep; another one is started
+        tier.task = None
+    for save in run.saves.values():
+        save.failed.pop(tier.label, None)
 
 
 def _adopt_slots(run: RunState, found: list[work.SlotScan], holder: str) -> None:
