@@ -106,11 +106,23 @@ def check_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def open_store(url: str, access: Access, *, name: str = "store", timeout_s: float = 60.0) -> Tier:
+def open_store(
+    url: str,
+    access: Access,
+    *,
+    name: str = "store",
+    timeout_s: float = 60.0,
+    max_bytes_per_s: float | None = None,
+) -> Tier:
     """The store as a tier. Libraries are imported here, not before."""
     from mtckpt.tiers.object_store import ObjectStoreTier
 
     options = msgspec.json.decode(access.options, type=dict) if access.options else None
     return ObjectStoreTier(
-        url, engine=access.engine, storage_options=options, name=name, timeout_s=timeout_s
+        url,
+        engine=access.engine,
+        storage_options=options,
+        name=name,
+        timeout_s=timeout_s,
+        max_bytes_per_s=max_bytes_per_s,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,15 @@ def test_a_step_of_this_node_does_not_wait_for_a_silent_store(
     assert restored.step == 1
     assert "did not answer within 0.5 s" in restored.skipped["tier store"]
     run.close(timeout_s=1)
+
+
+def test_what_is_sent_keeps_within_a_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTCKPT_STORE_BYTES_PER_S", str(8 << 20))
+    with open_run(tmp_path, file_store(tmp_path)) as run:
+        started_s = time.monotonic()
+        save = run.save(1, {"w": np.zeros(24 << 20, np.uint8)})
+        save.wait("durable", timeout_s=20)
+        assert time.monotonic() - started_s > 0.9  # all but a part's worth, which goes at once
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:

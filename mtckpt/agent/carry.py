@@ -130,8 +130,8 @@ class Carrier:
         with self._lock:
             for field in ("tier", "source", "target", "bad", "good"):
                 ref = getattr(command, field, None)
-                if ref in self._places:
-                    _close(*self._places.pop(ref))  # Calls that are under way end normally.
+                for known in {ref, _without_cap(ref)} & self._places.keys() if ref else ():
+                    _close(*self._places.pop(known))  # Calls that are under way end normally.
 
     def _run_lock(self, ref: work.TierRef, run_key: str) -> threading.Lock:
         with self._lock:
@@ -261,7 +261,8 @@ class Carrier:
         start_s = time.monotonic()
         name = _save_name(command.save)
         report(work.Progress(0, 0))
-        source, target = self._place(command.source), self._place(command.target)
+        source = self._place(_without_cap(command.source))
+        target = self._place(command.target)
         key = _inventory.shard_keys(command.run_key, name, command.rank)[0]
         size_bytes = source.tier.stat(key).size_bytes
         if target.is_local:
@@ -408,8 +409,14 @@ def _open(ref: work.TierRef) -> tuple[Place, RunFiles | None]:
     if ref.kind == "store":
         ref.access.use_environment()
         timeout_s = Limits.from_environment().call_timeout_s
-        store = open_store(ref.path, ref.access, name=ref.label or ref.kind, timeout_s=timeout_s)
-        return Place(store, _through(store, ref)), None
+        store = open_store(
+            ref.path,
+            ref.access,
+            name=ref.label or ref.kind,
+            timeout_s=timeout_s,
+            max_bytes_per_s=ref.bytes_per_s or None,
+        )
+        return Place(store, store), None
     in_memory = ref.kind == "ram"
     local = LocalTier(
         ref.path,
@@ -432,6 +439,11 @@ def _end_old_uploads(place: Place, run_key: str) -> None:
         except CheckpointError as error:
             # Not everybody has the right to; saves do not need it.
             logger.info("%s: unfinished uploads are not looked at: %s", place.tier.name, error.what)
+
+
+def _without_cap(ref: work.TierRef) -> work.TierRef:
+    """For what is fetched: somebody waits for it, and does not train meanwhile."""
+    return msgspec.structs.replace(ref, bytes_per_s=0)
 
 
 def _through(tier: Tier, ref: work.TierRef) -> Tier:

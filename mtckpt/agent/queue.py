@@ -128,12 +128,16 @@ def backoff_s(attempt: int, jitter: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Deadlines and periods, each from its MTCKPT_ variable if that is a number above zero."""
+    """Deadlines, periods and rates, each from its MTCKPT_ variable if that is a number above zero.
+
+    ``store_bytes_per_s`` 0 is no cap.
+    """
 
     min_bytes_per_s: float = field(default=8.0 * 2**20, metadata={"env": "MTCKPT_MIN_BYTES_PER_S"})
     min_store_bytes_per_s: float = field(
         default=float(2**20), metadata={"env": "MTCKPT_MIN_STORE_BYTES_PER_S"}
     )
+    store_bytes_per_s: float = field(default=0.0, metadata={"env": "MTCKPT_STORE_BYTES_PER_S"})
     call_timeout_s: float = field(default=30.0, metadata={"env": "MTCKPT_CALL_TIMEOUT_S"})
     owed_s: float = field(default=7200.0, metadata={"env": "MTCKPT_OWED_S"})
     scrub_s: float = field(default=3600.0, metadata={"env": "MTCKPT_SCRUB_S"})
@@ -161,5 +165,7 @@ class Limits:
         A store's own deadline is over before that: it says then what it was waiting for.
         """
         if store:
-            return 2 * self.call_timeout_s + size_bytes / self.min_store_bytes_per_s
+            # A cap is shared by what goes on side by side.
+            capped = self.store_bytes_per_s / 4 or self.min_store_bytes_per_s
+            return 2 * self.call_timeout_s + size_bytes / min(self.min_store_bytes_per_s, capped)
         return self.call_timeout_s + size_bytes / self.min_bytes_per_s

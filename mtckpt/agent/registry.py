@@ -35,6 +35,7 @@ from mtckpt.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from mtckpt.agent.protocol import TierConfig
+    from mtckpt.agent.queue import Limits
     from mtckpt.agent.tools import Tools
 
 __all__ = ["Registry"]
@@ -224,7 +225,7 @@ class Registry:
                 save.ranks.pop(label, None)
                 save.due.discard(label)
         for config in configs:
-            ref = _ref_of(config, group_access=self.service)
+            ref = _ref_of(config, self.tools.limits, group_access=self.service)
             old = run.tiers.get(config.label)
             if old is not None and old.config.path == config.path:
                 # Other credentials are another data process, and the same tier.
@@ -453,11 +454,14 @@ def is_busy(run: RunState) -> bool:
     )
 
 
-def _ref_of(config: TierConfig, *, group_access: bool) -> TierRef:
+def _ref_of(config: TierConfig, limits: Limits, *, group_access: bool) -> TierRef:
     if config.kind == "disk":
         return TierRef("disk", config.path, group_access, config.label)
     if config.kind == "store":
-        return TierRef("store", config.path, label=config.label, access=config.access)
+        cap = int(limits.store_bytes_per_s)
+        return TierRef(
+            "store", config.path, label=config.label, bytes_per_s=cap, access=config.access
+        )
     raise UsageError(f"this agent knows no tier of kind {config.kind!r}")
 
 

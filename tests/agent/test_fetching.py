@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from pool_checks import carry, with_pool
 from shard_maker import RUN, Shard, make_shard, put_shard
@@ -19,6 +20,7 @@ from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, TierState
 from mtckpt.agent.tools import Tools
 from mtckpt.errors import CheckpointError, TierFull
+from mtckpt.tiers.object_store import PART_BYTES
 
 SIZES = [1, 3]
 
@@ -81,6 +83,21 @@ def test_a_fetch_that_fails_at_its_second_rank_leaves_nothing(
         fetch(run)
     assert in_ram(run) == []
     assert run.slots == {}
+
+
+def test_a_cap_on_what_is_sent_does_not_slow_a_fetch(ram: work.TierRef, tmp_path: Path) -> None:
+    """With it, this would take months."""
+    shard = make_shard(tmp_path, size=80)
+    source = work.TierRef("disk", str(tmp_path / "made"), label="disk")
+    put_shard(Path(source.path), shard)
+    store = work.TierRef("store", f"file://{tmp_path}/store", label="store", bytes_per_s=1)
+    carry(
+        work.Flush(RUN, str(shard.name), 0, source, msgspec.structs.replace(store, bytes_per_s=0))
+    )
+    carry(work.Scan(ram))
+    done = carry(work.Flush(RUN, str(shard.name), 0, store, ram))
+    assert isinstance(done, work.Flushed)
+    assert done.copied_bytes > len(shard.data) > PART_BYTES
 
 
 def test_room_is_looked_for_before_the_first_rank_is_fetched(run: RunState) -> None:

@@ -117,6 +117,12 @@ def test_limits_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     assert limits.deadline_s(8 * 2**20) == limits.call_timeout_s + 1
 
 
+@pytest.mark.parametrize(("cap", "rate"), [(0, 2**20), (2**30, 2**20), (2**20, 2**18)])
+def test_a_cap_is_given_the_time_that_it_takes(cap: float, rate: float) -> None:
+    limits = Limits(store_bytes_per_s=cap)
+    assert limits.deadline_s(2**30, store=True) == 2 * limits.call_timeout_s + 2**30 / rate
+
+
 OWNER = Owner("h1", 0, 100, 5, 42, "host")
 OTHER = Claim("h2", 200, 9)
 
