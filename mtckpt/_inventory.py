@@ -14,7 +14,7 @@ from types import MappingProxyType
 from xxhash import xxh3_128_hexdigest
 
 from mtckpt import _commit, _manifest, _shard
-from mtckpt._manifest import Incarnation, Metrics, Record, SaveEntry, SaveName
+from mtckpt._manifest import Incarnation, Manifest, Metrics, Record, SaveEntry, SaveName
 from mtckpt._shard import ShardLayout, Table
 from mtckpt.errors import (
     CheckpointError,
@@ -36,6 +36,7 @@ __all__ = [
     "incarnation_key",
     "incarnation_line",
     "line_of",
+    "read_manifest",
     "read_record",
     "save_key",
     "scan",
@@ -68,6 +69,16 @@ def has_leases(tier: Tier) -> bool:
 
 def save_key(run_key: str, name: SaveName, file: str) -> str:
     return f"{run_key}/{name}/{file}"
+
+
+def read_manifest(tier: Tier, run_key: str, name: SaveName) -> Manifest | None:
+    """What the manifest of a save says; None where there is none. Raises FormatError, TierError."""
+    key = save_key(run_key, name, _manifest.MANIFEST_FILE)
+    try:
+        data = read_all(tier, key, max_bytes=_manifest.MAX_SMALL_BYTES)
+    except ObjectNotFound:
+        return None
+    return _manifest.decode_sealed(data, Manifest)
 
 
 def shard_keys(run_key: str, name: SaveName, rank: int) -> tuple[str, str, str]:

@@ -142,7 +142,10 @@ class ManifestEntry(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A complete save, cached. Derived from the records, and never believed without them."""
+    """A complete save, cached. Derived from the records, and never believed without them.
+
+    ``reused_bytes``: how many the store copied itself, as far as the writer of the manifest knows.
+    """
 
     version: int
     run: str
@@ -152,6 +155,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     world_size: _WorldSize
     shards: list[ManifestEntry]
     metrics: dict[str, float] = {}
+    reused_bytes: _Bytes = 0
 
 
 class Commit(msgspec.Struct, frozen=True):

@@ -193,11 +193,17 @@ class Completed:
 
 
 def write_manifest(
-    place: Place, run_key: str, name: SaveName, known: Mapping[str, bytes] | None = None
+    place: Place,
+    run_key: str,
+    name: SaveName,
+    known: Mapping[str, bytes] | None = None,
+    *,
+    reused_bytes: int = 0,
 ) -> Completed | None:
     """Cache the fact that a save is complete, in a store with its marker; None if it is not (yet).
 
-    ``known`` are records that need not be read back, since they were stored just now. Raises
+    ``known`` are records that need not be read back, since they were stored just now;
+    ``reused_bytes`` were copied inside the store for it, which is noted for people. Raises
     CommitConflict where another save of this step was committed; this one is withdrawn then.
     """
     save = _inventory.scan_save(place.tier, run_key, name, known or {})
@@ -217,6 +223,7 @@ def write_manifest(
         first.world_size,
         entries,
         save.metrics,
+        reused_bytes,
     )
     key = _inventory.save_key(run_key, name, _manifest.MANIFEST_FILE)
     data = _manifest.encode_sealed(manifest)

@@ -46,6 +46,16 @@ class S3Server:
             "config_kwargs": {"s3": {"addressing_style": "path"}},
         }
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The same as variables."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.key,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
     def client(self) -> Any:
         """A botocore client, for what tests do around the tier."""
         return _client(self.url, self.key, self.secret)

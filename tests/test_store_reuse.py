@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import build_save
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from stores import S3Server
@@ -21,6 +23,7 @@ from mtckpt._manifest import SaveName
 from mtckpt._reuse import changed_ranges, same_parts
 from mtckpt._source import Place, open_shard
 from mtckpt._transfer import copy_shard, verify_shard, write_manifest
+from mtckpt.cli import main
 from mtckpt.tiers import LocalTier, ObjectStoreTier
 
 pytestmark = pytest.mark.timeout(60)
@@ -104,13 +107,27 @@ def table_of(digests: list[int]) -> _shard.Table:
     return _shard.Table(0, 1, memoryview(array.array("Q", digests)))
 
 
-def test_a_run_says_what_it_did_not_send(tmp_path: Path, runtime_dir: Path, s3: S3Server) -> None:
-    store = mtckpt.ObjectStore(
-        f"s3://{s3.new_prefix()}", every=1, storage_options=s3.options, reuse=True
-    )
+def test_a_run_says_what_it_did_not_send(
+    tmp_path: Path, runtime_dir: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in s3.environment.items():
+        monkeypatch.setenv(variable, value)
+    url = f"s3://{s3.new_prefix()}"
+    store = mtckpt.ObjectStore(url, every=1, reuse=True)
     state = {"frozen": np.arange(20 * MIB, dtype=np.float32), "w": np.zeros(10, np.float32)}
     with mtckpt.Checkpointer("r", [mtckpt.Ram(every=1), store], timeout_s=20) as run:
         for step in (1, 2):
             state["w"] += 1
             run.save(step, state).wait("durable", timeout_s=40)
-        assert run.status().counters["reused_bytes"] >= 32 * MIB
+        reused_bytes = run.status().counters["reused_bytes"]
+        assert reused_bytes >= 32 * MIB
+    assert shown(url, 2)["reused_bytes"] == reused_bytes
+    assert shown(url, 1)["reused_bytes"] == 0
+    said = CliRunner().invoke(main, ["show", url, "--step", "2"]).stdout
+    assert "were copied inside the store" in said
+
+
+def shown(url: str, step: int) -> dict[str, Any]:
+    result = CliRunner().invoke(main, ["show", url, "--step", str(step), "--json"])
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found

@@ -39,18 +39,9 @@ def store(
     url = f"s3://{server.new_prefix()}"
     if request.param == "s3 by options":
         return {"url": url, "storage_options": server.options}
-    for name, value in environment_of(server).items():
+    for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     return {"url": url}
-
-
-def environment_of(server: S3Server) -> dict[str, str]:
-    return {
-        "AWS_ACCESS_KEY_ID": server.key,
-        "AWS_SECRET_ACCESS_KEY": server.secret,
-        "AWS_ENDPOINT_URL": server.url,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
 
 
 def open_run(

@@ -18,15 +18,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mtckpt import _inventory, _transfer
-from mtckpt._access import open_store
 from mtckpt._manifest import SaveName
 from mtckpt._room import check_room
-from mtckpt._run_files import RunFiles
 from mtckpt._slots import Slot, SlotFinding, Slots
-from mtckpt._source import Place
 from mtckpt.agent import work
 from mtckpt.agent.findings import save_scan, slot_scan
-from mtckpt.agent.queue import Limits
+from mtckpt.agent.places import close_place, open_place, without_cap
 from mtckpt.errors import (
     AlreadyExists,
     CheckpointError,
@@ -36,11 +33,12 @@ from mtckpt.errors import (
     TierUnavailable,
     UsageError,
 )
-from mtckpt.tiers.base import BytesSource, Survives, Tier, check_key, read_all
-from mtckpt.tiers.local import LocalTier
+from mtckpt.tiers.base import BytesSource, check_key, read_all
 from mtckpt.tiers.object_store import ObjectStoreTier
 
 if TYPE_CHECKING:
+    from mtckpt._run_files import RunFiles
+    from mtckpt._source import Place
     from mtckpt.agent.peer_server import PeerServer
 
 __all__ = ["Carrier"]
@@ -103,7 +101,7 @@ class Carrier:
         """Close every tier. Idempotent."""
         with self._lock:
             for place, files in self._places.values():
-                _close(place, files)
+                close_place(place, files)
             self._places.clear()
 
     # -- places ----------------------------------------------------------------------------------
@@ -123,15 +121,15 @@ class Carrier:
     def _opened(self, ref: work.TierRef) -> tuple[Place, RunFiles | None]:
         with self._lock:
             if ref not in self._places:
-                self._places[ref] = _open(ref)
+                self._places[ref] = open_place(ref)
             return self._places[ref]
 
     def _forget(self, command: work.Command) -> None:
         with self._lock:
             for field in ("tier", "source", "target", "bad", "good"):
                 ref = getattr(command, field, None)
-                for known in {ref, _without_cap(ref)} & self._places.keys() if ref else ():
-                    _close(*self._places.pop(known))  # Calls that are under way end normally.
+                for known in {ref, without_cap(ref)} & self._places.keys() if ref else ():
+                    close_place(*self._places.pop(known))  # Calls that are under way end normally.
 
     def _run_lock(self, ref: work.TierRef, run_key: str) -> threading.Lock:
         with self._lock:
@@ -261,7 +259,7 @@ class Carrier:
         start_s = time.monotonic()
         name = _save_name(command.save)
         report(work.Progress(0, 0))
-        source = self._place(_without_cap(command.source))
+        source = self._place(without_cap(command.source))
         target = self._place(command.target)
         key = _inventory.shard_keys(command.run_key, name, command.rank)[0]
         size_bytes = source.tier.stat(key).size_bytes
@@ -286,7 +284,10 @@ class Carrier:
         done = None
         if command.is_last:
             known = None if target.is_local else result.record
-            done = _transfer.write_manifest(target, command.run_key, name, known)
+            reused_bytes = command.reused_bytes + result.reused_bytes
+            done = _transfer.write_manifest(
+                target, command.run_key, name, known, reused_bytes=reused_bytes
+            )
         return work.Flushed(
             result.copied_bytes,
             _since(start_s),
@@ -405,30 +406,6 @@ class _Meter:
         self._report(work.Progress(done_bytes, self._total_bytes))
 
 
-def _open(ref: work.TierRef) -> tuple[Place, RunFiles | None]:
-    if ref.kind == "store":
-        ref.access.use_environment()
-        timeout_s = Limits.from_environment().call_timeout_s
-        store = open_store(
-            ref.path,
-            ref.access,
-            name=ref.label or ref.kind,
-            timeout_s=timeout_s,
-            max_bytes_per_s=ref.bytes_per_s or None,
-        )
-        return Place(store, store), None
-    in_memory = ref.kind == "ram"
-    local = LocalTier(
-        ref.path,
-        name=ref.label or ref.kind,
-        survives=Survives.PROCESS if in_memory else Survives.PROCESS | Survives.POWER,
-        sync=not in_memory,
-        group_access=ref.group_access,
-    )
-    files = RunFiles(local, group_access=ref.group_access)
-    return Place(local, _through(local, ref), in_memory), files
-
-
 def _end_old_uploads(place: Place, run_key: str) -> None:
     """Throw away uploads that nobody goes on with: they are billed, and never listed."""
     if isinstance(place.tier, ObjectStoreTier):
@@ -439,26 +416,6 @@ def _end_old_uploads(place: Place, run_key: str) -> None:
         except CheckpointError as error:
             # Not everybody has the right to; saves do not need it.
             logger.info("%s: unfinished uploads are not looked at: %s", place.tier.name, error.what)
-
-
-def _without_cap(ref: work.TierRef) -> work.TierRef:
-    """For what is fetched: somebody waits for it, and does not train meanwhile."""
-    return msgspec.structs.replace(ref, bytes_per_s=0)
-
-
-def _through(tier: Tier, ref: work.TierRef) -> Tier:
-    if not ref.bytes_per_s:
-        return tier
-    from mtckpt.tiers.wrappers import ThrottledTier
-
-    return ThrottledTier(tier, bytes_per_s=ref.bytes_per_s)
-
-
-def _close(place: Place, files: RunFiles | None) -> None:
-    place.through.close()
-    place.tier.close()
-    if files is not None:
-        files.close()
 
 
 def _save_name(text: str) -> SaveName:

@@ -170,7 +170,7 @@ class Flusher:
 
     async def _copy(self, run: RunState, tier: TierState, save: SaveState) -> int:
         tier.total_bytes, tier.done_bytes = save.size_bytes, 0
-        before_bytes = 0
+        before_bytes = reused_bytes = 0
 
         def progress(news: work.Progress) -> None:
             tier.done_bytes = before_bytes + news.done_bytes
@@ -188,10 +188,12 @@ class Flusher:
                 incarnation=run.begun if rank == ranks[0] else 0,
                 is_last=rank == ranks[-1],
                 base=base,
+                reused_bytes=reused_bytes,
             )
             flushed = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
             save.ranks.setdefault(tier.label, set()).add(rank)
             before_bytes += flushed.copied_bytes
+            reused_bytes += flushed.reused_bytes
             run.counters["reused_bytes"] += flushed.reused_bytes
             if flushed.weak:
                 save.weak.add(tier.label)

@@ -105,8 +105,7 @@ class Scan(msgspec.Struct, frozen=True, tag=True):
 
     A half-sealed slot becomes a finished slot again, a half-recycled one is freed, temporaries of
     dead writers go. Finished slots are reported, not sealed; a save directory without any record
-    is reported with no ranks: a flush goes on there, or a Delete ends it.
-    """
+    is reported with no ranks: a flush goes on there, or a Delete ends it."""
 
     tier: TierRef
     run_key: str | None = None
@@ -119,8 +118,8 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     Any error leaves nothing on the target that this command stored. Damaged names the tier that
     is damaged, always the source: a damaged copy on the target is set aside and written anew.
     RunLocked: a store has a later incarnation than ``incarnation``, if that is given. ``is_last``:
-    it looks then whether the save is complete. ``base``: a save there to copy equal parts from.
-    """
+    it looks then whether the save is complete. ``base``: a save there to copy equal parts from;
+    ``reused_bytes`` were, for the ranks before."""
 
     run_key: str
     save: str
@@ -130,6 +129,7 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     incarnation: int = 0
     is_last: bool = True
     base: str = ""
+    reused_bytes: int = 0
 
 
 class Complete(msgspec.Struct, frozen=True, tag=True):
@@ -403,7 +403,7 @@ Result: TypeAlias = (
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One line to a data process. ``id`` comes back in every reply. ``again``: a process that died
+    """One line to a data process; ``id`` comes back in every reply. ``again``: a process that died
     was given the same command, and may have done a part of it."""
 
     id: int

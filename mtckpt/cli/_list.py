@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from mtckpt.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from mtckpt._handle import Step
     from mtckpt._load import Checkpoint
+    from mtckpt._manifest import SaveName
     from mtckpt._places import Place
     from mtckpt.cli._target import Found
 
@@ -126,6 +128,8 @@ def show(target: str, step: str | None, as_json: bool) -> int:
         checkpoint, tiers = open_one(found, target, step)
         with checkpoint:
             facts = _facts(checkpoint, tiers)
+            places = [place for places in found.runs.values() for place in places]
+            facts["reused_bytes"] = _reused_bytes(places, checkpoint.record.name)
     if as_json:
         print_json({**facts, "notes": found.notes})
         return _output.FINE
@@ -216,12 +220,26 @@ def _facts(checkpoint: Checkpoint, tiers: list[str]) -> dict[str, Any]:
     }
 
 
+def _reused_bytes(places: list[Place], name: SaveName) -> int:
+    """What a store copied itself for a save. Only manifests say so, which may be missing."""
+    from mtckpt import _inventory
+
+    found = [0]
+    for place in places:
+        with contextlib.suppress(CheckpointError):  # ``verify`` is there to tell of damage
+            manifest = _inventory.read_manifest(place.tier, place.run_key, name)
+            found.append(manifest.reused_bytes if manifest else 0)
+    return max(found)
+
+
 def _print_facts(facts: dict[str, Any]) -> None:
     from mtckpt._handle import size_text
 
     saved_at_s = facts["saved_at_s"]
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved_at_s)) if saved_at_s else ""
     metrics = " ".join(f"{name}={value:.6g}" for name, value in facts["metrics"].items())
+    reused_bytes = facts["reused_bytes"]
+    reused = f"{size_text(reused_bytes)} were copied inside the store" if reused_bytes else ""
     for reason in facts["passed_over"]:
         print_line(f"passed over {reason}")
     for name, value in [
@@ -231,6 +249,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
         ("incarnation", f"{facts['incarnation']} ({facts['incarnation_id']})"),
         ("tiers", ", ".join(facts["tiers"])),
         ("size", f"{size_text(facts['size_bytes'])} in {facts['num_ranks']} shard(s)"),
+        ("reused", reused),
         ("saved", " ".join(part for part in (when, "on", facts["host"]) if facts["host"] or when)),
         ("metrics", metrics),
     ]:

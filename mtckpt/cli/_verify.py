@@ -172,13 +172,9 @@ def _check_manifest(place: Place, save: SaveEntry) -> list[tuple[str, str]]:
 
     key = _inventory.save_key(place.run_key, save.name, _manifest.MANIFEST_FILE)
     try:
-        data = read_all(place.tier, key, max_bytes=_manifest.MAX_SMALL_BYTES)
-    except ObjectNotFound:
-        return []
-    except TierError as error:
-        return [(key, error.what)]
-    try:
-        manifest = _manifest.decode_sealed(data, _manifest.Manifest)
+        manifest = _inventory.read_manifest(place.tier, place.run_key, save.name)
+        if manifest is None:
+            return []
         if _manifest.save_name(manifest.step, manifest.incarnation, manifest.save_id) != save.name:
             return [(key, "the manifest is of another save")]
         for entry in manifest.shards:

@@ -105,13 +105,7 @@ def scene(
     s3: S3Server,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Scene:
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", s3.key),
-        ("AWS_SECRET_ACCESS_KEY", s3.secret),
-        ("AWS_ENDPOINT_URL", s3.url),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("MTCKPT_DELETE_GRACE_S", "0.02"),
-    ):
+    for name, value in {**s3.environment, "MTCKPT_DELETE_GRACE_S": "0.02"}.items():
         monkeypatch.setenv(name, value)
     ram_dir.mkdir(exist_ok=True)
     return Scene(tmp_path, runtime_dir, ram_dir, f"s3://{s3.new_prefix()}")
