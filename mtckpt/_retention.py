@@ -7,6 +7,7 @@ are in the same tier and one of those was verified by reading it back from there
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -155,18 +156,20 @@ def decide(saves: Sequence[Held], rules: Sequence[Rule]) -> dict[SaveName, Decis
     """
     counted = _counted(saves)
     wanted = _wanted(counted, rules)
+    orders = [_order(save) for save in counted]
+    verified = max((_order(save) for save in counted if save.verified), default=(-1, -1))
     result: dict[SaveName, Decision] = {}
     for save in saves:
-        newer = [s for s in counted if _order(s) > _order(save)]
+        num_newer = len(orders) - bisect.bisect_right(orders, _order(save))
         if not rules:
             result[save.name] = Decision(False, "no rule: everything is kept")
         elif save.name in wanted:
             result[save.name] = Decision(False, wanted[save.name])
         elif save.busy:
             result[save.name] = Decision(False, "in use, or a store still waits for it")
-        elif len(newer) < 2:
+        elif num_newer < 2:
             result[save.name] = Decision(False, "fewer than two newer complete saves are here")
-        elif not any(s.verified for s in newer):
+        elif verified <= _order(save):
             result[save.name] = Decision(False, "no newer save was read back from here yet")
         elif not save.on_line:
             result[save.name] = Decision(True, "abandoned by a roll-back")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agent_checks import until
+from agent_checks import status_of, until
 from builders import build_manifest, build_save
 from click.testing import CliRunner, Result
 from stores import S3Server
@@ -86,6 +86,30 @@ def test_the_best_step_goes_to_the_store_though_it_is_not_due(tmp_path: Path) ->
         run.report(3, {"loss": 1.0})
         until(lambda: steps_at(tmp_path / "store") == [1, 3])
         assert counter(run, "failed") == 0
+
+
+def test_what_comes_to_be_wanted_while_it_is_let_go_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 1 is let go, and is the best one before its time is over: it is brought there again."""
+    monkeypatch.setenv("MTCKPT_DELETE_GRACE_S", "3")
+    keep = [mtckpt.KeepLast(2), mtckpt.KeepBest(1, "loss")]
+    with open_run(tmp_path, disk_keep=None, keep=keep) as run:
+        for step in (1, 2, 3):
+            run.save(step, state(step)).wait("durable", timeout_s=20)
+        until(lambda: steps_at(tmp_path / "store") == [2, 3])
+        run.report(1, {"loss": 1.0})
+        until(lambda: steps_at(tmp_path / "store") == [1, 2, 3])
+        (shard,) = (tmp_path / "store").glob("r/step-000000000001.*/*.safetensors")
+        before = shard.stat().st_ino, shard.stat().st_mtime_ns
+    until(lambda: status_of() is None)  # nothing is under way any more
+    assert (
+        shard.stat().st_ino,
+        shard.stat().st_mtime_ns,
+    ) == before  # it was not deleted, and brought there once more
+    assert steps_at(tmp_path / "store") == [1, 2, 3]
+    with mtckpt.load(f"file://{tmp_path}/store", step=1) as checkpoint:
+        assert (checkpoint["w"] == 1).all()
 
 
 # -- backlog ---------------------------------------------------------------------------------------

@@ -111,9 +111,7 @@ class Keeper:
             done = len(named) == len(names)
             if named:
                 await asyncio.sleep(self._tools.limits.delete_grace_s)
-            # One that came to be wanted meanwhile, and is there again, is not what was let go.
-            still = set(self._healer.not_kept(run, tier))
-            names = [name for name in named if name in still]
+            names = named
         deleted = await self._delete_all(run, tier, names)
         return done and len(deleted) == len(names)
 
@@ -157,6 +155,8 @@ class Keeper:
     ) -> bool:
         """Delete one save, or what speaks for it; False if a reader has it."""
         async with run.lock(save, tier.label):
+            if str(save.name) not in self._healer.not_kept(run, tier):
+                return True  # wanted meanwhile, and there again perhaps: it is not what was let go
             command = work.Delete(tier.ref, run.key, str(save.name), records_only)
             deleted = await self._tools.call(command, work.Deleted)
         if deleted.busy:
