@@ -268,6 +268,7 @@ def _read_metrics(tier: Tier, key: str, save: SaveEntry) -> None:
     try:
         data = read_all(tier, key, max_bytes=_manifest.MAX_SMALL_BYTES)
         save.metrics.update(_manifest.decode_sealed(data, Metrics).metrics)
+        save.reported = True
     except ObjectNotFound:
         return
     except (FormatError, ShortRead, TierUnavailable) as error:

@@ -383,7 +383,8 @@ def parse_incarnation_file(name: str) -> int | None:
 class SaveEntry:
     """One save as one tier has it. ``records`` by rank; ``problems`` says what is wrong with it.
 
-    ``has_manifest``: it was complete here once.
+    ``reported``: some of its metrics were told after it was saved. ``has_manifest``: it was
+    complete here once.
     ``committed``: a store has a marker for its step. That is no part of being complete.
     ``digests`` are those of the records' bytes.
     """
@@ -393,6 +394,7 @@ class SaveEntry:
     records: dict[int, Record] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    reported: bool = False
     has_manifest: bool = False
     committed: bool = False
     digests: dict[int, str] = field(default_factory=dict)

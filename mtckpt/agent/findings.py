@@ -36,6 +36,7 @@ class SaveScan(msgspec.Struct, frozen=True):
     incarnation_id: str = ""
     due: list[str] = []
     metrics: dict[str, float] = {}
+    reported: bool = False
     problems: list[str] = []
     aborted: str = ""
     saved_at_s: float = 0.0
@@ -101,6 +102,7 @@ def save_scan(save: SaveEntry) -> SaveScan:
         complete=save.complete,
         size_bytes=save.size_bytes,
         metrics=save.metrics,
+        reported=save.reported,
         problems=save.problems,
         aborted=save.aborted,
         committed=save.committed,

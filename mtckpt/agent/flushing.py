@@ -13,7 +13,7 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from mtckpt import _manifest
+from mtckpt import _inventory, _manifest
 from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.keeping import Keeper
 from mtckpt.agent.runs import RunState, describe_failure
@@ -81,11 +81,10 @@ class Flusher:
     async def _scan(self, run: RunState, tier: TierState) -> None:
         scanned = await self._tools.call(work.Scan(tier.ref, run.key), work.Scanned)
         self._answered(run, tier)
-        for found in scanned.runs:
-            if found.run_key == run.key:
-                run.note_scan(tier.label, found)
-                return
-        run.note_scan(tier.label, work.RunScan(run.key))
+        here = [found for found in scanned.runs if found.run_key == run.key]
+        found = here[0] if here else work.RunScan(run.key)
+        run.note_scan(tier.label, found)
+        tier.small_owed |= small_files_lacking(run, found)
 
     async def _complete(self, run: RunState, tier: TierState) -> None:
         """Commit what an agent that died had brought to a store, all but that."""
@@ -185,7 +184,7 @@ class Flusher:
                 rank,
                 source,
                 tier.ref,
-                incarnation=run.begun if rank == ranks[0] else 0,
+                incarnation=max(run.begun, default=0) if rank == ranks[0] else 0,
                 is_last=rank == ranks[-1],
                 base=base,
                 reused_bytes=reused_bytes,
@@ -296,14 +295,29 @@ class Flusher:
         run.touch(save)
 
 
+def small_files_lacking(run: RunState, found: work.RunScan) -> dict[str, bytes]:
+    """Starts of the run and reported metrics that a tier could not take while an earlier agent
+    lived, by key."""
+    there = {(incarnation.number, incarnation.id) for incarnation in found.incarnations}
+    owed = {
+        _inventory.incarnation_key(run.key, incarnation): _manifest.encode_sealed(incarnation)
+        for incarnation in run.begun.values()
+        if (incarnation.number, incarnation.id) not in there
+    }
+    for entry in found.saves:
+        save = run.saves.get(entry.save)
+        if save is not None and save.reported and entry.ranks and entry.metrics != save.metrics:
+            key, data = metrics_file(run, save)
+            owed[key] = data
+    return owed
+
+
 def metrics_file(run: RunState, save: SaveState) -> tuple[str, bytes]:
     """Key and bytes of the metrics that were reported after a save."""
     from xxhash import xxh3_64_hexdigest
-
-    from mtckpt._inventory import save_key
 
     value = _manifest.Metrics(
         _manifest.FORMAT_VERSION, save.name.step, save.save_id, dict(save.metrics)
     )
     data = _manifest.encode_sealed(value)
-    return save_key(run.key, save.name, f"metrics-{xxh3_64_hexdigest(data)}.json"), data
+    return _inventory.save_key(run.key, save.name, f"metrics-{xxh3_64_hexdigest(data)}.json"), data

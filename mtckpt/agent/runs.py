@@ -51,7 +51,8 @@ class RunState:
     slots: dict[str, Slot] = field(default_factory=dict)
     saves: dict[str, SaveState] = field(default_factory=dict)
     incarnations: dict[int, Incarnation] = field(default_factory=dict)
-    begun: int = 0  # the newest that began on this node: a store may know of a rival's
+    # Those that began on this node: others, of a rival perhaps, were found in slower tiers.
+    begun: dict[int, Incarnation] = field(default_factory=dict)
     plans: dict[str, tuple[Plan, int]] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     finished: list[str] = field(default_factory=list)
@@ -316,7 +317,8 @@ class RunState:
             save.ranks[label] = set(entry.ranks)
             save.shard_bytes.update(zip(entry.ranks, entry.shard_bytes, strict=False))
             save.disputed |= not entry.complete and len(entry.ranks) == entry.world_size
-            save.metrics.update(entry.metrics)
+            save.metrics = {**entry.metrics, **save.metrics}  # RAM, which comes first, is right
+            save.reported |= entry.reported
             save.plan_digest = save.plan_digest or entry.plan_digest
             save.found = True
             save.seq = self.seq + 1  # whoever asks a new agent is told where it stands
@@ -346,7 +348,7 @@ class RunState:
             if known is None or known.id < incarnation.id:
                 self.incarnations[incarnation.number] = incarnation
             if label == RAM:
-                self.begun = max(self.begun, incarnation.number)
+                self.begun[incarnation.number] = incarnation
         self.touch()
 
     def discharge(self) -> None:

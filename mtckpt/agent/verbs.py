@@ -235,7 +235,7 @@ class Verbs:
             if before is None and run.incarnations.get(message.number) is known:
                 del run.incarnations[message.number]
             raise
-        run.begun = max(run.begun, message.number)
+        run.begun[message.number] = known
         owner.incarnation, owner.incarnation_id = message.number, message.id
         owner.last_step = -1
         for old in list(run.owners.values()):

@@ -22,8 +22,11 @@ from agent_checks import (
 )
 from fake_trainer import TrainerProcess, disk
 
-from mtckpt import _manifest
+from mtckpt import _inventory, _manifest
+from mtckpt.agent import protocol
+from mtckpt.agent.protocol import TierConfig
 from mtckpt.errors import AgentUnavailable, RunLocked, StepExists
+from mtckpt.tiers import LocalTier
 
 # -- the trainer dies ------------------------------------------------------------------------------
 
@@ -346,3 +349,30 @@ def test_an_agent_in_another_pid_namespace_sees_a_death(
     assert len(second.do("open")["finished"]) == 1
     assert time.monotonic() - started_s < 4.0
     assert steps_in(ram_root(), name="ram") == [1, 2]
+
+
+# -- what a tier still lacked ----------------------------------------------------------------------
+
+
+def test_small_files_that_a_tier_lacked_come_there_after_the_agents_death(
+    own: Own, tmp_path: Path
+) -> None:
+    """The start of the run, and metrics that were reported: what is newest and what is best in a
+    store is read from them, where nothing else is left."""
+    place = tmp_path / "store"
+    place.write_bytes(b"no directory can be made here")
+    trainer = own("r", [TierConfig("store", "store", f"file://{place}")])
+    trainer.open()
+    assert "store" in trainer.begin(1).owed
+    trainer.save(1, ["store"])
+    trainer.call("report", protocol.Report(trainer.holder, 1, {"loss": 0.5}), protocol.Done)
+    kill_agent()
+    place.unlink()
+    trainer.open()
+    trainer.wait_stage(1, "durable")
+    trainer.close()
+    tier = LocalTier(place, read_only=True)
+    found = _inventory.scan(tier, "r")
+    tier.close()
+    assert [(i.number, i.id) for i in found.incarnations] == [(1, trainer.incarnation_id)]
+    assert [save.metrics for save in found.saves.values()] == [{"loss": 0.5}]
