@@ -25,6 +25,8 @@ from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives, check_key
 from mtckpt.tiers.local import Lease, LocalTier
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from mtckpt._inventory import Inventory
     from mtckpt.tiers.base import Tier
 
@@ -153,6 +155,10 @@ class DirectoryView(View):
     def lease(self, key: str) -> Lease:
         """See ``LocalTier.lease``."""
         return self._directory.lease(self._inner(key))
+
+    def try_exclusive(self, key: str) -> AbstractContextManager[int | None]:
+        """See ``LocalTier.try_exclusive``."""
+        return self._directory.try_exclusive(self._inner(key))
 
     def set_aside(self) -> Iterator[str]:
         """See ``View.set_aside``."""

@@ -368,18 +368,22 @@ def delete_save(
 
 
 def _delete_rank(key: str) -> int:
+    """Records first. The manifest last: it shows that what a kill left was there in whole."""
     file = key.rpartition("/")[2]
     if _manifest.is_record_file(file):
         return 0
+    if file == _manifest.MANIFEST_FILE:
+        return 4
     return {"json": 1, "xxh3": 2}.get(file.rpartition(".")[2], 3)
 
 
 def _is_leased(place: Place, key: str) -> bool:
-    if not place.is_local:
+    try_exclusive = getattr(place.tier, "try_exclusive", None)  # of a directory, or a view of one
+    if try_exclusive is None:
         return False
     for pause_s in (0.01, 0.05, 0.0):
         try:
-            with place.local.try_exclusive(key) as fd:
+            with try_exclusive(key) as fd:
                 if fd is not None:
                     return False
         except ObjectNotFound:

@@ -58,7 +58,8 @@ def prune(
     """Delete the steps that no rule keeps, from a directory, a store, or all slower tiers of a run.
 
     Without rules, those that the run was opened with count. The newest step is read back before
-    anything is deleted, and two newer ones than the one that goes are always there.
+    anything is deleted, and two newer ones than the one that goes are always there. In a store,
+    the data goes a minute after the records (MTCKPT_DELETE_GRACE_S), for readers to end.
     """
     rules = _rules(keep, keep_every, keep_best)
     with find(target, writable=not dry_run) as found:
@@ -122,6 +123,7 @@ def _decide(run: str, place: Place, rules: tuple[Rule, ...]) -> list[Verdict]:
     inventory = place.scan()
     line = _inventory.incarnation_line([inventory])
     now = time.time()
+    newest = max((name.incarnation for name in inventory.saves), default=0)
     held = []
     for save in inventory.saves.values():
         record = next(iter(save.records.values()), None)
@@ -132,6 +134,8 @@ def _decide(run: str, place: Place, rules: tuple[Rule, ...]) -> list[Verdict]:
                 on_line=not line or on_line(save.name, line),
                 verified=True,  # the newest that counts is read back before anything goes
                 damaged=bool(save.problems),
+                # One that never was whole may be on its way, while its job goes on.
+                busy=not (save.complete or save.has_manifest) and save.name.incarnation == newest,
                 age_s=max(0.0, now - record.saved_at_s) if record else 0.0,
                 metrics=save.metrics,
             )
@@ -169,7 +173,7 @@ def _confirm(gone: Sequence[Verdict], *, yes: bool, as_json: bool) -> None:
 
 def _carry_out(place: Place, all_here: Sequence[Verdict]) -> None:
     """Read the newest that stays back, then delete; what fails is noted, and nothing more goes."""
-    from mtckpt import _source, _transfer
+    from mtckpt import _inventory, _source, _transfer
 
     gone = [verdict for verdict in all_here if verdict.delete]
     if not gone:
@@ -177,6 +181,8 @@ def _carry_out(place: Place, all_here: Sequence[Verdict]) -> None:
     where = _source.Place(place.tier, place.tier)
     try:
         _read_back(where, place, all_here)
+        if not _inventory.has_leases(place.tier):
+            gone = _after_readers(where, place, gone)
         for verdict in gone:
             busy, _ = _transfer.delete_save(where, place.run_key, verdict.name)
             verdict.done = not busy
@@ -185,6 +191,26 @@ def _carry_out(place: Place, all_here: Sequence[Verdict]) -> None:
         for verdict in gone:
             if not verdict.done:
                 verdict.problem = verdict.problem or error.what
+
+
+def _after_readers(where: Any, place: Place, gone: list[Verdict]) -> list[Verdict]:
+    """Those of ``gone`` that can be deleted once whoever reads them in a store had time to end.
+
+    Readers leave no trace there, but nobody begins to read what has no records.
+    """
+    from mtckpt import _transfer
+    from mtckpt.agent.queue import Limits
+
+    for verdict in gone:
+        _transfer.delete_save(where, place.run_key, verdict.name, records_only=True)
+    grace_s = Limits.from_environment().delete_grace_s
+    click.echo(f"{len(gone)} steps are let go; readers have {grace_s:g} s to end", err=True)
+    time.sleep(grace_s)
+    there = place.scan().saves
+    for verdict in gone:
+        if verdict.name in there and there[verdict.name].records:
+            verdict.problem = "it was stored again meanwhile"
+    return [verdict for verdict in gone if not verdict.problem]
 
 
 def _read_back(where: Any, place: Place, all_here: Sequence[Verdict]) -> None:
