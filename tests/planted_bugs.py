@@ -10,6 +10,7 @@ from __future__ import annotations
 import planted_in_agent as agent
 import planted_in_format as format_
 import planted_in_ranks as ranks
+import planted_in_stores as stores
 import planted_in_tiers as tiers
 from planted_bug import Bug
 
@@ -33,4 +34,5 @@ BUGS = (
     *tiers.TRANSFER,
     *tiers.RETENTION,
     *tiers.RESTORE,
+    *stores.STORES,
 )

@@ -98,9 +98,9 @@ def test_what_comes_to_be_wanted_while_it_is_let_go_is_kept(
         for step in (1, 2, 3):
             run.save(step, state(step)).wait("durable", timeout_s=20)
         until(lambda: steps_at(tmp_path / "store") == [2, 3])
+        (shard,) = (tmp_path / "store").glob("r/step-000000000001.*/*.safetensors")
         run.report(1, {"loss": 1.0})
         until(lambda: steps_at(tmp_path / "store") == [1, 2, 3])
-        (shard,) = (tmp_path / "store").glob("r/step-000000000001.*/*.safetensors")
         before = shard.stat().st_ino, shard.stat().st_mtime_ns
     until(lambda: status_of() is None)  # nothing is under way any more
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,16 @@ def test_without_the_right_to_delete_saves_go_on_and_are_not_read_over_and_over(
         assert log.count("deletes nothing") == 1
         assert steps_at(url, s3) == [1, 2, 3, 4, 5, 6]
         proxy.set()
+        asked = len(proxy.seen)
         with open_run(tmp_path, url, options) as run:  # with other rights, perhaps
             assert run.restore(state(0)).step == 6
             run.save(7, state(7)).wait("durable", timeout_s=20)
             until(lambda: steps_at(url, s3) == [6, 7])
             assert not not_deleted()
+        lines = [one.line for one in proxy.seen[asked:]]
+        deletes = [number for number, line in enumerate(lines) if line.startswith("DELETE")]
+        before = "\n".join(lines[: deletes[0]])
+        assert re.search(r"^GET \S*/step-000000000007\.\S*safetensors", before, re.MULTILINE)
 
 
 def test_who_loses_a_step_is_told_so_though_its_save_cannot_be_withdrawn(
