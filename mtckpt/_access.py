@@ -29,11 +29,15 @@ _ALL_KINDS = (
     "http_proxy", "https_proxy", "all_proxy", "no_proxy",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
 )  # fmt: skip
+_GCS = (
+    *("GOOGLE_", "GCSFS_", "GCE_", "NO_GCE_CHECK", "CLOUDSDK_", "FSSPEC_G"),
+    "STORAGE_EMULATOR_HOST",
+)
 _PREFIXES = {
     "s3": ("AWS_", "FSSPEC_S3"),
     "s3a": ("AWS_", "FSSPEC_S3"),
-    "gs": ("GOOGLE_", "GCSFS_", "GCE_", "CLOUDSDK_", "FSSPEC_G", "STORAGE_EMULATOR_HOST"),
-    "gcs": ("GOOGLE_", "GCSFS_", "GCE_", "CLOUDSDK_", "FSSPEC_G", "STORAGE_EMULATOR_HOST"),
+    "gs": _GCS,
+    "gcs": _GCS,
     "az": ("AZURE_", "FSSPEC_A"),
     "abfs": ("AZURE_", "FSSPEC_A"),
     "abfss": ("AZURE_", "FSSPEC_A"),

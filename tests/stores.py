@@ -193,6 +193,11 @@ class GcsServer:
         """Storage options as gcsfs names them."""
         return {"token": "anon", "endpoint_url": self.url, "project": "test"}
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The same as variables: what is not found elsewhere is asked for nobody."""
+        return {"STORAGE_EMULATOR_HOST": self.url, "NO_GCE_CHECK": "true"}
+
     def new_prefix(self) -> str:
         """``bucket/prefix``, empty."""
         return f"{BUCKET}/{os.urandom(6).hex()}"

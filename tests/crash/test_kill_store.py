@@ -21,7 +21,6 @@ import _isolation
 import numpy as np
 import pytest
 import store_worker
-from stores import S3Server
 
 import mtckpt
 
@@ -97,18 +96,19 @@ class Scene:
         return f"durable {self.durable}, started {self.started}, {self.restored}, {self.moments}"
 
 
-@pytest.fixture
+@pytest.fixture(params=["s3"])
 def scene(
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     runtime_dir: Path,
     ram_dir: Path,
-    s3: S3Server,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Scene:
-    for name, value in {**s3.environment, "MTCKPT_DELETE_GRACE_S": "0.02"}.items():
+    server = request.getfixturevalue("gcs" if request.param == "gs" else request.param)
+    for name, value in {**server.environment, "MTCKPT_DELETE_GRACE_S": "0.02"}.items():
         monkeypatch.setenv(name, value)
     ram_dir.mkdir(exist_ok=True)
-    return Scene(tmp_path, runtime_dir, ram_dir, f"s3://{s3.new_prefix()}")
+    return Scene(tmp_path, runtime_dir, ram_dir, f"{request.param}://{server.new_prefix()}")
 
 
 def kill_and_wipe(scene: Scene, seed: int, count: int) -> None:
@@ -127,7 +127,15 @@ def test_the_newest_durable_step_comes_back(scene: Scene, seed: int) -> None:
     assert scene.durable >= NUM_KILLS
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("scene", ["gs"], indirect=True)
+def test_it_comes_back_from_gcs(scene: Scene, seed: int) -> None:
+    kill_and_wipe(scene, seed, 2)
+    assert scene.durable >= 2
+
+
 @pytest.mark.torture
 @pytest.mark.timeout(7200)
+@pytest.mark.parametrize("scene", ["s3", "gs"], indirect=True)
 def test_the_newest_durable_step_comes_back_a_hundred_times(scene: Scene, seed: int) -> None:
     kill_and_wipe(scene, seed, NUM_TORTURE)
