@@ -12,6 +12,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -177,7 +178,7 @@ def open_places(location: Location, label: str, *, writable: bool = False) -> li
     UsageError where there is none, and TierError where it may not be read.
     """
     if "://" in os.fspath(location):
-        return list(_in_store(check_url(os.fspath(location)), writable=writable))
+        return _in_store(check_url(os.fspath(location)), writable=writable)
     path = _directory(location)
     kind = _kind(path)
     if kind == "save":
@@ -261,27 +262,40 @@ def _one_save(path: Path, label: str, *, writable: bool) -> Place:
     return Place(DirectoryView(tier, f"{key}/{name}/", writable=writable), key, str(path))
 
 
-def _in_store(url: str, *, writable: bool) -> Iterator[Place]:
+def _in_store(url: str, *, writable: bool) -> list[Place]:
     """As for a directory; what lies there is told from the first key, and all runs from all."""
-    tier = open_store(url, Access())
+    with ExitStack() as opened:
+        tier = open_store(url, Access())
+        opened.callback(tier.close)
+        prefix, runs = _found_in(tier, url)
+        if prefix:
+            places = [Place(View(tier, prefix, writable=writable), prefix.partition("/")[0], url)]
+            opened.pop_all()
+            return places
+        places = []
+        for run in runs:
+            within = f"{url}/{run}"
+            inner = open_store(within, Access())
+            opened.callback(inner.close)
+            places.append(Place(View(inner, f"{run}/", writable=writable), run, within))
+        opened.pop_all()
+        tier.close()
+        return places
+
+
+def _found_in(tier: Tier, url: str) -> tuple[str, list[str]]:
+    """What a place in a store has in a tier before it: of one run or one save; or all its runs."""
     *_, parent, last = ["", *url.split("/")]
     runs: dict[str, None] = {}
     for info in tier.list():
         head, _, rest = info.key.partition("/")
         if not rest and _manifest.parse_record_file(head) is not None:
-            prefix = f"{_key_for(parent)}/{_name_of_save(last, tier)}/"
-            yield Place(View(tier, prefix, writable=writable), _key_for(parent), url)
-            return
+            return f"{_key_for(parent)}/{_name_of_save(last, tier)}/", []
         if SaveName.parse(head) or head == "commit" or _manifest.parse_incarnation_file(head):
-            view = View(tier, f"{_key_for(last)}/", writable=writable)
-            yield Place(view, _key_for(last), url)
-            return
+            return f"{_key_for(last)}/", []
         if rest:
             runs.setdefault(head)
-    for run in runs:
-        within = f"{url}/{run}"
-        yield Place(View(open_store(within, Access()), f"{run}/", writable=writable), run, within)
-    tier.close()
+    return "", list(runs)
 
 
 def _name_of_save(last: str, tier: Tier) -> SaveName:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mtckpt.errors import AccessDenied, UsageError
+from mtckpt.errors import AccessDenied, TierUnavailable, UsageError
 from mtckpt.tiers._store import redacted
 
 if TYPE_CHECKING:
@@ -37,8 +37,13 @@ def opened(
     scheme, separator, rest = url.partition("://")
     if not separator or not scheme:
         raise UsageError(
-            f"not the URL of a store: {redacted(url)!r}",
+            f"not the URL of a store: {redacted(url.partition('?')[0])!r}",
             actions=["write it as s3://bucket/prefix, or use Disk(path) for a directory"],
+        )
+    if "?" in rest or "#" in rest:
+        raise UsageError(
+            f"the URL of a store has no query: {redacted(url.partition('?')[0].partition('#')[0])}",
+            actions=["give credentials by environment, configuration file or storage_options="],
         )
     place = redacted(url.rstrip("/"))
     if scheme in _S3:
@@ -102,10 +107,17 @@ def _open_s3(
     config.setdefault("request_checksum_calculation", "when_required")
     config.setdefault("response_checksum_validation", "when_required")
     config.setdefault("max_pool_connections", 32)
-    fs = s3fs.S3FileSystem(**{**options, "config_kwargs": config, "skip_instance_cache": True})
-    if fs.session is None:
-        # As s3fs would make it, and sharing what all of them read from botocore's files.
-        fs.session = new_session(fs.kwargs)
+    try:
+        fs = s3fs.S3FileSystem(**{**options, "config_kwargs": config, "skip_instance_cache": True})
+        if fs.session is None:
+            # As s3fs would make it, and sharing what all of them read from botocore's files.
+            fs.session = new_session(fs.kwargs)
+    except TypeError as error:
+        said = redacted(error, _texts_in(options))
+        raise UsageError(
+            f"s3fs does not take these storage options: {said}",
+            actions=["see the names in its API"],
+        ) from None
     return S3Store(S3fsWire(fs), place), path, "fsspec"
 
 
@@ -123,7 +135,7 @@ def _open_gcs(
 
     from mtckpt.tiers._store_gcs import GcsStore
 
-    secrets = [str(value) for value in (options.get("token"),) if isinstance(value, str)]
+    secrets = _texts_in(options.get("token"))
     try:
         fs = gcsfs.GCSFileSystem(**options)
     except Exception as error:  # noqa: BLE001  (it signs in: google-auth's, requests', its own)
@@ -138,11 +150,26 @@ def _open_other(url: str, place: str, options: Mapping[str, Any]) -> tuple[Store
 
     from mtckpt.tiers._store_fsspec import FsspecStore
 
-    secrets = [str(value) for value in options.values() if isinstance(value, str)]
+    secrets = _texts_in(options)
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  (some connect and sign in: whatever that raises)
         said = redacted(error, secrets)
+        is_away = isinstance(error, OSError)
     else:
         return FsspecStore(fs, place, secrets), path.rstrip("/"), "fsspec"
-    raise UsageError(f"cannot open {place}: {said}", actions=["install the package named above"])
+    if is_away:
+        raise TierUnavailable(f"cannot open {place}: {said}", actions=["check the network"])
+    raise UsageError(
+        f"cannot open {place}: {said}",
+        actions=["install the package, or correct the option, that is named above"],
+    )
+
+
+def _texts_in(options: Any) -> list[str]:
+    """Every text among storage options, however deep: any of them may be secret."""
+    if isinstance(options, Mapping):
+        return [text for value in options.values() for text in _texts_in(value)]
+    if isinstance(options, (list, tuple)):
+        return [text for value in options for text in _texts_in(value)]
+    return [options] if isinstance(options, str) else []
