@@ -3,17 +3,27 @@
 The trainer and all its threads are pinned to one core, the agent and its data processes to
 another. Blocks of the same number of steps come in pairs, one of them with a save at its start, in
 alternating order; a block is long enough for everything that the save sets off to be over. Rows
-for RAM alone and for RAM and a disk, each next to a memcpy on the trainer's core.
+for RAM alone, for RAM and a disk, and for RAM and an object store (SeaweedFS on the agent's core),
+each next to a memcpy on the trainer's core.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import tempfile
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from benchmarks import measuring
+
+_LAST_STAGE: dict[str, Literal["staged", "local", "durable"]] = {
+    "ram": "staged",
+    "ram and disk": "local",
+    "ram and store": "durable",
+}
 
 
 def main() -> None:
@@ -24,7 +34,7 @@ def main() -> None:
     if len(os.sched_getaffinity(0)) < 2:
         print("training time lost: skipped, one core only", file=sys.stderr)
         return
-    for role in ("ram", "ram and disk"):
+    for role in ("ram", "ram and disk", "ram and store"):
         out = measuring.child(
             "benchmarks.lost",
             f"--role={role}",
@@ -40,16 +50,18 @@ def _measure(role: str, size_mib: int, rounds: int, block_s: float) -> None:
 
     torch.set_num_threads(1)
     trainer_core, agent_core = sorted(os.sched_getaffinity(0))[:2]
-    with measuring.places() as where:
+    with measuring.places() as where, contextlib.ExitStack() as servers:
         import mtckpt
 
         state = measuring.gpt_state(size_mib)
         measuring.fill(state, 1)
         tiers: list[Any] = [mtckpt.Ram(every=1)]
-        if role != "ram":
-            tiers.append(mtckpt.Disk(where.disk, keep=2))
-        checkpointer = mtckpt.Checkpointer("bench", tiers, max_stall_s=60)
         os.sched_setaffinity(0, {agent_core})  # what is started from here on inherits it
+        if role == "ram and disk":
+            tiers.append(mtckpt.Disk(where.disk, keep=2))
+        elif role == "ram and store":
+            tiers.append(_store(servers))
+        checkpointer = mtckpt.Checkpointer("bench", tiers, max_stall_s=60)
         step = 0
         while (step := step + 1) <= 4:
             checkpointer.save(step, state).wait("staged", timeout_s=60)
@@ -73,7 +85,7 @@ def _measure(role: str, size_mib: int, rounds: int, block_s: float) -> None:
             copied.append(memcpy())
             if save.skipped:
                 sys.exit(f"a save was called off: {save.skipped}")
-        save.wait("staged" if role == "ram" else "local", timeout_s=120)
+        save.wait(_LAST_STAGE[role], timeout_s=120)
         for tensor in measuring.tensors_of(state):
             tensor.fill_(-2.0)
         if not checkpointer.restore(state) or not measuring.same(state, 1):
@@ -82,6 +94,17 @@ def _measure(role: str, size_mib: int, rounds: int, block_s: float) -> None:
     facts: dict[str, Any] = {"size_bytes": memcpy.size_bytes, "steps_a_block": steps}
     name = f"training time lost, {role}"
     measuring.row(name, lost, limit=copied, goal="ratio <= 1.4", **facts)
+
+
+def _store(servers: contextlib.ExitStack) -> Any:
+    sys.path.append(str(measuring.ROOT / "tests"))
+    from stores import s3_server
+
+    import mtckpt
+
+    directory = servers.enter_context(tempfile.TemporaryDirectory())
+    server = servers.enter_context(s3_server(Path(directory)))
+    return mtckpt.ObjectStore(f"s3://{server.new_prefix()}", storage_options=server.options)
 
 
 def _pin(pid: int, core: int) -> None:
