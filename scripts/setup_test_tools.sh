@@ -13,6 +13,7 @@ strace:strace
 fusermount3:fuse3
 libfuse.so.2:libfuse2
 ip:iproute2
+iptables:iptables
 mkfs.ext4:e2fsprogs
 unshare:util-linux
 setpriv:util-linux

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import _isolation
 import hypothesis
+import net_scene
 import pytest
 from _budget import Budget, limit_from_environment
 
@@ -151,4 +152,5 @@ _NEEDS = {
     "strace": _why_no_strace,
     "fuse": _why_no_fuse,
     "gpu": _why_no_gpu,
+    "net": net_scene.why_no_network,
 }

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 MAX_TOLD = 500
 _PAUSE_S = (0.05, 2.0)
 # One word and its answer; what it sets going may free slots.
-CALL_S = 10.0
+CALL_S = 5.0
 MAX_CALLS = 32
 
 

@@ -180,6 +180,8 @@ class HttpServer(abc.ABC):
             body = await asyncio.wait_for(request.read(), BODY_TIMEOUT_S)
         except asyncio.TimeoutError as error:
             raise FormatError("the request's body did not come in time") from error
+        except OSError as error:  # the other end is gone; nobody is there to be answered
+            raise FormatError("the request's body broke off") from error
         return protocol.decode(body, type_)
 
 
