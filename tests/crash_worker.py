@@ -2,8 +2,8 @@
 
 As a program it is the warm process: it imports everything, has no thread, and forks a trainer for
 each line on stdin. What a trainer has seen it appends to a log, one write a line, so that a line
-is there exactly if it was reached before the kill. With ``torch`` as its argument it trains a model
-with AdamW instead of saving arrays.
+is there exactly if it was reached before the kill. What it saves is its argument: ``numpy`` arrays,
+a model of ``torch`` with AdamW, or a tree of ``jax`` on two devices.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -39,7 +40,8 @@ _STEP_BITS, _INDEX_BITS = 24, 20
 @dataclass(frozen=True, slots=True)
 class Life:
     """One trainer: ``num`` tells lives apart in what they save. After ``max_steps`` it waits for
-    ``linger_s``, and until the file ``hold`` is gone; then it closes."""
+    ``linger_s``, and until the file ``hold`` is gone; then it closes. With ``source`` it saves
+    nothing: it restores what others save there, over and over."""
 
     run: str
     disk: str
@@ -49,6 +51,7 @@ class Life:
     max_steps: int = 100_000
     linger_s: float = 0.0
     hold: str = ""
+    source: str = ""
 
 
 def tagged_words(num: int, step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -177,6 +180,85 @@ class TorchState:
         return values.reshape(like.shape).to(like.dtype)
 
 
+JAX_SHAPES = {"kernel": (200, 300), "half": (3, 50_000), "scalar": (), "empty": (0, 3)}
+
+
+class JaxState:
+    """A tree of arrays on two devices, a key, and moments in a named tuple. What was saved is
+    deleted as soon as the next step is there, as if it had been donated to it."""
+
+    def __init__(self) -> None:
+        import jax
+
+        self._jax: Any = jax
+        mesh = self._jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+        axes = self._jax.sharding.PartitionSpec(None, "x")
+        self._halves = self._jax.sharding.NamedSharding(mesh, axes)
+        self.tree: dict[str, Any] = {}
+        self.tree = self._made(0, 0)
+
+    def fill(self, num: int, step: int) -> None:
+        made = self._made(num, step)
+        for array in self._jax.tree.leaves(self.tree):
+            if isinstance(array, self._jax.Array):
+                array.delete()
+        self.tree = made
+
+    def life(self) -> int:
+        return int(self.tree["plain"]["num"])
+
+    def what_differs(self, step: int) -> str:
+        plain, num = self.tree["plain"], self.life()
+        if plain["step"] != step:
+            return f"plain values of step {plain['step']}, not {step}"
+        wanted, here = map(
+            self._jax.tree_util.tree_leaves_with_path, (self._made(num, step), self.tree)
+        )
+        for (path, array), (other_path, found) in zip(wanted, here, strict=True):
+            if path != other_path or self._bits(array) != self._bits(found):
+                return f"{self._jax.tree_util.keystr(path)} is not that of life {num} step {step}"
+        return ""
+
+    def _made(self, num: int, step: int) -> dict[str, Any]:
+        put = self._jax.device_put
+        seed = (step * 1_003 + num * 7919) % (1 << 20)
+        params = {
+            name: (np.arange(np.prod(shape), dtype=np.float32) + seed + i).reshape(shape)
+            for i, (name, shape) in enumerate(JAX_SHAPES.items())
+        }
+        params["half"] = (params["half"] % 251).astype(self._jax.numpy.bfloat16)
+        placed = {name: put(array) for name, array in params.items()}
+        placed["kernel"] = put(params["kernel"], self._halves)
+        moments = [put(params["kernel"] * 2, self._halves), put(np.int32(step))]
+        numbers = put(np.array([num, step], np.uint32))
+        return {
+            "params": placed,
+            "moments": Moments(*moments),
+            "key": self._jax.random.wrap_key_data(numbers),
+            TAGGED: put(tagged_words(num, step)),
+            "plain": {"num": num, "step": step},
+        }
+
+    def _bits(self, leaf: Any) -> Any:
+        if isinstance(leaf, self._jax.Array):
+            if leaf.dtype == self.tree["key"].dtype:
+                leaf = self._jax.random.key_data(leaf)
+            return leaf.sharding, np.asarray(leaf).tobytes()
+        return leaf
+
+
+class Moments(NamedTuple):
+    mu: Any
+    count: Any
+
+
+KINDS: dict[str, Callable[[], State]] = {
+    "numpy": NumpyState,
+    "torch": TorchState,
+    "jax": JaxState,
+}
+
+
 def train(life: Life, state: State) -> None:
     """Restore, check, then save at every step until somebody ends it."""
     fd = os.open(life.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -191,6 +273,9 @@ def train(life: Life, state: State) -> None:
     try:
         with mtckpt.Checkpointer(life.run, tiers, timeout_s=30.0, max_stall_s=5.0) as c:
             restored = c.restore(state.tree)
+            state.tree = restored.state
+            if life.source:
+                _read(c, life, state, say)
             bad = state.what_differs(restored.step) if restored.step is not None else ""
             say("restored", restored.step, bad or "ok", state.life(), "|", dict(restored.skipped))
             first = max(1, restored.next_step)
@@ -204,6 +289,18 @@ def train(life: Life, state: State) -> None:
     except BaseException:
         say("error", json.dumps(traceback.format_exc()))
         raise
+
+
+def _read(c: mtckpt.Checkpointer, life: Life, state: State, say: Any) -> None:
+    for _ in range(life.max_steps):
+        try:
+            restored = c.restore(state.tree, source=life.source)
+        except CheckpointError as error:
+            say("failed", type(error).__name__, json.dumps(str(error)))
+            continue
+        state.tree = restored.state
+        assert restored.step is not None
+        say("read", restored.step, state.what_differs(restored.step) or "ok")
 
 
 def _save(c: mtckpt.Checkpointer, life: Life, state: State, step: int, say: Any) -> None:
@@ -228,7 +325,7 @@ def _save(c: mtckpt.Checkpointer, life: Life, state: State, step: int, say: Any)
 
 
 class Nursery:
-    """The warm process, from the test's side. ``kind``: numpy or torch."""
+    """The warm process, from the test's side. ``kind``: numpy, torch or jax."""
 
     def __init__(self, kind: str = "numpy") -> None:
         self._process = subprocess.Popen(
@@ -275,7 +372,7 @@ class Nursery:
         return json.loads(line)
 
 
-def _fork(spec: dict[str, Any], kind: type[NumpyState] | type[TorchState]) -> int:
+def _fork(spec: dict[str, Any], kind: Callable[[], State]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -294,11 +391,15 @@ def _fork(spec: dict[str, Any], kind: type[NumpyState] | type[TorchState]) -> in
 
 def main(kind: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    state: type[NumpyState] | type[TorchState] = NumpyState
+    state = KINDS[kind]
     if kind == "torch":
         importlib.import_module("mtckpt.adapters.torch")
-        state = TorchState
         state().fill(0, 0)  # torch imports much of itself only now
+    elif kind == "jax":
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+        os.environ["JAX_ENABLE_X64"] = "1"  # for the tagged words
+        # Its threads start with the first array, in the trainer.
+        importlib.import_module("mtckpt.adapters.jax")
     for line in sys.stdin:
         verb, *words = json.loads(line)
         answer: Any = None

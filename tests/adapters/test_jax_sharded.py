@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from crash_worker import JaxState
 
 import mtckpt
 from mtckpt.errors import StateMismatch, UnsupportedState
@@ -166,3 +167,22 @@ def test_shards_that_are_gone_and_shardings_that_do_not_fit(tmp_path: Path) -> N
             checkpointer.restore({"w": misfit})
         assert caught.value.details["path"] == "w"
         checkpointer.save(3, {"w": array}).wait("staged", timeout_s=20)
+
+
+def test_the_tree_of_a_killed_worker_is_whole() -> None:
+    """The check that the kill tests rely on can fail."""
+    with jax.enable_x64(True):
+        state = JaxState()
+        state.fill(3, 8)
+        whole = dict(state.tree)
+        assert not state.what_differs(8)
+        assert state.what_differs(9)
+        params = whole["params"]
+        for name in ("kernel", "half", "scalar"):
+            state.tree = {**whole, "params": {**params, name: params[name] + 1}}
+            assert name in state.what_differs(8)
+        elsewhere = jax.device_put(params["kernel"], jax.devices()[0])
+        state.tree = {**whole, "params": {**params, "kernel": elsewhere}}
+        assert "kernel" in state.what_differs(8)
+        state.tree = {**whole, "key": jax.random.key(1)}
+        assert "key" in state.what_differs(8)

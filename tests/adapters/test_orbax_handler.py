@@ -91,8 +91,8 @@ def test_what_cannot_be_saved_or_restored_is_said(tmp_path: Path) -> None:
         gone["w"].delete()
         with pytest.raises(UnsupportedState, match="donated or deleted"):
             manager.save(1, args=ocp.args.StandardSave(gone))
-        options = jax.tree.map(lambda _: ocp.SaveArgs(), make_state(1))
-        with pytest.raises(UsageError, match="save_args"):
+        options = jax.tree.map(lambda _: ocp.SaveArgs(dtype=jnp.bfloat16), make_state(1))
+        with pytest.raises(UsageError, match="saves arrays as they are"):
             manager.save(1, args=ocp.args.PyTreeSave(make_state(1), save_args=options))
         manager.save(2, args=ocp.args.StandardSave(make_state(2)))
         manager.wait_until_finished()
@@ -101,9 +101,13 @@ def test_what_cannot_be_saved_or_restored_is_said(tmp_path: Path) -> None:
             manager.restore(
                 2, args=ocp.args.StandardRestore({**make_state(0), "more": jnp.zeros(2)})
             )
-        converted = ocp.args.PyTreeRestore(make_state(0), restore_args={"w": ocp.RestoreArgs()})
-        with pytest.raises(UsageError, match="restore_args"):
-            manager.restore(2, args=converted)
+        for odd, text in [
+            (ocp.args.PyTreeRestore(make_state(0), restore_args={"w": 1}), "not a tree like item"),
+            (ocp.args.PyTreeRestore(make_state(0), transforms={}), "transforms"),
+            (ocp.args.StandardRestore(make_state(0), strict=False), "strict=False"),
+        ]:
+            with pytest.raises(UsageError, match=text):
+                manager.restore(2, args=odd)
     with open_run(tmp_path, "another") as checkpointer:
         handler = Handler(checkpointer)
         with pytest.raises(UsageError, match="saved into the run 'r'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import random
 import shutil
@@ -45,8 +46,15 @@ def arrays_of(step: int) -> dict[str, Array]:
     }
 
 
-def template() -> dict[str, Any]:
-    return {**{name: np.full_like(a, 77) for name, a in arrays_of(0).items()}, "step": -1}
+def template(framework: str = "numpy") -> dict[str, Any]:
+    arrays: dict[str, Any] = {name: np.full_like(a, 77) for name, a in arrays_of(0).items()}
+    if framework == "jax":
+        arrays = _jax().device_put(arrays)
+    return {**arrays, "step": -1}
+
+
+def _jax() -> Any:
+    return importlib.import_module("jax")
 
 
 # -- a run without an agent ---------------------------------------------------------------------
@@ -92,7 +100,8 @@ class FileRun:
 class Tiers:
     """Two tiers with the same saves; ``undo`` takes one fault back."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, framework: str = "numpy") -> None:
+        self.framework = framework
         self.pristine = root / "pristine"
         self.ram, self.disk = root / "ram", root / "disk"
         for step in range(1, NEWEST + 1):
@@ -118,11 +127,13 @@ class Tiers:
 
     def restore(self, only: str = "") -> tuple[int | None, dict[str, Any], FileRun]:
         run = FileRun(self.places(only=only))
-        state = template()
-        restored = _restorer.restore(
-            cast(Run, run), self.engine, state, "latest", None, False, None
-        )
-        return restored.step, state, run
+        # JAX would narrow some of the types otherwise.
+        wide = _jax().enable_x64(True) if self.framework == "jax" else contextlib.nullcontext()
+        with wide:
+            restored = _restorer.restore(
+                cast(Run, run), self.engine, template(self.framework), "latest", None, False, None
+            )
+            return restored.step, restored.state, run
 
     def undo(self, tier: Path) -> None:
         for good in (self.pristine / KEY).rglob("*"):
@@ -134,10 +145,13 @@ class Tiers:
 
 
 @pytest.fixture
-def tiers(tmp_path: Path, ram_dir: Path) -> Iterator[Tiers]:
+def tiers(request: pytest.FixtureRequest, tmp_path: Path, ram_dir: Path) -> Iterator[Tiers]:
+    framework = getattr(request, "param", "numpy")
+    if framework == "jax":
+        pytest.importorskip("jax")
     root = ram_dir / "rot"
     root.mkdir()
-    yield Tiers(root)
+    yield Tiers(root, framework)
     shutil.rmtree(root)
 
 
@@ -289,17 +303,20 @@ def check_faults(tiers: Tiers, seed: int, num_faults: int) -> Counter[str]:
     return seen
 
 
-def test_one_fault_in_one_tier(tiers: Tiers, seed: int) -> None:
-    seen = check_faults(tiers, seed, 220)
-    assert seen["older"] >= 30
-    assert seen["reported"] >= 20
+@pytest.mark.parametrize(("tiers", "num_faults"), [("numpy", 220), ("jax", 55)], indirect=["tiers"])
+def test_one_fault_in_one_tier(tiers: Tiers, seed: int, num_faults: int) -> None:
+    seen = check_faults(tiers, seed, num_faults)
+    assert seen["older"] >= num_faults // 8
+    assert seen["reported"] >= num_faults // 11
 
 
 @pytest.mark.torture
+@pytest.mark.parametrize("tiers", ["numpy", "jax"], indirect=True)
 def test_one_fault_in_one_tier_many_times(tiers: Tiers, seed: int) -> None:
     check_faults(tiers, seed, 30_000)
 
 
+@pytest.mark.parametrize("tiers", ["numpy", "jax"], indirect=True)
 def test_a_fault_in_each_tier(tiers: Tiers, seed: int) -> None:
     """Both copies damaged, somewhere: some step, exactly, or a typed error."""
     rng = random.Random(seed)

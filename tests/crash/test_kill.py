@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import random
+import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from crash_phases import PHASES, descriptors
-from crash_story import FAULTS, PARTIES, Story, shortfall
-from crash_worker import Nursery
+from crash_phases import PHASES, descriptors, send
+from crash_story import FAULTS, PARTIES, Story, shortfall, wait_for
+from crash_worker import Life, Nursery, read_log
 
 # 300 kills in `make test`, 20 and more in each phase; 10,000 in `make torture`.
 PARTS, NUM_KILLS, MIN_HITS = 3, 100, 7
 TORTURE_PARTS, NUM_TORTURE_KILLS, MIN_TORTURE_HITS = 4, 2_500, 60
 NUM_TORCH_KILLS = 20
+NUM_JAX_KILLS, NUM_TORTURE_JAX_KILLS = 10, 1_000
 WEIGHTS = {"trainer": 8, "group": 8, "agent": 1, "both": 1}
 
 
@@ -86,6 +89,49 @@ def test_a_model_and_its_optimizer_are_killed_at_drawn_times(story: Story) -> No
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("nursery", ["jax"], indirect=True)
+def test_arrays_that_never_change_are_killed_at_drawn_times(story: Story) -> None:
+    pytest.importorskip("jax")
+    play(story, NUM_JAX_KILLS, 1, wipes=False)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("nursery", ["jax"], indirect=True)
+def test_another_restores_while_trainers_and_agents_are_killed(story: Story) -> None:
+    """Whatever it catches on disk is one step, every byte of it, or an error of ours."""
+    pytest.importorskip("jax")
+    story.measure()
+    log = story.run_dir / "reader.log"
+    reader = Life(
+        "reader",
+        str(story.run_dir / "own"),
+        str(log),
+        0,
+        source=str(story.disk / story.look.run_key),
+    )
+    pid = story.nursery.start(reader)
+    for fault in ("trainer", "both", "group", "agent", "trainer", "both"):
+        if not story.pid:
+            story.begin()
+        story.strike(fault)
+        before = len(read_log(log))
+        wait_for(
+            lambda before=before: len(read_log(log)) > before,
+            f"it goes on reading: {log.read_text()[-1500:]}",
+            20,
+        )  # type: ignore[misc]  # a default binds the number of this turn
+    story.finish()
+    send([pid], signal.SIGKILL)
+    assert story.nursery.wait(pid) == -signal.SIGKILL
+    lines = read_log(log)
+    reads = [words for words in lines if words[0] == "read"]
+    print(Counter(words[0] for words in lines), {w[1] for w in lines if w[0] == "failed"})
+    assert {words[2] for words in reads} == {"ok"}
+    assert len({words[1] for words in reads}) >= 3
+    assert not [words for words in lines if words[0] == "error"]
+
+
+@pytest.mark.timeout(300)
 def test_trainers_are_killed_while_one_agent_lives(story: Story) -> None:
     """What a dead trainer had captured the agent seals; it gives the slots out, and keeps no
     descriptor of the dead."""
@@ -123,3 +169,11 @@ def test_agents_are_killed_while_one_trainer_lives(story: Story) -> None:
 @pytest.mark.parametrize("part", range(TORTURE_PARTS))
 def test_killed_ten_thousand_times(story: Story, part: int) -> None:
     play(story, NUM_TORTURE_KILLS, MIN_TORTURE_HITS)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(14_400)
+@pytest.mark.parametrize("nursery", ["jax"], indirect=True)
+def test_arrays_that_never_change_are_killed_a_thousand_times(story: Story) -> None:
+    pytest.importorskip("jax")
+    play(story, NUM_TORTURE_JAX_KILLS, MIN_TORTURE_HITS // 3)

@@ -10,13 +10,16 @@ are where the tiers keep them, as long as their ``keep`` says.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import orbax.checkpoint as ocp
 
-from mtckpt.errors import FormatError, SaveFailed, UsageError
+from mtckpt.adapters.jax import orbax_arguments
+from mtckpt.errors import CheckpointError, FormatError, SaveFailed, StageNotPlanned, UsageError
 
 if TYPE_CHECKING:
     from mtckpt import Checkpointer
@@ -26,19 +29,43 @@ __all__ = ["Handler", "registry"]
 
 POINTER = "mtckpt.json"
 MAX_POINTER_BYTES = 64 * 1024
-_ITEM = "item"
+_Stage = Literal["staged", "local", "durable"]
+_DEFAULT = "default"  # what Orbax calls the only item of a step
+_TEMPORARY = r"\.orbax-checkpoint-tmp.*"
+
+
+@dataclass(slots=True)
+class _Items:
+    """The pytrees of one step, which are one save of mtckpt's."""
+
+    trees: dict[str, Any] = field(default_factory=dict)
+    save: Save | None = None
+    error: Exception | None = None
+
+    def saved(self, checkpointer: Checkpointer, step: int) -> Save:
+        """The save of all of them, made by whoever asks first; what it raised, everybody gets."""
+        if self.save is None and self.error is None:
+            try:
+                self.save = checkpointer.save(step, self.trees, tiers="all")
+            except CheckpointError as error:
+                self.error = error
+            self.trees = {}
+        if self.save is None:
+            assert self.error is not None
+            raise self.error
+        return self.save
 
 
 def registry(
     checkpointer: Checkpointer,
     *,
-    stage: Literal["staged", "local"] = "staged",
+    stage: _Stage | None = None,
     timeout_s: float = 600.0,
 ) -> Any:
     """What ``ocp.CheckpointManager(handler_registry=...)`` takes to save pytrees through tiers.
 
-    One pytree a step, with the ``StandardSave`` or ``PyTreeSave`` of Orbax and what restores them;
-    items of other kinds, such as JSON, stay in Orbax's directory. See ``Handler``.
+    Pytrees are those of ``StandardSave`` and ``PyTreeSave``; all of a step are one save. Items of
+    other kinds, such as JSON, stay in Orbax's directory. See ``Handler``.
     """
     handler = Handler(checkpointer, stage=stage, timeout_s=timeout_s)
     made = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -46,18 +73,21 @@ def registry(
     for kind in (
         *(arguments.StandardSave, arguments.StandardRestore),
         *(arguments.PyTreeSave, arguments.PyTreeRestore),
+        *(_Save, _Restore),
     ):
         made.add(None, kind, handler)
     return made
 
 
 class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has no types
-    """One pytree of anything that mtckpt can save, in each step.
+    """Pytrees of anything that mtckpt can save, one or several in each step.
 
     Args:
         checkpointer: of the run to save into. It is used by this handler alone: a step is saved
             once. Closing it is the caller's, after the manager.
-        stage: what Orbax waits for, in its own thread, before it lists a step.
+        stage: what Orbax waits for, in its own thread, before it lists a step. By default that a
+            tier below memory has it: memory keeps the newest steps only, and where a step is not
+            waited for, a newer one may take its place on the way down.
         timeout_s: how long it waits at most.
     """
 
@@ -65,28 +95,33 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         self,
         checkpointer: Checkpointer,
         *,
-        stage: Literal["staged", "local"] = "staged",
+        stage: _Stage | None = None,
         timeout_s: float = 600.0,
     ) -> None:
         super().__init__()
         self._checkpointer = checkpointer
-        self._stage: Literal["staged", "local"] = stage
+        self._stage: _Stage | None = stage
         self._timeout_s = timeout_s
+        self._items: dict[Any, _Items] = {}
 
     async def async_save(
         self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None
     ) -> list[Any]:
         """Capture the arrays, which may be donated once this is done; the rest is awaited later.
 
-        Raises what ``Checkpointer.save`` does.
+        Raises what ``Checkpointer.save`` does, and UsageError for ``save_args`` that change values.
         """
-        if save_args is not None or getattr(args, "save_args", None) is not None:
-            raise UsageError(
-                "save_args are Orbax's: mtckpt has no such options", state="nothing was saved"
-            )
         step = _step_of(directory)
-        tree = item if args is None else args.item
-        save = self._checkpointer.save(step, {_ITEM: tree}, tiers="all")
+        items = self._items.setdefault(directory.parent, _Items())
+        args = args or ocp.args.PyTreeSave(item, save_args)
+        try:
+            orbax_arguments.check_save(args)
+        except UsageError as error:
+            items.error = error
+        items.trees[_item_of(directory)] = args.item
+        await asyncio.sleep(0)  # Orbax starts all items of a step before it goes on with the first
+        self._items.pop(directory.parent, None)
+        save = items.saved(self._checkpointer, step)
         # The directory is made meanwhile: Orbax runs what is left once it is there.
         left = self._commit(save, directory)
         return [ocp.future.CommitFutureAwaitingContractedSignals(left, name="mtckpt")]
@@ -99,26 +134,33 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         if save.skipped is not None:
             raise SaveFailed(
                 f"the save of step {save.step} was called off: {save.skipped}",
-                stage=self._stage,
+                stage=self._stage or "local",
                 step=save.step,
             )
-        save.wait(self._stage, timeout_s=self._timeout_s)
-        pointer = {"version": 1, "run": self._checkpointer.run, "step": save.step, "id": save.id}
+        try:
+            save.wait(self._stage or "local", timeout_s=self._timeout_s)
+        except StageNotPlanned:
+            if self._stage is not None:
+                raise
+            save.wait("staged", timeout_s=self._timeout_s)  # there is nothing but memory
+        pointer = {
+            "version": 1,
+            "run": self._checkpointer.run,
+            "step": save.step,
+            "id": save.id,
+            "item": _item_of(directory),
+        }
         (directory / POINTER).write_text(json.dumps(pointer))
 
     def restore(self, directory: Any, item: Any = None, args: Any = None) -> Any:
         """The tree of the save that the directory points to, verified, in the template's shardings.
 
-        Without a template, arrays come as they were saved, in plain containers. Raises what
-        ``Checkpointer.restore`` does, and FormatError for a directory that points nowhere.
+        Without a template, arrays come as they were saved, in plain containers. ``restore_args``
+        say types, which floating-point arrays are converted to, and shardings; ``partial_restore``
+        is ``partial``. Raises what ``Checkpointer.restore`` does, and FormatError for a directory
+        that points nowhere.
         """
-        if getattr(args, "restore_args", None) is not None:
-            raise UsageError(
-                "restore_args are Orbax's: mtckpt has no such options",
-                state="nothing was restored",
-                actions=("give a template with the types and shardings that are wanted",),
-            )
-        template = item if args is None else args.item
+        wanted = orbax_arguments.wanted_of(args or ocp.args.PyTreeRestore(item))
         pointer = _read_pointer(directory)
         if pointer["run"] != self._checkpointer.run:
             raise UsageError(
@@ -126,8 +168,12 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
                 f" and the handler's Checkpointer is of {self._checkpointer.run!r}",
                 state="live state unchanged",
             )
-        restored = self._checkpointer.restore({_ITEM: template}, step=pointer["step"])
-        return restored.state[_ITEM]
+        item_name = pointer["item"]
+        state = {item_name: wanted.template}
+        restored = self._checkpointer.restore(
+            state, step=pointer["step"], partial=wanted.is_partial
+        )
+        return restored.state[item_name]
 
     def finalize(self, directory: Any) -> None:
         """Nothing: Orbax's own handler would look for arrays there."""
@@ -138,15 +184,37 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         return _read_pointer(directory)
 
 
+@ocp.args.register_with_handler(Handler, for_save=True)
+class _Save(ocp.args.PyTreeSave):  # type: ignore[misc]  # Orbax has no types
+    """Orbax makes these arguments where a call gives none."""
+
+
+@ocp.args.register_with_handler(Handler, for_restore=True)
+class _Restore(ocp.args.PyTreeRestore):  # type: ignore[misc]  # Orbax has no types
+    """Orbax makes these arguments where a call gives none."""
+
+
 def _step_of(directory: Any) -> int:
     """The step in the name of a manager's directory, which may still be a temporary one."""
     for name in (directory.parent.name, directory.name):
-        found = re.fullmatch(r"(?:[A-Za-z_]+[_.-])?(\d+)(?:\.orbax-checkpoint-tmp.*)?", name)
-        if found:
-            return int(found[1])
+        found = _step_in(name)
+        if found is not None:
+            return found
     raise UsageError(
         f"no step in the name of {directory}", actions=("save through ocp.CheckpointManager",)
     )
+
+
+def _step_in(name: str) -> int | None:
+    found = re.fullmatch(rf"(?:[A-Za-z_]+[_.-])?(\d+)(?:{_TEMPORARY})?", name)
+    return int(found[1]) if found else None
+
+
+def _item_of(directory: Any) -> str:
+    """What the pytree in this directory is called in its step."""
+    if _step_in(directory.parent.name) is None:
+        return _DEFAULT
+    return re.sub(f"{_TEMPORARY}$", "", directory.name)
 
 
 def _read_pointer(directory: Any) -> dict[str, Any]:
@@ -160,6 +228,7 @@ def _read_pointer(directory: Any) -> dict[str, Any]:
         isinstance(pointer, dict)
         and isinstance(pointer.get("run"), str)
         and type(pointer.get("step")) is int
+        and isinstance(pointer.get("item"), str)
     ):
         raise FormatError("not what points to a save of mtckpt", path=str(path))
     return pointer
