@@ -154,6 +154,18 @@ def test_ranks_that_are_partly_in_ram_and_partly_on_disk(nodes: Nodes, scanned: 
     }
 
 
+def test_a_tier_of_which_each_node_has_its_own_is_one_tier(nodes: Nodes) -> None:
+    nodes.add("ram", 0, 1)
+    nodes.add("ram-2", 2, 3)
+    nodes.add("disk", 0, 1, 2)
+    inventories = nodes.look()[1]
+    inventories["ram-2"].tier = "ram"
+    merged = _inventory.merged(inventories.values())
+    assert [inventory.tier for inventory in merged] == ["ram", "disk"]
+    (step,) = list_steps(merged)
+    assert (step.tiers, step.stages) == (("ram",), ("staged",))
+
+
 def test_only_what_this_node_lacks_is_read_from_peers(nodes: Nodes) -> None:
     nodes.add("ram", 0, 1)
     nodes.add("peers-b", 2, 3)

@@ -55,6 +55,10 @@ def test_ranks_that_come_back_read_their_own_memory(cluster: Callable[..., Clust
         job.save(step)
     job.start(2)
     assert job.all("restore") == [[2, {"ram": 2 * ARRAY_BYTES}]] * 4
+    # Of rank 3 alone: nobody else has to ask at the same time.
+    whole = [["ram"], ["staged"]]
+    found = {step: [tiers, stages] for step, tiers, stages in job.all("steps", ranks=[3])[0]}
+    assert found[2] in (whole, [["ram", "disk"], ["staged", "local"]])
     job.save(3)
 
 
