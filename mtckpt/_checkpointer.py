@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from mtckpt import _manifest, _restorer, _retention
+from mtckpt._gathering import survey
 from mtckpt._handle import Restored, Save, Status, Step, stage_of_tier
 from mtckpt._places import refuse_one_directory
 from mtckpt._progress import progress
@@ -260,8 +261,7 @@ class Checkpointer:
     def steps(self) -> list[Step]:
         """Every step of this run in every tier that answers, newest last."""
         self._check_alive()
-        inventories, _ = self._link.scan(self._link.places())
-        return list_steps(inventories.values())
+        return list_steps(survey(self._link))
 
     def status(self) -> Status:
         """What each tier holds and owes."""

@@ -72,6 +72,7 @@ class Shards:
         self._scope = scope
         self._attempt = attempt
         self._loaded: dict[int, Loaded] = {}
+        self._records: dict[tuple[str, int], Record | None] = {}
         self._far: dict[int, Iterator[Place]] = {}
         self.usable: dict[int, list[Place]] = {}
         self.reasons: list[str] = []
@@ -168,8 +169,13 @@ class Shards:
             record = inventory.saves[name].records.get(rank)
             if record is not None and whole_of(record) == self._candidate.whole:
                 return record
+        if (place.label, rank) not in self._records:
+            self._records[place.label, rank] = self._read_record(place, rank)
+        return self._records[place.label, rank]
+
+    def _read_record(self, place: Place, rank: int) -> Record | None:
         read = functools.partial(
-            _inventory.read_record, place.tier, self._scope.run_key, name, rank
+            _inventory.read_record, place.tier, self._scope.run_key, self._candidate.name, rank
         )
         try:
             found: Record = self._scope.within(place.label, read)

@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 from mtckpt import _shard
 from mtckpt._dtypes import DTYPES
@@ -216,6 +216,7 @@ class Delivery:
         self._done_bytes = 0
         self._stages: list[MemoryMapping] = []
         self._moves: list[Move] = []
+        self._staged_wants: set[int] = set()
         self.by_label: dict[str, int] = {}
         self._wants = sorted(wants, key=lambda want: want.span.start)
 
@@ -226,55 +227,70 @@ class Delivery:
         reasons: list[str],
         *,
         last_resort: bool,
-        check_only: bool = False,
+        check: Literal["", "keep", "drop"] = "",
     ) -> None:
         """Get every byte here, and check it. Raises NoHealthyStep if no place has all of them.
 
-        ``further`` is looked at where ``usable`` places are not enough. With ``check_only`` no byte
-        is placed anywhere.
+        ``further`` is looked at where ``usable`` places are not enough. With ``check`` no byte is
+        placed anywhere; what was staged for it is kept for the next call, or dropped.
         """
-        wanted = list(range(len(self._wants)))
+        wanted = [i for i in range(len(self._wants)) if i not in self._staged_wants]
+        sound: list[tuple[Place, list[int]]] = []
         places = itertools.chain(list(usable), further)
         while wanted and (place := next(places, None)) is not None:
             last = last_resort and place is usable[-1]
             try:
-                if place.mapped and self._size_of(wanted) > _CHEAP_BYTES:
-                    left = self._from_ram(place, wanted, last, check_only)
-                else:
+                if not place.mapped or self._size_of(wanted) <= _CHEAP_BYTES:
                     left = self._staged(place, wanted)
+                elif check or last:
+                    left = self._checked(place, wanted)
+                    sound.append((place, sorted(set(wanted).difference(left))))
+                else:
+                    left = self._from_ram(place, wanted)
             except (FormatError, TierError) as error:
                 reasons.append(f"{place.label}: {error.what}")
                 self._attempt.refuse(place, self._key, error)
                 continue
-            if left:
-                tensors = self._loaded.layout.tensors
-                bad = {self._wants[i].number: tensors[self._wants[i].number].name for i in left}
-                names = ", ".join(name[:80] for name in list(bad.values())[:3])
-                reason = f"{len(bad)} tensors differ from their digests ({names})"
-                reasons.append(f"{place.label}: {reason}")
-                self._attempt.bad.append((place.label, self._key, reason))
+            self._note_bad(place, left, reasons)
             wanted = left
-        if check_only:
-            self._moves, self._stages = [], []
+        if check == "drop":
+            self._moves, self._stages, self._staged_wants = [], [], set()
+        if not check and not wanted:
+            # All is here, or lies sound in memory: only now is anything placed from there.
+            for place, these in sound:
+                wanted += self._from_ram(place, these)
+                self._note_bad(place, wanted, reasons)
         if wanted:
             raise NoHealthyStep("; ".join(reasons), step=self._loaded.record.step)
 
-    def _from_ram(self, place: Place, wanted: list[int], last: bool, check_only: bool) -> list[int]:
-        spans = self._spans(wanted)
-        size_bytes = self._size_of(wanted)
-        digests = self._loaded.table.digests
-        engine = self._engine
+    def _note_bad(self, place: Place, left: Sequence[int], reasons: list[str]) -> None:
+        if not left:
+            return
+        tensors = self._loaded.layout.tensors
+        bad = {self._wants[i].number: tensors[self._wants[i].number].name for i in left}
+        names = ", ".join(name[:80] for name in list(bad.values())[:3])
+        reason = f"{len(bad)} tensors differ from their digests ({names})"
+        reasons.append(f"{place.label}: {reason}")
+        self._attempt.bad.append((place.label, self._key, reason))
+
+    def _checked(self, place: Place, wanted: list[int]) -> list[int]:
+        """Which of what is wanted differs from its digest there; nothing is placed."""
+        spans, digests = self._spans(wanted), self._loaded.table.digests
         with self._within(place.label, functools.partial(self._hold, place)) as held:
-            if last or check_only:
-                check = functools.partial(
-                    engine.fetch, held.fd, spans, [0] * len(spans), digests, _ignore
-                )
-                bad = self._read(place, check, size_bytes)
-                if bad or check_only:
-                    return [wanted[i] for i in bad]
-            targets = [self._wants[i].address for i in wanted]
+            check = functools.partial(
+                self._engine.fetch, held.fd, spans, [0] * len(spans), digests, _ignore
+            )
+            bad = self._read(place, check, self._size_of(wanted))
+        return sorted(wanted[i] for i in bad)
+
+    def _from_ram(self, place: Place, wanted: list[int]) -> list[int]:
+        """Check each chunk and place it while it is in the cache; what is not sound is left."""
+        size_bytes = self._size_of(wanted)
+        spans, digests = self._spans(wanted), self._loaded.table.digests
+        targets = [self._wants[i].address for i in wanted]
+        with self._within(place.label, functools.partial(self._hold, place)) as held:
             place_all = functools.partial(
-                engine.fetch, held.fd, spans, targets, digests, self._count
+                self._engine.fetch, held.fd, spans, targets, digests, self._count
             )
             self._attempt.touched = True
             try:
@@ -318,6 +334,7 @@ class Delivery:
         left, moves, memory = self._within(place.label, fetch, self._loaded.layout.size_bytes)
         self._stages.append(memory)
         self._moves += moves
+        self._staged_wants.update(set(wanted).difference(left))
         self._credit(place, sum(move.size_bytes for move in moves))
         return left
 

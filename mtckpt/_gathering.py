@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mtckpt import _holdings, _restore
+from mtckpt import _holdings, _inventory, _restore
 from mtckpt._delivery import Place
 from mtckpt._handle import stage_of_tier
 from mtckpt._handshake import same_place
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
     from mtckpt._run import Run
 
-__all__ = ["Gathered", "gather"]
+__all__ = ["Gathered", "gather", "survey"]
 
 
 # A peer that is silent for so long is passed over.
@@ -84,6 +84,30 @@ def gather(
     found = Gathered(other[1])
     _take_in_shared(found, _look(run, found, other[0]))
     return found
+
+
+def survey(run: Run) -> list[Inventory]:
+    """What every tier has that answers, over all nodes of the job. One rank may call it alone."""
+    inventories, _ = run.scan(run.places())
+    found = list(inventories.values())
+    joined = run.session.joined
+    if joined is None:
+        return found
+    for node in joined.nodes:
+        if run.members.rank not in node.ranks:
+            tiers = {
+                label: _peer_tier(run, node.address, joined.secret, label)
+                for label in _labels_of_nodes(run)
+            }
+            places = [Place(label, tier, mapped=False) for label, tier in tiers.items()]
+            there, _ = _restore.scan_places(places, run.key, run.within)
+            found += there.values()
+    return _inventory.merged(found)
+
+
+def _labels_of_nodes(run: Run) -> list[str]:
+    """Tiers of which each node has its own."""
+    return ["ram", *(label for label in run.labels if stage_of_tier(label) != "durable")]
 
 
 def _look(run: Run, found: Gathered, places: Sequence[Place]) -> dict[int, _Told]:
@@ -200,7 +224,7 @@ def _former_places(run: Run) -> dict[int, list[list[Place]]]:
         known = run.session.opened.others
     answers = run.exchange("former", msgspec.to_builtins(known))
     seen = [node.address for node in _nodes(run)]
-    labels = ["ram", *(label for label in run.labels if stage_of_tier(label) != "durable")]
+    labels = _labels_of_nodes(run)
     places: dict[int, list[list[Place]]] = {}
     for rank, answer in enumerate(answers):
         others = msgspec.convert(answer, protocol.Others | None)

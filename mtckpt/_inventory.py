@@ -36,6 +36,7 @@ __all__ = [
     "incarnation_key",
     "incarnation_line",
     "line_of",
+    "merged",
     "read_manifest",
     "read_record",
     "save_key",
@@ -97,6 +98,24 @@ def incarnation_key(run_key: str, incarnation: Incarnation) -> str:
 def scan(tier: Tier, run_key: str, *, label: str | None = None) -> Inventory:
     """Read every record of a run. Damaged ones are listed as problems; TierError is the tier's."""
     return _collect(tier, f"{run_key}/", label)
+
+
+def merged(inventories: Iterable[Inventory]) -> list[Inventory]:
+    """Inventories of one tier, of which each node has its own, as one."""
+    found: dict[str, Inventory] = {}
+    for inventory in inventories:
+        tier = found.setdefault(inventory.tier, Inventory(inventory.tier))
+        tier.incarnations += inventory.incarnations
+        tier.problems += inventory.problems
+        for name, save in inventory.saves.items():
+            whole = tier.saves.setdefault(name, SaveEntry(name, inventory.tier))
+            whole.records.update(save.records)
+            whole.digests.update(save.digests)
+            whole.problems += save.problems
+            whole.metrics.update(save.metrics)
+            whole.has_manifest |= save.has_manifest
+            whole.committed |= save.committed
+    return list(found.values())
 
 
 def scan_save(

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -86,7 +86,8 @@ def restore_from(
         if last and sum(len(part.wants) for part in parts) > 1:
             # One shard after the other is placed: that the last of them is sound is seen first.
             for part in parts:
-                fetching.fetch(part, last=True, check_only=True)
+                fetching.fetch(part, last=True, check="keep" if len(parts) == 1 else "drop")
+            last = False
         while len(parts) > 1:  # this one's scratch memory goes before the next needs some
             fetching.fetch(parts[0], last=last)
             fetching.place(parts.pop(0))
@@ -110,30 +111,31 @@ class _Fetching:
         self._attempt = attempt
         self._progress = progress
         self._deliveries: list[Delivery] = []
+        self._kept: dict[int, Delivery] = {}
         self._before_bytes = 0
 
-    def fetch(self, part: Assembly, *, last: bool, check_only: bool = False) -> None:
+    def fetch(self, part: Assembly, *, last: bool, check: Literal["", "keep", "drop"] = "") -> None:
         """Get every byte of a part here. Raises NoHealthyStep; see ``Delivery.fetch``."""
         shards = self._shards
-        for rank, wants in part.wants.items():
-            told = functools.partial(self._told, self._before_bytes)
-            delivery = Delivery(
+        deliveries = self._kept or {
+            rank: Delivery(
                 shards.open(rank), shards.keys(rank)[0], wants, self._scope.engine,
-                self._scope.within, self._attempt, told,
-            )  # fmt: skip
-            delivery.fetch(
-                shards.usable[rank],
-                shards.further(rank),
-                shards.reasons,
-                last_resort=last,
-                check_only=check_only,
+                self._scope.within, self._attempt, self._told,
             )
-            if not check_only:
+            for rank, wants in part.wants.items()
+        }  # fmt: skip
+        self._kept = deliveries if check == "keep" else {}
+        for rank, delivery in deliveries.items():
+            delivery.fetch(
+                shards.usable[rank], shards.further(rank), shards.reasons,
+                last_resort=last, check=check,
+            )  # fmt: skip
+            if not check:
                 self._deliveries.append(delivery)
                 self._before_bytes += sum(delivery.by_label.values())
 
-    def _told(self, before_bytes: int, size_bytes: int) -> None:
-        self._progress(before_bytes + size_bytes)
+    def _told(self, size_bytes: int) -> None:
+        self._progress(self._before_bytes + size_bytes)
 
     def place(self, part: Assembly) -> None:
         """Move what was fetched to where it is wanted."""

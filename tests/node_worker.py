@@ -123,6 +123,9 @@ class Worker:
         (own,) = set(live["own"].tolist())
         return [step, int(own - 1000 * step), dict(restored.sources)]
 
+    def steps(self) -> Any:
+        return [[s.step, list(s.tiers), list(s.stages)] for s in self.checkpointer.steps()]
+
     def save_mesh(self, step: int, cut: str, world_size: int) -> str:
         """Save this rank's rows or columns of one large array, whose numbers count up."""
         self.saves[step] = self.checkpointer.save(step, {"w": meshed(self.rank, world_size, cut)})

@@ -28,6 +28,7 @@ BUGS = (
     *agent.DEADLINES,
     *ranks.BOXES,
     *ranks.PLACEMENT,
+    *ranks.NODES,
     *ranks.SHARES,
     *ranks.AGREEMENT,
     *tiers.LOCAL_TIER,

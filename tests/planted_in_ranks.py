@@ -73,6 +73,37 @@ BOXES = (
     ),
 )
 
+NODES = (
+    Bug(
+        "network-for-what-is-here",
+        "_copies.py",
+        "            if place.near:\n                self._look(rank, place)\n",
+        "            self._look(rank, place)\n",
+        ("test_copies.py::test_only_what_this_node_lacks_is_read_from_peers",),
+    ),
+    Bug(
+        "each-node-chooses-by-what-it-has",
+        "_gathering.py",
+        "            if not is_own:\n",
+        "            if not is_own:\n                continue\n",
+        ("test_gathering.py::test_a_node_that_lost_everything_gets_it_from_peers",),
+    ),
+    Bug(
+        "silent-node-asked-again-and-again",
+        "_copies.py",
+        "if label in self._scope.places and label not in self._attempt.silent",
+        "if label in self._scope.places",
+        ("test_copies.py::test_what_a_peer_cannot_give_comes_from_the_next[silent]",),
+    ),
+    Bug(
+        "small-array-left-to-whom-a-tie-names",
+        "_save.py",
+        "        if (twin := pieces_of[first].get(what)) is not None",
+        "        if (twin := next(iter(pieces_of[first].values()))) is not None",
+        ("test_pieces.py::test_no_byte_is_left_to_another_rank_whatever_each_has_tied",),
+    ),
+)
+
 SHARES = (
     Bug(
         "share-of-a-rank-with-a-gap",

@@ -212,11 +212,21 @@ RESTORE = (
     Bug(
         "only-copy-placed-before-all-of-it-was-read",
         "_delivery.py",
-        "            if last or check_only:\n",
-        "            if (last and not spans) or check_only:\n",
+        "                elif check or last:\n",
+        "                elif check:\n",
         (
             "test_delivery.py::"
             "test_the_only_copy_of_the_only_step_is_checked_before_anything_changes",
+        ),
+    ),
+    Bug(
+        "sound-ones-forgotten-beside-bad-ones",
+        "_delivery.py",
+        "            for place, these in sound:\n",
+        "            for place, these in sound[1:]:\n",
+        (
+            "test_copies.py::"
+            "test_what_memory_has_damaged_alone_comes_from_far_away[checked while placed]",
         ),
     ),
     Bug(

@@ -13,7 +13,8 @@ import pytest
 from boxed import Boxed, boxed_arrays
 from test_assembly import rows, write
 
-from mtckpt import _inventory, _restore
+from mtckpt import _delivery, _inventory, _restore
+from mtckpt._boxes import whole
 from mtckpt._choice import RestorePlan, plan_restore
 from mtckpt._holdings import Holdings, holdings_of
 from mtckpt._restore import Attempt, Place, Scope
@@ -154,6 +155,18 @@ def test_ranks_that_are_partly_in_ram_and_partly_on_disk(nodes: Nodes, scanned: 
     }
 
 
+def test_a_tier_of_which_each_node_has_its_own_is_one_tier(nodes: Nodes) -> None:
+    nodes.add("ram", 0, 1)
+    nodes.add("ram-2", 2, 3)
+    nodes.add("disk", 0, 1, 2)
+    inventories = nodes.look()[1]
+    inventories["ram-2"].tier = "ram"
+    merged = _inventory.merged(inventories.values())
+    assert [inventory.tier for inventory in merged] == ["ram", "disk"]
+    (step,) = list_steps(merged)
+    assert (step.tiers, step.stages) == (("ram",), ("staged",))
+
+
 def test_only_what_this_node_lacks_is_read_from_peers(nodes: Nodes) -> None:
     nodes.add("ram", 0, 1)
     nodes.add("peers-b", 2, 3)
@@ -176,6 +189,37 @@ def test_only_what_this_node_lacks_is_read_from_peers(nodes: Nodes) -> None:
     assert state["w"].equals(ARRAY)
     assert outcome.sources == {"ram": ARRAY.nbytes // 2, "peers-b": ARRAY.nbytes // 2}
     assert nodes.tiers["store"].looks == 0
+
+
+@pytest.mark.parametrize("cheap_bytes", [0, 1 << 30], ids=["checked while placed", "staged"])
+def test_what_memory_has_damaged_alone_comes_from_far_away(
+    nodes: Nodes, cheap_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the only step: what is sound in memory is placed from there, once the rest is here."""
+    monkeypatch.setattr(_delivery, "_CHEAP_BYTES", cheap_bytes)
+    flip(nodes.add("ram", 0, 1, 2, 3) / "rank-00001.safetensors")
+    nodes.add("peers-b", 0, 1, 2, 3)
+    state = everything()
+    outcome, _ = nodes.restore(1, state)
+    assert state["w"].equals(ARRAY)
+    quarter = ARRAY.nbytes // RANKS
+    assert outcome.sources == {"ram": 3 * quarter, "peers-b": quarter}
+    more = np.random.default_rng(1).standard_normal((20, 9))
+    for label in ("all", "ram", "peers-b"):
+        shutil.rmtree(nodes.root / label)
+    write(nodes.root / "all", {"w": (ARRAY, [[whole(SHAPE)]]), "z": (more, [[whole((20, 9))]])})
+    flip(nodes.add("ram", 0) / "rank-00000.safetensors")
+    far = nodes.add("peers-b", 0)
+    state = {"w": Boxed(SHAPE, float, [whole(SHAPE)]), "z": Boxed((20, 9), float, [whole((20, 9))])}
+    outcome, _ = nodes.restore(0, state)
+    assert state["w"].equals(ARRAY)
+    assert state["z"].equals(more)
+    assert set(outcome.sources) == {"ram", "peers-b"}
+    flip(far / "rank-00000.safetensors")
+    state = {"w": Boxed(SHAPE, float, [whole(SHAPE)]), "z": Boxed((20, 9), float, [whole((20, 9))])}
+    with pytest.raises(NoHealthyStep):
+        nodes.restore(0, state)
+    assert not any(array.any() for boxed in state.values() for array in boxed.arrays)
 
 
 @pytest.mark.parametrize("harm", ["flip", "record", "silent"])
@@ -207,7 +251,7 @@ def test_what_a_peer_cannot_give_comes_from_the_next(nodes: Nodes, harm: str) ->
         assert not attempt.bad
         assert nodes.tiers["peers-b"].looks == 1  # not asked again for another shard
     else:
-        assert {label for label, _, _ in attempt.bad} == {"peers-b"}
+        assert [label for label, _, _ in attempt.bad] == ["peers-b"]
         assert not attempt.silent
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from node_scene import Cluster, Node
@@ -27,6 +32,22 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
         each.close()
 
 
+def explain(node: Node) -> dict[str, Any]:
+    """What the command says on a node."""
+    found = subprocess.run(
+        [sys.executable, "-m", "mtckpt.cli", "explain", "run", "--json"],
+        env={
+            **os.environ,
+            **node.places.environment(),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        },
+        stdout=subprocess.PIPE,
+        timeout=60,
+        check=True,
+    )
+    return dict(json.loads(found.stdout))
+
+
 def test_ranks_that_come_back_read_their_own_memory(cluster: Callable[..., Cluster]) -> None:
     job = cluster(2, per_node=2)
     assert job.all("restore") == [None] * 4
@@ -34,6 +55,10 @@ def test_ranks_that_come_back_read_their_own_memory(cluster: Callable[..., Clust
         job.save(step)
     job.start(2)
     assert job.all("restore") == [[2, {"ram": 2 * ARRAY_BYTES}]] * 4
+    # Of rank 3 alone: nobody else has to ask at the same time.
+    whole = [["ram"], ["staged"]]
+    found = {step: [tiers, stages] for step, tiers, stages in job.all("steps", ranks=[3])[0]}
+    assert found[2] in (whole, [["ram", "disk"], ["staged", "local"]])
     job.save(3)
 
 
@@ -44,6 +69,13 @@ def test_ranks_that_come_back_on_other_nodes_read_from_peers(
     job.save(1, "local")
     job.nodes.reverse()
     job.start()
+    told = explain(job.nodes[0])
+    first, second = told["shards"]
+    assert first["source"].startswith("peers-")
+    assert first["source"].endswith("-ram")
+    assert second["source"] == "ram"
+    reasons = {each["tier"]: each["reason"] for each in first["rejected"]}
+    assert reasons["ram"] == reasons["disk"] == "has no record of this rank"
     # What is their own is on the other node; what all hold alike is on this one too.
     assert job.all("restore") == [[1, {"ram": ARRAY_BYTES, "peers": ARRAY_BYTES}]] * 2
     job.save(2)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mtckpt._handshake import SECRET_BYTES, PeerAddress, same_place
+from mtckpt._run_files import RunFiles
 from mtckpt.agent import protocol, work
 from mtckpt.agent.interfaces import choose_host
 from mtckpt.agent.peer_client import PeerClient
@@ -26,12 +27,13 @@ from mtckpt.errors import (
     TierUnavailable,
     UsageError,
 )
+from mtckpt.tiers import LocalTier
 
 if TYPE_CHECKING:
     from mtckpt.agent.registry import Registry
     from mtckpt.agent.runs import RunState
 
-__all__ = ["SERVING", "Peers"]
+__all__ = ["SERVING", "Peers", "others_kept"]
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +233,26 @@ class Peers:
         if self._listener is not None:
             await self._listener.stop()
             self._listener = self._address = None
+
+
+def others_kept(ram_root: str, run_key: str, agent_id: str) -> protocol.Others | None:
+    """What the agent of this id keeps in its RAM root of the run's other nodes.
+
+    None where there are none, or where another user is to know: the file is its user's alone.
+    """
+    tier = LocalTier(ram_root, name="ram", sync=False, read_only=True)
+    try:
+        files = RunFiles(tier)
+        try:
+            kept = protocol.decode(files.read_secret(run_key), _Kept)
+        finally:
+            files.close()
+    except (CheckpointError, OSError):
+        return None
+    finally:
+        tier.close()
+    nodes = [node for node in kept.join.nodes if node.address.agent_id != agent_id]
+    return protocol.Others(nodes, kept.join.secret) if nodes else None
 
 
 def check_join(message: protocol.Join) -> None:

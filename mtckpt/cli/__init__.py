@@ -12,6 +12,7 @@ from mtckpt.cli._agent import agent, rm, status
 from mtckpt.cli._convert import export_, import_
 from mtckpt.cli._doctor import doctor
 from mtckpt.cli._estimate import estimate
+from mtckpt.cli._explain import explain
 from mtckpt.cli._list import ls, show
 from mtckpt.cli._prune import prune
 from mtckpt.cli._verify import verify
@@ -31,5 +32,8 @@ def main() -> None:
     """Look at, check, convert and remove checkpoints, and see what this machine can do for them."""
 
 
-for _command in (ls, show, verify, status, rm, prune, doctor, estimate, export_, import_, agent):
+_COMMANDS = (
+    ls, show, verify, explain, status, rm, prune, doctor, estimate, export_, import_, agent,
+)  # fmt: skip
+for _command in _COMMANDS:
     main.add_command(_command)
