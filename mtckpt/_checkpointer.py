@@ -29,12 +29,13 @@ from mtckpt._schedule import (
     SlowTier,
     Tempo,
     TierSettings,
+    absolute,
     labels_of,
     make_schedule,
     parse_every,
 )
 from mtckpt._session import Session
-from mtckpt._steps import list_steps
+from mtckpt._steps import list_steps, step_number
 from mtckpt.agent import protocol
 from mtckpt.capture.cpu import CpuEngine
 from mtckpt.errors import (
@@ -106,7 +107,7 @@ class Checkpointer:
         self._on_failure = on_failure
         self._labels = labels_of(self._slow)
         self._schedule = make_schedule(self._ram, self._slow, self._labels)
-        ram_path = os.path.abspath(self._ram.path) if self._ram.path else protocol.ram_base()
+        ram_path = absolute(self._ram.path) if self._ram.path else protocol.ram_base()
         places = zip(self._labels, (tier.place for tier in self._slow), strict=True)
         refuse_one_directory({"ram": ram_path, **dict(places)})
         self._session = Session(
@@ -176,7 +177,7 @@ class Checkpointer:
         ):
             return Save(step)
         started_s = time.perf_counter()
-        self._check_save(step)
+        step = self._check_save(step)
         self._link.join()
         labels = self._schedule.wanted(step, tiers, keeps_time=self._link.group.rank == 0)
         self._raise_failed(step, labels)
@@ -234,10 +235,13 @@ class Checkpointer:
             NoHealthyStep: steps exist and none is usable.
             RestoreUnavailable: a tier did not answer, and no other one has a step.
             StepNotFound: the step that was asked for does not exist.
+            UsageError: ``step`` is neither a step nor one of the two words.
             GroupMissing: the job has several ranks, and nothing joins them.
             RankTimeout: other ranks did not come; restore has to be called on all of them.
         """
         self._check_alive()
+        if step not in ("latest", "best"):
+            step = step_number(step)
         started_s = time.perf_counter()
         self._link.join()
         self._session.open()
@@ -333,10 +337,9 @@ class Checkpointer:
         if self._session.fenced is not None:
             raise self._session.fenced
 
-    def _check_save(self, step: int) -> None:
+    def _check_save(self, step: int) -> int:
         self._check_alive()
-        if type(step) is not int or not 0 <= step < _manifest.MAX_STEP:
-            raise UsageError(f"step must be an int of 0 or more, not {step!r}")
+        number = step_number(step)
         restored = self._restored
         if restored is not None and restored._must_read:
             raise RestoreIgnored(
@@ -344,6 +347,7 @@ class Checkpointer:
                 state="nothing was saved",
                 actions=("use `state = restored.state` after restore()",),
             )
+        return number
 
     def _raise_failed(self, step: int, labels: Sequence[str]) -> None:
         """What went wrong since the last save; where that is raised, no rank saves this step."""

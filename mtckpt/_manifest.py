@@ -283,10 +283,18 @@ def run_key(run: str) -> str:
     """The directory of a run: its name if that is one, else a slug with the name's digest."""
     if not run or len(run) > 1000:
         raise UsageError("a run needs a name of 1 to 1000 characters", state="nothing was done")
+    try:
+        run.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"a run's name must be UTF-8, not {run[:100]!a}",
+            state="nothing was done",
+            actions=("a name from the environment is read as UTF-8 with PYTHONUTF8=1",),
+        ) from error
     if _PLAIN_RUN.fullmatch(run) and run != "." and not run.endswith("."):
         return run
     slug = re.sub(r"[^a-z0-9_=-]+", "-", run.lower()).strip("-")[:60] or "run"
-    return f"{slug}-{xxh3_64_hexdigest(run.encode(errors='surrogatepass'))}"
+    return f"{slug}-{xxh3_64_hexdigest(run.encode())}"
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -31,6 +31,7 @@ __all__ = [
     "SlowTier",
     "Tempo",
     "TierSettings",
+    "absolute",
     "auto_interval",
     "labels_of",
     "make_schedule",
@@ -116,7 +117,7 @@ class Disk(SlowTier):
 
     @property
     def place(self) -> str:
-        return os.path.abspath(self.path)
+        return absolute(self.path)
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,26 @@ class ObjectStore(SlowTier):
     @property
     def access(self) -> Access:
         return access_of(self.url, self.engine, self.storage_options)
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """The path from the root. Raises UsageError where there is none, or none that JSON can hold."""
+    try:
+        place = os.path.abspath(path)
+        place.encode()
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{os.fspath(path)!r} is relative to the current directory, which was deleted",
+            state="nothing was done",
+            actions=("give the tier an absolute path", "or change to a directory that exists"),
+        ) from error
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the path of a tier must be UTF-8, not {os.fsencode(place)!r}",
+            state="nothing was done",
+            actions=("give the tier another path", "or change to a directory with another name"),
+        ) from error
+    return place
 
 
 def parse_every(every: int | str, *, times: bool) -> tuple[int | None, float | None]:

@@ -1,17 +1,36 @@
-"""Saves of several tiers, told as the steps of a run. Pure."""
+"""Saves of several tiers, told as the steps of a run; and what a step's number may be. Pure."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtckpt import _inventory, _manifest
 from mtckpt._handle import Step, stage_of_tier
+from mtckpt.errors import UsageError
 
 if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
 
-__all__ = ["list_steps"]
+__all__ = ["list_steps", "step_number"]
+
+
+def step_number(step: Any) -> int:
+    """A step as an int, whatever kind of integer it is: NumPy's, or a tensor of one element.
+
+    Raises UsageError for everything else: what is no step must never pass for "the newest one".
+    """
+    try:
+        number = operator.index(step)
+    except (TypeError, ValueError, RuntimeError):  # the last two are of tensors
+        number = -1
+    if isinstance(step, bool) or not 0 <= number < _manifest.MAX_STEP:
+        raise UsageError(
+            f"step must be an integer from 0 to {_manifest.MAX_STEP - 1:,}, not {step!r}",
+            state="nothing was done",
+        )
+    return number
 
 
 def list_steps(inventories: Iterable[Inventory]) -> list[Step]:

@@ -105,8 +105,8 @@ def test_same_step_twice_is_refused_before_capture(tmp_path: Path) -> None:
 
 def test_bad_calls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_run(tmp_path) as checkpointer:
-        for step in (-1, 1.0, True, "1"):
-            with pytest.raises(UsageError):
+        for step in (-1, 1.0, True, "1", 10**12, np.float32(1), torch.ones(2, dtype=torch.int64)):
+            with pytest.raises(UsageError, match="step must be"):
                 checkpointer.save(step, make_state())  # type: ignore[arg-type]
         with pytest.raises(UnsupportedState) as raised:
             checkpointer.save(1, {"a": {"b": object()}})
@@ -126,6 +126,37 @@ def test_bad_calls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         arguments = (make_state(),) if use == "restore" else (1, make_state())
         with pytest.raises(GroupMissing, match="2 ranks"):
             getattr(checkpointer, use)(*arguments)
+
+
+def test_a_step_is_an_integer_of_any_kind(tmp_path: Path) -> None:
+    state = make_state()
+    with open_run(tmp_path) as checkpointer:
+        for step in (np.int64(1), torch.tensor(2), np.array(3)):
+            state["w"][:] = float(step)
+            save: Any = checkpointer.save(step, state)  # type: ignore[arg-type]
+            assert type(save.step) is int
+            save.wait("local", timeout_s=20)
+        # What is no number never stands for the newest step.
+        for wrong in (None, "newest", 2.0, True, [1]):
+            with pytest.raises(UsageError, match="step must be"):
+                checkpointer.restore(state, step=wrong)  # type: ignore[arg-type]
+        assert checkpointer.restore(state, step=np.int64(2)).step == 2  # type: ignore[arg-type]
+        assert (state["w"] == 2).all()
+
+
+def test_names_that_no_record_can_hold_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="run's name must be UTF-8"):
+        open_run(tmp_path, run="l\udcffuf")
+    with pytest.raises(UsageError, match="path of a tier must be UTF-8"):
+        open_run(tmp_path, tiers=[mtckpt.Disk(tmp_path / "\udcff")])
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UsageError, match="deleted"):
+        mtckpt.Checkpointer("run")
 
 
 def test_a_template_that_differs_changes_nothing(tmp_path: Path) -> None:
