@@ -495,6 +495,6 @@ def _build(node: Node, array: Any, plain: Sequence[Any], path: str) -> Any:
         for key, child, child_path in _children(node, path)
     ]
     if node.kind == _node.DICT:
-        return dict(built)
+        return _node.MAPPINGS.get(node.name, dict)(dict(built))
     values = [value for _, value in built]
     return tuple(values) if node.kind == _node.TUPLE else values

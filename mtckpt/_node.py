@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections import Counter, OrderedDict
 from typing import Any
 
 import msgspec
@@ -20,6 +21,8 @@ __all__ = [
     "DICT",
     "DROPPED",
     "LIST",
+    "MAPPINGS",
+    "MAPPING_NAMES",
     "MAX_DEPTH",
     "OBJECT",
     "PLAIN",
@@ -46,11 +49,17 @@ ARRAY, PLAIN, DICT, LIST, TUPLE, CODEC, OBJECT = (
     "object",
 )
 DROPPED = "dropped"  # a gap in a list, made by rename and never saved
+# Dicts that can do more than a dict, and what they are called in a record. Whose state has one may
+# count on that: MultiStepLR does on its Counter.
+MAPPINGS: dict[str, type[dict[Any, Any]]] = {"ordered": OrderedDict, "counter": Counter}
+MAPPING_NAMES: dict[type, str] = {kind: name for name, kind in MAPPINGS.items()}
 PLAIN_TYPES = frozenset({int, float, str, bool, type(None), bytes})
 
 
 class Node(msgspec.Struct, eq=False):
     """One place in a tree. ``index`` counts arrays or plain values in the order of the walk.
+
+    ``name`` is that of a codec, of an adapter, or of a kind of dict in ``MAPPINGS``.
 
     What follows from the others is set with them: ``types`` has the types of a container's items
     where all are arrays, ``key_types`` those of its keys unless all are texts.
@@ -145,7 +154,7 @@ def node_to_json(node: Node) -> Any:
     if node.kind == DICT:
         keys = node.keys or []
         return {
-            DICT: [
+            node.name or DICT: [
                 [encode_plain(key), node_to_json(child)]
                 for key, child in zip(keys, node.children, strict=True)
             ]
@@ -167,7 +176,7 @@ def node_from_json(tree: Any, num_arrays: int, num_plain: int, depth: int = 0) -
         return Node(kind, index=body)
     if not isinstance(body, list):
         raise FormatError("not a structure of a state")
-    if kind == DICT:
+    if kind == DICT or kind in MAPPINGS:
         keys = []
         children = []
         for pair in body:
@@ -180,7 +189,7 @@ def node_from_json(tree: Any, num_arrays: int, num_plain: int, depth: int = 0) -
                 children.append(Node(ARRAY, index=index))
             else:
                 children.append(node_from_json(child, num_arrays, num_plain, depth + 1))
-        return Node(DICT, keys=keys, children=children)
+        return Node(DICT, keys=keys, children=children, name=kind if kind in MAPPINGS else "")
     if kind == CODEC:
         if len(body) != 2 or not isinstance(body[0], str):
             raise FormatError("not a structure of a state")

@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from mtckpt import _state
@@ -19,7 +20,7 @@ from mtckpt._diff import Diff, described, is_same
 from mtckpt._renaming import Stored, rename_tree
 from mtckpt._replicas import Replicated
 from mtckpt._settling import assign_items, later, sequence_like, settle
-from mtckpt._state import CODECS, ArraySpec, Node, StateAdapter, codec_named, escape
+from mtckpt._state import CODECS, MAPPINGS, ArraySpec, Node, StateAdapter, codec_named, escape
 
 __all__ = ["Diff", "Fill", "Placing", "Stored", "later", "rename_tree", "settle"]
 
@@ -137,10 +138,11 @@ class Placing:
             return None
         prefix = f"{path}/" if path else ""
         if node.kind == _state.DICT:
-            return {
+            found = {
                 key: self.tree(child, prefix + escape(key))
                 for key, child in zip(node.keys or [], node.children, strict=True)
             }
+            return later(lambda: MAPPINGS[node.name](settle(found))) if node.name else found
         items = [self.tree(child, f"{prefix}{i}") for i, child in enumerate(node.children)]
         return items if node.kind == _state.LIST else tuple(items)
 
@@ -159,7 +161,12 @@ class Placing:
         return False
 
     def array_into(self, live: Any, node: Node, path: str) -> Any:
-        """Place an array onto a live one; returns what stands in its place (``live`` if it can)."""
+        """Place an array onto a live one; returns what stands in its place (``live`` if it can).
+
+        An array of a type that has a codec is matched by that.
+        """
+        if type(live) in CODECS:
+            return self.match(live, node, path, top=False)
         if not self.fits(live, node, path):
             return live
         owner = self._owner(live)
@@ -296,7 +303,11 @@ class Placing:
         if isinstance(live, (list, tuple)):
             return self._match_sequence(live, node, path)
         if node.kind == _state.PLAIN:
-            return self.plain[node.index]
+            value = self.plain[node.index]
+            if not isinstance(live, Enum):
+                return value
+            if value in kind._value2member_map_:
+                return kind(value)
         return self.differs(live, node, path)
 
     def _match_dict(self, live: Mapping[Any, Any], node: Node, path: str, top: bool) -> Any:

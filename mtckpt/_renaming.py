@@ -35,11 +35,15 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """From a container of ``kind`` to what stands at ``key``, through codecs, outermost first."""
+    """From a container, by its kind and name, to what stands at ``key``, through codecs.
+
+    The outermost codec comes first.
+    """
 
     kind: str
     key: object
     codecs: tuple[str, ...]
+    name: str = ""
 
 
 @dataclass(slots=True)
@@ -47,6 +51,7 @@ class _Draft:
     """A container that is being put together; ``leaf`` makes it a leaf."""
 
     kind: str = ""
+    name: str = ""
     codecs: tuple[str, ...] = ()
     entries: dict[str, tuple[object, _Draft]] = field(default_factory=dict)  # by path component
     leaf: Node | None = None
@@ -113,7 +118,7 @@ def _leaves(
     found = []
     for key, child in zip(keys or [], node.children, strict=True):
         codecs, inner = _unwrapped(child)
-        step = _Step(node.kind, key, codecs)
+        step = _Step(node.kind, key, codecs, node.name)
         found += _leaves(inner, prefix + escape(key), (*steps, step))
     return found
 
@@ -143,7 +148,8 @@ def _insert(draft: _Draft, steps: tuple[_Step, ...], leaf: Node, path: str) -> N
     for step in steps:
         if draft.leaf is not None:
             raise _taken(path)
-        draft.kind = draft.kind or step.kind
+        if not draft.kind:
+            draft.kind, draft.name = step.kind, step.name
         # Where leaves that came another way have made the container, its kind and keys count.
         text = escape(step.key)
         if draft.kind != _state.DICT and not text.isdecimal():
@@ -172,6 +178,7 @@ def _built(draft: _Draft) -> Node:
             _state.DICT,
             keys=[key for key, _ in draft.entries.values()],
             children=[_built(child) for _, child in draft.entries.values()],
+            name=draft.name,
         )
     else:
         items = {int(text): child for text, (_, child) in draft.entries.items()}

@@ -25,6 +25,8 @@ from mtckpt._node import (
     DICT,
     DROPPED,
     LIST,
+    MAPPING_NAMES,
+    MAPPINGS,
     MAX_DEPTH,
     OBJECT,
     PLAIN,
@@ -46,6 +48,7 @@ __all__ = [
     "DICT",
     "DROPPED",
     "LIST",
+    "MAPPINGS",
     "OBJECT",
     "PLAIN",
     "PLAIN_TYPES",
@@ -237,12 +240,7 @@ def flatten(state: object, adapters: Sequence[StateAdapter]) -> Flat:
     flat.root = _walk(state, "", adapters, flat, 0)
     if len(set(flat.paths)) != len(flat.paths):
         path, count = Counter(flat.paths).most_common(1)[0]
-        raise UnsupportedState(
-            f"{count} leaves have the same path",
-            path=path,
-            state="nothing was written",
-            actions=("give the keys of that dict different texts: 1 and '1' have the same",),
-        )
+        raise _same_path(count, path)
     return flat
 
 
@@ -329,17 +327,42 @@ def _walk_dict(
 ) -> Node:
     prefix = path + "/" if path else ""
     keys = list(value)
-    children = []
-    for key in keys:
-        if type(key) not in (str, int, bool, float, type(None)):
-            raise UnsupportedState(
-                f"a dict key must be a str, int, float, bool or None, not {type(key).__qualname__}",
-                path=path,
-                type_name=type(key).__qualname__,
-                state="nothing was written",
-            )
-        children.append(_walk(value[key], prefix + escape(key), adapters, flat, depth + 1))
-    return Node(DICT, type_=type(value), keys=keys, children=children)
+    _check_keys(keys, path)
+    children = [_walk(value[key], prefix + escape(key), adapters, flat, depth + 1) for key in keys]
+    kind = type(value)
+    name = MAPPING_NAMES.get(kind, "")
+    return Node(DICT, type_=kind, keys=keys, children=children, name=name)
+
+
+def _check_keys(keys: Sequence[Any], path: str) -> None:
+    texts = keys
+    if any(type(key) is not str for key in keys):
+        for key in keys:
+            if type(key) not in (str, int, bool, float, type(None)):
+                raise UnsupportedState(
+                    "a dict key must be a str, int, float, bool or None, "
+                    f"not {type(key).__qualname__}",
+                    path=path,
+                    type_name=type(key).__qualname__,
+                    state="nothing was written",
+                    actions=("use a text or a number in its place, such as str(key) or int(key)",),
+                )
+        texts = list(map(str, keys))
+        if len(set(texts)) != len(texts):
+            text, _ = Counter(texts).most_common(1)[0]
+            raise _same_path(2, f"{path}/{escape(text)}" if path else escape(text))
+    for text in texts:
+        if not text.isascii():
+            _check_name(text, path=path)
+
+
+def _same_path(count: int, path: str) -> UnsupportedState:
+    return UnsupportedState(
+        f"{count} leaves have the same path",
+        path=path,
+        state="nothing was written",
+        actions=("give the keys of that dict different texts: 1 and '1' have the same",),
+    )
 
 
 def _plain(value: Any, path: str, flat: Flat) -> Node:
@@ -375,9 +398,10 @@ def _check_name(name: str, path: str | None = None) -> None:
         name.encode()
     except UnicodeEncodeError as error:
         raise UnsupportedState(
-            "text with a lone surrogate has no UTF-8 form",
-            path=ascii(name if path is None else path),
+            f"text with a lone surrogate has no UTF-8 form: {name[:100]!a}",
+            path=(name if path is None else path).encode(errors="backslashreplace").decode(),
             state="nothing was written",
+            actions=("save it as bytes: os.fsencode(text)", "or leave it out of the state"),
         ) from error
     if name == "__metadata__" and path is None:
         raise UnsupportedState(
@@ -451,13 +475,14 @@ def _is_plain_now(value: Any, node: Node) -> bool:
     return kind in PLAIN_TYPES or kind is node.type
 
 
-def check_dtype(name: str, path: str) -> str:
-    """``name`` if it can be stored. Raises UnsupportedState."""
+def check_dtype(name: str, path: str, *instead: str) -> str:
+    """``name`` if it can be stored. Raises UnsupportedState, which says what to do ``instead``."""
     if name not in DTYPES:
         raise UnsupportedState(
             f"arrays of type {name} cannot be stored",
             path=path,
             type_name=name,
             state="nothing was written",
+            actions=instead,
         )
     return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import enum
 import json
 import math
@@ -29,7 +30,7 @@ from mtckpt._state import (
     register_codec,
 )
 from mtckpt.adapters import active_adapters
-from mtckpt.errors import FormatError, UnsupportedState
+from mtckpt.errors import FormatError, StateMismatch, UnsupportedState
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -48,9 +49,10 @@ class Unknown:
 
 
 class Colour(enum.IntEnum):
-    """Comes back as its number."""
+    """A number, for a template that has none."""
 
     RED = 1
+    BLUE = 2
 
 
 @pytest.fixture(autouse=True)
@@ -278,10 +280,11 @@ def test_fields_of_a_named_tuple_are_names() -> None:
     assert not refill(flat.root, {"at": (np.zeros(2), 4)}, active_adapters(), [], [])
 
 
-@pytest.mark.parametrize("key", [(1, 2), b"x", 1j, Colour.RED])
+@pytest.mark.parametrize("key", [(1, 2), b"x", 1j, Colour.RED, np.int64(1)])
 def test_keys_must_be_plain(key: Any) -> None:
-    with pytest.raises(UnsupportedState, match="a dict key must be"):
+    with pytest.raises(UnsupportedState, match="a dict key must be") as caught:
         flatten({"a": {key: 1}}, active_adapters())
+    assert "str(key)" in str(caught.value)
 
 
 def test_a_container_that_holds_itself() -> None:
@@ -297,7 +300,15 @@ def test_two_leaves_with_one_path() -> None:
     assert caught.value.details["path"] == "a/1"
 
 
-@pytest.mark.parametrize("state", [{"\ud800": torch.ones(1)}, {"a": "\udfff"}])
+@pytest.mark.parametrize("keys", [(1, "1"), ("True", True), (None, "None"), (2.5, "2.5")])
+def test_two_plain_values_with_one_path(keys: Any) -> None:
+    # A template would get the one value for the other.
+    with pytest.raises(UnsupportedState, match="2 leaves have the same path") as caught:
+        flatten({"a": {"t": torch.ones(1), **dict.fromkeys(keys, 3)}}, active_adapters())
+    assert caught.value.details["path"] == f"a/{keys[0]}"
+
+
+@pytest.mark.parametrize("state", [{"\ud800": torch.ones(1)}, {"a": "\udfff"}, {"\ud800": 1}])
 def test_text_that_no_file_can_hold(state: Any) -> None:
     with pytest.raises(UnsupportedState, match="lone surrogate") as caught:
         flatten(state, active_adapters())
@@ -317,10 +328,29 @@ def test_components_of_paths_are_escaped() -> None:
 
 def test_named_tuples_and_numbers_with_names() -> None:
     saved = save({"p": Pair(torch.ones(1), 2), "c": Colour.RED})
-    live = {"p": Pair(torch.zeros(1), 0), "c": Colour.RED}
+    live = {"p": Pair(torch.zeros(1), 0), "c": Colour.BLUE}
     restore(saved, live)
     assert isinstance(live["p"], Pair)
-    assert (live["p"].left.item(), live["p"].right, live["c"]) == (1, 2, 1)
+    assert (live["p"].left.item(), live["p"].right) == (1, 2)
+    assert live["c"] is Colour.RED
+    with pytest.raises(StateMismatch, match="Colour here"):
+        restore(save({"c": 77}), {"c": Colour.RED})
+
+
+def test_dicts_that_can_do_more_than_a_dict_stay_what_they_are_in_an_object() -> None:
+    ordered = OrderedDict(b=torch.ones(2), a=collections.Counter("aab"))
+    saved = save({"o": Counter(ordered), "p": Counter([collections.Counter({7: 2})])})
+    live = {"o": Counter(None), "p": Counter(None)}
+    restore(saved, live)
+    found = live["o"].value
+    assert type(found) is OrderedDict
+    assert list(found) == ["b", "a"]
+    assert found["b"].tolist() == [1, 1]
+    assert found["a"] == collections.Counter(a=2, b=1)
+    assert sorted(found["a"].elements()) == ["a", "a", "b"]
+    assert list(live["p"].value[0].elements()) == [7, 7]
+    restore(saved, live, rename=lambda path: path.replace("/a/a", "/a/c"))
+    assert list(live["o"].value["a"].elements()) == ["b", "c", "c"]
 
 
 # -- codecs -------------------------------------------------------------------------------------

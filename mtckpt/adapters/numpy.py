@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["NumpyAdapter"]
 
 SCALAR = "numpy.scalar"  # what ArraySpec.framework says for a numpy.generic
+# By the kind of a type that cannot be stored: what to save in its place.
+_OTHERWISE = "save it as another type, such as array.astype(...), or leave it out of the state"
+_INSTEAD = {
+    "U": "save it as Python texts: array.tolist(), or str(value)",
+    "S": "save it as Python bytes: array.tolist(), or bytes(value)",
+    "O": "save array.tolist() if its items are plain values, or each array in it by itself",
+    "M": "save its numbers, array.view('int64'), and np.datetime_data(array.dtype) beside them",
+    "m": "save its numbers, array.view('int64'), and np.datetime_data(array.dtype) beside them",
+    "V": "save each field by itself: array['name']",
+}
 
 
 class NumpyAdapter:
@@ -50,7 +60,7 @@ class NumpyAdapter:
                 state="live state unchanged" if template else "nothing was written",
                 actions=("save its parts as plain arrays, for a masked array .data and .mask",),
             )
-        name = check_dtype(value.dtype.name, path)
+        name = check_dtype(value.dtype.name, path, _INSTEAD.get(value.dtype.kind, _OTHERWISE))
         kind = self.framework if isinstance(value, np.ndarray) else SCALAR
         return ArraySpec(name, tuple(value.shape), kind)
 

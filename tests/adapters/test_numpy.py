@@ -133,6 +133,7 @@ def test_what_cannot_be_saved_is_named(value: Any) -> None:
         save({"outer": [1, {"inner": value}]})
     assert caught.value.path == "outer/1/inner"  # type: ignore[attr-defined]
     assert "nothing was written" in str(caught.value)
+    assert "try: save " in str(caught.value)
 
 
 def test_the_same_memory_has_the_same_identity() -> None:

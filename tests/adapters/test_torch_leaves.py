@@ -10,6 +10,7 @@ import pytest
 import torch
 from state_harness import plan, restore, save
 
+from mtckpt._state import ArraySpec
 from mtckpt.adapters.torch import TorchAdapter, leaves
 from mtckpt.errors import StateMismatch, UnsupportedState
 
@@ -88,6 +89,29 @@ def test_every_layout(layout: str, dtype: torch.dtype) -> None:
     assert raw(live) == raw(tensor)
     assert live.stride() == tensor.stride()
     assert (raw(base) == before) is (tensor.numel() == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex32, INT4])
+def test_a_place_left_open_gets_the_memory_order_too(dtype: torch.dtype) -> None:
+    base = values(dtype, (2, 3, 4))
+    saved = save({"a": base.permute(2, 0, 1), "b": base.transpose(0, 1)[:, :1], "c": base})
+    kinds = [stored.spec.framework for stored in saved.arrays]
+    assert kinds == ["torch.order.1.2.0", "torch", "torch"]
+    found = restore(saved, {"a": None, "b": None, "c": None})
+    assert found["a"].stride() == (1, 12, 4)
+    assert raw(found["a"]) == raw(base.permute(2, 0, 1))
+    assert found["b"].is_contiguous()  # a part of something larger comes without the rest
+    live, _ = leaves.new_tensor(ArraySpec(leaves.NAME_OF[dtype], (4, 2, 3), "torch"))
+    restore(saved, {"a": live, "b": None, "c": None})
+    assert live.is_contiguous()  # a live tensor keeps its own
+    assert raw(live) == raw(found["a"])
+
+
+@pytest.mark.parametrize(
+    "kind", ["torch.order", "torch.order.", "torch.order.0.0", "torch.order.1", "torch.order.x.y"]
+)
+def test_an_order_that_is_none_is_passed_over(kind: str) -> None:
+    assert leaves.order_in(ArraySpec("float32", (2, 3), kind)) == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])

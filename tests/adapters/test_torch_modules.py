@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from state_harness import plan, restore, save
 from torch import nn
 
+from mtckpt._state import register_codec
 from mtckpt.adapters.torch import objects
-from mtckpt.errors import StateMismatch
+from mtckpt.errors import StateMismatch, UnsupportedState
 
 
 def network(seed: int) -> Any:
@@ -292,12 +294,128 @@ def test_wrappers_keep_the_names_of_torch() -> None:
     restore(saved, {"ema": live})
     assert same(averaged, live)
 
-    compiled: Any = torch.compile(nn.Linear(2, 2), backend="eager")
-    again: Any = torch.compile(nn.Linear(2, 2), backend="eager")
-    saved = save({"m": compiled})
-    assert saved.paths == [f"m/{name}" for name in compiled.state_dict()]
-    restore(saved, {"m": again})
-    assert same(compiled, again)
+
+class Noted(nn.Module):
+    """A module with its own idea of what its state is, around another one."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.notes = 0
+
+    def get_extra_state(self) -> Any:
+        return self.notes
+
+    def set_extra_state(self, state: Any) -> None:
+        self.notes = state
+
+
+def compiled(module: nn.Module) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+WRAPPED: dict[str, Callable[[Callable[[nn.Module], Any]], Any]] = {
+    "all of it": lambda wrap: wrap(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))),
+    "a part": lambda wrap: nn.Sequential(wrap(nn.Linear(2, 2)), nn.BatchNorm1d(2)),
+    "a part of one with hooks": lambda wrap: Noted(nn.Sequential(wrap(nn.Linear(2, 2)))),
+}
+
+
+@pytest.mark.parametrize("make", WRAPPED.values(), ids=list(WRAPPED))
+@pytest.mark.parametrize("there", [True, False])
+def test_a_checkpoint_says_nothing_of_compiling(make: Any, there: bool) -> None:
+    bare = list(make(lambda module: module).state_dict())
+    model = make(compiled if there else lambda module: module)
+    live = make(compiled if not there else lambda module: module)
+    assert (list(model.state_dict()) == bare) is not there
+    saved = save({"m": model})
+    assert saved.paths == [f"m/{name}" for name in bare if name != "_extra_state"]
+    restore(saved, {"m": live})
+    for one, other in zip(model.parameters(), live.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_names_that_compiling_made_are_read() -> None:
+    live: Any = nn.Sequential(nn.Linear(2, 2))
+    saved = save({"m": {"_orig_mod.0.weight": torch.ones(2, 2), "_orig_mod.0.bias": torch.ones(2)}})
+    restore(saved, {"m": live})
+    assert torch.equal(live[0].weight, torch.ones(2, 2))
+    restore(save({"m": nn.Sequential(nn.Linear(2, 2))}), {"m": compiled(live)})
+    assert not torch.equal(live[0].weight, torch.ones(2, 2))
+
+
+def test_data_parallel_has_no_state_of_its_own() -> None:
+    model, live = nn.DataParallel(network(1)), network(2)
+    saved = save({"m": model})
+    assert saved.paths == [f"m/{name}" for name in live.state_dict()]
+    restore(saved, {"m": live})
+    assert same(model.module, live)
+    restore(save({"m": network(3)}), {"m": model})
+    assert same(model.module, network(3))
+
+
+class Scaled(torch.Tensor):
+    """A tensor made of two, as quantised weights are."""
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: torch.Tensor, scale: torch.Tensor) -> Any:
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=torch.float32)
+        made.numbers, made.scale = numbers, scale
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:  # type: ignore[override]  # torch's stub lacks func
+        assert func is torch.ops.aten.detach.default  # what a parameter is made with
+        return cls(args[0].numbers, args[0].scale)
+
+
+def test_a_codec_carries_tensors_that_are_more_than_their_bytes() -> None:
+    def make(fill: float) -> Any:
+        model: Any = nn.Module()
+        weight = Scaled(torch.full((3, 2), int(fill), dtype=torch.int8), torch.full((3,), fill))
+        model.weight = nn.Parameter(weight, requires_grad=False)
+        model.again = model.weight
+        model.bias = nn.Parameter(torch.full((3,), fill))
+        return model
+
+    with pytest.raises(UnsupportedState, match="register_codec"):
+        save({"m": make(2.0)})
+    register_codec(
+        Scaled,
+        name="scaled",
+        encode=lambda tensor: {"numbers": tensor.numbers, "scale": tensor.scale},
+        decode=lambda tree: Scaled(tree["numbers"], tree["scale"]),
+    )
+    live = make(5.0)
+    weight = live.weight
+    restore(save({"m": make(2.0)}), {"m": live})
+    assert live.weight is live.again is weight
+    assert type(weight) is Scaled
+    assert (weight.numbers.tolist(), weight.scale.tolist()) == ([[2, 2]] * 3, [2.0] * 3)
+    assert live.bias.tolist() == [2.0] * 3
+
+
+class Range(nn.Module):
+    """Learns how many channels there are, as observers of quantisation do."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("least", torch.arange(float(channels)))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self.least = torch.empty_like(state_dict[f"{prefix}least"])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def test_a_part_that_loads_itself_may_change_its_shape() -> None:
+    live: Any = nn.Sequential(nn.Linear(2, 3), Range(1))
+    restore(save({"m": nn.Sequential(nn.Linear(2, 3), Range(3))}), {"m": live})
+    assert live[1].least.tolist() == [0, 1, 2]
+    with pytest.raises(StateMismatch, match=r"0\.weight: float32\[3, 2\] here"):
+        plan(save({"m": nn.Sequential(nn.Linear(5, 3), Range(3))}), {"m": live})
 
 
 def test_parametrized_modules() -> None:
@@ -312,12 +430,19 @@ def test_parametrized_modules() -> None:
     assert torch.equal(model(torch.ones(1, 2)), live(torch.ones(1, 2)))
 
 
-def test_lazy_modules_take_their_shape_from_the_checkpoint() -> None:
+@pytest.mark.parametrize("keys", ["mo", "om"])
+def test_lazy_modules_take_their_shape_from_the_checkpoint(keys: str) -> None:
     model = nn.LazyLinear(3)
-    model(torch.ones(1, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
     live = nn.LazyLinear(3)
-    restore(save({"m": model}), {"m": live})
+    other = torch.optim.AdamW(live.parameters())
+    state = {"m": live, "o": other}
+    restore(save({"m": model, "o": optimizer}), {key: state[key] for key in keys})
     assert torch.equal(live.weight, model.weight)
+    moment = other.state[live.weight]["exp_avg"]
+    assert torch.equal(moment, optimizer.state[model.weight]["exp_avg"])
 
 
 def test_batch_norm_without_a_count_is_a_difference() -> None:

@@ -248,6 +248,63 @@ def test_moments_of_channels_last_parameters_lie_like_them() -> None:
     assert torch.equal(moment, optimizer.state[p]["exp_avg"])
 
 
+class Rotated(optim.Optimizer):
+    """Multiplies by what ``eigh`` gives, whose columns lie in memory one after the other."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"kind": torch.bfloat16})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            turned = torch.linalg.eigh(p.grad @ p.grad.T).eigenvectors
+            state["both"] = [turned, turned]
+            state["same_shape"] = p.grad.T.contiguous().T
+            p.data -= 0.1 * turned @ p.grad
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_moments_keep_their_order_in_memory(begun: bool) -> None:
+    # Sums are taken in another order, with other last digits, where a matrix lies otherwise.
+    p, q = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.zeros(4, 4))
+    optimizer, other = Rotated([p]), Rotated([q])
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    if begun:
+        other.state[q] = {"both": [torch.zeros(4, 4)] * 2, "same_shape": torch.zeros(4, 4)}
+    restore(save({"o": optimizer}), {"o": other})
+    state = other.state[q]
+    for moment in (*state["both"], state["same_shape"]):
+        assert moment.stride() == (1, 4)
+    assert torch.equal(state["both"][0], optimizer.state[p]["both"][0])
+    assert torch.equal(state["same_shape"], p.grad)
+    assert state["both"][0] is state["both"][1]
+    assert other.param_groups[0]["kind"] is torch.bfloat16
+
+
+def test_schedules_that_change_over_to_milestones() -> None:
+    def make() -> Any:
+        optimizer = optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        warm = optim.lr_scheduler.LinearLR(optimizer, total_iters=2)
+        milestones = optim.lr_scheduler.MultiStepLR(optimizer, [1, 2, 2])
+        return optimizer, optim.lr_scheduler.SequentialLR(optimizer, [warm, milestones], [3])
+
+    def steps(both: Any, count: int) -> list[float]:
+        optimizer, schedule = both
+        rates = []
+        for _ in range(count):
+            optimizer.step()
+            schedule.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+        return rates
+
+    whole, first, second = make(), make(), make()
+    expected = steps(whole, 7)
+    steps(first, 2)
+    restore(save(dict(zip("os", first, strict=True))), dict(zip("os", second, strict=True)))
+    assert steps(second, 5) == expected[2:]
+
+
 def test_a_learning_rate_that_is_a_tensor_stays_the_same_object() -> None:
     def make(value: float) -> optim.Optimizer:
         return optim.Adam([nn.Parameter(torch.ones(1))], lr=torch.tensor(value), capturable=False)

@@ -20,7 +20,7 @@ __all__ = ["TorchAdapter"]
 class TorchAdapter:
     """``StateAdapter`` of PyTorch. Holds no tensor, only where those of the last save lay."""
 
-    framework = "torch"
+    framework = leaves.FRAMEWORK
     replaces = False
 
     def __init__(self) -> None:
@@ -93,9 +93,8 @@ class TorchAdapter:
         return leaves.new_tensor(spec)
 
     def finished(self, fresh: Any, spec: ArraySpec) -> Any:
-        """The tensor itself."""
-        del spec
-        return fresh
+        """The tensor itself, in the memory order that it was saved in."""
+        return leaves.laid_out(fresh, spec)
 
     def assign(self, live: Any, fresh: Any) -> Any:
         """Copy into a live tensor of any layout and device."""

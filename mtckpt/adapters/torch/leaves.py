@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
+from mtckpt._codecs import CODECS, register_codec
 from mtckpt._dtypes import DTYPES
 from mtckpt._state import ArraySpec
 from mtckpt.errors import UnsupportedState
 
 __all__ = [
+    "FRAMEWORK",
     "Layouts",
     "assign",
     "bump_versions",
@@ -31,7 +33,10 @@ __all__ = [
     "host_addresses",
     "identity",
     "is_plain",
+    "laid_out",
     "new_tensor",
+    "order_in",
+    "order_of",
     "same_bits",
     "spec_of",
     "writable_address",
@@ -41,6 +46,8 @@ __all__ = [
 NAME_OF: dict[torch.dtype, str] = {
     getattr(torch, name): name for name in DTYPES if hasattr(torch, name)
 }
+FRAMEWORK = "torch"
+_IN_ORDER = "torch.order"  # and the axes, by descending stride
 DTYPE_OF = {name: dtype for dtype, name in NAME_OF.items()}
 COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
 _ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -241,7 +248,45 @@ def spec_of(tensor: torch.Tensor, path: str, *, template: bool = False) -> Array
             state="live state unchanged" if template else "nothing was written",
             actions=(action,),
         )
-    return ArraySpec(NAME_OF[tensor.dtype], tuple(tensor.shape), "torch")
+    kind = "" if template else "".join(f".{axis}" for axis in order_of(tensor))
+    framework = _IN_ORDER + kind if kind else FRAMEWORK
+    return ArraySpec(NAME_OF[tensor.dtype], tuple(tensor.shape), framework)
+
+
+def order_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The axes by how far apart their elements lie, where that is not their own order.
+
+    Empty for tensors with holes or overlaps too: they come back without. The order is no part of a
+    value, but sums are taken along it: a matrix that comes back transposed in memory gives other
+    last digits than one that was never away.
+    """
+    if tensor.is_contiguous() or not tensor.numel():
+        return ()
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
+    return order if tensor.permute(order).is_contiguous() else ()
+
+
+def order_in(spec: ArraySpec) -> tuple[int, ...]:
+    """What ``order_of`` said of the tensor that was saved; empty for what no order can be."""
+    axes = spec.framework.removeprefix(_IN_ORDER + ".").split(".")
+    if not spec.framework.startswith(_IN_ORDER) or not all(map(str.isdecimal, axes)):
+        return ()
+    order = tuple(map(int, axes))
+    return order if sorted(order) == list(range(len(spec.whole_shape))) else ()
+
+
+def laid_out(fresh: torch.Tensor, spec: ArraySpec) -> torch.Tensor:
+    """The same tensor with its elements in the order of ``spec`` in memory."""
+    order = order_in(spec)
+    if order and not fresh.permute(order).is_contiguous():
+        shape = tuple(fresh.shape[axis] for axis in order)
+        moved, _ = new_tensor(ArraySpec(spec.dtype, shape, FRAMEWORK))
+        target = moved.permute([order.index(axis) for axis in range(len(order))])
+        assign(target, fresh)
+        # In place: another leaf may be this very tensor.
+        fresh.set_(target.untyped_storage(), 0, target.shape, target.stride())
+    return fresh
 
 
 def _refusal(tensor: torch.Tensor, template: bool) -> tuple[str, str]:
@@ -356,3 +401,26 @@ def bump_versions(tensors: Sequence[torch.Tensor]) -> None:
     except RuntimeError:  # some are of inference mode, which count nothing
         counting = [tensor for tensor in tensors if not tensor.is_inference()]
         torch.autograd.graph.increment_version(counting)
+
+
+def _dtype_named(name: object) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise UnsupportedState(
+            f"torch {torch.__version__} has no type {name!r}",
+            path="",
+            type_name="dtype",
+            state="live state unchanged",
+            actions=("restore with a torch that has it",),
+        )
+    return dtype
+
+
+# Settings of optimizers and quantised modules name types.
+if torch.dtype not in CODECS:
+    register_codec(
+        torch.dtype,
+        name="torch.dtype",
+        encode=lambda dtype: str(dtype).removeprefix("torch."),
+        decode=_dtype_named,
+    )

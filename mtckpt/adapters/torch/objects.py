@@ -8,6 +8,7 @@ promise to skip anybody's hooks: a module or optimizer with behaviour of its own
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import chain
@@ -21,7 +22,7 @@ from torch.optim import Optimizer
 from mtckpt import _state
 from mtckpt._placing import settle
 from mtckpt._state import escape
-from mtckpt.adapters.torch import leaves, replicas, sharded
+from mtckpt.adapters.torch import leaves, replicas, sharded, wrappers
 
 if TYPE_CHECKING:
     from mtckpt._placing import Placing
@@ -45,11 +46,12 @@ _ELEMENTWISE = frozenset(
 
 def state_of(value: Any) -> Any:
     """The tree that stands for ``value`` in a checkpoint, or None if it is no object of torch's."""
+    value = wrappers.unwrapped(value)
     if replicas.is_replicated(value):
         return replicas.state_of_module(value, state_of(value.module))
     if isinstance(value, Module):
         plain = plain_state(value)
-        return value.state_dict() if plain is None else plain
+        return _bare_state(value.state_dict()) if plain is None else plain
     if isinstance(value, Optimizer):
         return replicas.state_of_optimizer(value, value.state_dict())
     if isinstance(value, torch.Generator):
@@ -59,8 +61,10 @@ def state_of(value: Any) -> Any:
 
 def place_object(live: Any, node: Node, path: str, placing: Placing) -> bool:
     """True if ``live`` is an object of torch's, which now is matched; it is filled in its place."""
+    live = wrappers.unwrapped(live)
     if replicas.is_replicated(live):
-        live = live.module  # the wrapper has no state: any other may have saved what it holds
+        # The wrapper has no state: any other may have saved what it holds.
+        live = wrappers.unwrapped(live.module)
     if isinstance(live, Module):
         _place_module(live, node, path, placing)
         return True
@@ -92,9 +96,20 @@ def _collect(module: Module, prefix: str, found: dict[str, torch.Tensor]) -> boo
         if buffer is not None and name not in passing:
             found[prefix + name] = buffer
     for name, child in module._modules.items():
-        if child is not None and not _collect(child, f"{prefix}{name}.", found):
+        if child is None:
+            continue
+        inside = name == "_orig_mod" and wrappers.is_compiled(module)
+        if not _collect(child, prefix if inside else f"{prefix}{name}.", found):
             return False
     return True
+
+
+def _bare_state(state: Any) -> Any:
+    """A ``state_dict()`` without what compiling has added to its names."""
+    if not isinstance(state, Mapping):
+        return state
+    names = wrappers.bare_names(state)
+    return state if all(map(operator.is_, names, state)) else {n: state[names[n]] for n in names}
 
 
 def _is_plain(module: Module) -> bool:
@@ -127,6 +142,15 @@ def _may_rename(module: Module) -> bool:
     )
 
 
+def _free_shapes(module: Module) -> set[str]:
+    """The parts whose loading is their own affair: an observer's range may change its length."""
+    return {
+        wrappers.bare_name(name)
+        for name, part in module.named_modules(remove_duplicate=False)
+        if type(part)._load_from_state_dict not in _PLAIN_LOADS
+    }
+
+
 def _place_module(module: Module, node: Node, path: str, placing: Placing) -> None:
     if node.kind != _state.DICT:
         placing.differs(module, node, path)
@@ -135,7 +159,7 @@ def _place_module(module: Module, node: Node, path: str, placing: Placing) -> No
     if tensors is None:
         _place_custom_module(module, node, path, placing)
         return
-    saved = _children(node)
+    saved = _named(node)
     prefix = f"{path}/" if path else ""
     seen: set[int] = set()
     names: list[str] = []
@@ -146,7 +170,8 @@ def _place_module(module: Module, node: Node, path: str, placing: Placing) -> No
         if child is None:
             placing.missing(prefix + escape(name))
         elif id(tensor) in seen:  # tied: its memory is wanted once
-            placing.fits(tensor, child, prefix + escape(name))
+            if type(tensor) not in _state.CODECS:
+                placing.fits(tensor, child, prefix + escape(name))
         else:
             seen.add(id(tensor))
             names.append(name)
@@ -176,7 +201,7 @@ def _replace(module: Module, old: torch.Tensor, new: torch.Tensor) -> None:
     if isinstance(old, torch.nn.Parameter):
         new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
     new.__class__ = type(old)
-    new.__dict__.update(old.__dict__)
+    new.__dict__.update({**old.__dict__, **new.__dict__})  # a codec's tensor has parts of its own
     try:
         torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]  # torch ships this function untyped
     except RuntimeError:
@@ -190,18 +215,23 @@ def _replace(module: Module, old: torch.Tensor, new: torch.Tensor) -> None:
 def _place_custom_module(module: Module, node: Node, path: str, placing: Placing) -> None:
     """A module with hooks or a ``load_state_dict`` of its own gets fresh tensors and decides."""
     expected = module.state_dict()
-    saved = _children(node)
-    names = list(expected) if isinstance(expected, Mapping) else []
+    saved = _named(node)
+    # By the names of a checkpoint: what load_state_dict calls each of them.
+    own = wrappers.bare_names(expected) if isinstance(expected, Mapping) else {}
+    names = list(own)
     if set(names) == set(saved) or not _may_rename(module):
         prefix = f"{path}/" if path else ""
+        free = _free_shapes(module)
         for name in names:
-            value = expected[name]
+            value = expected[own[name]]
             if name not in saved:
                 placing.missing(prefix + escape(name))
+            elif name.rpartition(".")[0] in free:
+                continue
             elif isinstance(value, torch.Tensor) and not torch.nn.parameter.is_lazy(value):
                 placing.fits(value, saved[name], prefix + escape(name))
         for name in saved:
-            if name not in expected:
+            if name not in own:
                 placing.unused(prefix + escape(name))
     options: dict[str, bool] = {"strict": False} if placing.partial else {}
     if any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):
@@ -209,10 +239,10 @@ def _place_custom_module(module: Module, node: Node, path: str, placing: Placing
     prefix = f"{path}/" if path else ""
     # A shard is filled where it lies: what load_state_dict gets is the live one.
     tree = {
-        key: placing.array_into(expected[key], child, prefix + escape(key))
-        if key in names and sharded.is_sharded(expected[key])
+        own.get(key, key): placing.array_into(expected[own[key]], child, prefix + escape(key))
+        if key in own and sharded.is_sharded(expected[own[key]])
         else placing.tree(child, prefix + escape(key))
-        for key, child in zip(node.keys or [], node.children, strict=True)
+        for key, child in saved.items()
     }
 
     def load() -> None:
@@ -226,6 +256,13 @@ def _place_custom_module(module: Module, node: Node, path: str, placing: Placing
 
 def _children(node: Node) -> dict[str, Node]:
     return dict(zip(map(str, node.keys or []), node.children, strict=True))
+
+
+def _named(node: Node) -> dict[Any, Node]:
+    """What is saved of a module, by bare names: some files have those that compiling made."""
+    keys = node.keys or []
+    bare = {name: bare for bare, name in wrappers.bare_names(keys).items()}
+    return {bare[key]: child for key, child in zip(keys, node.children, strict=True)}
 
 
 # -- optimizers ----------------------------------------------------------------------------------
@@ -324,6 +361,9 @@ def _place_entry(
             continue
         spec = placing.arrays[child.index].spec
         elementwise = name in _ELEMENTWISE and type(optimizer).__module__.startswith("torch.optim")
+        if torch.nn.parameter.is_lazy(parameter):  # its module may be told its shape by then
+            entry[name] = placing.tree(child, child_path)
+            continue
         if elementwise and spec.whole_shape != parameter.shape:
             placing.diff.differing.append(
                 f"{child_path}: for a parameter of shape {list(parameter.shape)} here, "
@@ -331,12 +371,14 @@ def _place_entry(
             )
             continue
         tensor = live.get(name)
-        if tensor is None and spec.whole_shape == parameter.shape:
+        order = leaves.order_in(spec)
+        if tensor is None and spec.whole_shape == parameter.shape and (elementwise or not order):
             tensor = sharded.empty_like(parameter, leaves.DTYPE_OF.get(spec.dtype))
         if (
             isinstance(tensor, torch.Tensor)
             and tensor.shape == spec.whole_shape
             and leaves.NAME_OF.get(tensor.dtype) == spec.dtype
+            and (elementwise or not order or leaves.order_of(tensor) == order)
         ):
             moments.add(tensor, child, child_path, entry, name)
         else:
@@ -410,6 +452,7 @@ def _laid_out(value: Any, parameter: torch.Tensor) -> Any:
     """
     if (
         not isinstance(value, torch.Tensor)
+        or torch.nn.parameter.is_lazy(parameter)
         or sharded.is_sharded(value)
         or value.shape != parameter.shape
         or parameter.is_contiguous()

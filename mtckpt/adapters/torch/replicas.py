@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mtckpt._node import MAX_DEPTH
 from mtckpt._replicas import Replicated
+from mtckpt.adapters.torch import wrappers
 
 __all__ = ["is_replicated", "state_of_module", "state_of_optimizer", "survey"]
 
@@ -34,6 +35,7 @@ def is_replicated(value: object) -> bool:
 
 def survey(state: object, depth: int = 0) -> None:
     """Note the parameters of every wrapped module in a state, however its containers are nested."""
+    state = wrappers.unwrapped(state)
     if is_replicated(state):
         _note(state)
     elif depth > MAX_DEPTH:
@@ -55,7 +57,7 @@ def _note(module: Any) -> tuple[Ranks, set[str]]:
     names = set()
     for name, parameter in module.module.named_parameters(remove_duplicate=False):
         if name not in ignored:
-            names.add(name)
+            names.add(wrappers.bare_name(name))
             _known[parameter] = ranks
     return ranks, names
 

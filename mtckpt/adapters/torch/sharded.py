@@ -36,7 +36,7 @@ def spec_of(value: Any, path: str, *, template: bool = False) -> ArraySpec:
     """The box that this rank holds. Raises UnsupportedState for a pending sum."""
     offsets, shape, _ = _place_of(value, path)
     local = leaves.spec_of(value._local_tensor, path, template=template)
-    return ArraySpec(local.dtype, shape, local.framework, offsets, tuple(value.shape))
+    return ArraySpec(local.dtype, shape, leaves.FRAMEWORK, offsets, tuple(value.shape))
 
 
 def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:

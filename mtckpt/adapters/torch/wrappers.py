@@ -1,0 +1,48 @@
+"""What is put around a module without a state of its own: by ``torch.compile``, ``DataParallel``.
+
+Knows how to get inside, and what names look like from there. A checkpoint says nothing of such a
+wrapper, so what was saved with it is restored without it, and the reverse. Imports nothing to look.
+``DistributedDataParallel``, which says more of its module than that, is ``replicas``' business.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch.nn import DataParallel, Module
+
+__all__ = ["bare_name", "bare_names", "is_compiled", "unwrapped"]
+
+_COMPILED = "_orig_mod."
+
+
+def is_compiled(value: object) -> bool:
+    """True for what ``torch.compile(module)`` returns."""
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+    return eval_frame is not None and isinstance(value, eval_frame.OptimizedModule)
+
+
+def unwrapped(value: Any) -> Any:
+    """The module inside wrappers that have no state; any other value as it is."""
+    while isinstance(value, Module):
+        if is_compiled(value):
+            value = value._orig_mod
+        elif type(value) is DataParallel:
+            value = value.module
+        else:
+            break
+    return value
+
+
+def bare_name(name: str) -> str:
+    """A name as it is where nothing in the module is compiled."""
+    return name.replace(_COMPILED, "") if _COMPILED in name else name
+
+
+def bare_names(names: Iterable[Any]) -> dict[Any, Any]:
+    """From each bare name to the name. Those that would be the same stay as they are."""
+    given = list(names)
+    found = {bare_name(name) if isinstance(name, str) else name: name for name in given}
+    return found if len(found) == len(given) else {name: name for name in given}
