@@ -422,6 +422,8 @@ def _open(ref: work.TierRef) -> tuple[Place, RunFiles | None]:
         timeout_s = Limits.from_environment().call_timeout_s
         store = open_store(ref.path, ref.access, name=ref.label or ref.kind, timeout_s=timeout_s)
         return Place(store, _through(store, ref)), None
+    if ref.kind == "peers":
+        raise UsageError("that is no place of this node", state="nothing was done")
     in_memory = ref.kind == "ram"
     local = LocalTier(
         ref.path,

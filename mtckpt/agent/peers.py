@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mtckpt._domains import domains_here
 from mtckpt._handshake import SECRET_BYTES, PeerAddress, same_place
 from mtckpt.agent import protocol, work
 from mtckpt.agent.interfaces import choose_host
@@ -193,6 +194,7 @@ class Peers:
             self._registry.boot_id,
             self._registry.agent_id,
             self._registry.host,
+            tuple(domains_here().items()),
         )
 
     async def keep(self) -> None:
