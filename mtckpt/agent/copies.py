@@ -67,6 +67,7 @@ class Copies:
         self._ring = ring
         self._peers = peers
         self._threads = ThreadPoolExecutor(MAX_CALLS, "mtckpt-copies")
+        self._told: dict[str, str] = {}
 
     def look(self, run: RunState, tier: TierState) -> None:
         """What has changed for the copies since: who holds them, or that none are needed."""
@@ -76,6 +77,7 @@ class Copies:
                 self._ring.supersede(run, save, tier.label)
                 run.touch(save)
             return
+        self._tell_placement(run, run.layout, tier.config.copies)
         outlived = run.newest_replicated()
         for save in [s for s in run.saves.values() if tier.label in s.ranks]:
             if save.order < outlived:
@@ -87,6 +89,16 @@ class Copies:
                 run.drop_copy(save, tier.label)
                 save.due.add(tier.label)
                 run.touch(save)
+
+    def _tell_placement(self, run: RunState, layout: Layout, copies: int) -> None:
+        """Once a start of the job, by the lead: what the copies survive, and what they do not."""
+        if self._told.get(run.key) == run.secret or not layout.is_lead:
+            return
+        self._told[run.key] = run.secret
+        placed = placement_of(layout, copies)
+        for warning in placed.warnings:
+            logger.warning("run %s: %s", run.key, warning)
+        self._tools.events.emit("copies.placed", run=run.run, report=placed.as_json())
 
     async def copy(self, run: RunState, tier: TierState, save: SaveState) -> int:
         """Have all partners take this node's part of a save; the bytes that they took.
