@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mtckpt._replicas import replicated
     from mtckpt._retention import KeepBest, KeepEvery, KeepLast
     from mtckpt._rng import rng
-    from mtckpt._schedule import Disk, ObjectStore, Ram
+    from mtckpt._schedule import Disk, ObjectStore, Peers, Ram
 
 __all__ = [
     "Checkpointer",
@@ -32,6 +32,7 @@ __all__ = [
     "KeepEvery",
     "KeepLast",
     "ObjectStore",
+    "Peers",
     "Ram",
     "Restored",
     "Save",
@@ -51,6 +52,7 @@ _HOME = {
     "KeepEvery": "mtckpt._retention",
     "KeepLast": "mtckpt._retention",
     "ObjectStore": "mtckpt._schedule",
+    "Peers": "mtckpt._schedule",
     "Ram": "mtckpt._schedule",
     "Restored": "mtckpt._handle",
     "Save": "mtckpt._handle",

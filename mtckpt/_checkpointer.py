@@ -26,6 +26,7 @@ from mtckpt._run import Run
 from mtckpt._saver import Saver
 from mtckpt._schedule import (
     Disk,
+    Peers,
     Ram,
     SlowTier,
     Tempo,
@@ -453,9 +454,11 @@ def _split(tiers: Sequence[TierSettings] | None, run: str) -> tuple[Ram, list[Sl
         return Ram(), [Disk("checkpoints")]
     rams = [tier for tier in tiers if isinstance(tier, Ram)]
     slow = [tier for tier in tiers if isinstance(tier, SlowTier)]
-    if len(rams) + len(slow) != len(tiers) or not tiers or len(rams) > 1:
+    peers = sum(isinstance(tier, Peers) for tier in slow)
+    if len(rams) + len(slow) != len(tiers) or not tiers or max(len(rams), peers) > 1:
         raise UsageError(
-            f"tiers={list(tiers)!r}: give at most one Ram, and any number of Disk and ObjectStore",
+            f"tiers={list(tiers)!r}: give at most one Ram and one Peers, and any number of Disk and"
+            " ObjectStore",
             state="nothing was done",
         )
     for tier in slow:

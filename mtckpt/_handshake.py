@@ -49,6 +49,7 @@ class PeerAddress(msgspec.Struct, frozen=True):
     """Where the agent of a node listens for others. ``name`` is the host's, for people.
 
     ``boot_id`` tells whether its memory is still what it was, ``agent_id`` whether the agent is.
+    ``domains`` are its failure domains, kind and name, narrowest first.
     """
 
     host: str
@@ -57,6 +58,7 @@ class PeerAddress(msgspec.Struct, frozen=True):
     boot_id: str = ""
     agent_id: str = ""
     name: str = ""
+    domains: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name} ({self.host})" if self.name else self.host

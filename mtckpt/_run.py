@@ -24,7 +24,7 @@ from mtckpt._handshake import new_secret
 from mtckpt._manifest import Incarnation, SaveName
 from mtckpt._pieces import ALONE, Members
 from mtckpt._restore import Place
-from mtckpt._schedule import ObjectStore
+from mtckpt._schedule import ObjectStore, Peers
 from mtckpt.adapters import find_group
 from mtckpt.agent import protocol
 from mtckpt.errors import (
@@ -208,6 +208,9 @@ class Run:
 
     def _opened(self, label: str, settings: SlowTier) -> Tier | None:
         """The tier, None where there is no directory yet; opened in a thread, as it may hang."""
+
+        if isinstance(settings, Peers):
+            return None  # other nodes' memory, which their agents serve
 
         def look() -> Tier | None:
             if isinstance(settings, ObjectStore):

@@ -26,6 +26,7 @@ __all__ = [
     "Disk",
     "DueTier",
     "ObjectStore",
+    "Peers",
     "Ram",
     "Schedule",
     "SlowTier",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 AUTO_START_STEPS = 10
+MAX_COPIES = 8
 AUTO_LOSS = 0.01
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ _SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
 class TierSettings:
-    """What ``Ram``, ``Disk`` and ``ObjectStore`` are to a type checker, so that a list has a type.
+    """What ``Ram``, ``Disk``, ``Peers`` and ``ObjectStore`` are to a type checker, also in lists.
 
     ``Checkpointer(tiers=...)`` takes a sequence of these, and at run time only those classes.
     """
@@ -118,6 +120,37 @@ class Disk(SlowTier):
     @property
     def place(self) -> str:
         return absolute(self.path)
+
+
+@dataclass(frozen=True)
+class Peers(SlowTier):
+    """Memory of other nodes of the job: what is there survives the loss of a node.
+
+    Each node's partners pull its parts of a save into their own memory, where they take as much
+    room as the parts themselves, twice while a newer save arrives. Which nodes those are follows
+    from the failure domains that nodes say they are in.
+
+    Args:
+        copies: on how many other nodes each byte is to be.
+        every: steps, or a time such as "10min"; 1 takes every step that is staged.
+    """
+
+    kind = "peers"
+    copies: int = field(default=1, kw_only=True)
+    every: int | str = field(default=1, kw_only=True)
+    keep: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        parse_every(self.every, times=True)
+        if not isinstance(self.copies, int) or not 1 <= self.copies <= MAX_COPIES:
+            raise UsageError(
+                f"Peers(copies={self.copies!r}): must be 1 to {MAX_COPIES}",
+                state="nothing was done",
+            )
+
+    @property
+    def place(self) -> str:
+        return f"{self.copies} other node{'s' if self.copies > 1 else ''}"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mtckpt import _manifest, _shard
 from mtckpt._inventory import check_identity, check_record, has_leases, shard_keys
 from mtckpt._manifest import Record, SaveName
 from mtckpt.errors import Damaged, FormatError, ShortRead
+from mtckpt.tiers._blocks import in_threads
 from mtckpt.tiers._os_errors import tier_error
 from mtckpt.tiers.base import Tier, read_all
 from mtckpt.tiers.local import LocalTier
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mtckpt.tiers.local import Lease
 
 __all__ = [
+    "ArrivingSource",
     "Blocks",
     "Held",
     "Mapped",
@@ -45,6 +47,13 @@ BLOCK_BYTES = 8 << 20
 ALIGN_BYTES = 4096
 # Requests under way at once while a shard is read back from where each takes a while.
 RANGE_THREADS = 8
+# Connections that one shard comes over from a peer; what one request brings is still in the
+# processor's cache when it is compared.
+STREAMS = 4
+ARRIVING_BYTES = 4 << 20
+# How often bytes that differ from their digest are asked for again: what was lost on the way is
+# right the next time, what is damaged at its source is not.
+REREADS = 2
 Progress = Callable[[int], None]
 _E = TypeVar("_E", bound=FormatError)
 
@@ -54,12 +63,14 @@ class Place:
     """A tier. ``through`` is what puts go through: the tier itself, or a wrapper of it.
 
     ``in_memory``: it is a tmpfs, so its files are mapped; others are read in blocks, since a disk
-    that fails would end a reader of a mapping with SIGBUS.
+    that fails would end a reader of a mapping with SIGBUS. ``is_peer``: another node's, from which
+    several streams bring more than one.
     """
 
     tier: Tier
     through: Tier
     in_memory: bool = False
+    is_peer: bool = False
 
     @property
     def is_local(self) -> bool:
@@ -339,6 +350,65 @@ class VerifyingSource:
             raise failed[0]
 
 
+class ArrivingSource(VerifyingSource):
+    """The data file of a shard that comes from a peer: it can be received where it is to lie.
+
+    ``reread_bytes`` were asked for again, since they had not come as they were sent.
+    """
+
+    def __init__(self, held: Held, layout: ShardLayout, table: Table, **rest: Any) -> None:
+        super().__init__(Ranges(held), layout, table, **rest)
+        self._held = held
+        self.reread_bytes = 0
+
+    def fill(self, out: memoryview) -> None:
+        """Receive all of it into ``out``, by several streams, each chunk compared as it comes.
+
+        Raises Damaged for what stays different, and what the tier says.
+        """
+        starts = list(range(0, self.size_bytes, ARRIVING_BYTES))
+        blocks = iter(starts)
+        lock = threading.Lock()
+        failed = threading.Event()
+
+        def work(_: int) -> None:
+            try:
+                while not failed.is_set():
+                    with lock:
+                        start = next(blocks, None)
+                    if start is None:
+                        return
+                    self._receive(out, start)
+            except BaseException:
+                failed.set()  # the other streams need not bring the rest
+                raise
+
+        in_threads(min(STREAMS, len(starts)), work)
+        for start in starts[1:]:  # chunks that two requests have brought
+            self._compare(out, start - _shard.CHUNK_BYTES, start)
+
+    def _receive(self, out: memoryview, start: int) -> None:
+        stop = min(start + ARRIVING_BYTES, self.size_bytes)
+        self._held.read_into(out[start:stop], start)
+        self._compare(out, start, stop if stop == self.size_bytes else stop - _shard.CHUNK_BYTES)
+        if self._progress is not None:
+            self._progress(stop - start)
+
+    def _compare(self, out: memoryview, start: int, stop: int) -> None:
+        """Compare the chunks that begin in a range, and ask again for what differs."""
+        end = min(stop + _shard.CHUNK_BYTES, self.size_bytes)
+        for left in range(REREADS, -1, -1):
+            try:
+                _shard.check_range(self._layout, self._digests, out[start:end], start, stop)
+            except Damaged as error:
+                if not left:
+                    raise placed(error, self._tier, self._key) from error
+                self.reread_bytes += end - start
+                self._held.read_into(out[start:end], start)
+            else:
+                return
+
+
 def placed(error: _E, tier: str, key: str) -> _E:
     """The same error with the place in it."""
     details: dict[str, Any] = {**error.details, "tier": tier, "key": key}
@@ -374,9 +444,11 @@ def open_shard(
         # The lease comes first: a slot that is not leased may be recycled between two reads.
         record, record_data = read_record(tier, record_key, name, rank)
         layout, table, table_data = read_identity(tier, record, held, data_key, table_key)
-        data = VerifyingSource(
-            reader, layout, table, tier=tier.name, key=data_key, progress=progress
-        )
+        at: dict[str, Any] = {"tier": tier.name, "key": data_key, "progress": progress}
+        if place.is_peer:
+            data: VerifyingSource = ArrivingSource(held, layout, table, **at)
+        else:
+            data = VerifyingSource(reader, layout, table, **at)
         yield OpenShard(record, record_data, table_data, layout, table, data)
 
 

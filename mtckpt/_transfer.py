@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,15 @@ from mtckpt._crash import crash_point
 from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Manifest, ManifestEntry, SaveName
 from mtckpt._shard import verify_mapped
-from mtckpt._source import OpenShard, Place, Progress, VerifyingSource, open_bytes, open_shard
+from mtckpt._source import (
+    ArrivingSource,
+    OpenShard,
+    Place,
+    Progress,
+    VerifyingSource,
+    open_bytes,
+    open_shard,
+)
 from mtckpt.errors import (
     AlreadyExists,
     CheckpointError,
@@ -62,9 +70,10 @@ logger = logging.getLogger(__name__)
 class CopyResult:
     """``rewritten`` are keys that were there, damaged, and were set aside; ``record`` has the
     bytes of the record that was stored last, by its key. ``reused_bytes`` were copied inside the
-    target."""
+    target, ``reread_bytes`` asked for again."""
 
     copied_bytes: int = 0
+    reread_bytes: int = 0
     reused_bytes: int = 0
     rewritten: list[str] = field(default_factory=list)
     record: dict[str, bytes] = field(default_factory=dict)
@@ -107,6 +116,8 @@ def copy_shard(
             _take_back(target, stored)
             raise
         result.record[record_key] = shard.record_data
+        if isinstance(shard.data, ArrivingSource):
+            result.reread_bytes = shard.data.reread_bytes
     return result
 
 
@@ -338,14 +349,23 @@ def heal_shard(
 
 
 def delete_save(
-    place: Place, run_key: str, name: SaveName, *, records_only: bool = False
+    place: Place,
+    run_key: str,
+    name: SaveName,
+    *,
+    records_only: bool = False,
+    ranks: Collection[int] | None = None,
 ) -> tuple[bool, int]:
     """Delete a save, marker and records first: ``(busy, freed bytes)``; busy if it is leased.
 
     Killed anywhere, this leaves files that no record speaks for, and the next call ends it.
     ``records_only`` ends it there: nobody begins to read the save then, whoever does goes on.
+    ``ranks``: only their shards go, and what others have of the save stays as it is.
     """
     keys = {info.key: info.size_bytes for info in place.tier.list(f"{run_key}/{name}/")}
+    if ranks is not None:
+        own = {key for rank in ranks for key in shard_keys(run_key, name, rank)}
+        keys = {key: size_bytes for key, size_bytes in keys.items() if key in own}
     for key in keys:
         if key.endswith(".safetensors") and _is_leased(place, key):
             return True, 0
@@ -359,10 +379,10 @@ def delete_save(
         crash_point(f"delete.{index}")
     freed_bytes = sum(keys[key] for key in order)
     for aside in place.local.quarantined() if place.is_local else ():
-        if aside.key.startswith(f"{run_key}/{name}/"):
+        if aside.key.startswith(f"{run_key}/{name}/") and (ranks is None or aside.key in own):
             place.local.drop_quarantined(aside)
             freed_bytes += aside.size_bytes
-    if place.is_local and not records_only:
+    if place.is_local and not records_only and ranks is None:
         place.local.drop_remains(f"{run_key}/{name}")
     return False, freed_bytes
 

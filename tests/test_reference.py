@@ -13,7 +13,9 @@ import msgspec
 import pytest
 
 from mtckpt import _dtypes, _manifest, _shard
+from mtckpt._handshake import PeerAddress
 from mtckpt.tiers import LocalTier, ObjectStoreTier, Survives, Tier
+from mtckpt.tiers.peer import PeerTier
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -39,14 +41,20 @@ def table(text: str, heading: str, *, nth: int = 0) -> list[list[str]]:
 def test_the_table_of_guarantees_is_what_the_tiers_say(tmp_path: Path) -> None:
     ram: Tier = LocalTier(tmp_path, name="ram", survives=Survives.PROCESS, sync=False)
     disk: Tier = LocalTier(tmp_path)
+    peers: Tier = PeerTier(PeerAddress("127.0.0.1", 1, 1), "run", bytes(32))
     store: Tier = ObjectStoreTier(f"file://{tmp_path}/store")
     columns = [Survives.PROCESS, Survives.POWER, Survives.NODE, Survives.CLUSTER]
     wanted = [
         [tier.name, stage, *("yes" if loss in tier.survives else "no" for loss in columns)]
-        for tier, stage in ((ram, "staged"), (disk, "local"), (store, "durable"))
+        for tier, stage in (
+            (ram, "staged"),
+            (disk, "local"),
+            (peers, "replicated"),
+            (store, "durable"),
+        )
     ]
     assert table(page("guarantees.md"), "What survives what") == wanted
-    for tier in (ram, disk, store):
+    for tier in (ram, disk, peers, store):
         tier.close()
 
 

@@ -67,6 +67,7 @@ class Carrier:
             work.Free: self._free,
             work.Scan: self._scan,
             work.Flush: self._flush,
+            work.Pull: self._pull,
             work.Complete: self._complete,
             work.Verify: self._verify,
             work.Delete: self._delete,
@@ -89,7 +90,7 @@ class Carrier:
             if again and isinstance(command, work.Allocate):
                 # What was left of it is nobody's yet: the id was never answered.
                 self._slots(command.tier).free(command.run_key, command.slot_id)
-            if isinstance(command, (work.Flush, work.Heal)):
+            if isinstance(command, (work.Flush, work.Heal, work.Pull)):
                 return carry(command, report)
             return carry(command)
         except TierUnavailable:
@@ -297,6 +298,17 @@ class Carrier:
             reused_bytes=result.reused_bytes,
         )
 
+    def _pull(self, command: work.Pull, report: Report) -> work.Flushed:
+        # The other data processes have no use for sockets.
+        from mtckpt.agent.receiving import receive
+
+        def begin(size_bytes: int) -> Callable[[int], None]:
+            report(work.Progress(0, size_bytes))
+            return _Meter(size_bytes, report).add
+
+        report(work.Progress(0, 0))
+        return receive(command, self._place(command.target), _save_name(command.save), begin)
+
     def _complete(self, command: work.Complete) -> work.Completed:
         name = _save_name(command.save)
         done = _transfer.write_manifest(self._place(command.tier), command.run_key, name)
@@ -320,6 +332,7 @@ class Carrier:
                 command.run_key,
                 _save_name(command.save),
                 records_only=command.records_only,
+                ranks=command.ranks,
             )
         return work.Deleted(busy, freed_bytes)
 
@@ -337,7 +350,6 @@ class Carrier:
         return work.Stored()
 
     def _serve_peers(self, command: work.ServePeers) -> work.Serving:
-        # The other data processes have no use for sockets.
         from mtckpt.agent.peer_server import PeerServer
 
         with self._lock:

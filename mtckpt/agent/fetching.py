@@ -115,7 +115,10 @@ class Fetcher:
     async def _take_back(self, run: RunState, save: SaveState, label: str, ref: TierRef) -> None:
         """The parts of some ranks are no save, and nobody would know of them."""
         try:
-            await self._tools.call(work.Delete(ref, run.key, str(save.name)), work.Deleted)
+            own = sorted(set(range(save.world_size)) - save.guests)
+            ranks = own if label == RAM and save.guests else None
+            command = work.Delete(ref, run.key, str(save.name), ranks=ranks)
+            await self._tools.call(command, work.Deleted)
         except CheckpointError as error:
             # Why it was not fetched is what is told.
             logger.warning("run %s: %s stays in part in %s: %s", run.key, save.name, label, error)
@@ -124,6 +127,7 @@ class Fetcher:
         save.ranks[label] = set(range(save.world_size))
         if label == RAM:
             save.remains = False
+            save.guests.clear()  # what was brought once more is this node's own
             here = {slot.rank for slot in run.slots.values() if slot.save == str(save.name)}
             for rank in save.ranks[RAM] - here:
                 slot = Slot(os.urandom(6).hex(), SlotState.COMMITTED, save.shard_bytes[rank])

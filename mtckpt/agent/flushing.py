@@ -21,6 +21,7 @@ from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.errors import CheckpointError, CommitConflict, Damaged, TierUnavailable
 
 if TYPE_CHECKING:
+    from mtckpt.agent.copies import Copies
     from mtckpt.agent.healing import Healer
     from mtckpt.agent.ring import Ring
     from mtckpt.agent.tools import Tools
@@ -35,8 +36,9 @@ MAX_HEALS = 3
 class Flusher:
     """What is done for slower tiers; one for the agent, the state is the run's."""
 
-    def __init__(self, tools: Tools, ring: Ring, healer: Healer) -> None:
+    def __init__(self, tools: Tools, ring: Ring, healer: Healer, copies: Copies) -> None:
         self._tools = tools
+        self._copies = copies
         self._ring = ring
         self._healer = healer
         self._keeper = Keeper(tools, ring, healer)
@@ -71,6 +73,8 @@ class Flusher:
                     await self._scan(run, tier)
                 await self._store_small(run, tier)
                 await self._complete(run, tier)
+                if tier.is_peers:
+                    self._copies.look(run, tier)
                 worked = await self._flush_next(run, tier)
             except CheckpointError as error:
                 await self._wait_after(run, tier, error)
@@ -79,6 +83,9 @@ class Flusher:
                 await tier.wake.wait()
 
     async def _scan(self, run: RunState, tier: TierState) -> None:
+        if tier.is_peers:  # who has what is found by offering it: what is there is not sent again
+            run.note_scan(tier.label, work.RunScan(run.key))
+            return
         scanned = await self._tools.call(work.Scan(tier.ref, run.key), work.Scanned)
         self._answered(run, tier)
         here = [found for found in scanned.runs if found.run_key == run.key]
@@ -134,8 +141,9 @@ class Flusher:
                     copied_bytes = await self._copy(run, tier, save)
         except CheckpointError as error:
             save.writing.discard(tier.label)
-            # Retention looks after what it may have left, if no later try completes it.
-            save.ranks.setdefault(tier.label, set())
+            if not tier.is_peers:
+                # Retention looks after what it may have left, if no later try completes it.
+                save.ranks.setdefault(tier.label, set())
             if queue.is_owed(error):
                 raise
             await self._failed(run, tier, save, error)
@@ -148,6 +156,8 @@ class Flusher:
         tier.bytes_per_s = copied_bytes / elapsed_s
         self._answered(run, tier)
         self._arrived(run, tier, save, copied_bytes, elapsed_s)
+        if tier.is_peers:
+            return True  # other nodes let go of what they hold
         self._keeper.start(run, tier, save)
         return True
 
@@ -168,6 +178,8 @@ class Flusher:
             run.touch(save)
 
     async def _copy(self, run: RunState, tier: TierState, save: SaveState) -> int:
+        if tier.is_peers:
+            return await self._copies.copy(run, tier, save)
         tier.total_bytes, tier.done_bytes = save.size_bytes, 0
         before_bytes = reused_bytes = 0
 

@@ -78,6 +78,8 @@ class Healer:
         for source in [RAM, *run.tiers]:
             if source == label or rank not in save.ranks.get(source, ()):
                 continue
+            if source != RAM and run.tiers[source].is_peers:
+                continue
             command = work.Heal(run.key, str(save.name), rank, _ref(run, label), _ref(run, source))
             try:
                 with _held(run, save, label, source):
@@ -124,7 +126,7 @@ class Healer:
     async def scrub(self, run: RunState) -> None:
         """Read every copy of every save once, but for those in a store, which does so itself."""
         run.scrubbed_s = time.monotonic()
-        local = {RAM, *(tier.label for tier in run.tiers.values() if not tier.is_store)}
+        local = {RAM, *(t.label for t in run.tiers.values() if not (t.is_store or t.is_peers))}
         for save in sorted(run.saves.values(), key=lambda s: s.order, reverse=True):
             for label in sorted(local & save.ranks.keys()):
                 if run.gone or str(save.name) not in run.saves or label in save.writing:

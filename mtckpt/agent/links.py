@@ -205,7 +205,7 @@ class Links:
             if link.told_by:
                 link.forget()
             link.told_by = message.address.agent_id
-            await self._follow(run, message.node, message.address)
+            await self.follow(run, message.node, message.address)
         heard = [save for news in message.saves if (save := self._take_in(run, message.node, news))]
         for save in sorted(heard, key=lambda s: s.order):
             if (save.name.incarnation, save.name.step) > (link.incarnation, link.last_step):
@@ -218,7 +218,7 @@ class Links:
             self._flusher.look_again(run, run.tiers[label])
         return Heard(here.agent_id)
 
-    async def _follow(self, run: RunState, number: int, address: PeerAddress) -> None:
+    async def follow(self, run: RunState, number: int, address: PeerAddress) -> None:
         """Another agent has the place of one that joined: it is spoken to where it is."""
         layout, join = run.layout, self._peers.joined(run.key)
         if layout is None or join is None or join.nodes[number].address == address:

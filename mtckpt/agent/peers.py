@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mtckpt._domains import domains_here
 from mtckpt._handshake import SECRET_BYTES, PeerAddress, same_place
 from mtckpt._run_files import RunFiles
 from mtckpt.agent import protocol, work
@@ -195,6 +196,7 @@ class Peers:
             self._registry.boot_id,
             self._registry.agent_id,
             self._registry.host,
+            tuple(domains_here().items()),
         )
 
     async def keep(self) -> None:

@@ -14,6 +14,7 @@ from mtckpt._access import open_store
 from mtckpt._run_files import RunFiles
 from mtckpt._source import Place
 from mtckpt.agent.queue import Limits
+from mtckpt.errors import UsageError
 from mtckpt.tiers.base import Survives
 from mtckpt.tiers.local import LocalTier
 
@@ -37,6 +38,8 @@ def open_place(ref: work.TierRef) -> tuple[Place, RunFiles | None]:
             max_bytes_per_s=ref.bytes_per_s or None,
         )
         return Place(store, store), None
+    if ref.kind == "peers":
+        raise UsageError("that is no place of this node", state="nothing was done")
     in_memory = ref.kind == "ram"
     local = LocalTier(
         ref.path,

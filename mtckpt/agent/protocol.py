@@ -34,7 +34,7 @@ from mtckpt import errors
 from mtckpt._access import Access
 from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import Uuid
-from mtckpt._schedule import ObjectStore
+from mtckpt._schedule import ObjectStore, Peers
 
 if TYPE_CHECKING:
     from mtckpt._schedule import SlowTier
@@ -60,7 +60,8 @@ class TierConfig(msgspec.Struct, frozen=True):
 
     ``keep`` is a list of retention rules: ``{"last": n}``, ``{"every": n}``, ``{"every_s": s,
     "within_s": s}``, ``{"best": n, "metric": m, "mode": "min"}``; empty keeps everything. ``path``
-    is the URL of a store, and ``access`` how it is reached.
+    is the URL of a store, and ``access`` how it is reached. ``copies`` are those on other nodes, of
+    a tier of kind "peers".
     """
 
     label: str
@@ -69,12 +70,14 @@ class TierConfig(msgspec.Struct, frozen=True):
     keep: list[dict[str, Any]] = []
     access: Access = Access()
     reuse: bool = False
+    copies: int = 0
 
 
 def tier_config(label: str, tier: SlowTier, keep: list[dict[str, Any]]) -> TierConfig:
     """The settings of a tier as the agent gets them."""
     reuse = isinstance(tier, ObjectStore) and tier.reuse
-    return TierConfig(label, tier.kind, tier.place, keep, tier.access, reuse)
+    copies = tier.copies if isinstance(tier, Peers) else 0
+    return TierConfig(label, tier.kind, tier.place, keep, tier.access, reuse, copies)
 
 
 class Open(msgspec.Struct, frozen=True):

@@ -42,7 +42,8 @@ class SlotState(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class SaveFacts:
     """A save in RAM. ``order`` sorts saves: (incarnation, step). ``owed`` are the labels that it is
-    due at and that neither have it nor gave up; ``writing`` those being written to just now."""
+    due at and that neither have it nor gave up; ``writing`` those being written to just now.
+    ``copied``: other nodes have copies of what is here; ``replicated``: of all there is of it."""
 
     name: str
     order: tuple[int, int]
@@ -50,6 +51,8 @@ class SaveFacts:
     owed: frozenset[str] = frozenset()
     writing: frozenset[str] = frozenset()
     readers: int = 0
+    copied: bool = False
+    replicated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,9 @@ def blocks_recycling(save: SaveFacts, saves: Sequence[SaveFacts]) -> str:
     owed = [label for label in sorted(save.owed) if not any(label in s.owed for s in newer)]
     if owed:
         return f"is owed to {', '.join(owed)}"
+    if save.copied and not any(s.replicated for s in newer):
+        # With another node its copies of this save may go: then the parts in RAM make it whole.
+        return "is the newest that other nodes have"
     return ""
 
 

@@ -20,8 +20,10 @@ import msgspec
 from mtckpt._slots import DIRECTORY
 from mtckpt.agent import owners, protocol, queue, work
 from mtckpt.agent.agreement import Agreement
+from mtckpt.agent.copies import Copies
 from mtckpt.agent.fetching import Fetcher
 from mtckpt.agent.flushing import Flusher
+from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.links import Links
 from mtckpt.agent.owners import Owner
@@ -58,7 +60,6 @@ class Registry:
         self.ring = Ring(tools)
         self.agreement = Agreement(tools, self.ring)
         self.healer = Healer(tools)
-        self.flusher = Flusher(tools, self.ring, self.healer)
         self.fetcher = Fetcher(tools)
         self.runs: dict[str, RunState] = {}
         self.agent_id = os.urandom(8).hex()
@@ -66,7 +67,11 @@ class Registry:
         self.host = socket.gethostname()
         self.ready = asyncio.Event()
         self.peers = Peers(self)
+        self.copies = Copies(tools, self.ring, self.peers)
+        self.flusher = Flusher(tools, self.ring, self.healer, self.copies)
         self.links = Links(tools, self.ring, self.agreement, self.flusher, self.peers)
+        follow, write_config = self.links.follow, self.write_config
+        self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config)
         self._roots_path = os.path.join(directory, ROOTS_NAME)
         self._roots: list[str] = []
         self._loading = asyncio.Lock()
@@ -112,8 +117,9 @@ class Registry:
         """One run as another agent left it: living owners are watched, dead ones settled."""
         run = RunState(config.run, config.run_key, ram)
         self.set_tiers(run, config.tiers)
-        run.note_scan(RAM, scan)
         extra = config.extra
+        run.noted_guests = dict(extra.get("guests") or {})
+        run.note_scan(RAM, scan)
         run.left_at = float(extra.get("left_at") or time.time())
         run.closing = bool(extra.get("closing"))
         run.token = str(extra.get("token") or "")
@@ -338,6 +344,7 @@ class Registry:
                     self._died(run, owner)
             try:
                 await self.agreement.overdue(run)
+                await self.guests.let_go(run)
                 await self._let_go(run)
             except CheckpointError as error:
                 logger.warning("run %s: RAM is not freed: %s", run.key, error)
@@ -353,9 +360,11 @@ class Registry:
             return
         newest = run.newest_staged()
         safe = newest is None or any(
-            newest.is_complete(label) and label not in newest.damaged for label in run.tiers
+            newest.is_complete(label) and label not in newest.damaged
+            for label, tier in run.tiers.items()
+            if not tier.is_peers  # that is memory as well: it may be freed at the same time
         )
-        in_ram = any(RAM in save.ranks for save in run.saves.values())
+        in_ram = any(RAM in save.ranks or save.guests for save in run.saves.values())
         left_s = time.time() - run.left_at
         if left_s > self.tools.limits.ram_ttl_s:
             why = "nobody came back" if safe else "nobody came back; no other tier has the newest"
@@ -462,6 +471,8 @@ def _ref_of(config: TierConfig, limits: Limits, *, group_access: bool) -> TierRe
         return TierRef(
             "store", config.path, label=config.label, bytes_per_s=cap, access=config.access
         )
+    if config.kind == "peers":
+        return msgspec.structs.replace(PULLING, label=config.label)
     raise UsageError(f"this agent knows no tier of kind {config.kind!r}")
 
 

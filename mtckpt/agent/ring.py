@@ -466,7 +466,8 @@ class Ring:
         save.recycling = True
         try:
             async with run.lock(save, RAM):
-                command = work.Delete(run.ram, run.key, str(save.name))
+                ranks = save.apart_from_guests
+                command = work.Delete(run.ram, run.key, str(save.name), ranks=ranks)
                 if (await self._tools.call(command, work.Deleted)).busy:
                     return False
         finally:

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["RunState", "describe_failure"]
 
 MAX_KEPT_CHANGES = 10_000
+# How long slots wait for partners that do not answer.
+PARTNER_PATIENCE_S = 60.0
 
 
 @dataclass(eq=False)
@@ -56,6 +58,8 @@ class RunState:
     plans: dict[str, tuple[Plan, int]] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     finished: list[str] = field(default_factory=list)
+    # What an agent before this one had noted: ranks whose shards are copies for other nodes.
+    noted_guests: dict[str, list[int]] = field(default_factory=dict)
     token: str = ""
     closing: bool = False
     gone: bool = False
@@ -182,7 +186,24 @@ class RunState:
             for label in save.owed
             if not save.remains and not (self.tiers[label].is_store and self._disks_with(save))
         )
-        return save.facts(has_source=save.is_staged, owed=owed)
+        facts = save.facts(has_source=save.is_staged, owed=owed)
+        return replace(facts, copied=self._is_copied(save))
+
+    def _is_copied(self, save: SaveState) -> bool:
+        """Whether partners have this node's part, unless they have been silent for long: saves go
+        on without them then."""
+        now_s = time.monotonic()
+        return any(
+            tier.is_peers
+            and tier.label in save.ranks
+            and now_s - (tier.owed_since_s or now_s) < PARTNER_PATIENCE_S
+            for tier in self.tiers.values()
+        )
+
+    def newest_replicated(self) -> tuple[int, int]:
+        """The order of the newest save that outlives any one node; what is older need not."""
+        held = [s.order for s in self.saves.values() if {"replicated", "durable"} & {*s.stages}]
+        return max(held, default=(-1, -1))
 
     def flushable(self, tier: TierState) -> list[SaveFacts]:
         """Saves as the tier looks at them: those that it can be given now, and the others."""
@@ -272,7 +293,7 @@ class RunState:
 
     def forget_old(self) -> None:
         """Saves that lie nowhere are kept for a while, for whoever asks what became of them."""
-        nowhere = [s for s in self.saves.values() if not s.ranks and not s.writing]
+        nowhere = [s for s in self.saves.values() if not (s.ranks or s.guests or s.writing)]
         for save in sorted(nowhere, key=lambda s: s.seq)[:-MAX_KEPT_CHANGES]:
             del self.saves[str(save.name)]
 
@@ -314,7 +335,12 @@ class RunState:
             save.incarnation_id = save.incarnation_id or entry.incarnation_id
             save.world_size = entry.world_size or save.world_size
             save.size_bytes = max(save.size_bytes, entry.size_bytes)
-            save.ranks[label] = set(entry.ranks)
+            own = set(entry.ranks)
+            if label == RAM:
+                save.guests = own.intersection(self.noted_guests.get(entry.save, ()))
+                own -= save.guests
+            if own:
+                save.ranks[label] = own
             save.shard_bytes.update(zip(entry.ranks, entry.shard_bytes, strict=False))
             save.disputed |= not entry.complete and len(entry.ranks) == entry.world_size
             save.metrics = {**entry.metrics, **save.metrics}  # RAM, which comes first, is right
@@ -325,7 +351,7 @@ class RunState:
             if entry.problems:
                 save.damaged.add(label)
             if label == RAM:
-                save.due |= set(entry.due) & self.tiers.keys()
+                save.due |= set(entry.due) & self.tiers.keys() if own else set()
                 if save.is_complete(RAM):
                     self.reach(save, "staged")
                 continue
@@ -406,6 +432,7 @@ class RunState:
                 "uid": self.creator_uid,
                 "unseen": [o.holder for o in self.owners.values() if not o.seen],
                 "rank_here": min(self.layout.own) if self.layout else None,
+                "guests": {name: sorted(s.guests) for name, s in self.saves.items() if s.guests},
                 "fenced": msgspec.to_builtins([_noted(o) for o in self.fenced.values()]),
             },
         )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["RAM", "Plan", "SaveState", "Slot", "TierState"]
 
 RAM = "ram"
-_STAGE_OF_KIND = {"disk": "local", "store": "durable"}
+_STAGE_OF_KIND = {"disk": "local", "peers": "replicated", "store": "durable"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,10 @@ class Slot:
 class SaveState:
     """One save. ``ranks`` has, by tier label, the ranks whose records are there; none of them where
     only other files are. That is what this node can read, and may delete; what ranks of other nodes
-    have is in ``told``, by node: at the lead what each said last, elsewhere what the lead did."""
+    have is in ``told``, by node: at the lead what each said last, elsewhere what the lead did.
+
+    ``guests`` are ranks whose shards are in RAM here as copies for other nodes; ``held_by`` has the
+    boot ids of those that hold copies of this node's."""
 
     name: SaveName
     save_id: str
@@ -95,6 +98,8 @@ class SaveState:
     due: set[str] = field(default_factory=set)
     ranks: dict[str, set[int]] = field(default_factory=dict)
     told: dict[int, News] = field(default_factory=dict)
+    guests: set[int] = field(default_factory=set)
+    held_by: set[str] = field(default_factory=set)
     failed: dict[str, WireError] = field(default_factory=dict)
     owed_why: dict[str, str] = field(default_factory=dict)
     superseded: set[str] = field(default_factory=set)
@@ -187,8 +192,19 @@ class SaveState:
 
     def facts(self, *, has_source: bool, owed: frozenset[str]) -> SaveFacts:
         return SaveFacts(
-            str(self.name), self.order, has_source, owed, frozenset(self.writing), self.readers
+            str(self.name),
+            self.order,
+            has_source,
+            owed,
+            frozenset(self.writing),
+            self.readers,
+            replicated=not {"replicated", "durable"}.isdisjoint(self.stages),
         )
+
+    @property
+    def apart_from_guests(self) -> list[int] | None:
+        """The ranks to name where this node's own parts go and guests stay; None: all there is."""
+        return sorted(self.ranks.get(RAM, set())) if self.guests else None
 
     def change(self) -> SaveChange:
         return SaveChange(
@@ -234,3 +250,8 @@ class TierState:
     @property
     def is_store(self) -> bool:
         return self.config.kind == "store"
+
+    @property
+    def is_peers(self) -> bool:
+        """Whether what it has is in the memory of other nodes, whose agents look after it."""
+        return self.config.kind == "peers"

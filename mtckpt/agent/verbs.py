@@ -261,6 +261,7 @@ class Verbs:
             command = work.PutSmall(tier.ref, key, data)
             await self._tools.pool.call(command, timeout_s=SMALL_TIMEOUT_S)
 
+        tiers = [tier for tier in tiers if not tier.is_peers]  # each node writes it to its own
         results = await asyncio.gather(*(put(tier) for tier in tiers), return_exceptions=True)
         owed = {}
         for tier, result in zip(tiers, results, strict=True):
@@ -385,14 +386,16 @@ class Verbs:
             raise _locked(run, living[0])
         # An agent that has just started does not know yet what the slower tiers hold.
         await self._registry.wait_scanned(run, SMALL_TIMEOUT_S)
-        labels = [*run.tiers, RAM] if not message.tiers else message.tiers
+        # What other nodes hold is removed there.
+        own = [*(label for label, tier in run.tiers.items() if not tier.is_peers), RAM]
+        labels = message.tiers or own
         removed: list[str] = []
         kept: list[str] = []
         for label in labels:
-            ref = run.ram if label == RAM else run.tiers[label].ref if label in run.tiers else None
-            if ref is None:
-                raise UsageError(f"the run has no tier {label!r}", state="nothing was removed")
-            for save in [s for s in run.saves.values() if label in s.ranks]:
+            if label not in own:
+                raise UsageError(f"the run has no tier {label!r} here", state="nothing was removed")
+            ref = run.ram if label == RAM else run.tiers[label].ref
+            for save in [s for s in run.saves.values() if _is_in(s, label)]:
                 if message.step in (None, save.name.step):
                     why = await self._remove_one(run, save, label, ref)
                     (kept if why else removed).append(f"{label}: {save.name}{why}")
@@ -408,9 +411,15 @@ class Verbs:
             command = work.Delete(ref, run.key, str(save.name))
             if (await self._tools.call(command, work.Deleted)).busy:
                 return " is being read"
+        if label == RAM:
+            save.guests.clear()
         run.drop_copy(save, label)
         run.touch(save)
         return ""
+
+
+def _is_in(save: SaveState, label: str) -> bool:
+    return label in save.ranks or (label == RAM and bool(save.guests))
 
 
 def _locked(run: RunState, owner: Owner) -> RunLocked:

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import msgspec
 
 from mtckpt import errors
+from mtckpt._handshake import PeerAddress
 from mtckpt.agent.findings import RunScan, SaveScan, SlotScan
 from mtckpt.agent.protocol import WireError
 from mtckpt.agent.run_config import RUN_CONFIG_VERSION, Owner, RunConfig, ServedRun, TierRef
@@ -132,6 +133,26 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     reused_bytes: int = 0
 
 
+class Pull(msgspec.Struct, frozen=True, tag=True):
+    """-> Flushed: one shard of another node's memory copied to this one's, received and verified by
+    several streams, record last; streams Progress. What is there already and right is kept.
+
+    Any error leaves nothing on the target that this command stored. TierFull before a byte of it
+    has come. Damaged: what the other node has, or sends again and again, is not that shard.
+    """
+
+    tier: TierRef
+    run_key: str
+    save: str
+    rank: int
+    address: PeerAddress
+    secret: str
+    target: TierRef
+
+    def __repr__(self) -> str:
+        return f"Pull({self.run_key!r}, {self.save!r}, rank={self.rank}, from={self.address})"
+
+
 class Complete(msgspec.Struct, frozen=True, tag=True):
     """-> Completed: what a flush does last, for a save whose records were all there already.
 
@@ -156,12 +177,13 @@ class Verify(msgspec.Struct, frozen=True, tag=True):
 class Delete(msgspec.Struct, frozen=True, tag=True):
     """-> Deleted: a save and all in its directory, records first. Not a shard of it is half gone:
     ``busy`` means that a reader has a lease and nothing was changed. ``records_only`` goes no
-    further than the records."""
+    further than the records. ``ranks``, if given: the shards of these, and nothing else."""
 
     tier: TierRef
     run_key: str
     save: str
     records_only: bool = False
+    ranks: list[int] | None = None
 
 
 class Heal(msgspec.Struct, frozen=True, tag=True):
@@ -235,6 +257,7 @@ Command: TypeAlias = (
     | Free
     | Scan
     | Flush
+    | Pull
     | Complete
     | Verify
     | Delete
@@ -321,7 +344,8 @@ class Scanned(msgspec.Struct, frozen=True, tag=True):
 
 
 class Flushed(msgspec.Struct, frozen=True, tag=True):
-    """``complete``: every rank's record is there now. ``rewritten``: keys that were damaged.
+    """Of a Pull, ``reread_bytes`` had to be asked for again: they came otherwise than they went.
+    ``complete``: every rank's record is there now. ``rewritten``: keys that were damaged.
     ``weak``: the store could not make the commit atomic. ``reused_bytes`` were not sent."""
 
     copied_bytes: int
@@ -330,6 +354,7 @@ class Flushed(msgspec.Struct, frozen=True, tag=True):
     rewritten: list[str] = []
     weak: bool = False
     reused_bytes: int = 0
+    reread_bytes: int = 0
 
 
 class Completed(msgspec.Struct, frozen=True, tag=True):

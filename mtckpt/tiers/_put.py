@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
 import sys
@@ -21,7 +22,7 @@ from mtckpt._crash import crash_point
 from mtckpt.tiers._blocks import Writer
 from mtckpt.tiers._os_errors import free_bytes_at, tier_full
 from mtckpt.tiers._rooted import FILE_FLAGS, Root, full_sync, let_go, temporary_name
-from mtckpt.tiers.base import PutResult, Source
+from mtckpt.tiers.base import FillingSource, PutResult, Source
 
 if sys.platform != "win32":
     import fcntl
@@ -46,6 +47,7 @@ class Put:
     key: str
     source: Source
     direct_io: DirectIo
+    in_memory: bool = False
     size_bytes: int = field(init=False)
     name: str = field(init=False)
     temporary: str = field(init=False, default="")
@@ -170,6 +172,9 @@ class Put:
 
     def _fill(self, fd: int) -> None:
         self._reserve(fd)
+        if self.in_memory and isinstance(self.source, FillingSource) and self.size_bytes:
+            self._receive(fd, self.source)
+            return
         direct_fd = self._open_direct()
         try:
             Writer(
@@ -193,6 +198,19 @@ class Put:
             with self._mapped("sync"):
                 full_sync(fd)
         crash_point("put.synced")
+
+    def _receive(self, fd: int, source: FillingSource) -> None:
+        """Let the source write to the pages themselves, which are there: they were reserved."""
+        with self._mapped("map"):
+            pages = mmap.mmap(fd, self.size_bytes)
+        view = memoryview(pages)
+        try:
+            source.fill(view)
+        finally:
+            view.release()
+            with contextlib.suppress(BufferError):
+                pages.close()  # A traceback can still hold a slice; the mapping then goes with it.
+        crash_point("put.written")
 
     def _reserve(self, fd: int) -> None:
         """Take all the room now: no space is an error here, and never a SIGBUS in a mapping."""

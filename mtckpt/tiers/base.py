@@ -17,6 +17,7 @@ from mtckpt.errors import ShortRead, UsageError
 
 __all__ = [
     "BytesSource",
+    "FillingSource",
     "ObjectInfo",
     "PutResult",
     "Source",
@@ -74,6 +75,16 @@ class Source(Protocol):
     def size_bytes(self) -> int: ...
 
     def read(self, offset: int, size_bytes: int) -> memoryview: ...
+
+
+@runtime_checkable
+class FillingSource(Source, Protocol):
+    """A source that can as well put all of its bytes into memory that it is given.
+
+    A tier in memory gives it the pages of the object; what ``read`` may raise, ``fill`` may.
+    """
+
+    def fill(self, out: memoryview) -> None: ...
 
 
 class BytesSource:

@@ -143,7 +143,8 @@ class LocalTier:
         """Create ``key``; see ``Tier.put``."""
         check_key(key)
         with self._root.using(writing=True) as root_fd:
-            return Put(self._root, key, source, self._direct_io).run(root_fd)
+            in_memory = Survives.POWER not in self.survives
+            return Put(self._root, key, source, self._direct_io, in_memory).run(root_fd)
 
     def read_into(self, key: str, out: memoryview, offset: int = 0) -> None:
         """Fill ``out``; see ``Tier.read_into``."""

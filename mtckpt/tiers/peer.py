@@ -45,6 +45,8 @@ MAX_LISTING_BYTES = MAX_LISTED * 600
 # What is slower than this is as good as not there.
 MIN_BYTES_PER_S = 1024 * 1024
 MAX_IDLE = 8
+# Connections that break one after the other, each before a piece of what was asked for came.
+MAX_BREAKS = 3
 _PIECE_BYTES = 4 * 1024 * 1024
 _T = TypeVar("_T")
 
@@ -117,10 +119,13 @@ class PeerTier:
                 raise self._short(key, offset, 0, size_bytes - offset)
             return
         deadline_s = self._deadline_s(len(view))
-        done_bytes = 0
+        done_bytes = breaks = 0
         while done_bytes < len(view):
             piece = view[done_bytes : done_bytes + MAX_RANGE_BYTES]
-            done_bytes += self._read_range(key, piece, offset + done_bytes, deadline_s)
+            goes_on = breaks < MAX_BREAKS
+            got_bytes = self._read_range(key, piece, offset + done_bytes, deadline_s, goes_on)
+            breaks = 0 if got_bytes else breaks + 1
+            done_bytes += got_bytes
 
     def stat(self, key: str) -> ObjectInfo:
         """Size of the object; see ``Tier.stat``."""
@@ -173,8 +178,11 @@ class PeerTier:
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise http.client.HTTPException(f"answer does not parse: {error}") from error
 
-    def _read_range(self, key: str, view: memoryview, offset: int, deadline_s: float) -> int:
-        """The bytes that came: all of ``view``, or some before the connection broke."""
+    def _read_range(
+        self, key: str, view: memoryview, offset: int, deadline_s: float, goes_on: bool
+    ) -> int:
+        """The bytes that came: all of ``view``, or what came before the connection broke. That may
+        be nothing, if it ``goes_on``."""
         path = f"/v1/objects/{self.place}/{key}"
         headers = {"Range": f"bytes={offset}-{offset + len(view) - 1}"}
         got_bytes = 0
@@ -199,8 +207,9 @@ class PeerTier:
                     if not (size_bytes := response.readinto(piece)):
                         raise http.client.IncompleteRead(b"", len(view) - got_bytes)
                     got_bytes += size_bytes
-            except (OSError, http.client.HTTPException):
-                if not got_bytes or time.monotonic() >= deadline_s:
+            except (OSError, http.client.HTTPException) as error:
+                broke = goes_on and not isinstance(error, TimeoutError)
+                if not (got_bytes or broke) or time.monotonic() >= deadline_s:
                     raise
                 connection.close()  # gone on with by the next request, on another connection
             response.close()

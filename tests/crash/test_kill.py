@@ -1,6 +1,6 @@
 """SIGKILL at drawn times: what was acknowledged comes back, whole, and nothing is left behind."""
 
-from __future__ import annotations
+from __future__ import functools
 
 import random
 import signal
@@ -115,11 +115,8 @@ def test_another_restores_while_trainers_and_agents_are_killed(story: Story) -> 
             story.begin()
         story.strike(fault)
         before = len(read_log(log))
-        wait_for(
-            lambda before=before: len(read_log(log)) > before,
-            f"it goes on reading: {log.read_text()[-1500:]}",
-            20,
-        )  # type: ignore[misc]  # a default binds the number of this turn
+        more = functools.partial(_has_grown, log, before)
+        wait_for(more, f"it goes on reading: {log.read_text()[-1500:]}", 20)
     story.finish()
     send([pid], signal.SIGKILL)
     assert story.nursery.wait(pid) == -signal.SIGKILL
@@ -177,3 +174,7 @@ def test_killed_ten_thousand_times(story: Story, part: int) -> None:
 def test_arrays_that_never_change_are_killed_a_thousand_times(story: Story) -> None:
     pytest.importorskip("jax")
     play(story, NUM_TORTURE_JAX_KILLS, MIN_TORTURE_HITS // 3)
+
+
+def _has_grown(log: Path, before: int) -> bool:
+    return len(read_log(log)) > before

@@ -1,0 +1,209 @@
+"""Copies of other nodes' parts in this node's memory: taken when offered, kept, and let go.
+
+Knows which shards here are guests: they are read by whoever needs them, counted as memory, noted
+for the next agent before the first byte comes, and never made into slots. Their owner offers them;
+this node decides whether there is room, and lets them go once a newer save is on other nodes whole.
+Does not decide who holds what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mtckpt._handshake import PeerAddress
+from mtckpt._manifest import SaveName, Uuid
+from mtckpt.agent import work
+from mtckpt.agent.saves import RAM, SaveState
+from mtckpt.errors import AgentUnavailable, CheckpointError, FormatError, TierFull
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from mtckpt.agent.peers import Peers
+    from mtckpt.agent.runs import RunState
+    from mtckpt.agent.tools import Tools
+
+__all__ = ["PULLING", "Guests", "Offer", "Taken"]
+
+logger = logging.getLogger(__name__)
+
+# The data process that receives: one that waits for a network holds up nothing else.
+PULLING = work.TierRef("peers", "pull", label="peers")
+MAX_WAIT_S = 10.0
+MAX_RANKS = 4096
+_GUESTS = "guests"
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """From the agent of a node to one that is to hold copies: its shards of a save, to be pulled.
+
+    Asked again until they are there. ``node`` is its number in the layout, ``address`` where it is
+    now; an answer comes within ``wait_s``.
+    """
+
+    node: int
+    address: PeerAddress
+    save: str
+    save_id: Uuid
+    ranks: list[int]
+    wait_s: float = 0.0
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """How far a copy is. ``boot_id``, once all of it is there and was verified: of the memory that
+    it is in."""
+
+    done_bytes: int
+    total_bytes: int
+    boot_id: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class _Pull:
+    """Some shards on their way."""
+
+    task: asyncio.Task[None]
+    total_bytes: int = 0
+    done: dict[int, int] = field(default_factory=dict)
+
+
+class Guests:
+    """See the module. One for the agent, the state is the run's.
+
+    ``follow`` is told where a node is now that offers something.
+    """
+
+    def __init__(
+        self,
+        tools: Tools,
+        peers: Peers,
+        boot_id: str,
+        follow: Callable[[RunState, int, PeerAddress], Awaitable[None]],
+        write_config: Callable[[RunState], Awaitable[None]],
+    ) -> None:
+        self._tools = tools
+        self._boot_id = boot_id
+        self._follow = follow
+        self._write_config = write_config
+        self._under_way: dict[tuple[str, str, int], _Pull] = {}
+        peers.verbs["pull"] = (Offer, self.offered)
+
+    async def offered(self, run: RunState, offer: Offer) -> Taken:
+        """How far the copy is; the first who asks sets it going. Raises what it ended with."""
+        name, ranks = SaveName.parse(offer.save), sorted(set(offer.ranks))
+        layout = run.layout
+        if layout is None or not 0 <= offer.node < len(layout.nodes) or offer.node == layout.here:
+            raise AgentUnavailable("this agent does not work together with that node")
+        if name is None or not ranks or ranks[0] < 0 or len(ranks) > MAX_RANKS:
+            raise FormatError("not an offer of shards", state="nothing was pulled")
+        await self._follow(run, offer.node, offer.address)
+        key = (run.key, offer.save, offer.node)
+        pull = self._under_way.get(key)
+        if pull is None:
+            save = run.saves.setdefault(offer.save, SaveState(name, offer.save_id))
+            task = self._tools.start(
+                self._take(run, save, offer, ranks), f"copies of {offer.save} of node {offer.node}"
+            )
+            pull = self._under_way[key] = _Pull(task)
+        await asyncio.wait([pull.task], timeout=min(max(offer.wait_s, 0.0), MAX_WAIT_S))
+        done_bytes = sum(pull.done.values())
+        if not pull.task.done():
+            return Taken(done_bytes, max(pull.total_bytes, done_bytes))
+        self._under_way.pop(key, None)
+        pull.task.result()
+        return Taken(done_bytes, done_bytes, self._boot_id)
+
+    async def _take(self, run: RunState, save: SaveState, offer: Offer, ranks: list[int]) -> None:
+        await self.let_go(run)
+        async with run.lock(save, _GUESTS):
+            with run.reading(save):  # memory is not freed meanwhile
+                await self._take_all(run, save, offer, ranks)
+
+    async def _take_all(
+        self, run: RunState, save: SaveState, offer: Offer, ranks: list[int]
+    ) -> None:
+        new = [rank for rank in ranks if rank not in save.guests | save.ranks.get(RAM, set())]
+        # Noted first: an agent that finds them must not take them for slots of its own ranks.
+        save.guests.update(new)
+        await self._write_config(run)
+        try:
+            for rank in ranks:
+                if rank in save.guests:
+                    await self._pull(run, save, rank, offer)
+        except CheckpointError as error:
+            if await self._delete(run, save, new):
+                save.guests.difference_update(new)
+            await self._write_config(run)
+            if isinstance(error, TierFull):
+                raise _without_room(error, self._peers_name(run)) from error
+            raise
+        run.counters["guests"] += len(new)
+        self._tools.events.emit(
+            "copies.taken", run=run.run, step=save.name.step, node=offer.node, shards=len(new)
+        )
+        run.touch(save)
+
+    async def _pull(self, run: RunState, save: SaveState, rank: int, offer: Offer) -> None:
+        def progress(news: work.Progress) -> None:
+            pull = self._under_way.get((run.key, offer.save, offer.node))
+            if pull is not None:
+                pull.done[rank] = news.done_bytes
+                pull.total_bytes = max(pull.total_bytes, news.total_bytes)
+
+        where = msgspec.structs.replace(offer.address, agent_id="")
+        command = work.Pull(PULLING, run.key, str(save.name), rank, where, run.secret, run.ram)
+        done = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
+        if done.reread_bytes:
+            run.counters["reread_bytes"] += done.reread_bytes
+            logger.warning(
+                "run %s: %d bytes of %s came damaged from %s, and were asked for again",
+                run.key, done.reread_bytes, save.name, offer.address,
+            )  # fmt: skip
+        self._tools.count("bytes", "peers", done.copied_bytes)
+
+    # -- letting go ------------------------------------------------------------------------------
+
+    async def let_go(self, run: RunState) -> None:
+        """Delete guests of saves that a newer one has outlived."""
+        outlived = run.newest_replicated()
+        for save in [s for s in run.saves.values() if s.guests and s.order < outlived]:
+            if run.lock(save, _GUESTS).locked():
+                continue  # on their way in, or out
+            async with run.lock(save, _GUESTS):
+                gone = sorted(save.guests)
+                if not await self._delete(run, save, gone):
+                    continue  # somebody reads one: later
+                save.guests.difference_update(gone)
+                run.forget_old()
+                await self._write_config(run)
+
+    async def _delete(self, run: RunState, save: SaveState, ranks: list[int]) -> bool:
+        """False if a reader has one of them; nothing was deleted then."""
+        try:
+            command = work.Delete(run.ram, run.key, str(save.name), ranks=ranks)
+            return not (await self._tools.call(command, work.Deleted)).busy
+        except CheckpointError as error:
+            logger.warning("run %s: copies of %s stay: %s", run.key, save.name, error.what)
+            return False
+
+    def _peers_name(self, run: RunState) -> str:
+        layout = run.layout
+        return str(layout.nodes[layout.here].address) if layout else "the other node"
+
+
+def _without_room(error: TierFull, where: str) -> TierFull:
+    """The same arithmetic, for whoever is on another node."""
+    return TierFull(
+        f"{where} has no room for copies of other nodes: {error.what}",
+        state="nothing was copied; the save is in the memory of its own node",
+        actions=[
+            *(action for action in error.actions if "leave" not in action),
+            "leave copies out: Peers() keeps those of 2 saves in the memory of other nodes",
+        ],
+        **{**error.details, "tier": "peers"},
+    )

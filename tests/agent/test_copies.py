@@ -1,0 +1,93 @@
+"""Whose memory holds whose parts, as tables: partners, what pins a slot, and what a scan finds."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from mtckpt._handshake import PeerAddress
+from mtckpt._manifest import SaveName
+from mtckpt.agent import queue, work
+from mtckpt.agent.copies import partners_of
+from mtckpt.agent.nodes import Layout
+from mtckpt.agent.protocol import NodeOfRun, TierConfig
+from mtckpt.agent.queue import SaveFacts
+from mtckpt.agent.runs import PARTNER_PATIENCE_S, RunState
+from mtckpt.agent.saves import RAM, SaveState, TierState
+
+RAM_REF = work.TierRef("ram", "/dev/shm/x", label=RAM)
+ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
+
+
+def layout(here: int, *racks: str) -> Layout:
+    nodes = [
+        NodeOfRun(
+            PeerAddress("10.0.0.1", 1, number, f"boot-{number}", domains=(("rack", rack),)),
+            [2 * number, 2 * number + 1],
+        )
+        for number, rack in enumerate(racks)
+    ]
+    return Layout(tuple(nodes), here, 0)
+
+
+def test_partners_are_in_other_racks_and_each_node_has_as_many_guests() -> None:
+    racks = ("r1", "r1", "r2", "r2")
+    chosen = [partners_of(layout(here, *racks), 1) for here in range(4)]
+    assert all(racks[here] != racks[there] for here, (there,) in enumerate(chosen))
+    assert sorted(there for (there,) in chosen) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("copies", [1, 2, 8])
+def test_there_are_no_more_partners_than_other_nodes(copies: int) -> None:
+    chosen = partners_of(layout(1, "a", "b", "c"), copies)
+    assert len(chosen) == len(set(chosen)) == min(copies, 2)
+    assert 1 not in chosen
+
+
+def test_a_slot_stays_until_a_newer_save_is_on_other_nodes_too() -> None:
+    older = SaveFacts("a", (1, 1), True, copied=True, replicated=True)
+    newer = SaveFacts("b", (1, 2), True)
+    assert queue.blocks_recycling(older, [older, newer]) == "is the newest that other nodes have"
+    assert queue.pick_recycle([older, newer]) is None
+    newer = SaveFacts("b", (1, 2), True, copied=True, replicated=True)
+    assert queue.pick_recycle([older, newer]) == "a"
+    # One that no other node has a part of was promised to nobody.
+    plain = SaveFacts("a", (1, 1), True)
+    assert queue.pick_recycle([plain, SaveFacts("b", (1, 2), True)]) == "a"
+
+
+def run_with_peers() -> RunState:
+    run = RunState("run", "run", RAM_REF)
+    config = TierConfig("peers", "peers", "1 other node", copies=1)
+    run.tiers["peers"] = TierState("peers", config, RAM_REF)
+    return run
+
+
+def test_partners_that_are_silent_for_long_do_not_hold_up_saves() -> None:
+    run = run_with_peers()
+    save = run.saves["s"] = SaveState(SaveName(1, 1, "ab" * 6), ID)
+    save.ranks = {RAM: {0}, "peers": {0}}
+    assert run.slot_facts(save).copied
+    run.tiers["peers"].owed_since_s = time.monotonic() - PARTNER_PATIENCE_S - 1
+    assert not run.slot_facts(save).copied
+
+
+def test_a_scan_tells_guests_from_parts_of_its_own_ranks() -> None:
+    run = run_with_peers()
+    name = str(SaveName(7, 1, "ab" * 6))
+    other = str(SaveName(6, 1, "cd" * 6))
+    run.noted_guests = {name: [2, 3], other: [2]}
+    entries = [
+        work.SaveScan(n, step, 1, ranks=ranks, world_size=4, due=["peers"], save_id=ID)
+        for n, step, ranks in ((name, 7, [0, 1, 2]), (other, 6, [2]))
+    ]
+    run.note_scan(RAM, work.RunScan("run", entries))
+    save, guest_only = run.saves[name], run.saves[other]
+    assert (save.ranks[RAM], save.guests, save.due) == ({0, 1}, {2}, {"peers"})
+    assert (guest_only.ranks, guest_only.guests, guest_only.due) == ({}, {2}, set())
+    assert save.apart_from_guests == [0, 1]
+    assert not guest_only.is_staged
+    assert run.config().extra["guests"] == {name: [2], other: [2]}
+    run.forget_old()
+    assert other in run.saves

@@ -1,0 +1,144 @@
+"""Peers(): what one node has in memory is in another's as well, found again, and let go in turn."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agent_checks import until
+from node_scene import Cluster, Node
+
+from mtckpt import _inventory, _transfer
+from mtckpt._source import Place
+from mtckpt.tiers import LocalTier, Survives
+
+pytestmark = pytest.mark.timeout(120)
+Make = Callable[..., Cluster]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Make]:
+    made: list[Cluster] = []
+
+    def make(count: int = 3, **settings: Any) -> Cluster:
+        made.append(Cluster(tmp_path, [Node(tmp_path, name) for name in "abcd"[:count]]))
+        made[-1].start(**{"copies": 1, **settings})
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def in_memory(node: Node) -> dict[int, list[int]]:
+    """Ranks whose shards are whole in a node's memory, byte for byte, by step."""
+    (root,) = [path for path in node.places.ram.iterdir() if path.is_dir()]
+    tier = LocalTier(root, name="ram", sync=False, survives=Survives.PROCESS, read_only=True)
+    place = Place(tier, tier, in_memory=True)
+    found: dict[int, list[int]] = {}
+    try:
+        for save in _inventory.scan(tier, "run").saves.values():
+            for rank in sorted(save.records):
+                if not _transfer.verify_shard(place, "run", save.name, rank).damaged:
+                    found.setdefault(save.name.step, []).append(rank)
+    finally:
+        tier.close()
+    return found
+
+
+def slots(node: Node) -> int:
+    return len(node.status().slots)
+
+
+def guests(node: Node, step: int) -> set[int]:
+    """Ranks whose shards of a step are in a node's memory without being in one of its slots."""
+    own = {slot.step for slot in node.status().slots}
+    return set(in_memory(node).get(step, [])) if step not in own else set()
+
+
+def test_each_node_holds_the_newest_parts_of_another(cluster: Make) -> None:
+    job = cluster(3)
+    for step in range(1, 6):
+        job.save(step, "replicated")
+    # The next one on the ring; what is older goes once all nodes have a copy of what is newer.
+    log = (job.nodes[0].places.runtime / "agent.log").read_text()
+    assert "all nodes are in host" in log  # of all of them it is said what that does not survive
+    for number, node in enumerate(job.nodes):
+        held = {number, (number + 2) % 3}
+        until(lambda: set(in_memory(node)[5]) == held)  # noqa: B023
+        until(lambda: all(r == [number] for s, r in in_memory(node).items() if s < 5))  # noqa: B023
+        assert slots(node) <= 3  # guests are none
+        status = node.status()
+        assert status.counters["guests"] == 5
+        (peers,) = [tier for tier in status.tiers if tier.kind == "peers"]
+        assert peers.steps[-1] == 5
+        assert not peers.owed
+
+
+@pytest.mark.parametrize(
+    "agents", [pytest.param("live on", marks=pytest.mark.torture), "are killed"]
+)
+def test_a_job_goes_on_after_the_loss_of_a_node_without_a_disk_or_store(
+    cluster: Make, agents: str
+) -> None:
+    job = cluster(3, every=1000)
+    for step in (1, 2, 3):
+        job.save(step, "replicated")
+    job.nodes[1].lose()
+    for rank in job.ranks:
+        rank.kill()
+    if agents == "are killed":
+        for node in (job.nodes[0], job.nodes[2]):
+            node.kill_agent()
+    job.nodes[1] = Node(job.path, "new")
+    job.start(copies=1, every=1000)
+    restored = job.all("restore")
+    assert [step for step, _ in restored] == [3] * 3
+    for number, (_, sources) in enumerate(restored):
+        assert ("peers" in sources) == (number == 1)
+        assert sources.keys() <= {"ram", "peers"}
+    job.save(4)
+    # Until all nodes have copies of something newer, all that was restored is kept.
+    assert {rank for node in job.nodes for rank in in_memory(node).get(3, [])} == {0, 1, 2}
+    job.save(5, "replicated")
+    for node in job.nodes:
+        until(lambda: not guests(node, 3))  # noqa: B023
+        assert slots(node) <= 3
+
+
+def test_agents_that_are_killed_find_their_guests_again(cluster: Make) -> None:
+    job = cluster(2)
+    for step in (1, 2):
+        job.save(step, "replicated")
+    for node in job.nodes:
+        node.kill_agent()
+    for step in range(3, 7):
+        job.save(step, "replicated")
+    for number, node in enumerate(job.nodes):
+        until(lambda: in_memory(node)[6] == [0, 1])  # noqa: B023
+        until(lambda: all(r == [number] for s, r in in_memory(node).items() if s < 6))  # noqa: B023
+        assert slots(node) <= 3
+
+
+def test_a_partner_that_is_silent_is_owed_and_gets_the_newest_later(cluster: Make) -> None:
+    job = cluster(2, slots=3)
+    job.save(1, "replicated")
+    job.nodes[1].signal_all(signal.SIGSTOP)
+    (rank,) = job.nodes[:1]
+    assert job.all("save", 2, ranks=[0]) == [""]
+    job.nodes[1].signal_all(signal.SIGCONT)
+    assert job.all("save", 2, ranks=[1]) == [""]
+    assert all("replicated" in reached for reached in job.all("wait", 2, "replicated"))
+    assert re.fullmatch(r"\d+", str(rank.agent_pid))
+
+
+def test_on_one_node_nothing_is_owed(cluster: Make) -> None:
+    job = cluster(1)
+    job.save(1, "local")
+    (told,) = job.all("wait", 1, "replicated")
+    assert told["error"] == "StageNotPlanned"
+    assert job.all("close") == [None]
