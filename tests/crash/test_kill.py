@@ -1,7 +1,8 @@
 """SIGKILL at drawn times: what was acknowledged comes back, whole, and nothing is left behind."""
 
-from __future__ import functools
+from __future__ import annotations
 
+import functools
 import random
 import signal
 from collections import Counter
