@@ -265,13 +265,13 @@ def test_two_runs_do_not_touch_each_other(own: Own, tmp_path: Path) -> None:
 def test_a_stuck_disk_holds_up_nothing_but_itself(
     own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MTCKPT_CALL_TIMEOUT_S", "1.0")
+    monkeypatch.setenv("MTCKPT_CALL_TIMEOUT_S", "3.0")
     stuck, fine = tmp_path / "stuck", tmp_path / "fine"
     trainer = own("r", [disk(stuck, "stuck"), disk(fine, "fine")])
     trainer.open()
     trainer.begin(1)
     trainer.save(1, ["stuck", "fine"])
-    trainer.wait(1, lambda c: not c.owed and "local" in c.stages)
+    trainer.wait(1, lambda c: not c.waiting and "local" in c.stages)
     until(lambda: steps_in(stuck) == [1])
     pid = data_processes()[str(stuck)]
     os.kill(pid, signal.SIGSTOP)
