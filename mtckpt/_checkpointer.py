@@ -205,9 +205,8 @@ class Checkpointer:
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics of a saved step that became known later (an evaluation)."""
         self._check_alive()
-        message = protocol.Report(
-            self._session.holder, step, {name: float(v) for name, v in metrics.items()}
-        )
+        values = {name: float(value) for name, value in metrics.items()}
+        message = protocol.Report(self._session.holder, step, values)
         self._session.wait_idle(self._timeout_s)
         self._session.call("report", message, protocol.Done)
 
@@ -258,6 +257,11 @@ class Checkpointer:
         self._restored = restored
         logger.info("run %s: %s", self.run, restored)
         return restored
+
+    def _records(self, step: int | Literal["latest", "best"]) -> dict[int, _manifest.Record]:
+        """See ``_restorer.records_of``."""
+        self._check_alive()
+        return _restorer.records_of(self._link, self._engine, step)
 
     def steps(self) -> list[Step]:
         """Every step of this run in every tier that answers, newest last."""
