@@ -18,15 +18,16 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch_ranks import KINDS, Net, build, contents, open_run, say, train
+from torch_ranks import Net, build, contents, open_run, say, train
 
 from mtckpt.adapters.torch.dcp import Reader, Writer
 
 dcp: Any = importlib.import_module("torch.distributed.checkpoint")
 TALL = torch.arange(7 * 5, dtype=torch.float32).reshape(7, 5)  # uneven over 2, 3 and 4
 LARGE = torch.arange(300_000, dtype=torch.float32)  # divided among the ranks that hold it
-FOUR = (("ddp", "tp_fsdp"), ("tp_fsdp", "hsdp"), ("hsdp", "ddp"), ("fsdp", "fsdp"))
-TWO = (("ddp", "fsdp"), ("tp_fsdp", "ddp"), ("hsdp", "fsdp"), ("fsdp", "fsdp"))
+KINDS = ("ddp", "fsdp", "tp_fsdp")
+FOUR = (("ddp", "tp_fsdp"), ("tp_fsdp", "fsdp"))
+TWO = (("tp_fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp", "fsdp"))
 NAMES = ("rows", "columns", "grid", "replicated")
 
 
