@@ -69,6 +69,7 @@ def whole(value: Any) -> torch.Tensor:
 
 
 def save_plain(directory: Path) -> None:
+    dcp.save(plain_state(1.0), checkpoint_id=directory / "foreign/step-1")  # DCP's own
     with open_run(directory, "plain") as checkpointer:
         dcp.save(plain_state(1.0), storage_writer=Writer(checkpointer, 1))
         state = plain_state(2.0)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import mtckpt
+from mtckpt.cli import main
 
 torch = pytest.importorskip("torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
@@ -59,6 +61,18 @@ def test_states_of_four_ranks_are_loaded_on_four_two_and_one(tmp_path: Path) -> 
     for pair in ("tp_fsdp into ddp", "ddp into fsdp", "fsdp into fsdp"):
         assert said.count(f": {pair}\n") == 2
     assert said.count("loaded fsdp1") == 2
+
+    # What DCP wrote by itself holds the same.
+    command = ["import", str(tmp_path / "foreign"), str(tmp_path / "in"), "--run=r", "--unpickle"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    with (
+        mtckpt.load(tmp_path / "in") as imported,
+        mtckpt.load(tmp_path / "disk/plain", step=1) as saved,
+    ):
+        assert imported.step == 1
+        assert set(imported) == set(saved)
+        for path in saved:
+            assert imported[path].tobytes() == saved[path].tobytes()
 
     # In a process without torch.distributed.
     state: dict[str, Any] = {

@@ -35,11 +35,12 @@ __all__ = ["Array", "Catalog", "make"]
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """One array of a save; of a global one, all of it."""
+    """One array of a save, as ``rank`` has it; of a global one, all of it."""
 
     path: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class Catalog:
 
     def value(self, name: str, want: Callable[[str, Any], None]) -> Callable[[], Any]:
         """What is no tensor to DCP. ``want`` is told arrays in it, which have to be filled before
-        the result is called."""
+        the result is called.
+        """
         arrays: dict[int, Any] = {}
         _want(self.values[name], want, arrays)
         return lambda: _built(self.values[name], arrays)
@@ -76,8 +78,11 @@ class _Coded:
     inner: Any
 
 
-def make(records: Mapping[int, Record], rank: int) -> Catalog:
-    """The catalog of one save, as ``rank`` sees it. Raises Damaged, UnsupportedState."""
+def make(records: Mapping[int, Record], rank: int, *, private: bool = False) -> Catalog:
+    """The catalog of one save, as ``rank`` sees it: with what is others' own only if ``private``.
+
+    Raises Damaged, UnsupportedState.
+    """
     base = rank % len(records)
     found: dict[str, Any] = {}
     paths: dict[str, Any] = {}
@@ -85,7 +90,7 @@ def make(records: Mapping[int, Record], rank: int) -> Catalog:
     arrays: dict[str, Array] = {}
     for each in sorted(records, key=lambda each: (each != base, each)):
         tensors: dict[int, ArrayEntry] = {}
-        tree = _skeleton_of(records[each], tensors, own=each == base)
+        tree = _skeleton_of(records[each], tensors, own=private or each == base)
         flat, mappings = flatten_state_dict(tree if isinstance(tree, dict) else {"state": tree})
         for name, value in flat.items():
             if name in found or _lacks(value):
@@ -93,7 +98,7 @@ def make(records: Mapping[int, Record], rank: int) -> Catalog:
             found[name], paths[name] = value, mappings[name]
             if isinstance(value, torch.Tensor):
                 entry = tensors[id(value)]
-                arrays[name] = Array(entry.path, tuple(value.shape), value.dtype)
+                arrays[name] = Array(entry.path, tuple(value.shape), value.dtype, each)
                 metadata[name] = _described(value)
             else:
                 found[name] = _with_entries(value, tensors)
