@@ -74,6 +74,14 @@ def test_states_of_four_ranks_are_loaded_on_four_two_and_one(tmp_path: Path) -> 
         for path in saved:
             assert imported[path].tobytes() == saved[path].tobytes()
 
+    # And DCP loads by itself what it saved through the tiers.
+    command = ["export", str(tmp_path / "disk/plain"), str(tmp_path / "out"), "--to=dcp"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    exported: dict[str, Any] = {"large": torch.zeros(300_000), "stage2": {"rank": -1}}
+    dcp.load(exported, checkpoint_id=tmp_path / "out")
+    assert torch.equal(exported["large"], 2 * torch.arange(300_000.0))
+    assert exported["stage2"]["rank"] == 2
+
     # In a process without torch.distributed.
     state: dict[str, Any] = {
         "arrays": {name: torch.zeros(7, 5) for name in ("rows", "columns", "grid", "replicated")},

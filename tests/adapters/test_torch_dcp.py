@@ -224,14 +224,38 @@ def test_what_differs_is_said_before_anything_changes(checkpointer: mtckpt.Check
     assert partial["b"].tolist() == [0]
 
 
-def test_a_tensor_of_another_type_is_converted_as_by_dcp(
-    checkpointer: mtckpt.Checkpointer,
-) -> None:
-    dcp.save({"w": torch.arange(10.0)}, storage_writer=Writer(checkpointer, 1))
-    target = {"w": torch.zeros(10, dtype=torch.float64)}
+def test_tensors_of_any_layout_are_filled_in_place(checkpointer: mtckpt.Checkpointer) -> None:
+    saved = torch.arange(60.0).reshape(6, 10)
+    dcp.save({"a": saved, "b": saved, "c": saved.t()}, storage_writer=Writer(checkpointer, 1))
+    backing = torch.zeros(6, 20)
+    target = {"a": torch.zeros(10, 6).t(), "b": backing[:, ::2], "c": torch.zeros(10, 6)}
+    weight = torch.nn.Parameter(torch.zeros(6, 10))
+    dcp.load({**target, "a": weight}, storage_reader=Reader(checkpointer, 1))
     dcp.load(target, storage_reader=Reader(checkpointer, 1))
-    assert target["w"].dtype == torch.float64
-    assert target["w"].tolist() == list(range(10))
+    assert torch.equal(weight, saved)
+    assert torch.equal(target["a"], saved)
+    assert torch.equal(backing[:, ::2], saved)
+    assert not backing[:, 1::2].any()
+    assert torch.equal(target["c"], saved.t())
+    other = {"a": torch.zeros(6, 10, dtype=torch.float64)}  # converted, as by DCP
+    dcp.load(other, storage_reader=Reader(checkpointer, 1))
+    assert torch.equal(other["a"], saved.double())
+
+
+class Failing(DefaultSavePlanner):
+    def create_local_plan(self) -> Any:
+        raise RuntimeError("no plan")
+
+
+def test_a_try_that_failed_is_not_taken_for_the_next(checkpointer: mtckpt.Checkpointer) -> None:
+    state = {"w": torch.ones(2)}
+    writer = Writer(checkpointer, 1)
+    saving = dcp.async_save(state, storage_writer=writer, planner=Failing())
+    with pytest.raises(BaseException, match="no plan"):
+        saving.result(timeout=30)
+    state["w"].zero_()
+    with pytest.raises(BaseException, match="step 1 was saved already"):
+        dcp.save(state, storage_writer=writer)
 
 
 def test_a_step_is_saved_once(checkpointer: mtckpt.Checkpointer) -> None:
@@ -279,21 +303,17 @@ class Odd:
     x: int
 
 
-@pytest.mark.parametrize(
-    ("value", "path"),
-    [
+def test_what_would_be_pickled_is_refused(checkpointer: mtckpt.Checkpointer) -> None:
+    refused: list[tuple[Any, str]] = [
         ({"a": {1: Odd(1)}}, "a.1"),
         ({"a": (1, Odd(1))}, "a"),
         ({"deep": {"model": torch.nn.Linear(1, 1)}}, "deep.model"),
         ({"io": io.BytesIO(b"x")}, "io"),
-    ],
-)
-def test_what_would_be_pickled_is_refused(
-    checkpointer: mtckpt.Checkpointer, value: Any, path: str
-) -> None:
-    with pytest.raises(UnsupportedState) as caught:
-        dcp.async_save(value, storage_writer=Writer(checkpointer, 1))
-    assert caught.value.details["path"] == path
+    ]
+    for value, path in refused:
+        with pytest.raises(UnsupportedState) as caught:
+            dcp.async_save(value, storage_writer=Writer(checkpointer, 1))
+        assert caught.value.details["path"] == path
     assert checkpointer.steps() == []
 
 

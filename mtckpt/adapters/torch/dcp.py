@@ -86,6 +86,7 @@ class Writer(StorageWriter, AsyncStager):
         self._stage: Literal["staged", "local", "durable"] = stage
         self._timeout_s = timeout_s
         self._together = True
+        self._staged: tuple[Save, frozenset[str]] | None = None
         self._captured: tuple[Save, frozenset[str]] | None = None
 
     # -- as a stager -------------------------------------------------------------------------------
@@ -101,9 +102,9 @@ class Writer(StorageWriter, AsyncStager):
         Raises what ``Checkpointer.save`` does, and UsageError without a step.
         """
         flat, mappings = flatten_state_dict(state_dict)
-        self._captured = self._capture(flat, mappings), frozenset(flat)
-        # DCP plans with shapes and types of these; containers of its own may change meanwhile.
-        return unflatten_state_dict(flat, mappings)
+        self._staged = self._capture(flat, mappings), frozenset(flat)
+        # DCP plans with names, shapes and types of these; the caller's containers may change.
+        return flat
 
     def synchronize_staging(self) -> None:
         """Nothing: whatever was staged is copied."""
@@ -126,8 +127,10 @@ class Writer(StorageWriter, AsyncStager):
             self._step = _step_in(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Note whether the ranks plan together."""
+        """Note whether the ranks plan together, and whether this goes on from ``stage``."""
         del is_coordinator, args
+        # Once: what an earlier try had captured is not what the next one is about.
+        self._captured, self._staged = self._staged, None
         self._together = bool(kwargs.get("use_collectives", True))
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -437,7 +440,11 @@ class _Targets:
         found = ByPath(self._whole)
         for path, boxes in self._boxes.items():
             array = shapes[path]
-            found[path] = sharded.Boxes(array.shape, array.dtype, tuple(boxes))
+            ((_, first), *more) = boxes
+            is_whole = not more and tuple(first.shape) == array.shape
+            found[path] = (
+                first if is_whole else sharded.Boxes(array.shape, array.dtype, tuple(boxes))
+            )
         return found
 
     def convert(self) -> None:
