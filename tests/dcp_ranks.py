@@ -13,10 +13,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch_ranks import Net, build, contents, open_run, say, train
 
@@ -51,12 +52,20 @@ def arrays(factor: float) -> dict[str, Any]:
     }
 
 
+def half(tensor: torch.Tensor) -> Any:
+    """Over the first two ranks: the others have no part in it."""
+    ranks = list(range(min(2, dist.get_world_size())))
+    return distribute_tensor(tensor, DeviceMesh("cpu", ranks), [Shard(0)])
+
+
 def plain_state(factor: float) -> dict[str, Any]:
     rank = dist.get_rank()
     state = {
         "arrays": arrays(factor),
         "large": LARGE * factor,
         "nested": {"list": [1, {"t": torch.ones(3) * factor}], "pair": (factor, b"x"), "text": "a"},
+        "numpy": {"array": np.arange(5) * factor, "number": np.float64(factor)},
+        "pair": half(TALL * factor),  # of two ranks
         f"stage{rank}": {"w": torch.full((4,), rank * factor), "rank": rank},
     }
     if rank < 2:  # held by some ranks, not by all
@@ -89,6 +98,8 @@ def load_plain(directory: Path) -> None:
                 "arrays": arrays(0),
                 "large": torch.zeros_like(LARGE),
                 "nested": {"list": [0, {"t": torch.zeros(3)}], "pair": 0, "text": ""},
+                "numpy": {"array": None, "number": None},
+                "pair": half(TALL * 0),
                 "some": torch.zeros(200_000),
             }
             for rank in range(4):
@@ -99,6 +110,10 @@ def load_plain(directory: Path) -> None:
             for name, value in state["arrays"].items():
                 assert torch.equal(whole(value), TALL * step), name
             assert torch.equal(state["large"], LARGE * step)
+            assert np.array_equal(state["numpy"]["array"], np.arange(5) * float(step))
+            assert state["numpy"]["number"] == step
+            if state["pair"].device_mesh.get_coordinate() is not None:
+                assert torch.equal(whole(state["pair"]), TALL * step)
             assert torch.equal(state["some"], torch.full((200_000,), float(step)))
             assert torch.equal(state["nested"]["list"][1]["t"], torch.ones(3) * step)
             assert state["nested"]["pair"] == (float(step), b"x")
@@ -106,9 +121,12 @@ def load_plain(directory: Path) -> None:
                 stage = state[f"stage{rank}"]
                 assert torch.equal(stage["w"], torch.full((4,), float(rank * step))), stage
                 assert stage["rank"] == rank
-        full: dict[str, Any] = {"arrays": {name: torch.zeros_like(TALL) for name in NAMES}}
+        full: dict[str, Any] = {
+            "pair": torch.zeros_like(TALL),
+            "arrays": {name: torch.zeros_like(TALL) for name in NAMES},
+        }
         dcp.load(full, storage_reader=Reader(checkpointer))
-        for value in full["arrays"].values():
+        for value in (full["pair"], *full["arrays"].values()):
             assert torch.equal(value, TALL * 2)
         say("loaded plain")
 

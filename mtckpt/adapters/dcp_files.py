@@ -27,7 +27,7 @@ from mtckpt._building import Pieced
 from mtckpt._dtypes import DTYPES
 from mtckpt._node import MAX_DEPTH
 from mtckpt._state import ArraySpec, Node, escape
-from mtckpt.errors import Damaged, FormatError, UnsupportedState, UsageError
+from mtckpt.errors import Damaged, FormatError, UnsupportedPlatform, UnsupportedState, UsageError
 
 __all__ = ["Item", "find_steps", "is_checkpoint", "read_step"]
 
@@ -153,6 +153,12 @@ def read_step(path: Path) -> Item:
 
 def _ask(path: Path) -> _Told:
     """Let the child tell. It has no environment, no packages, and limits of its own."""
+    if sys.platform != "linux":
+        raise UnsupportedPlatform(
+            f"a process cannot be limited as reading pickles needs it; this is {sys.platform}",
+            state="nothing was read",
+            actions=("import it on Linux: what is written can be read here",),
+        )
     child = subprocess.Popen(
         [sys.executable, "-I", "-S", os.fspath(_CHILD), os.fspath(path.absolute())],
         stdin=subprocess.DEVNULL,

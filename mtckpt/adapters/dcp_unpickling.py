@@ -475,7 +475,7 @@ def tell(directory: str) -> dict[str, Any]:
     return {"entries": found}
 
 
-def limit() -> None:
+def restrict() -> None:
     """Take away from this process what it does not need."""
     for what, most in (
         (resource.RLIMIT_AS, MAX_MEMORY_BYTES),
@@ -484,12 +484,14 @@ def limit() -> None:
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
     ):
+        limit = resource.getrlimit(what)[1]
+        most = most if limit == resource.RLIM_INFINITY else min(most, limit)
         resource.setrlimit(what, (most, most))
 
 
 def main() -> None:
     """Tell on the standard output."""
-    limit()
+    restrict()
     gc.disable()  # it would walk over everything that is told, again and again
     json.dump(tell(sys.argv[1]), sys.stdout)
 

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.default_planner import (  # noqa: E402
     DefaultLoadPlanner,
     DefaultSavePlanner,
 )
+from torch.distributed.checkpoint.planner import SavePlan  # noqa: E402
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: E402
 
 from mtckpt.adapters.torch.dcp import Reader, Writer  # noqa: E402
@@ -359,6 +360,13 @@ def test_a_writer_needs_a_step_and_stays_in_its_process(checkpointer: mtckpt.Che
         dcp.save({"w": torch.ones(1)}, storage_writer=Writer(checkpointer), checkpoint_id="last")
     with pytest.raises(UsageError, match="belongs to the process"):
         pickle.dumps(Writer(checkpointer, 1))
+
+
+def test_all_ranks_of_the_job_have_to_come(checkpointer: mtckpt.Checkpointer) -> None:
+    writer = Writer(checkpointer, 1)
+    writer.set_up_storage_writer(True, rank=0, use_collectives=True)
+    with pytest.raises(UsageError, match="2 of 1 ranks came"):
+        writer.prepare_global_plan([SavePlan([]), SavePlan([])])
 
 
 def test_where_no_tier_is_due_nothing_is_saved(tmp_path: Path) -> None:

@@ -205,10 +205,10 @@ class Writer(StorageWriter, AsyncStager):
         held = {}
         for name, value in flat.items():
             _check(value, name)
-            held[name] = sharded.boxes_held(value, name)
-            # As DCP's planner does: a rank without a shard takes no part.
-            if held[name] is None and value is not None:
-                del held[name]
+            part = sharded.held(value, name)
+            # As DCP's planner does it: a rank that has no part in an array leaves it out.
+            if part is not None or value is None:
+                held[name] = part
 
         def state() -> dict[str, Any]:
             """Called only where something is due."""

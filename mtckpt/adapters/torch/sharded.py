@@ -22,8 +22,8 @@ from mtckpt.errors import UnsupportedState
 __all__ = [
     "Boxes",
     "assembled",
-    "boxes_held",
     "empty_like",
+    "held",
     "identity",
     "is_sharded",
     "parts_of",
@@ -165,9 +165,13 @@ def _boxes_of(value: Any, path: str) -> Boxes:
     return Boxes(tuple(value.size()), value.dtype, tuple(found), tuple(sorted(ranks)))
 
 
-def boxes_held(value: Any, path: str) -> Any:
-    """A ShardedTensor as the boxes of those ranks alone that hold any, None where this one does
-    not; everything else as it is."""
+def held(value: Any, path: str) -> Any:
+    """What this rank holds of a value: None where that is no part of a global array.
+
+    A ShardedTensor becomes the boxes of those ranks alone that hold any; all else is as it is.
+    """
+    if is_dtensor(value) and value.device_mesh.get_coordinate() is None:
+        return None
     if not _is_sharded_tensor(value):
         return value
     boxes = _boxes_of(value, path)
