@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch_ranks import Net, build, contents, open_run, say, train
 
 from mtckpt.adapters.torch.dcp import Reader, Writer
+from mtckpt.errors import UnsupportedState
 
 dcp: Any = importlib.import_module("torch.distributed.checkpoint")
 TALL = torch.arange(7 * 5, dtype=torch.float32).reshape(7, 5)  # uneven over 2, 3 and 4
@@ -86,6 +87,14 @@ def save_plain(directory: Path) -> None:
         state["large"].zero_()
         state["arrays"]["rows"].to_local().zero_()
         saving.result(timeout=40)
+        state = plain_state(3.0)
+        if dist.get_rank() == 1:
+            state["odd"] = object()
+        try:
+            dcp.async_save(state, storage_writer=Writer(checkpointer, 3))
+            raise AssertionError("it was saved")
+        except UnsupportedState as error:
+            say(f"refused: {error.what}")
         assert [each.step for each in checkpointer.steps()][-2:] == [1, 2]
         dist.barrier()
 

@@ -50,6 +50,8 @@ def run(ranks: int, commands: str, directory: Path) -> str:
 def test_states_of_four_ranks_are_loaded_on_four_two_and_one(tmp_path: Path) -> None:
     said = run(4, "save_plain,load_plain,save_models,load_models,first_fsdp", tmp_path)
     assert said.count("loaded plain") == said.count("restored fsdp1") == 4
+    assert said.count("refused: rank 1: DCP would pickle a value of type builtins.object") == 3
+    assert said.count("rank 1: refused: DCP would pickle a value of type builtins.object") == 1
     for pair in ("ddp into tp_fsdp", "tp_fsdp into fsdp"):
         assert said.count(f": {pair}\n") == 4
     # What several ranks hold under one key is stored once: 1.2 MB and 0.8 MB, each in two steps.

@@ -202,42 +202,61 @@ class Writer(StorageWriter, AsyncStager):
                     " tells the id",
                 ),
             )
-        held = {}
-        for name, value in flat.items():
-            _check(value, name)
-            part = sharded.held(value, name)
-            # As DCP's planner does it: a rank that has no part in an array leaves it out.
-            if part is not None or value is None:
-                held[name] = part
 
         def state() -> dict[str, Any]:
             """Called only where something is due."""
-            return unflatten_state_dict(self._marked(held), mappings)
+            return unflatten_state_dict(self._marked(flat), mappings)
 
         return self._checkpointer.save(self._step, state, tiers=self._tiers)
 
     def _marked(self, flat: Flattened) -> Flattened:
         """To DCP, what several ranks hold under one key is the same: each byte is stored once.
 
-        Which ranks hold what is compared at each save: all of them call this.
+        Which ranks hold what is compared at each save: all of them call this. Raises
+        UnsupportedState on all of them for what one cannot save.
         """
+        held: Flattened = {}
+        failure: UnsupportedState | None = None
+        try:
+            held = _held(flat)
+        except UnsupportedState as error:
+            failure = error
         link = self._checkpointer._link
-        if link.group.world_size == 1:
-            return flat
         names = sorted(
             name
-            for name, value in flat.items()
+            for name, value in held.items()
             if type(value) not in PLAIN_TYPES and not sharded.is_sharded(value)
         )
-        told = link.exchange("dcp keys", xxh3_128_hexdigest("\0".join(names).encode()))
+        digest = xxh3_128_hexdigest("\0".join(names).encode())
+        told = link.exchange("dcp keys", [digest, None if failure is None else failure.what])
+        if failure is not None:
+            raise failure
+        for rank, (_, why) in enumerate(told):
+            if why is not None:
+                raise UnsupportedState(
+                    f"rank {rank}: {why}", path="", rank=rank, state="nothing was written"
+                )
         ranks_of: dict[str, tuple[int, ...]] = {}
-        if len(set(told)) > 1:
-            held = link.exchange("dcp differing keys", names)
-            for rank, theirs in enumerate(held):
+        if len({each for each, _ in told}) > 1:
+            for rank, theirs in enumerate(link.exchange("dcp differing keys", names)):
                 for name in theirs:
                     ranks_of[name] = (*ranks_of.get(name, ()), rank)
-        marked = {name: Replicated(flat[name], ranks_of.get(name)) for name in names}
-        return {**flat, **marked}
+        if link.group.world_size == 1:
+            return held
+        marked = {name: Replicated(held[name], ranks_of.get(name)) for name in names}
+        return {**held, **marked}
+
+
+def _held(flat: Flattened) -> Flattened:
+    """What this rank has a part in. Raises UnsupportedState for what cannot be saved."""
+    held = {}
+    for name, value in flat.items():
+        _check(value, name)
+        part = sharded.held(value, name)
+        # As DCP's planner does it: a rank that has no part in an array leaves it out.
+        if part is not None or value is None:
+            held[name] = part
+    return held
 
 
 def _planned(planner: SavePlanner) -> tuple[Flattened, Mappings]:
