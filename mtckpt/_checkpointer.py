@@ -25,16 +25,13 @@ from mtckpt._progress import progress
 from mtckpt._run import Run
 from mtckpt._saver import Saver
 from mtckpt._schedule import (
-    Disk,
-    Peers,
     Ram,
-    SlowTier,
     Tempo,
     TierSettings,
     absolute,
     labels_of,
     make_schedule,
-    parse_every,
+    split_tiers,
 )
 from mtckpt._session import Session
 from mtckpt._steps import list_steps, step_number
@@ -104,7 +101,9 @@ class Checkpointer:
         self.run = run
         self._run_key = _manifest.run_key(run)
         insists = any(isinstance(tier, Ram) for tier in tiers or ())
-        self._ram, self._slow = _split(tiers, run)
+        self._ram, self._slow = split_tiers(tiers)
+        for tier in self._slow:
+            _retention.parse_keep(tier.keep)
         self._timeout_s = timeout_s
         self._on_failure = on_failure
         self._labels = labels_of(self._slow)
@@ -205,9 +204,8 @@ class Checkpointer:
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics of a saved step that became known later (an evaluation)."""
         self._check_alive()
-        message = protocol.Report(
-            self._session.holder, step, {name: float(v) for name, v in metrics.items()}
-        )
+        values = {name: float(value) for name, value in metrics.items()}
+        message = protocol.Report(self._session.holder, step, values)
         self._session.wait_idle(self._timeout_s)
         self._session.call("report", message, protocol.Done)
 
@@ -258,6 +256,11 @@ class Checkpointer:
         self._restored = restored
         logger.info("run %s: %s", self.run, restored)
         return restored
+
+    def _records(self, step: int | Literal["latest", "best"]) -> dict[int, _manifest.Record]:
+        """See ``_restorer.records_of``."""
+        self._check_alive()
+        return _restorer.records_of(self._link, self._engine, step)
 
     def steps(self) -> list[Step]:
         """Every step of this run in every tier that answers, newest last."""
@@ -447,33 +450,6 @@ class Checkpointer:
             older._closed = True
             older._session.close(0.1)
         _open_runs[self._open_key] = weakref.ref(self)
-
-
-def _split(tiers: Sequence[TierSettings] | None, run: str) -> tuple[Ram, list[SlowTier]]:
-    if tiers is None:
-        return Ram(), [Disk("checkpoints")]
-    rams = [tier for tier in tiers if isinstance(tier, Ram)]
-    slow = [tier for tier in tiers if isinstance(tier, SlowTier)]
-    peers = sum(isinstance(tier, Peers) for tier in slow)
-    if len(rams) + len(slow) != len(tiers) or not tiers or max(len(rams), peers) > 1:
-        raise UsageError(
-            f"tiers={list(tiers)!r}: give at most one Ram and one Peers, and any number of Disk and"
-            " ObjectStore",
-            state="nothing was done",
-        )
-    for tier in slow:
-        _retention.parse_keep(tier.keep)
-    if rams:
-        return rams[0], slow
-    steps, _ = parse_every(slow[0].every, times=True)
-    if steps is None:
-        raise UsageError(
-            f"{type(slow[0]).__name__}(every={slow[0].every!r}): the first tier needs steps, since"
-            " clocks differ between ranks",
-            state="nothing was done",
-            actions=("put Ram(every=...) first, or give steps",),
-        )
-    return Ram(every=steps), slow
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

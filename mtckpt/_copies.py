@@ -7,12 +7,16 @@ when no place before it has a sound copy.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from mtckpt import _inventory
 from mtckpt._delivery import Loaded, Place, describe
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
     from mtckpt._delivery import Attempt, Within
     from mtckpt._inventory import Inventory
     from mtckpt._manifest import ArrayEntry, Record
-    from mtckpt._state import StateAdapter
+    from mtckpt._state import ByPath, StateAdapter
     from mtckpt.capture.base import Engine
 
 __all__ = ["Scope", "Shards", "Together"]
@@ -106,12 +110,38 @@ class Shards:
         """What a rank has, from the first sound record of it. Raises NoHealthyStep."""
         loaded = self._loaded.get(rank)
         if loaded is not None:
-            return loaded.entries
+            return loaded.entries[: len(loaded.numbers)]  # without those of ``open_with``
+        return self.record(rank).array_entries()
+
+    def record(self, rank: int) -> Record:
+        """The first sound record of a rank. Raises NoHealthyStep."""
+        loaded = self._loaded.get(rank)
+        if loaded is not None:
+            return loaded.record
         for place in self._places(rank):
             record = self._record(place, rank)
             if record is not None:
-                return record.array_entries()
+                return record
         raise self._nothing(rank)
+
+    def open_with(self, wanted: ByPath) -> Loaded:
+        """The base shard's description, and after its entries what only other ranks have.
+
+        Raises NoHealthyStep.
+        """
+        loaded = self.open(self.base)
+        lacking = set(wanted).difference(entry.path for entry in loaded.entries)
+        others: dict[str, ArrayEntry] = {}
+        for rank in itertools.chain(*self.levels()) if lacking else ():
+            for entry in self.entries(rank):
+                if entry.path in lacking and entry.offsets is not None:
+                    others.setdefault(entry.path, entry)
+        if others:
+            # Whoever it is tied to is an entry of another record.
+            more = [msgspec.structs.replace(entry, same_as=None) for entry in others.values()]
+            loaded = dataclasses.replace(loaded, entries=[*loaded.entries, *more])
+            self._loaded[self.base] = loaded
+        return loaded
 
     def open(self, rank: int) -> Loaded:
         """A shard's description. Raises NoHealthyStep where no place has a sound one."""

@@ -21,7 +21,7 @@ from mtckpt._assembly import Assembly, Stores, assemble
 from mtckpt._copies import Scope, Shards
 from mtckpt._delivery import Attempt, Delivery, Loaded, Place, Within, whole_wants
 from mtckpt._placing import Placing, Stored, rename_tree, settle
-from mtckpt._state import ArraySpec, StateAdapter
+from mtckpt._state import ArraySpec, ByPath, Node, StateAdapter
 from mtckpt.capture.collector import collector_paused
 from mtckpt.errors import CheckpointError, Damaged, RestoreFailed, StateMismatch
 
@@ -76,7 +76,7 @@ def restore_from(
     """
     with scope.together("match"):
         shards = Shards(candidate, scope, attempt)
-        loaded = shards.open(shards.base)
+        loaded = shards.open_with(state) if type(state) is ByPath else shards.open(shards.base)
         placing, resolve = _match(loaded, state, scope.adapters, partial=partial, rename=rename)
         wants, repeats = whole_wants(loaded, placing.addresses)
         parts = _join(placing, shards)
@@ -172,12 +172,24 @@ def _match(
         raise Damaged(f"record does not parse: {error}", step=record.step) from error
     root = _state.node_from_json(tree, len(loaded.entries), len(plain))
     stored = _stored(loaded.entries)
+    if type(state) is ByPath:
+        root = _by_path(stored, state)
     if rename is not None:
         root, stored = rename_tree(root, stored, [], rename)
     placing = Placing(stored, plain, adapters, partial=partial)
     resolved = placing.match(state, root)
     placing.raise_diff(record.step)
     return placing, resolved
+
+
+def _by_path(stored: Sequence[Stored], wanted: ByPath) -> Node:
+    """The arrays that are wanted, in one dictionary."""
+    index_of: dict[str, int] = {}
+    for index, array in enumerate(stored):
+        index_of.setdefault(array.path, index)  # the first of several boxes of one array
+    keys = [path for path in wanted if path in index_of]
+    children = [Node(_state.ARRAY, index=index_of[path]) for path in keys]
+    return Node(_state.DICT, keys=keys, children=children)
 
 
 # From its fields in order: calling the class takes three times as long.

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mtckpt import _inventory, _restore, _retention, errors
 from mtckpt._choice import Candidate, RestorePlan, plan_restore
+from mtckpt._copies import Shards
 from mtckpt._gathering import Gathered, gather
 from mtckpt._handle import Restored, stage_of_tier
-
-# Restored, stage_of_tier
 from mtckpt._progress import progress
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import protocol
@@ -29,15 +28,17 @@ from mtckpt.errors import (
     RestoreFailed,
     RestoreUnavailable,
     StateMismatch,
+    StepNotFound,
 )
 
 if TYPE_CHECKING:
     import os
 
+    from mtckpt._manifest import Record
     from mtckpt._run import Run
     from mtckpt.capture.base import Engine
 
-__all__ = ["restore"]
+__all__ = ["records_of", "restore"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +63,7 @@ def restore(
     if not candidates:
         return Restored(None, state)
     skipped.update(_mute(gathered.silent))
-    reading_s = max(_reading_s(run, candidate) for candidate in candidates)
-    scope = _restore.Scope(
-        gathered.run_key,
-        gathered.places,
-        gathered.inventories,
-        active_adapters(),
-        engine,
-        run.within,
-        run.group.rank,
-        lambda stage: run.together(stage, _elsewhere, reading_s),
-    )
+    scope = _scope(run, engine, gathered, candidates)
     attempt = _restore.Attempt()
     for candidate in candidates:
         step_at, size_bytes = candidate.name.step, candidate.size_bytes
@@ -103,6 +94,48 @@ def restore(
     if attempt.touched:
         raise _undefined(skipped, nothing) from nothing
     raise nothing
+
+
+def records_of(
+    run: Run, engine: Engine, step: int | Literal["latest", "best"]
+) -> dict[int, Record]:
+    """What the save that ``restore`` would take says of itself, by rank; all ranks call it.
+
+    Raises what ``Checkpointer.restore`` does, and StepNotFound where there is no step.
+    """
+    run.join()
+    with run.together("look", _elsewhere):
+        places = run.places()
+    gathered = gather(run, step, places, None)
+    candidates = _plan(run, gathered, step).candidates
+    failure: CheckpointError = StepNotFound(
+        f"no tier has a step of run {run.name}", step=step, state="live state unchanged"
+    )
+    for candidate in candidates:
+        scope = _scope(run, engine, gathered, candidates)
+        shards = Shards(candidate, scope, _restore.Attempt())
+        try:
+            with scope.together("describe"):
+                return {rank: shards.record(rank) for rank in sorted(candidate.sources)}
+        except (NoHealthyStep, FormatError) as error:
+            failure = error
+    raise failure
+
+
+def _scope(
+    run: Run, engine: Engine, gathered: Gathered, candidates: Sequence[Candidate]
+) -> _restore.Scope:
+    reading_s = max(_reading_s(run, candidate) for candidate in candidates)
+    return _restore.Scope(
+        gathered.run_key,
+        gathered.places,
+        gathered.inventories,
+        active_adapters(),
+        engine,
+        run.within,
+        run.group.rank,
+        lambda stage: run.together(stage, _elsewhere, reading_s),
+    )
 
 
 def _plan(run: Run, gathered: Gathered, step: int | Literal["latest", "best"]) -> RestorePlan:

@@ -37,6 +37,7 @@ __all__ = [
     "labels_of",
     "make_schedule",
     "parse_every",
+    "split_tiers",
 ]
 
 AUTO_START_STEPS = 10
@@ -387,3 +388,32 @@ def make_schedule(ram: Ram, tiers: Sequence[SlowTier], labels: Sequence[str]) ->
         for label, tier in zip(labels, tiers, strict=True)
     ]
     return Schedule([first, *slower], auto=auto)
+
+
+def split_tiers(tiers: Sequence[TierSettings] | None) -> tuple[Ram, list[SlowTier]]:
+    """The RAM tier, which there always is, and the others; those of a run that names none.
+
+    Raises UsageError for tiers that cannot be together.
+    """
+    if tiers is None:
+        return Ram(), [Disk("checkpoints")]
+    rams = [tier for tier in tiers if isinstance(tier, Ram)]
+    slow = [tier for tier in tiers if isinstance(tier, SlowTier)]
+    peers = sum(isinstance(tier, Peers) for tier in slow)
+    if len(rams) + len(slow) != len(tiers) or not tiers or max(len(rams), peers) > 1:
+        raise UsageError(
+            f"tiers={list(tiers)!r}: give at most one Ram and one Peers, and any number of Disk and"
+            " ObjectStore",
+            state="nothing was done",
+        )
+    if rams:
+        return rams[0], slow
+    steps, _ = parse_every(slow[0].every, times=True)
+    if steps is None:
+        raise UsageError(
+            f"{type(slow[0]).__name__}(every={slow[0].every!r}): the first tier needs steps, since"
+            " clocks differ between ranks",
+            state="nothing was done",
+            actions=("put Ram(every=...) first, or give steps",),
+        )
+    return Ram(every=steps), slow

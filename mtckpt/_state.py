@@ -54,6 +54,7 @@ __all__ = [
     "PLAIN_TYPES",
     "TUPLE",
     "ArraySpec",
+    "ByPath",
     "Flat",
     "Node",
     "Part",
@@ -101,6 +102,13 @@ class ArraySpec(NamedTuple):
     def whole_shape(self) -> tuple[int, ...]:
         """Shape of the global array; that of the array itself where it is held whole."""
         return self.shape if self.global_shape is None else self.global_shape
+
+
+class ByPath(dict[str, Any]):
+    """A template of nothing but arrays, by their paths in the checkpoint, however that is nested.
+
+    What this rank's record lacks is looked for in those of other ranks, if it is global there.
+    """
 
 
 class Part(NamedTuple):

@@ -28,6 +28,8 @@ PLACEMENT = (
     ),
 )
 
+_BY_PATH = "test_by_path_global_arrays_of_any_rank_are_found_and_private_ones_of_this"
+
 BOXES = (
     Bug(
         "box-restored-in-part",
@@ -70,6 +72,20 @@ BOXES = (
         "if last and sum(len(part.wants) for part in parts) > 1:",
         "if last and len(parts) > 1:",
         ("test_assembly.py::test_a_flipped_bit_in_any_shard_is_found[checked while placed]",),
+    ),
+    Bug(
+        "another-ranks-own-handed-out",
+        "_copies.py",
+        "if entry.path in lacking and entry.offsets is not None:",
+        "if entry.path in lacking:",
+        ("test_assembly.py::" + _BY_PATH,),
+    ),
+    Bug(
+        "what-only-others-have-not-looked-for",
+        "_copies.py",
+        "for rank in itertools.chain(*self.levels()) if lacking else ():",
+        "for rank in ():",
+        ("test_assembly.py::" + _BY_PATH,),
     ),
 )
 

@@ -22,6 +22,7 @@ from mtckpt._choice import plan_restore
 from mtckpt._holdings import holdings_of
 from mtckpt._restore import Attempt, Place, Scope
 from mtckpt._shard import CHUNK_BYTES
+from mtckpt._state import ByPath
 from mtckpt.adapters import active_adapters
 from mtckpt.capture import memory
 from mtckpt.capture.cpu import CpuEngine
@@ -229,3 +230,26 @@ def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
             restore(tmp_path, {"w": np.zeros((4, 4))})
         with pytest.raises(StateMismatch):
             restore(tmp_path, {"w": np.zeros((2, 4))})
+
+
+def test_by_path_global_arrays_of_any_rank_are_found_and_private_ones_of_this(
+    tmp_path: Path,
+) -> None:
+    there = np.arange(12.0).reshape(4, 3)
+    for rank in range(3):
+        arrays = {"in/own": np.full(2, float(rank))}
+        boxes = {}
+        if rank:  # of ranks 1 and 2
+            arrays["deep/er/there"] = there[2 * rank - 2 : 2 * rank]
+            boxes["deep/er/there"] = ((2 * rank - 2, 0), (4, 3))
+            arrays["secret"] = np.ones(1)
+        builders.build_save(
+            tmp_path, "run", 1, arrays, boxes=boxes, rank=rank, world_size=3, ranks=(1, 2)
+        )
+    for rank in range(3):
+        wanted = ByPath({"in/own": np.zeros(2), "deep/er/there": np.zeros((4, 3))})
+        restore(tmp_path, wanted, rank)
+        assert wanted["in/own"].tolist() == [rank, rank]
+        assert np.array_equal(wanted["deep/er/there"], there)
+    with pytest.raises(StateMismatch, match="secret"):
+        restore(tmp_path, ByPath({"in/own": np.zeros(2), "secret": np.zeros(1)}), 0)

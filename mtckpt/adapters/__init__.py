@@ -34,6 +34,14 @@ _GROUPS = (
     ("jax", "mtckpt.adapters.jax.group"),
 )
 
+# What reads or writes checkpoints of other libraries, what it needs, and the extra that has that.
+_CONVERTERS = {
+    "dcp_export": ("mtckpt.adapters.torch.dcp_export", "torch", "torch"),
+    "dcp_files": ("mtckpt.adapters.dcp_files", "", ""),
+    "orbax_export": ("mtckpt.adapters.jax.orbax_export", "tensorstore", "jax"),
+    "orbax_files": ("mtckpt.adapters.jax.orbax_files", "tensorstore", "jax"),
+}
+
 _made: dict[str, StateAdapter] = {}
 
 
@@ -67,14 +75,16 @@ def converter(name: str) -> Any:
 
     Raises UsageError where what it needs is not installed.
     """
+    module, needed, extra = _CONVERTERS[name]
     try:
-        importlib.import_module("tensorstore")
-        return importlib.import_module(f"mtckpt.adapters.jax.{name}")
+        if needed:
+            importlib.import_module(needed)
+        return importlib.import_module(module)
     except ImportError as error:
         raise UsageError(
-            f"what Orbax's checkpoints are read and written with is not installed: {error}",
+            f"what such checkpoints are read and written with is not installed: {error}",
             state="nothing was done",
-            actions=('pip install "mtckpt[jax]"',),
+            actions=(f'pip install "mtckpt[{extra}]"',),
         ) from error
 
 

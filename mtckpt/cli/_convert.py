@@ -23,26 +23,32 @@ if TYPE_CHECKING:
 __all__ = ["export_", "import_"]
 
 
-@click.command("import", short_help="Bring checkpoints of Orbax into a run.")
+@click.command("import", short_help="Bring checkpoints of Orbax or PyTorch's DCP into a run.")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("location", type=click.Path(path_type=Path))
 @click.option("--run", required=True, help="The name of the new run below LOCATION.")
 @click.option("--step", help='A number, or "all". Default: the newest step.')
+@click.option("--unpickle", is_flag=True, help="Read the pickles in checkpoints of DCP.")
 @json_option
 @reporting
-def import_(source: Path, location: Path, run: str, step: str | None, as_json: bool) -> int:
-    """Read an Orbax directory and write a run that is restored, loaded and shown like any other.
+def import_(
+    source: Path, location: Path, run: str, step: str | None, unpickle: bool, as_json: bool
+) -> int:
+    """Read a foreign directory and write a run that is restored, loaded and shown like any other.
 
-    SOURCE is a checkpoint manager's directory, one step of it or one item (OCDBT or Zarr).
-    LOCATION is a tier's directory, such as ./checkpoints; it is made where it is missing. Arrays
-    are moved piece by piece. A run that is there is never changed.
+    SOURCE is the directory of a checkpoint manager of Orbax, one step of it or one item (OCDBT or
+    Zarr); or one that torch.distributed.checkpoint has written, or a directory of such. LOCATION is
+    a tier's directory, such as ./checkpoints; it is made where it is missing. Arrays are moved
+    piece by piece. A run that is there is never changed.
+
+    DCP keeps metadata and plain values as pickles. With --unpickle they are read, in a process of
+    its own that knows a few exact names, calls nothing, and has little memory and no packages.
     """
     from mtckpt._building import build_save
     from mtckpt._progress import progress
-    from mtckpt.adapters import converter
     from mtckpt.tiers import LocalTier
 
-    files = converter("orbax_files")
+    files = _reader_of(source, unpickle)
     chosen = _chosen(files.find_steps(source), step, source)
     tier = LocalTier(location)
     saved: list[dict[str, int]] = []
@@ -70,6 +76,22 @@ def import_(source: Path, location: Path, run: str, step: str | None, as_json: b
                 f"step {each['step']}: {each['arrays']} arrays, {each['size_bytes']:,} bytes"
             )
     return _output.FINE
+
+
+def _reader_of(source: Path, unpickle: bool) -> Any:
+    """What reads a directory. Raises UsageError for one with pickles, unless they were allowed."""
+    from mtckpt.adapters import converter
+
+    dcp = converter("dcp_files")
+    if not dcp.is_checkpoint(source):
+        return converter("orbax_files")
+    if not unpickle:
+        raise UsageError(
+            f"{source} is a checkpoint of torch.distributed, whose metadata is a pickle",
+            state="nothing was read",
+            actions=("add --unpickle: it is read in a process that can call nothing",),
+        )
+    return dcp
 
 
 def _chosen(
@@ -112,39 +134,69 @@ def _begin(tier: LocalTier, run: str) -> tuple[Incarnation, str]:
     return incarnation, place
 
 
-@click.command("export", short_help="Write a step as a directory of Orbax.")
+@click.command("export", short_help="Write a step as a directory of Orbax or PyTorch's DCP.")
 @click.argument("target")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--step", help="A number or a save's id. Default: the newest step.")
+@click.option(
+    "--to", type=click.Choice(["orbax", "dcp"]), default="orbax", help="Whose. Default: orbax."
+)
 @click.option("--zarr", is_flag=True, help="A directory for each array, without OCDBT.")
 @json_option
 @reporting
-def export_(target: str, directory: Path, step: str | None, zarr: bool, as_json: bool) -> int:
+def export_(
+    target: str, directory: Path, step: str | None, to: str, zarr: bool, as_json: bool
+) -> int:
     """Write one step as DIRECTORY, which ocp.StandardCheckpointer and others of Orbax restore.
 
     Every byte is verified on the way. Arrays of NumPy type are what comes back without a template;
     with one, arrays of JAX with its shardings. One array is in memory at a time.
-    """
-    from mtckpt import _load
-    from mtckpt.adapters import converter
 
+    With --to dcp, it is a directory that torch.distributed.checkpoint loads. What several ranks
+    have under one name is there as the first of them has it.
+    """
+    if to == "dcp" and zarr:
+        raise UsageError("--zarr is about directories of Orbax", state="nothing was done")
     with find(target) as found:
-        checkpoint, _ = open_one(found, target, step)
+        framework = "torch" if to == "dcp" else "numpy"
+        checkpoint, _ = open_one(found, target, step, framework)
         with checkpoint:
-            shard = checkpoint._shards[0]
-            root, plain = _load.state_of(shard)
-            orbax = converter("orbax_export")
-            leaves = [
-                orbax.Leaf(entry.dtype, entry.framework, _reader(checkpoint, entry.path))
-                for entry in shard.entries
-            ]
             number = checkpoint.step
-            size_bytes = orbax.write(directory.absolute(), root, plain, leaves, ocdbt=not zarr)
+            directory = directory.absolute()
+            if to == "dcp":
+                size_bytes = _write_dcp(checkpoint, directory)
+            else:
+                size_bytes = _write_orbax(checkpoint, directory, ocdbt=not zarr)
     if as_json:
         print_json({"step": number, "directory": os.fspath(directory), "size_bytes": size_bytes})
     else:
         print_line(f"step {number}: {size_bytes:,} bytes in {directory}")
     return _output.FINE
+
+
+def _write_dcp(checkpoint: Any, directory: Path) -> int:
+    from mtckpt.adapters import converter
+
+    records = {shard.record.rank: shard.record for shard in checkpoint._shards}
+    written: int = converter("dcp_export").write(
+        directory, records, lambda path, rank: checkpoint.read(path, rank=rank)
+    )
+    return written
+
+
+def _write_orbax(checkpoint: Any, directory: Path, *, ocdbt: bool) -> int:
+    from mtckpt import _load
+    from mtckpt.adapters import converter
+
+    shard = checkpoint._shards[0]
+    root, plain = _load.state_of(shard)
+    orbax = converter("orbax_export")
+    leaves = [
+        orbax.Leaf(entry.dtype, entry.framework, _reader(checkpoint, entry.path))
+        for entry in shard.entries
+    ]
+    written: int = orbax.write(directory, root, plain, leaves, ocdbt=ocdbt)
+    return written
 
 
 def _reader(checkpoint: Any, path: str) -> Any:

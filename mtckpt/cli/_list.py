@@ -139,7 +139,9 @@ def show(target: str, step: str | None, as_json: bool) -> int:
     return _output.FINE
 
 
-def open_one(found: Found, target: str, step: str | None) -> tuple[Checkpoint, list[str]]:
+def open_one(
+    found: Found, target: str, step: str | None, framework: str = "numpy"
+) -> tuple[Checkpoint, list[str]]:
     """The save that ``step`` means of the one run of a target, and the tiers that hold it."""
     if len(found.runs) > 1:
         raise UsageError(
@@ -148,10 +150,12 @@ def open_one(found: Found, target: str, step: str | None) -> tuple[Checkpoint, l
             actions=[f"name one: {target.rstrip('/')}/{run}" for run in list(found.runs)[:10]],
         )
     places = [place for places in found.runs.values() for place in places]
-    return _open(places, parse_step(step))
+    return _open(places, parse_step(step), framework)
 
 
-def _open(places: list[Place], step: int | str) -> tuple[Checkpoint, list[str]]:
+def _open(
+    places: list[Place], step: int | str, framework: str = "numpy"
+) -> tuple[Checkpoint, list[str]]:
     """The save at the first place that has the newest one, and the tiers that hold it too."""
     from mtckpt._load import candidates, open_checkpoint
     from mtckpt.adapters import array_maker
@@ -169,7 +173,7 @@ def _open(places: list[Place], step: int | str) -> tuple[Checkpoint, list[str]]:
         best.append(((newest.name.incarnation, newest.name.step), place))
     for _, place in sorted(best, key=lambda item: item[0], reverse=True):
         try:
-            checkpoint = open_checkpoint(place, step, array_maker("numpy"))
+            checkpoint = open_checkpoint(place, step, array_maker(framework))
         except CheckpointError as error:
             failed = error
             continue

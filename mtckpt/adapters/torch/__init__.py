@@ -28,7 +28,7 @@ class TorchAdapter:
 
     def is_array(self, value: object) -> bool:
         """True for every tensor, those that cannot be saved too: ``spec`` says why not."""
-        return isinstance(value, torch.Tensor)
+        return isinstance(value, (torch.Tensor, sharded.Boxes))
 
     def spec(self, value: Any, path: str, *, template: bool = False) -> ArraySpec:
         """Raises UnsupportedState for tensors that are not dense bytes."""

@@ -1,8 +1,8 @@
 """DTensors as boxes of global arrays: FSDP2, tensor parallelism, and meshes of several dimensions.
 
-Knows placements and device meshes. Does not communicate: which box a rank holds, and which other
-ranks hold the same one, follows from the placements. Does not know pending sums (``Partial``):
-there is no array yet that could be saved.
+Knows placements and device meshes, and the ShardedTensors that FSDP made before. Does not
+communicate: which box a rank holds, and which other ranks hold the same one, follows from the
+placements. Does not know pending sums (``Partial``): there is no array yet that could be saved.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,16 @@ from mtckpt._state import ArraySpec, Part
 from mtckpt.adapters.torch import leaves
 from mtckpt.errors import UnsupportedState
 
-__all__ = ["assembled", "empty_like", "identity", "is_sharded", "parts_of", "spec_of"]
+__all__ = [
+    "Boxes",
+    "assembled",
+    "empty_like",
+    "held",
+    "identity",
+    "is_sharded",
+    "parts_of",
+    "spec_of",
+]
 
 # (mesh, placements, shape) -> offsets, local shape, and the ranks that hold the same.
 _Place = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -26,23 +36,50 @@ _places: dict[tuple[Any, tuple[Any, ...], tuple[int, ...]], _Place] = {}
 _MAX_PLACES = 100_000
 
 
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """Boxes of one global array as a leaf: tensors, and where in the array each begins.
+
+    ``sharers`` are the ranks that have a part in the array; none of them stands for this one.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: tuple[tuple[tuple[int, ...], torch.Tensor], ...]
+    sharers: tuple[int, ...] = ()
+
+
 def is_sharded(value: object) -> bool:
+    """True for a part of a global array; nothing is imported to find out."""
+    if type(value) in (torch.Tensor, torch.nn.Parameter):  # as nearly all are
+        return False
+    return is_dtensor(value) or isinstance(value, Boxes) or _is_sharded_tensor(value)
+
+
+def is_dtensor(value: object) -> bool:
     """True for a DTensor; nothing is imported to find out."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
+def _is_sharded_tensor(value: object) -> bool:
+    module = sys.modules.get("torch.distributed._shard.sharded_tensor")
+    return module is not None and isinstance(value, module.ShardedTensor)
+
+
 def spec_of(value: Any, path: str, *, template: bool = False) -> ArraySpec:
-    """The box that this rank holds. Raises UnsupportedState for a pending sum."""
+    """The first box that this rank holds. Raises UnsupportedState for a pending sum."""
+    if not is_dtensor(value):
+        return _parts_of_boxes(value, path)[0].spec
     offsets, shape, _ = _place_of(value, path)
     local = leaves.spec_of(value._local_tensor, path, template=template)
     return ArraySpec(local.dtype, shape, leaves.FRAMEWORK, offsets, tuple(value.shape))
 
 
 def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
-    """The local tensor with its box; None for a tensor that is no DTensor."""
-    if not is_sharded(value):
-        return None
+    """The local tensors with their boxes; None for a tensor that is no part of anything."""
+    if not is_dtensor(value):
+        return _parts_of_boxes(value, path) if is_sharded(value) else None
     _, _, holders = _place_of(value, path)
     spec = spec_of(value, path, template=template)
     return (Part(spec, value._local_tensor, holders, _sharers(value.device_mesh)),)
@@ -50,12 +87,16 @@ def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part]
 
 def identity(value: Any) -> object | None:
     """The same local memory as the same box."""
+    if not is_dtensor(value):
+        return None
     local = leaves.identity(value._local_tensor)
     return None if local is None else (local, value.shape, value.placements, value.device_mesh)
 
 
 def assembled(live: Any, arrays: Sequence[torch.Tensor]) -> Any:
     """``live``; a shard of the meta device has got memory, so a new DTensor around that."""
+    if not is_dtensor(live):
+        return live
     (local,) = arrays
     if local is live._local_tensor:
         return live
@@ -67,7 +108,7 @@ def empty_like(value: Any, dtype: torch.dtype | None) -> Any:
 
     What an optimizer holds for each element of a sharded parameter is sharded like it.
     """
-    if dtype is None or not value.ndim or not is_sharded(value):
+    if dtype is None or not is_dtensor(value) or not value.ndim:
         return None
     local = torch.empty_like(value._local_tensor, dtype=dtype, requires_grad=False)
     return _around(local, value, False)
@@ -85,6 +126,57 @@ def _around(local: torch.Tensor, like: Any, requires_grad: bool) -> Any:
         stride=like.stride(),
     )
     return made.requires_grad_(requires_grad)
+
+
+def _parts_of_boxes(value: Any, path: str) -> list[Part]:
+    """The parts of ``Boxes`` or of a ShardedTensor; an empty one where there is none."""
+    boxes = value if isinstance(value, Boxes) else _boxes_of(value, path)
+    shape = boxes.shape
+    parts = [
+        Part(
+            leaves.spec_of(tensor, path)._replace(offsets=offsets, global_shape=shape),
+            tensor,
+            sharers=boxes.sharers,
+        )
+        for offsets, tensor in boxes.boxes
+    ]
+    if parts:
+        return parts
+    nothing = torch.empty((0, *shape[1:]), dtype=boxes.dtype)
+    offsets = (shape[0], *(0 for _ in shape[1:]))
+    spec = leaves.spec_of(nothing, path)._replace(offsets=offsets, global_shape=shape)
+    return [Part(spec, nothing, sharers=boxes.sharers)]
+
+
+def _boxes_of(value: Any, path: str) -> Boxes:
+    """What a ShardedTensor holds here. Raises UnsupportedState where its shards are sharded."""
+    found = []
+    for shard in value.local_shards():
+        if is_sharded(shard.tensor):
+            raise UnsupportedState(
+                "cannot save a ShardedTensor whose shards are sharded again",
+                path=path,
+                type_name="ShardedTensor",
+                state="nothing was written",
+                actions=("give the mesh to FSDP: it then has DTensors",),
+            )
+        found.append((tuple(map(int, shard.metadata.shard_offsets)), shard.tensor))
+    ranks = torch.distributed.get_process_group_ranks(value._process_group)
+    return Boxes(tuple(value.size()), value.dtype, tuple(found), tuple(sorted(ranks)))
+
+
+def held(value: Any, path: str) -> Any:
+    """What this rank holds of a value: None where that is no part of a global array.
+
+    A ShardedTensor becomes the boxes of those ranks alone that hold any; all else is as it is.
+    """
+    if is_dtensor(value) and value.device_mesh.get_coordinate() is None:
+        return None
+    if not _is_sharded_tensor(value):
+        return value
+    boxes = _boxes_of(value, path)
+    ranks = {int(each.placement.rank()) for each in value.metadata().shards_metadata}
+    return replace(boxes, sharers=tuple(sorted(ranks))) if boxes.boxes else None
 
 
 def _place_of(value: Any, path: str) -> _Place:
