@@ -17,6 +17,7 @@ from stores import S3Server
 
 import mtckpt
 from mtckpt import _run
+from mtckpt.agent.spawn import ensure_agent
 from mtckpt.errors import (
     AccessDenied,
     CloseFailed,
@@ -218,6 +219,7 @@ def test_a_silent_store_is_no_fresh_start(tmp_path: Path) -> None:
     """Nobody else has a step: it could be there."""
     options = {"key": "k", "secret": "hush-hush", "endpoint_url": "http://127.0.0.1:9"}
     store = mtckpt.ObjectStore("s3://bucket/x", storage_options=options)
+    ensure_agent(30.0)  # it is the store that has only so long
     run = mtckpt.Checkpointer("r", [mtckpt.Ram(every=1), store], timeout_s=3)
     state = make_state(1.0)
     with pytest.raises(RestoreUnavailable, match="store") as raised:

@@ -152,9 +152,7 @@ class Healer:
                 tier,
                 save,
                 verified=save is as_if or save.is_verified(tier.label),
-                busy=bool(save.writing)
-                or str(save.name) in waiting
-                or (tier.is_store and tier.label in save.owed),
+                busy=bool(save.writing) or str(save.name) in waiting or _is_coming(run, tier, save),
             )
             for save in run.saves.values()
             if tier.label in save.ranks
@@ -204,6 +202,15 @@ class Healer:
             age_s=max(0.0, time.time() - save.seen_at),
             metrics=save.metrics,
         )
+
+
+def _is_coming(run: RunState, tier: TierState, save: SaveState) -> bool:
+    """Whether some of a save may be on its way to a store, from here or from another node."""
+    if not tier.is_store or save.is_complete(tier.label):
+        return False
+    # What is let go has no records left; of what others send, ours may be there already.
+    others = run.layout is not None and save.name.incarnation == run.incarnation
+    return tier.label in save.owed or (others and bool(save.ranks[tier.label]))
 
 
 def _line(run: RunState) -> Line:

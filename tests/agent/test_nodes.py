@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from mtckpt._events import EventStream
 from mtckpt._handshake import PeerAddress
-from mtckpt._manifest import SaveName
+from mtckpt._manifest import Incarnation, SaveName
+from mtckpt.agent import work
+from mtckpt.agent.healing import Healer
 from mtckpt.agent.nodes import Layout, News, layout_of, named, news_for_lead, news_for_nodes
-from mtckpt.agent.protocol import Join, NodeOfRun, WireError
-from mtckpt.agent.saves import RAM, SaveState
+from mtckpt.agent.protocol import Join, NodeOfRun, TierConfig, WireError
+from mtckpt.agent.queue import Limits
+from mtckpt.agent.runs import RunState
+from mtckpt.agent.saves import RAM, SaveState, TierState
+from mtckpt.agent.tools import Tools
 from mtckpt.errors import UsageError
 
 NAME = SaveName(7, 1, "ab" * 4)
@@ -179,3 +185,27 @@ def test_what_was_restored_from_was_whole() -> None:
     state.chosen = True
     assert state.is_complete(RAM)
     assert not save(disk={2, 3}).is_complete("disk")
+
+
+def test_what_other_nodes_may_still_send_to_a_store_is_no_remains() -> None:
+    store = work.TierRef("store", "file:///store", label="store")
+    config = TierConfig("store", "store", store.path, [{"last": 2}])
+    tier = TierState("store", config, store)
+    run = RunState("r", "r", work.TierRef("ram", "/ram"), {"store": tier})
+    run.incarnations[1] = Incarnation(1, "r", 1, "id")
+    for step in (1, 2, 3, 4):
+        state = SaveState(SaveName(step, 1, "0" * 12), f"save {step}", world_size=2)
+        state.ranks["store"] = {0} if step == 1 else {0, 1}
+        state.verified.add("store")
+        run.saves[str(state.name)] = state
+    healer = Healer(Tools(None, Limits(), EventStream()))  # type: ignore[arg-type]  # no bytes move
+    steps = [run.saves[name].name.step for name in healer.not_kept(run, tier)]
+    assert steps == [1, 2]  # all ranks are here: nobody will bring the rest of step 1
+    run.layout = layout(0, [0], [1])
+    assert [run.saves[name].name.step for name in healer.not_kept(run, tier)] == [2]
+    first = next(iter(run.saves.values()))
+    first.ranks["store"] = set()  # its records were deleted
+    assert [run.saves[name].name.step for name in healer.not_kept(run, tier)] == [1, 2]
+    first.ranks["store"] = {0}
+    run.incarnations[2] = Incarnation(1, "r", 2, "id", (1, 4))
+    assert [run.saves[name].name.step for name in healer.not_kept(run, tier)] == [1, 2]
