@@ -320,7 +320,6 @@ class _HeldSlot:
         self.grant = grant
         self.data = _map(grant.data_path, grant.inode, layout.size_bytes)
         self.table = _map(grant.table_path, None, layout.table_bytes)
-        self.header: bytes = b""
 
 
 class SlotRing:
@@ -398,9 +397,8 @@ def write_shard(
     table = slot.table.view
     generation_at = _shard.GENERATION_OFFSET
     table[generation_at : generation_at + 8] = bytes(8)
-    if slot.header != layout.header:
-        slot.data.view[: layout.data_start] = layout.header
-        slot.header = layout.header
+    # Every time: since this process last had the slot, another rank may have had it.
+    slot.data.view[: layout.data_start] = layout.header
     digests = table[_shard.TABLE_HEADER.size :].cast("Q")
     engine.capture(captured.sources, plan.spans, slot.data.address, digests)
     crash_point("capture.copied")

@@ -30,9 +30,10 @@ def _ip(*words: str) -> None:
     _run("ip", *words)
 
 
-def _run(*words: str) -> None:
+def _run(*words: str) -> str:
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, f"{words}: {done.stderr}"
+    return done.stdout
 
 
 class Network:
@@ -89,6 +90,10 @@ class Host(Node):
     def inside(self) -> list[str]:
         """Words before a command that runs on this host."""
         return ["ip", "netns", "exec", self.namespace]
+
+    def output(self, *words: str) -> str:
+        """What a command prints on this host."""
+        return _run(*self.inside, *words)
 
     # -- the network -----------------------------------------------------------------------------
 

@@ -139,21 +139,23 @@ class Cluster:
         self.path = path
         self.nodes = list(nodes)
         self.ranks: list[Rank] = []
+        self.step = 0  # that the job has come to
         self._jobs = 0
 
-    def start(self, per_node: int = 1, **settings: Any) -> None:
-        """Rank processes, numbered node by node."""
+    def start(self, per_node: int | Sequence[int] = 1, **settings: Any) -> None:
+        """Rank processes, numbered node by node; so many on each, or on each of them."""
         for rank in self.ranks:
             rank.close()
         self._jobs += 1
         board = self.path / f"board-{self._jobs}"
         board.mkdir()
-        world_size = per_node * len(self.nodes)
+        counts = [per_node] * len(self.nodes) if isinstance(per_node, int) else per_node
+        places = [
+            node for node, count in zip(self.nodes, counts, strict=True) for _ in range(count)
+        ]
         self.ranks = [
-            self.nodes[rank // per_node].start(
-                rank=rank, world_size=world_size, board=str(board), **settings
-            )
-            for rank in range(world_size)
+            node.start(rank=rank, world_size=len(places), board=str(board), **settings)
+            for rank, node in enumerate(places)
         ]
 
     def all(self, *words: Any, ranks: Iterable[int] | None = None) -> list[Any]:
@@ -165,10 +167,35 @@ class Cluster:
 
     def save(self, step: int, stage: str = "staged") -> None:
         """A save that has to get there on every rank."""
-        assert self.all("save", step) == [""] * len(self.ranks)
+        answers = self.all("save", step)
+        assert answers == [""] * len(self.ranks), answers
         for reached in self.all("wait", step, stage):
             assert isinstance(reached, str), reached
             assert stage in reached.split(",")
+
+    def saved(self, stage: str = "staged") -> int:
+        """The next step is saved, and gets there."""
+        self.step += 1
+        self.save(self.step, stage)
+        return self.step
+
+    def begin(self, ranks: Iterable[int] | None = None) -> int:
+        """The next step is captured by these ranks, and may not come further."""
+        self.step += 1
+        answers = self.all("save", self.step, ranks=ranks)
+        assert not any(answers), answers
+        return self.step
+
+    def fails(self, step: int, *ranks: int, stage: str = "staged") -> list[tuple[str, str]]:
+        """Why a save does not get there, as each rank is told: the class of the cause, the text."""
+        answers = self.all("wait", step, stage, ranks=ranks)
+        assert all(isinstance(a, dict) and a["error"] == "SaveFailed" for a in answers), answers
+        return [(answer["cause"], answer["text"]) for answer in answers]
+
+    def told_once(self) -> None:
+        """The next save tells of a failure before it, where there was one, and is none itself."""
+        self.step += 1
+        self.all("save", self.step)
 
     def close(self) -> None:
         for rank in self.ranks:

@@ -178,6 +178,27 @@ def test_a_capture_cut_short_is_no_finished_one(tmp_path: Path, ram_dir: Path) -
     ring.clear()
 
 
+def test_a_slot_that_another_rank_had_meanwhile_gets_its_header_again(ram_dir: Path) -> None:
+    """Slots of one size go from rank to rank, and the arrays of these are called otherwise."""
+    slots = slots_of(ram_place(ram_dir / "root"))
+    ranks = []
+    for name in ("v", "w"):
+        planned = _save.Planner().prepare({name: np.arange(1000.0)}, active_adapters())
+        ranks.append((planned, _save.SlotRing()))
+    layout = ranks[0][0].plan.layout
+    slot = slots.allocate(RUN, "a", layout.size_bytes, layout.table_bytes)
+    grant = protocol.SlotGrant("a", slot.inode, slot.data_path, slot.table_path, slot.record_path)
+    id_ = builders.incarnation_id(RUN, 1)
+    for step, rank in enumerate((0, 1, 0)):
+        captured, ring = ranks[rank]
+        held = ring.adopt(grant, captured.plan.layout)
+        identity = _save.Identity(RUN, step, 1, id_, _manifest.save_id(id_, step, 0), rank, 2)
+        _save.write_shard(captured, held, identity, CpuEngine(), due=(), metrics={}, every=0)
+        assert Path(slot.data_path).read_bytes().startswith(captured.plan.layout.header)
+    for _, ring in ranks:
+        ring.clear()
+
+
 def test_a_finished_capture_whose_table_changed_is_none(tmp_path: Path, ram_dir: Path) -> None:
     shard = make_shard(tmp_path)
     slots = slots_of(ram_place(ram_dir / "root"))

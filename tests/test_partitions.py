@@ -21,12 +21,10 @@ Cut = Callable[[Host, Host], None]
 class Job(Cluster):
     """Three hosts with a rank each, and the step that they have come to."""
 
-    def __init__(self, path: Path, rank_s: float, stage: str) -> None:
+    def __init__(self, path: Path, rank_s: float) -> None:
         self.network = Network(path)
         self.hosts = [self.host(name, rank_s) for name in ("ant", "bee", "cat")]
         super().__init__(path, self.hosts)
-        self.step = 0
-        self.stage = stage
 
     def host(self, name: str, rank_s: float) -> Host:
         made = self.network.host(name)
@@ -41,17 +39,6 @@ class Job(Cluster):
         for host in self.hosts:
             host.heal()
 
-    def saved(self) -> None:
-        """A save that all of them have."""
-        self.step += 1
-        self.save(self.step, self.stage)
-
-    def begin(self, ranks: tuple[int, ...] = (0, 1, 2)) -> int:
-        """A save that was captured by all, and may not come further."""
-        self.step += 1
-        assert self.all("save", self.step, ranks=ranks) == [""] * len(ranks)
-        return self.step
-
     def reached(self, step: int, timeout_s: float = 0.5) -> list[bool]:
         """Who knows, by then, that all have it."""
         answers = self.all("wait", step, "staged", timeout_s)
@@ -62,28 +49,15 @@ class Job(Cluster):
         for answer in self.all("wait", step, stage):
             assert isinstance(answer, str), answer
 
-    def fails(self, step: int, *ranks: int) -> list[str]:
-        """What each rank is told of a save that is not whole in time."""
-        answers = self.all("wait", step, "staged", ranks=ranks)
-        assert [(a["error"], a["cause"]) for a in answers] == [("SaveFailed", "RankTimeout")] * len(
-            ranks
-        )
-        return [answer["text"] for answer in answers]
-
-    def told_once(self) -> None:
-        """The next save tells of the failure, where there was one, and is none itself."""
-        self.step += 1
-        self.all("save", self.step)
-
 
 @pytest.fixture(scope="module")
 def patient_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    yield from running(tmp_path_factory.mktemp("patient"), 60.0, "local")
+    yield from running(tmp_path_factory.mktemp("patient"), 60.0)
 
 
 @pytest.fixture(scope="module")
 def strict_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    yield from running(tmp_path_factory.mktemp("strict"), 3.0, "staged", every=1000)
+    yield from running(tmp_path_factory.mktemp("strict"), 3.0, every=1000)
 
 
 @pytest.fixture
@@ -100,8 +74,8 @@ def strict(strict_job: Job) -> Iterator[Job]:
     strict_job.heal()
 
 
-def running(path: Path, rank_s: float, stage: str, **settings: int) -> Iterator[Job]:
-    job = Job(path, rank_s, stage)
+def running(path: Path, rank_s: float, **settings: int) -> Iterator[Job]:
+    job = Job(path, rank_s)
     try:
         job.start(**settings)
         yield job
@@ -125,7 +99,7 @@ def from_the_lead(lead: Host, other: Host) -> None:
 @pytest.mark.parametrize("cut", [both_ways, to_the_lead, from_the_lead])
 def test_a_cut_between_two_of_three_nodes_delays_a_save_and_no_more(patient: Job, cut: Cut) -> None:
     job, (lead, other, _) = patient, patient.hosts
-    job.saved()
+    job.saved("local")
     cut(lead, other)
     step = job.begin()
     known = job.reached(step)
@@ -136,7 +110,7 @@ def test_a_cut_between_two_of_three_nodes_delays_a_save_and_no_more(patient: Job
     lead.heal()
     other.heal()
     job.arrives(step)
-    job.saved()
+    job.saved("local")
 
 
 def address_of(node: Node, number: int) -> protocol.PeerAddress:
@@ -149,15 +123,15 @@ def address_of(node: Node, number: int) -> protocol.PeerAddress:
 @pytest.mark.parametrize("bad", ["packets are lost", "connections are reset"])
 def test_a_bad_network_slows_the_word_down_and_loses_none(patient: Job, bad: str) -> None:
     job = patient
-    job.saved()
+    job.saved("local")
     for number, host in enumerate(job.hosts[:2]):
         if bad == "packets are lost":
             host.loses(0.3)
         else:
             host.resets(0.1, address_of(host, number).control_port)
-    job.saved()
+    job.saved("local")
     job.heal()
-    job.saved()
+    job.saved("local")
 
 
 def test_a_port_that_another_job_has_by_now_is_told_nothing(patient: Job, tmp_path: Path) -> None:
@@ -169,7 +143,7 @@ def test_a_port_that_another_job_has_by_now_is_told_nothing(patient: Job, tmp_pa
     try:
         others.start()
         others.save(1)  # a run of the same name, on the same host, of another job
-        job.saved()
+        job.saved("local")
         ours, theirs = address_of(job.hosts[0], 1), address_of(strangers[0], 1)
         assert (ours.host, ours.name, theirs.host) == (bee.address, "bee", bee.address)
         before = strangers[1].status().counters
@@ -183,7 +157,7 @@ def test_a_port_that_another_job_has_by_now_is_told_nothing(patient: Job, tmp_pa
         others.save(2)
         bee.heal()
         job.arrives(step)
-        job.saved()
+        job.saved("local")
     finally:
         others.close()
 
@@ -194,10 +168,12 @@ def test_a_lead_that_is_cut_off_commits_nothing(strict: Job) -> None:
     job.saved()
     with apart(lead, *others):
         step = job.begin()
-        (told,) = job.fails(step, 0)
+        ((cause, told),) = job.fails(step, 0)
+        assert cause == "RankTimeout"
         assert "rank 1 on bee" in told
         assert "rank 2 on cat" in told
-        for told in job.fails(step, 1, 2):
+        for cause, told in job.fails(step, 1, 2):
+            assert cause == "RankTimeout"
             assert f"rank 0 on ant ({lead.address})" in told
     settled(job, step)
     assert not any(step in in_memory(node) for node in job.hosts)
@@ -244,7 +220,8 @@ def test_a_rank_that_is_stopped_is_named_and_fenced_afterwards(strict: Job) -> N
     stopped = job.ranks[2]
     stopped.process.send_signal(signal.SIGSTOP)
     step = job.begin(ranks=(0, 1))
-    for text in job.fails(step, 0, 1):
+    for cause, text in job.fails(step, 0, 1):
+        assert cause == "RankTimeout"
         assert f"rank 2 on cat ({cat.address})" in text
     stopped.tell("save", step)
     job.ranks.remove(stopped)  # another job has its run now, while it lives

@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from agent_checks import until
 from node_scene import Cluster, Node
 
+from mtckpt import _inventory
+from mtckpt.tiers import LocalTier
+
 pytestmark = pytest.mark.timeout(120)
-Make = Callable[..., Cluster]
+
+
+def running(
+    path: Path, count: int, per_node: int | list[int] = 1, rank_s: float = 60.0, **settings: object
+) -> Iterator[Cluster]:
+    nodes = [Node(path, name) for name in "abc"[:count]]
+    for node in nodes:
+        node.environment["MTCKPT_RANK_S"] = str(rank_s)
+    job = Cluster(path, nodes)
+    try:
+        job.start(per_node, **settings)
+        yield job
+    finally:
+        job.close()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A rank on each of three nodes. Tests leave it at work, at whatever step."""
+    yield from running(tmp_path_factory.mktemp("three"), 3)
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Make]:
-    made: list[Cluster] = []
-
-    def make(count: int = 2, per_node: int = 1, rank_s: float = 60.0, **settings: Any) -> Cluster:
-        nodes = [Node(tmp_path, name) for name in "abc"[:count]]
-        for node in nodes:
-            node.environment["MTCKPT_RANK_S"] = str(rank_s)
-        made.append(Cluster(tmp_path, nodes))
-        made[-1].start(per_node, **settings)
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
+def four(tmp_path: Path) -> Iterator[Cluster]:
+    """Two ranks on each of two nodes."""
+    yield from running(tmp_path, 2, 2)
 
 
-def errors(answers: list[Any]) -> list[Any]:
-    """Each answer has to be an error; its class, cause and text."""
-    assert all(isinstance(each, dict) for each in answers), answers
-    return [(each["error"], each["cause"], each["text"]) for each in answers]
+@pytest.fixture
+def three_and_one(tmp_path: Path) -> Iterator[Cluster]:
+    """With two slots each, that wait for one no longer than for a round trip; memory only."""
+    yield from running(tmp_path, 2, [3, 1], slots=2, every=1000, max_stall_s=0.2)
 
 
-def test_saves_reach_all_nodes_and_old_ones_go(cluster: Make) -> None:
-    job = cluster(2, per_node=2)
+@pytest.fixture
+def hasty(tmp_path: Path) -> Iterator[Cluster]:
+    yield from running(tmp_path, 2, rank_s=1.5)
+
+
+def test_saves_reach_all_nodes_and_old_ones_go(four: Cluster) -> None:
+    job = four
     for step in range(1, 6):
         job.save(step, "local")
     # Each node has the parts of its own ranks, and lets go by the rules of the tier: keep=2.
@@ -57,75 +73,116 @@ def test_saves_reach_all_nodes_and_old_ones_go(cluster: Make) -> None:
         until(lambda: not list(node.places.ram.rglob("*.safetensors")))  # noqa: B023
 
 
-def test_a_rank_that_declines_calls_the_save_off_on_all_nodes(cluster: Make) -> None:
-    job = cluster(3)
-    job.save(1)
-    for decliner, step in ((2, 2), (0, 3)):  # a node's rank, and the lead's own
+@contextlib.contextmanager
+def read_by_somebody(node: Node, step: int, rank: int) -> Iterator[None]:
+    """A rank's part of a step, in the memory of its node, has a reader."""
+    (root,) = {path.parent.parent for path in node.places.ram.glob("*/run/*-*")}
+    tier = LocalTier(root, name="ram", read_only=True)
+    try:
+        (save,) = (s for s in _inventory.scan(tier, "run").saves.values() if s.name.step == step)
+        with tier.lease(f"run/{save.name}/rank-{rank:05d}.safetensors"):
+            yield
+    finally:
+        tier.close()
+
+
+def test_a_rank_without_a_slot_holds_up_nobody_for_twenty_saves(three_and_one: Cluster) -> None:
+    job = three_and_one
+    first, second = job.saved(), job.saved()
+    with read_by_somebody(job.nodes[1], first, 3):
+        for _ in range(20):
+            job.step += 1
+            *others, stuck = job.all("save", job.step)
+            assert "no slot is free" in stuck
+            assert "held by a reader" in stuck
+            # The word of it may come before the others begin, or while theirs is on its way.
+            for rank, said in enumerate(others):
+                why = said or job.all("wait", job.step, "staged", ranks=[rank])[0]["text"]
+                assert "rank 3: no slot is free" in why
+        until(lambda: all(states(node, first, second) <= {None} for node in job.nodes))
+    job.saved()  # together, and at once
+    for _ in range(3):
+        job.saved()
+
+
+def states(node: Node, *whole: int) -> set[int | None]:
+    """Steps besides these that slots of a node are taken by."""
+    return {slot.step for slot in node.status().slots} - set(whole)
+
+
+def test_a_rank_that_declines_calls_the_save_off_on_all_nodes(three: Cluster) -> None:
+    job = three
+    job.saved()
+    for decliner in (2, 0):  # a node's rank, and the lead's own
+        job.step += 1
         others = [rank for rank in range(3) if rank != decliner]
         for rank in others:
-            job.ranks[rank].tell("save", step)
-        job.ranks[decliner].tell("bad", step)
+            job.ranks[rank].tell("save", job.step)
+        job.ranks[decliner].tell("bad", job.step)
         assert [job.ranks[rank].answer() for rank in others] == ["", ""]
-        assert errors([job.ranks[decliner].answer()])[0][0] == "UnsupportedState"
-        for name, _, text in errors(job.all("wait", step, "staged", ranks=others)):
-            assert name == "SaveFailed"
+        assert job.ranks[decliner].answer()["error"] == "UnsupportedState"
+        for _, text in job.fails(job.step, *others):
             assert f"rank {decliner}: the state could not be read" in text
-    for step in (4, 5, 6, 7):  # no slot was lost
-        job.save(step, "local")
-    assert all(set(node.steps_on_disk()) <= {4, 5, 6, 7} for node in job.nodes)
+    called_off = {job.step - 1, job.step}
+    for _ in range(4):  # no slot was lost
+        job.saved("local")
+    assert not any(called_off & node.steps_on_disk().keys() for node in job.nodes)
 
 
-def test_disagreements_are_told_on_all_nodes(cluster: Make) -> None:
-    job = cluster(2)
-    job.save(1, "local")
-    for rank, step in ((0, 2), (1, 3)):
-        job.ranks[rank].tell("save", step)
-    assert [rank.answer() for rank in job.ranks] == ["", ""]
-    for rank, step in ((0, 2), (1, 3)):
-        (told,) = errors(job.all("wait", step, "staged", ranks=[rank]))
-        assert told[:2] == ("SaveFailed", "StepDisagreement")
-    assert [each[1] for each in errors(job.all("save", 4))] == ["StepDisagreement"] * 2
-    job.save(5)
-    job.ranks[0].tell("save", 6)
-    job.ranks[1].tell("other", 6)  # another global array under the same path
-    assert [rank.answer() for rank in job.ranks] == ["", None]
-    for told in errors(job.all("wait", 6, "staged")):
-        assert told[:2] == ("SaveFailed", "StepDisagreement")
-        assert "different global arrays" in told[2]
-    job.all("save", 7)
-    job.save(8, "local")
-    assert {step for node in job.nodes for step in node.steps_on_disk()} <= {1, 5, 8}
+def test_disagreements_are_told_on_all_nodes(three: Cluster) -> None:
+    job = three
+    job.saved("local")
+    step = job.step
+    for rank, ahead in ((0, 1), (1, 1), (2, 2)):
+        job.ranks[rank].tell("save", step + ahead)
+    assert [rank.answer() for rank in job.ranks] == [""] * 3
+    for rank, ahead in ((0, 1), (1, 1), (2, 2)):
+        ((cause, _),) = job.fails(step + ahead, rank)
+        assert cause == "StepDisagreement"
+    job.step += 2
+    job.told_once()
+    job.saved()
+    job.step += 1
+    job.ranks[0].tell("save", job.step)
+    for rank in (1, 2):  # another global array under the same path
+        job.ranks[rank].tell("other", job.step)
+    assert [rank.answer() for rank in job.ranks] == ["", None, None]
+    for cause, text in job.fails(job.step, 0, 1, 2):
+        assert cause == "StepDisagreement"
+        assert "different global arrays" in text
+    disputed = {step + 1, step + 2, job.step}
+    job.told_once()
+    job.saved("local")
+    assert not any(disputed & node.steps_on_disk().keys() for node in job.nodes)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_node_that_dies_is_named_and_the_others_do_not_hang(cluster: Make, lost: int) -> None:
-    """The lead's node, or another one. What was whole before stays, and the next job goes on."""
-    job = cluster(2, rank_s=1.5)
-    job.save(1, "local")
-    job.nodes[lost].signal_all(signal.SIGKILL)
-    left = 1 - lost
-    assert job.all("save", 2, ranks=[left]) == [""]
-    ((name, cause, text),) = errors(job.all("wait", 2, "staged", ranks=[left]))
-    assert (name, cause) == ("SaveFailed", "RankTimeout")
-    assert f"rank {lost}" in text
-    job.start()
-    for step in (2, 3, 4):
-        job.save(step, "local")
-
-
-@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1, 2)])
 def test_agents_that_are_killed_come_back_and_saves_go_on(
-    cluster: Make, which: tuple[int, ...]
+    three: Cluster, which: tuple[int, ...]
 ) -> None:
-    job = cluster(2)
-    job.save(1)
-    for step in (2, 3):
-        assert job.all("save", step) == ["", ""]
-        for number in which:
-            job.nodes[number].kill_agent()
-        for reached in job.all("wait", step, "local"):
-            assert isinstance(reached, str), reached
-    for step in (4, 5):
-        job.save(step, "local")
-    for node, rank in zip(job.nodes, (0, 1), strict=True):
-        until(lambda: node.steps_on_disk() == {4: [rank], 5: [rank]})  # noqa: B023
+    job = three
+    job.saved()
+    step = job.begin()
+    for number in which:
+        job.nodes[number].kill_agent()
+    for reached in job.all("wait", step, "local"):
+        assert isinstance(reached, str), reached
+    for _ in range(2):
+        job.saved("local")
+    for rank, node in enumerate(job.nodes):
+        kept = {job.step - 1: [rank], job.step: [rank]}
+        until(lambda: node.steps_on_disk() == kept)  # noqa: B023
+
+
+def test_a_node_that_dies_is_named_and_the_others_do_not_hang(hasty: Cluster) -> None:
+    """Another node, and then the lead's. What was whole before stays, and the next job goes on."""
+    job = hasty
+    for lost in (1, 0):
+        job.saved("local")
+        job.nodes[lost].signal_all(signal.SIGKILL)
+        step = job.begin(ranks=[1 - lost])
+        ((cause, text),) = job.fails(step, 1 - lost)
+        assert cause == "RankTimeout"
+        assert f"rank {lost}" in text
+        job.start()
+    job.saved("local")

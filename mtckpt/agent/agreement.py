@@ -48,7 +48,8 @@ class Agreement:
         await self._compare(run, owner.incarnation)
 
     async def _compare(self, run: RunState, incarnation: int) -> None:
-        open_saves = run.open_saves(incarnation)
+        # What an agent before this one left may have been whole, and may be gone elsewhere since.
+        open_saves = [s for s in run.open_saves(incarnation) if not (run.layout and s.found)]
         for save in open_saves:
             if found := self._disagreement(run, save):
                 error, last_step = found
@@ -89,27 +90,20 @@ class Agreement:
         """A rank takes no part in a save: whoever has sealed it gives it up, nobody else begins."""
         name = _manifest.save_name(message.step, owner.incarnation, message.save_id)
         owner.last_step = max(owner.last_step, message.step)
-        save = run.saves.get(str(name))
         reason = message.reason
         if owner.world_size > 1:
             reason = f"rank {owner.rank}: {reason}"
-        if save is None:
-            save = run.saves[str(name)] = SaveState(name, message.save_id)
-            save.world_size, save.called_off = owner.world_size, reason
-            self._told(run, save)
-        else:
-            await self._call_off(run, save, reason)
+        async with run.sealing:
+            save = run.saves.setdefault(str(name), SaveState(name, message.save_id))
+            save.world_size = max(save.world_size, owner.world_size)
+        await self._call_off(run, save, reason)
 
     async def heard(self, run: RunState, save: SaveState, news: News) -> None:
         """Another node has said something of a save: the lead, or to the lead."""
         if news.called_off and not save.called_off:
             wire = news.failed.get(RAM)
             error = protocol.error_from_wire(wire) if wire is not None else None
-            if save.is_open:
-                await self._call_off(run, save, news.called_off, error)
-            elif not save.ranks.get(RAM) and not save.stages:
-                save.called_off = news.called_off  # before any rank of this node came to it
-                self._told(run, save)
+            await self._call_off(run, save, news.called_off, error)
         await self._compare(run, save.name.incarnation)
 
     async def left(self, run: RunState, owner: Owner) -> None:
@@ -193,8 +187,10 @@ class Agreement:
     async def _call_off(
         self, run: RunState, save: SaveState, reason: str, error: CheckpointError | None = None
     ) -> None:
-        async with run.sealing:
-            if not save.is_open:
+        """No rank can make it whole any more, one that has not come to it yet included."""
+        async with run.sealing:  # what is just being sealed would not be given back
+            untouched = not (save.ranks.get(RAM) or save.stages or save.called_off)
+            if not (save.is_open or untouched):
                 return
             save.called_off = reason
             if error is not None:

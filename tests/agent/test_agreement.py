@@ -1,0 +1,186 @@
+"""Whether a save of several nodes is called off, kept in doubt or left alone: facts and outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, cast
+
+import pytest
+
+from mtckpt._events import EventStream
+from mtckpt._handshake import PeerAddress
+from mtckpt._manifest import save_name
+from mtckpt.agent.agreement import Agreement
+from mtckpt.agent.links import Link
+from mtckpt.agent.nodes import News, layout_of
+from mtckpt.agent.owners import Owner
+from mtckpt.agent.protocol import CallOff, Join, NodeOfRun
+from mtckpt.agent.queue import Limits, SlotState
+from mtckpt.agent.runs import RunState
+from mtckpt.agent.saves import RAM, SaveState, Slot
+from mtckpt.agent.tools import Tools
+from mtckpt.agent.work import TierRef
+
+ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
+LIMITS = Limits(rank_s=10.0)
+
+
+class Slots:
+    """In the place of the ring: which shards were given back."""
+
+    def __init__(self) -> None:
+        self.given_back: list[str] = []
+
+    async def recycle_shard(self, run: RunState, save: SaveState, shard: Slot) -> Slot:
+        self.given_back.append(shard.slot_id)
+        run.drop_shard(save, shard.slot_id, shard.rank)
+        return shard
+
+
+class Scene:
+    """Three nodes with a rank each, seen from one of them."""
+
+    def __init__(self, here: int) -> None:
+        nodes = [NodeOfRun(PeerAddress(f"10.0.0.{n}", 1, 2, name="abc"[n]), [n]) for n in range(3)]
+        self.run = RunState("r", "r", TierRef("ram", "/nowhere", label=RAM))
+        self.run.layout = layout_of(Join("h", "00" * 32, 3, nodes), here)
+        self.run.links = {number: Link() for number in self.run.layout.partners()}
+        self.slots = Slots()
+        tools = Tools(cast(Any, None), LIMITS, EventStream())
+        self.agreement = Agreement(tools, cast(Any, self.slots))
+        self.owner = Owner("h", here, 1, 1, 1, "host", world_size=3, incarnation=1)
+
+    def save(self, step: int, *, here: bool = True, waited_s: float = 0.0) -> SaveState:
+        name = save_name(step, 1, ID)
+        made = self.run.saves[str(name)] = SaveState(name, ID, world_size=3)
+        made.began_s = time.monotonic() - waited_s
+        if here:
+            self.seal(made)
+        return made
+
+    def seal(self, save: SaveState) -> None:
+        save.ranks[RAM] = {self.owner.rank}
+        slot = Slot(f"slot-{save.name.step}", SlotState.SEALED, 100, save=str(save.name))
+        slot.rank = self.owner.rank
+        self.run.slots[slot.slot_id] = slot
+
+    def hear(self, node: int, save: SaveState, **facts: Any) -> None:
+        news = News(str(save.name), ID, world_size=3, **facts)
+        save.told[node] = news
+        link = self.run.links[node]
+        link.incarnation, link.last_step = save.order
+        asyncio.run(self.agreement.heard(self.run, save, news))
+
+    def overdue(self) -> None:
+        asyncio.run(self.agreement.overdue(self.run))
+
+
+def test_a_rank_that_went_on_without_a_save_calls_it_off() -> None:
+    scene = Scene(0)
+    first, second = scene.save(1), scene.save(2)
+    scene.hear(1, first, parts={RAM: [1]})
+    assert not first.called_off
+    scene.hear(2, second, parts={RAM: [2]})
+    assert first.failed[RAM].error == "StepDisagreement"
+    assert "rank 2 on c (10.0.0.2) went on to step 2" in first.called_off
+    assert scene.slots.given_back == ["slot-1", "slot-2"]
+
+
+def test_what_an_agent_before_this_one_left_is_called_off_for_nobody_who_went_on() -> None:
+    """It may have been whole, and the other may have let go of it since, as of what is older."""
+    scene = Scene(0)
+    first, second = scene.save(1), scene.save(2)
+    first.found = second.found = True
+    scene.hear(2, second, parts={RAM: [2]})
+    assert [first.called_off, second.called_off] == ["", ""]
+    scene.hear(1, second, parts={RAM: [1]})
+    assert second.is_complete(RAM)
+    assert scene.slots.given_back == []
+
+
+def test_the_lead_does_not_wait_for_a_part_for_ever() -> None:
+    scene = Scene(0)
+    save = scene.save(1, waited_s=10.5)
+    save.told[1] = News(str(save.name), ID, world_size=3, parts={RAM: [1]})
+    scene.overdue()
+    assert save.called_off
+    assert "rank 2 on c (10.0.0.2)" in save.failed[RAM].what
+    assert "rank 1" not in save.failed[RAM].what
+    assert scene.slots.given_back == ["slot-1"]
+
+
+@pytest.mark.parametrize("here", [0, 1])
+def test_a_part_that_others_may_count_on_is_kept(here: int) -> None:
+    """By a node that has all of its ranks' parts, and by a lead that found it in files."""
+    scene = Scene(here)
+    save = scene.save(1, waited_s=14.0)
+    save.found = here == 0
+    scene.overdue()
+    assert not save.failed  # the lead's word may still be on its way
+    save.began_s -= 10.0
+    scene.overdue()
+    assert not save.called_off
+    assert save.failed[RAM].error == "RankTimeout"
+    assert "not say whether it is on all nodes" in save.failed[RAM].what
+    assert scene.slots.given_back == []
+    if here == 1:
+        scene.hear(0, save, whole=[RAM])
+        assert save.is_complete(RAM)
+
+
+def test_a_node_without_a_part_of_its_own_calls_it_off_itself() -> None:
+    scene = Scene(1)
+    save = scene.save(1, here=False, waited_s=10.5)
+    save.told[0] = News(str(save.name), ID, world_size=3, parts={RAM: [0]})
+    scene.overdue()
+    assert "rank 1 on b" in save.failed[RAM].what
+
+
+def test_what_is_whole_is_never_called_off() -> None:
+    scene = Scene(0)
+    save = scene.save(1, waited_s=100.0)
+    for node in (1, 2):
+        scene.hear(node, save, parts={RAM: [node]})
+    scene.overdue()
+    scene.hear(1, save, parts={RAM: [1]}, called_off="rank 1: no slot is free")
+    asyncio.run(scene.agreement.left(scene.run, scene.owner))
+    assert save.is_complete(RAM)
+    assert (save.called_off, save.failed, scene.slots.given_back) == ("", {}, [])
+
+
+@pytest.mark.parametrize("who", ["another node", "a rank of this one"])
+def test_a_save_called_off_while_it_is_sealed_gives_its_slot_back(who: str) -> None:
+    scene = Scene(1)
+    save = scene.save(1, here=False)
+    news = News(str(save.name), ID, world_size=3, called_off="rank 0: no slot is free")
+    message = CallOff("h", ID, 1, "no slot is free")
+    other = Owner("g", 2, 2, 2, 2, "host", world_size=3, incarnation=1)
+
+    if who == "a rank of this one":
+        scene.run.saves.clear()  # it is the first that this node hears of that save
+
+    async def story() -> None:
+        async with scene.run.sealing:
+            said = asyncio.create_task(
+                scene.agreement.heard(scene.run, save, news)
+                if who == "another node"
+                else scene.agreement.declined(scene.run, other, message)
+            )
+            await asyncio.sleep(0)
+            assert not save.called_off
+            scene.run.saves[str(save.name)] = save
+            scene.seal(save)
+        await said
+
+    asyncio.run(story())
+    assert "no slot is free" in save.called_off
+    assert scene.slots.given_back == ["slot-1"]
+
+
+def test_a_save_called_off_before_a_rank_came_to_it_is_not_begun() -> None:
+    scene = Scene(1)
+    save = scene.save(1, here=False)
+    scene.hear(0, save, called_off="rank 0: no slot is free")
+    assert save.called_off
+    assert scene.run.counters["called_off"] == 1
