@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_checks import until
 from node_scene import Cluster, Node
 from node_worker import SIZE
 
@@ -111,6 +113,24 @@ def test_fewer_nodes_take_over_what_the_one_that_is_left_out_still_has(
         assert [each[1] for each in job.all("restore")] == [{"ram": 2 * ARRAY_BYTES}] * 2
     finally:
         job.nodes.append(left_out)
+
+
+@pytest.mark.parametrize("stage", ["staged", "local"])
+def test_a_lost_node_is_no_fresh_start(cluster: Callable[..., Cluster], stage: str) -> None:
+    """Nobody has what it had: that there was a step is known on the other node all the same."""
+    job = cluster(2)
+    job.save(1, stage)
+    left = job.nodes[0].places.ram if stage == "staged" else job.nodes[0].disk
+    until(lambda: list(left.rglob("manifest.json")))
+    job.nodes[1].lose()
+    job.nodes[1] = Node(job.path, "c")
+    if stage == "local":
+        for path in job.nodes[0].places.ram.glob("*/run/step-*"):
+            shutil.rmtree(path)
+    job.start()
+    for error in job.all("restore"):
+        assert error["error"] == "NoHealthyStep"
+        assert "records of ranks [1] are missing" in error["text"]
 
 
 @pytest.mark.parametrize(("before", "after"), [("rows", "rows"), ("rows", "columns")])
