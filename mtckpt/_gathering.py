@@ -6,6 +6,7 @@ here. Does not choose among steps: every rank is told the same, so all choose al
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -176,36 +177,32 @@ def _take_in_nodes(run: Run, found: Gathered, told: Mapping[int, _Told]) -> None
     """Places of which each node has its own. Those of others are read through their agents."""
     peers: list[tuple[str, _Peer]] = []
     joined = run.session.joined
+    address_of = {rank: node.address for node in _nodes(run) for rank in node.ranks}
+    names = Counter(_name_of(node.address) for node in _nodes(run))
     for rank, each in told.items():
-        is_own = rank == run.members.node[0]
-        names = {holdings.label for holdings in each.holdings} | each.silent.keys()
-        called = {label: label if is_own else _called(run, rank, label) for label in names}
-        found.silent.update({called[label]: why for label, why in each.silent.items()})
+        prefix = ""
+        if rank != run.members.node[0]:
+            name = _name_of(address_of[rank])
+            prefix = f"peers-{name}-" if names[name] < 2 else f"peers-{name}-{rank}-"
+        found.silent.update({prefix + label: why for label, why in each.silent.items()})
         for holdings in each.holdings:
-            if not is_own and joined is not None:
-                peer = _Peer(_node_of(run, rank).address, joined.secret, holdings.label)
-                peers.append((called[holdings.label], peer))
-            found.holdings.append(msgspec.structs.replace(holdings, label=called[holdings.label]))
+            label = prefix + holdings.label
+            if prefix and joined is not None:
+                peer = _Peer(address_of[rank], joined.secret, holdings.label)
+                peers.append((label, peer))
+            found.holdings.append(msgspec.structs.replace(holdings, label=label))
     for label, peer in sorted(peers, key=lambda named: named[1].label != "ram"):
         found.add_peer(run, label, peer)
 
 
-def _called(run: Run, rank: int, label: str) -> str:
-    """What the place of the node of a rank is called on other nodes."""
-    address = _node_of(run, rank).address
-    names = [each.address.name or each.address.host for each in _nodes(run)]
-    name = address.name or address.host
-    return f"peers-{name}-{label}" if names.count(name) < 2 else f"peers-{name}-{rank}-{label}"
+def _name_of(address: PeerAddress) -> str:
+    return address.name or address.host
 
 
 def _peer_tier(run: Run, peer: _Peer) -> PeerTier:
     timeout_s = min(run.timeout_s, _PEER_TIMEOUT_S)
     secret = bytes.fromhex(peer.secret)
     return PeerTier(peer.address, run.key, secret, place=peer.label, timeout_s=timeout_s)
-
-
-def _node_of(run: Run, rank: int) -> protocol.NodeOfRun:
-    return next(node for node in _nodes(run) if rank in node.ranks)
 
 
 def _nodes(run: Run) -> Sequence[protocol.NodeOfRun]:
@@ -263,7 +260,7 @@ def _former(run: Run) -> dict[int, list[dict[str, _Peer]]]:
         for address in [node.address for node in others.nodes]:
             if not any(same_place(address, each) for each in seen):
                 seen.append(address)
-                name = f"peers-{address.name or address.host}-former{len(seen)}"
+                name = f"peers-{_name_of(address)}-former{len(seen)}"
                 peers = {
                     f"{name}-{label}": _Peer(address, others.secret, label)
                     for label in _labels_of_nodes(run)
