@@ -32,6 +32,7 @@ __all__ = ["Gathered", "gather", "report_damage", "survey"]
 
 # A peer that is silent for so long is passed over.
 _PEER_TIMEOUT_S = 10.0
+_PEER_STREAMS = 4
 
 
 class _Told(msgspec.Struct, frozen=True, array_like=True):
@@ -70,9 +71,15 @@ class Gathered:
     def add_peer(self, run: Run, label: str, peer: _Peer) -> Place:
         """A place of another node, called ``label`` here."""
         self.peers[label] = peer
-        place = Place(label, _peer_tier(run, peer), mapped=False, near=False)
+        tier = _peer_tier(run, peer)
+        place = Place(label, tier, mapped=False, near=False, streams=_PEER_STREAMS)
         self.places[label] = place
         return place
+
+    def close(self) -> None:
+        """Let go of other nodes."""
+        for label in self.peers:
+            self.places[label].tier.close()
 
 
 def report_damage(run: Run, gathered: Gathered, label: str, key: str, reason: str) -> None:
@@ -136,6 +143,8 @@ def survey(run: Run) -> list[Inventory]:
             places = [Place(label, tier, mapped=False) for label, tier in tiers.items()]
             there, _ = _restore.scan_places(places, run.key, run.within)
             found += there.values()
+            for tier in tiers.values():
+                tier.close()
     return _inventory.merged(found)
 
 

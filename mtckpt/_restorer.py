@@ -55,6 +55,23 @@ def restore(
         places = run.places()
         other = None if source is None else run.source(source, places)
     gathered = gather(run, step, places, other)
+    try:
+        return _restore_newest(run, gathered, engine, state, step, source, partial, rename)
+    finally:
+        gathered.close()
+
+
+def _restore_newest(
+    run: Run,
+    gathered: Gathered,
+    engine: Engine,
+    state: Any,
+    step: int | Literal["latest", "best"],
+    source: str | os.PathLike[str] | None,
+    partial: bool,
+    rename: Callable[[str], str | None] | None,
+) -> Restored:
+    """Try one save after the other, newest first."""
     plan = _plan(run, gathered, step)
     skipped = {**plan.skipped, **_mute(gathered.absent)}
     candidates = plan.candidates
