@@ -28,6 +28,7 @@ from mtckpt.errors import (
     TierError,
     TierUnavailable,
 )
+from mtckpt.tiers._blocks import in_threads
 
 if TYPE_CHECKING:
     from mtckpt._manifest import ArrayEntry, Record
@@ -48,12 +49,14 @@ class Place:
     """A tier to read from. ``mapped``: its files may be mapped (tmpfs); others are read.
 
     ``near``: it is of this node, so that a look into it costs nothing that others pay for.
+    ``streams``: how many threads read what is large, where one does not use what the way there has.
     """
 
     label: str
     tier: Tier
     mapped: bool
     near: bool = True
+    streams: int = 1
 
 
 @dataclass(slots=True)
@@ -346,11 +349,14 @@ class Delivery:
             memory = anonymous(self._loaded.layout.size_bytes)
             spans = self._spans(wanted)
             view = memory.view if memory.size_bytes else memoryview(b"")
-            for start, stop in _extents(spans):
-                for begin in range(start, stop, _STAGE_BYTES):
-                    end = min(begin + _STAGE_BYTES, stop)
+            pieces = iter(_pieces(_extents(spans), _STAGE_BYTES // place.streams))
+
+            def read(_: int) -> None:
+                for begin, end in pieces:
                     place.tier.read_into(self._key, view[begin:end], begin)
                     self._count(end - begin)
+
+            in_threads(place.streams, read)
             base = memory.address
             bad = set(self._engine.verify(base, spans, self._loaded.table.digests))
         moves = [
@@ -397,6 +403,14 @@ class _Late(TierUnavailable):
 
 def _ignore(_: int) -> None:
     pass
+
+
+def _pieces(extents: Sequence[tuple[int, int]], size_bytes: int) -> list[tuple[int, int]]:
+    return [
+        (begin, min(begin + size_bytes, stop))
+        for start, stop in extents
+        for begin in range(start, stop, size_bytes)
+    ]
 
 
 def _extents(spans: Sequence[Span]) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ here. Does not choose among steps: every rank is told the same, so all choose al
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from mtckpt._handle import stage_of_tier
 from mtckpt._handshake import same_place
 from mtckpt._holdings import Holdings, holdings_of
 from mtckpt.agent import protocol
+from mtckpt.agent.peer_client import PeerClient
 from mtckpt.tiers.peer import PeerTier
 
 if TYPE_CHECKING:
@@ -25,11 +27,12 @@ if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
     from mtckpt._run import Run
 
-__all__ = ["Gathered", "gather", "survey"]
+__all__ = ["Gathered", "gather", "report_damage", "survey"]
 
 
 # A peer that is silent for so long is passed over.
 _PEER_TIMEOUT_S = 10.0
+_PEER_STREAMS = 4
 
 
 class _Told(msgspec.Struct, frozen=True, array_like=True):
@@ -37,6 +40,15 @@ class _Told(msgspec.Struct, frozen=True, array_like=True):
 
     holdings: tuple[Holdings, ...]
     silent: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    """Whose a place is, and what its own node calls it."""
+
+    address: PeerAddress
+    secret: str
+    label: str
 
 
 @dataclass(slots=True)
@@ -54,6 +66,35 @@ class Gathered:
     silent: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     inventories: dict[str, Inventory] = field(default_factory=dict)
+    peers: dict[str, _Peer] = field(default_factory=dict)
+
+    def add_peer(self, run: Run, label: str, peer: _Peer) -> Place:
+        """A place of another node, called ``label`` here."""
+        self.peers[label] = peer
+        tier = _peer_tier(run, peer)
+        place = Place(label, tier, mapped=False, near=False, streams=_PEER_STREAMS)
+        self.places[label] = place
+        return place
+
+    def close(self) -> None:
+        """Let go of other nodes."""
+        for label in self.peers:
+            self.places[label].tier.close()
+
+
+def report_damage(run: Run, gathered: Gathered, label: str, key: str, reason: str) -> None:
+    """Tell the agent whose place it is: it looks itself, and heals what it can. Raises
+    AgentUnavailable."""
+    peer = gathered.peers.get(label)
+    if peer is None:
+        run.session.call("damage", protocol.Damage(label, key, reason), protocol.Done)
+        return
+    client = PeerClient(peer.address, run.key, bytes.fromhex(peer.secret))
+    try:
+        message = protocol.Damage(peer.label, key, reason)
+        client.call("damage", message, protocol.Done, _PEER_TIMEOUT_S)
+    finally:
+        client.close()
 
 
 def gather(
@@ -96,12 +137,14 @@ def survey(run: Run) -> list[Inventory]:
     for node in joined.nodes:
         if run.members.rank not in node.ranks:
             tiers = {
-                label: _peer_tier(run, node.address, joined.secret, label)
+                label: _peer_tier(run, _Peer(node.address, joined.secret, label))
                 for label in _labels_of_nodes(run)
             }
             places = [Place(label, tier, mapped=False) for label, tier in tiers.items()]
             there, _ = _restore.scan_places(places, run.key, run.within)
             found += there.values()
+            for tier in tiers.values():
+                tier.close()
     return _inventory.merged(found)
 
 
@@ -141,42 +184,34 @@ def _take_in_shared(found: Gathered, told: Mapping[int, _Told]) -> None:
 
 def _take_in_nodes(run: Run, found: Gathered, told: Mapping[int, _Told]) -> None:
     """Places of which each node has its own. Those of others are read through their agents."""
-    peers: list[Place] = []
-    for rank, each in told.items():
-        is_own = rank == run.members.node[0]
-        names = {holdings.label for holdings in each.holdings} | each.silent.keys()
-        called = {label: label if is_own else _called(run, rank, label) for label in names}
-        found.silent.update({called[label]: why for label, why in each.silent.items()})
-        for holdings in each.holdings:
-            if not is_own:
-                peers.append(_peer(run, rank, holdings.label))
-            found.holdings.append(msgspec.structs.replace(holdings, label=called[holdings.label]))
-    peers.sort(key=lambda place: not place.label.endswith("-ram"))
-    found.places.update({place.label: place for place in peers})
-
-
-def _called(run: Run, rank: int, label: str) -> str:
-    """What the place of the node of a rank is called on other nodes."""
-    address = _node_of(run, rank).address
-    names = [each.address.name or each.address.host for each in _nodes(run)]
-    name = address.name or address.host
-    return f"peers-{name}-{label}" if names.count(name) < 2 else f"peers-{name}-{rank}-{label}"
-
-
-def _peer(run: Run, rank: int, label: str) -> Place:
+    peers: list[tuple[str, _Peer]] = []
     joined = run.session.joined
-    assert joined is not None
-    tier = _peer_tier(run, _node_of(run, rank).address, joined.secret, label)
-    return Place(_called(run, rank, label), tier, mapped=False, near=False)
+    address_of = {rank: node.address for node in _nodes(run) for rank in node.ranks}
+    names = Counter(_name_of(node.address) for node in _nodes(run))
+    for rank, each in told.items():
+        prefix = ""
+        if rank != run.members.node[0]:
+            name = _name_of(address_of[rank])
+            prefix = f"peers-{name}-" if names[name] < 2 else f"peers-{name}-{rank}-"
+        found.silent.update({prefix + label: why for label, why in each.silent.items()})
+        for holdings in each.holdings:
+            label = prefix + holdings.label
+            if prefix and joined is not None:
+                peer = _Peer(address_of[rank], joined.secret, holdings.label)
+                peers.append((label, peer))
+            found.holdings.append(msgspec.structs.replace(holdings, label=label))
+    for label, peer in sorted(peers, key=lambda named: named[1].label != "ram"):
+        found.add_peer(run, label, peer)
 
 
-def _peer_tier(run: Run, address: PeerAddress, secret: str, label: str) -> PeerTier:
+def _name_of(address: PeerAddress) -> str:
+    return address.name or address.host
+
+
+def _peer_tier(run: Run, peer: _Peer) -> PeerTier:
     timeout_s = min(run.timeout_s, _PEER_TIMEOUT_S)
-    return PeerTier(address, run.key, bytes.fromhex(secret), place=label, timeout_s=timeout_s)
-
-
-def _node_of(run: Run, rank: int) -> protocol.NodeOfRun:
-    return next(node for node in _nodes(run) if rank in node.ranks)
+    secret = bytes.fromhex(peer.secret)
+    return PeerTier(peer.address, run.key, secret, place=peer.label, timeout_s=timeout_s)
 
 
 def _nodes(run: Run) -> Sequence[protocol.NodeOfRun]:
@@ -193,13 +228,22 @@ def _look_at_former(run: Run, found: Gathered) -> None:
     The first rank that knows of one looks, since nobody of that node can. One that does not answer
     is passed over: it may have gone for good.
     """
-    places = _former_places(run)
-    if not places:
+    former = _former(run)
+    if not former:
         return
+    stores = {label: p for label, p in found.places.items() if stage_of_tier(label) == "durable"}
+    for label in stores:
+        del found.places[label]
     told = _Told((), {})
-    for of_node in places.get(run.members.rank, ()):
-        for place in of_node:
-            inventories, silent = _restore.scan_places([place], run.key, run.within)
+    named = [each for nodes in former.values() for peers in nodes for each in peers.items()]
+    places = {
+        label: found.add_peer(run, label, peer)
+        for label, peer in sorted(named, key=lambda each: each[1].label != "ram")
+    }
+    found.places.update(stores)  # which come last
+    for peers in former.get(run.members.rank, ()):
+        for label in peers:
+            inventories, silent = _restore.scan_places([places[label]], run.key, run.within)
             more = tuple(map(holdings_of, inventories.values()))
             told = _Told((*told.holdings, *more), {**told.silent, **silent})
             if silent:
@@ -208,40 +252,27 @@ def _look_at_former(run: Run, found: Gathered) -> None:
     for each in (msgspec.convert(answer, _Told) for answer in answers):
         found.holdings += each.holdings
         found.absent.update(each.silent)
-    stores = {label: p for label, p in found.places.items() if stage_of_tier(label) == "durable"}
-    former = [place for nodes in places.values() for of_node in nodes for place in of_node]
-    former.sort(key=lambda place: not place.label.endswith("-ram"))
-    for label in stores:
-        del found.places[label]
-    found.places.update({place.label: place for place in former})
-    found.places.update(stores)  # which come last
 
 
-def _former_places(run: Run) -> dict[int, list[list[Place]]]:
-    """Those of nodes of an earlier job, node by node, by the rank that is to look."""
+def _former(run: Run) -> dict[int, list[dict[str, _Peer]]]:
+    """Places of nodes of an earlier job, node by node, by the rank that is to look."""
     known = None
     if run.members.rank == run.members.node[0] and run.session.opened is not None:
         known = run.session.opened.others
     answers = run.exchange("former", msgspec.to_builtins(known))
     seen = [node.address for node in _nodes(run)]
-    labels = _labels_of_nodes(run)
-    places: dict[int, list[list[Place]]] = {}
+    former: dict[int, list[dict[str, _Peer]]] = {}
     for rank, answer in enumerate(answers):
         others = msgspec.convert(answer, protocol.Others | None)
-        for address in [node.address for node in others.nodes] if others else []:
-            if any(same_place(address, each) for each in seen):
-                continue
-            seen.append(address)
-            name = f"peers-{address.name or address.host}-former{len(seen)}"
-            places.setdefault(rank, []).append(
-                [
-                    Place(
-                        f"{name}-{label}",
-                        _peer_tier(run, address, others.secret if others else "", label),
-                        mapped=False,
-                        near=False,
-                    )
-                    for label in labels
-                ]
-            )
-    return places
+        if others is None:
+            continue
+        for address in [node.address for node in others.nodes]:
+            if not any(same_place(address, each) for each in seen):
+                seen.append(address)
+                name = f"peers-{_name_of(address)}-former{len(seen)}"
+                peers = {
+                    f"{name}-{label}": _Peer(address, others.secret, label)
+                    for label in _labels_of_nodes(run)
+                }
+                former.setdefault(rank, []).append(peers)
+    return former

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from mtckpt import _inventory, _restore, _retention, errors
 from mtckpt._choice import Candidate, RestorePlan, plan_restore
 from mtckpt._copies import Shards
-from mtckpt._gathering import Gathered, gather
+from mtckpt._gathering import Gathered, gather, report_damage
 from mtckpt._handle import Restored, stage_of_tier
 from mtckpt._progress import progress
 from mtckpt.adapters import active_adapters
-from mtckpt.agent import protocol
 from mtckpt.errors import (
     CheckpointError,
     FormatError,
@@ -57,6 +56,23 @@ def restore(
         places = run.places()
         other = None if source is None else run.source(source, places)
     gathered = gather(run, step, places, other)
+    try:
+        return _restore_newest(run, gathered, engine, state, step, source, partial, rename)
+    finally:
+        gathered.close()
+
+
+def _restore_newest(
+    run: Run,
+    gathered: Gathered,
+    engine: Engine,
+    state: Any,
+    step: int | Literal["latest", "best"],
+    source: str | os.PathLike[str] | None,
+    partial: bool,
+    rename: Callable[[str], str | None] | None,
+) -> Restored:
+    """Try one save after the other, newest first."""
     plan = _plan(run, gathered, step)
     skipped = {**plan.skipped, **_mute(gathered.absent)}
     candidates = plan.candidates
@@ -86,7 +102,7 @@ def restore(
             raise _undefined(skipped, error) from error
         finally:
             if source is None:
-                _report_damage(run, attempt.bad)
+                _report_damage(run, gathered, attempt.bad)
             attempt.bad.clear()
         skipped.update(_mute(attempt.silent))
         return _restored(run, outcome, skipped)
@@ -234,13 +250,11 @@ def _by_tier(sources: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _report_damage(run: Run, bad: Sequence[tuple[str, str, str]]) -> None:
+def _report_damage(run: Run, gathered: Gathered, bad: Sequence[tuple[str, str, str]]) -> None:
     for label, key, reason in bad:
         logger.warning("run %s: %s of tier %s is damaged: %s", run.name, key, label, reason)
-        if stage_of_tier(label) == "replicated":
-            continue  # another node's, whose agent looks over what it has
         with contextlib.suppress(CheckpointError):
-            run.session.call("damage", protocol.Damage(label, key, reason), protocol.Done)
+            report_damage(run, gathered, label, key, reason)
 
 
 def _undefined(skipped: Mapping[str, str], error: CheckpointError) -> RestoreFailed:

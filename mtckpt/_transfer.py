@@ -210,21 +210,24 @@ def write_manifest(
     known: Mapping[str, bytes] | None = None,
     *,
     reused_bytes: int = 0,
+    parts: bool = False,
 ) -> Completed | None:
     """Cache the fact that a save is complete, in a store with its marker; None if it is not (yet).
 
     ``known`` are records that need not be read back, since they were stored just now;
-    ``reused_bytes`` were copied inside the store for it, which is noted for people. Raises
-    CommitConflict where another save of this step was committed; this one is withdrawn then.
+    ``reused_bytes`` were copied inside the store for it, which is noted for people. ``parts``: the
+    save is whole, but other parts of it lie on other nodes; that it was is known here then,
+    whatever becomes of those. Raises CommitConflict where another save of this step was committed;
+    this one is withdrawn then.
     """
     save = _inventory.scan_save(place.tier, run_key, name, known or {})
-    if not save.complete or save.aborted:
+    if save.aborted or not (save.complete or (parts and save.records)):
         return None
     entries = [
         ManifestEntry(rank, record.shard.size_bytes, save.digests[rank])
         for rank, record in sorted(save.records.items())
     ]
-    first = save.records[0]
+    first = next(iter(save.records.values()))
     manifest = Manifest(
         _manifest.FORMAT_VERSION,
         first.run,
@@ -244,8 +247,8 @@ def write_manifest(
         if not place.is_local:
             data = read_all(place.tier, key, max_bytes=_manifest.MAX_SMALL_BYTES)
     crash_point("flush.manifest")
-    if place.is_local:
-        return Completed()
+    if place.is_local or not save.complete:
+        return Completed() if save.complete else None
     try:
         atomic = _commit.put_marker(place.tier, run_key, name, data)
     except CommitConflict:

@@ -100,8 +100,8 @@ NODES = (
     Bug(
         "each-node-chooses-by-what-it-has",
         "_gathering.py",
-        "            if not is_own:\n",
-        "            if not is_own:\n                continue\n",
+        "            if prefix and joined is not None:\n",
+        "            if prefix and joined is None:\n",
         ("test_gathering.py::test_a_node_that_lost_everything_gets_it_from_peers",),
     ),
     Bug(

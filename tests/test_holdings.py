@@ -123,6 +123,25 @@ def test_a_shard_is_a_short_line(tmp_path: Path) -> None:
     assert save.size_bytes == sum(path.stat().st_size for path in shards)
 
 
+def test_ten_thousand_ranks_on_many_nodes() -> None:
+    """What is told of a shard stays below 256 bytes; the last node's silence is one step's end."""
+    names = [SaveName(step, 1, "0123456789ab") for step in (10, 20, 30)]
+    wire = []
+    for node in range(1250):
+        ranks = ((8 * node, 8 * node + 8),)
+        parts = (Part(ID, 10_000, "p" * 32, ranks, 8 << 30),)
+        kept = names if node < 1249 else names[:2]
+        saves = tuple(HeldSave(str(name), parts, unfinished=True) for name in kept)
+        wire += [msgspec.json.encode(Holdings(f"{t}-{node}", saves)) for t in ("ram", "disk")]
+    assert sum(map(len, wire)) < 10_000 * 256
+    held = [msgspec.convert(msgspec.json.decode(each), Holdings) for each in wire]
+    plan = plan_restore(held, "latest", fastest=[holdings.label for holdings in held])
+    assert [candidate.name for candidate in plan.candidates] == [names[1], names[0]]
+    assert plan.candidates[0].sources[9_999] == ("ram-1249", "disk-1249")
+    assert "[9992, 9993, 9994" in plan.skipped["step 30"]
+    assert len(plan.skipped["step 30"]) < 500
+
+
 def test_holdings_that_overlap_are_counted_once() -> None:
     places = [
         holding("ram", part(0, 1, size_bytes=200)),

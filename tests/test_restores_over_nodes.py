@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_checks import until
 from node_scene import Cluster, Node
 from node_worker import SIZE
 
@@ -111,6 +113,42 @@ def test_fewer_nodes_take_over_what_the_one_that_is_left_out_still_has(
         assert [each[1] for each in job.all("restore")] == [{"ram": 2 * ARRAY_BYTES}] * 2
     finally:
         job.nodes.append(left_out)
+
+
+def test_a_copy_that_another_node_has_damaged_is_passed_over_and_healed_there(
+    cluster: Callable[..., Cluster],
+) -> None:
+    job = cluster(2)
+    job.save(1, "local")
+    (shard,) = job.nodes[0].places.ram.glob("*/run/step-*/rank-00000.safetensors")
+    sound = shard.read_bytes()
+    with shard.open("r+b") as file:
+        at = len(sound) - ARRAY_BYTES - 1  # the last byte of what is rank 0's own
+        file.seek(at)
+        file.write(bytes([sound[at] ^ 1]))
+    job.nodes.reverse()
+    job.start()
+    restored = job.all("restore")
+    assert [sorted(sources) for _, sources in restored] == [["peers", "ram"]] * 2
+    until(lambda: shard.exists() and shard.read_bytes() == sound)
+
+
+@pytest.mark.parametrize("stage", ["staged", "local"])
+def test_a_lost_node_is_no_fresh_start(cluster: Callable[..., Cluster], stage: str) -> None:
+    """Nobody has what it had: that there was a step is known on the other node all the same."""
+    job = cluster(2)
+    job.save(1, stage)
+    left = job.nodes[0].places.ram if stage == "staged" else job.nodes[0].disk
+    until(lambda: list(left.rglob("manifest.json")))
+    job.nodes[1].lose()
+    job.nodes[1] = Node(job.path, "c")
+    if stage == "local":
+        for path in job.nodes[0].places.ram.glob("*/run/step-*"):
+            shutil.rmtree(path)
+    job.start()
+    for error in job.all("restore"):
+        assert error["error"] == "NoHealthyStep"
+        assert "records of ranks [1] are missing" in error["text"]
 
 
 @pytest.mark.parametrize(("before", "after"), [("rows", "rows"), ("rows", "columns")])

@@ -105,7 +105,14 @@ def test_a_manifest_waits_for_every_rank(ram_dir: Path, tmp_path: Path, disk: Pl
         put_shard(ram_dir / "root", shard)
     ram = ram_place(ram_dir / "root")
     copy_shard(ram, disk, RUN, shards[0].name, 0)
+    key = _inventory.save_key(RUN, shards[0].name, _manifest.MANIFEST_FILE)
     assert not write_manifest(disk, RUN, shards[0].name)
+    with pytest.raises(ObjectNotFound):
+        disk.tier.stat(key)
+    # Unless the rest is known to lie on other nodes: what is here is noted, and it is no save.
+    assert not write_manifest(disk, RUN, shards[0].name, parts=True)
+    assert not _inventory.scan(disk.tier, RUN).saves[shards[0].name].unfinished
+    disk.tier.delete(key)
     copy_shard(ram, disk, RUN, shards[0].name, 1)
     assert write_manifest(disk, RUN, shards[0].name)
     assert write_manifest(disk, RUN, shards[0].name)  # the other rank's flush has written it

@@ -285,10 +285,11 @@ class Carrier:
         done = None
         if command.is_last:
             known = None if target.is_local else result.record
-            reused_bytes = command.reused_bytes + result.reused_bytes
             done = _transfer.write_manifest(
-                target, command.run_key, name, known, reused_bytes=reused_bytes
-            )
+                target, command.run_key, name, known,
+                reused_bytes=command.reused_bytes + result.reused_bytes,
+                parts=command.parts and target.is_local,
+            )  # fmt: skip
         return work.Flushed(
             result.copied_bytes,
             _since(start_s),
@@ -311,7 +312,8 @@ class Carrier:
 
     def _complete(self, command: work.Complete) -> work.Completed:
         name = _save_name(command.save)
-        done = _transfer.write_manifest(self._place(command.tier), command.run_key, name)
+        place = self._place(command.tier)
+        done = _transfer.write_manifest(place, command.run_key, name, parts=command.parts)
         return work.Completed(done is not None, weak=done is not None and not done.atomic)
 
     def _heal(self, command: work.Heal, report: Report) -> work.Healed:

@@ -200,6 +200,7 @@ class Flusher:
                 is_last=rank == ranks[-1],
                 base=base,
                 reused_bytes=reused_bytes,
+                parts=run.layout is not None,
             )
             flushed = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
             save.ranks.setdefault(tier.label, set()).add(rank)

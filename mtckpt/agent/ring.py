@@ -316,6 +316,15 @@ class Ring:
                 "save.staged", run=run.run, step=save.name.step, bytes=save.size_bytes
             )
         self._tools.start(self.tidy(run), f"tidy {run.key}")
+        if run.layout is not None:
+            self._tools.start(self._note_whole(run, save), f"note of {run.key}")
+
+    async def _note_whole(self, run: RunState, save: SaveState) -> None:
+        """That a save was whole is known on each node, whatever becomes of others' parts."""
+        async with run.lock(save, RAM):
+            if RAM in save.ranks:
+                command = work.Complete(run.ram, run.key, str(save.name), parts=True)
+                await self._tools.call(command, work.Completed)
 
     async def release(self, run: RunState, owner: Owner, slot_id: str) -> None:
         """A capture that did not happen: its slot is free again."""

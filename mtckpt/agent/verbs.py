@@ -60,6 +60,7 @@ class Verbs:
         self._registry = registry
         self._tools = registry.tools
         self._ring = registry.ring
+        registry.peers.verbs["damage"] = (protocol.Damage, self.damage)
 
     # -- opening ---------------------------------------------------------------------------------
 

@@ -120,7 +120,7 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     is damaged, always the source: a damaged copy on the target is set aside and written anew.
     RunLocked: a store has a later incarnation than ``incarnation``, if that is given. ``is_last``:
     it looks then whether the save is complete. ``base``: a save there to copy equal parts from;
-    ``reused_bytes`` were, for the ranks before."""
+    ``reused_bytes`` were, for the ranks before. ``parts``: other parts of it are on other nodes."""
 
     run_key: str
     save: str
@@ -131,6 +131,7 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     is_last: bool = True
     base: str = ""
     reused_bytes: int = 0
+    parts: bool = False
 
 
 class Pull(msgspec.Struct, frozen=True, tag=True):
@@ -156,12 +157,14 @@ class Pull(msgspec.Struct, frozen=True, tag=True):
 class Complete(msgspec.Struct, frozen=True, tag=True):
     """-> Completed: what a flush does last, for a save whose records were all there already.
 
-    CommitConflict: another save of its step was committed in the store; this one is gone from it.
+    ``parts``: other parts of the save are on other nodes. CommitConflict: another save of its step
+    was committed in the store; this one is gone from it.
     """
 
     tier: TierRef
     run_key: str
     save: str
+    parts: bool = False
 
 
 class Verify(msgspec.Struct, frozen=True, tag=True):

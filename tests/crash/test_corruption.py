@@ -65,6 +65,7 @@ class NoAgent:
 
     def __init__(self) -> None:
         self.damage: list[Any] = []
+        self.opened = self.joined = None
 
     def call(self, verb: str, message: Any, _type: Any, _timeout_s: float | None = None) -> None:
         assert verb == "damage"
@@ -76,13 +77,16 @@ class FileRun:
 
     def __init__(self, places: Sequence[Place]) -> None:
         self.name, self.key, self.tiers = RUN, KEY, list[Any]()
-        self.session = NoAgent()
+        self.session, self.labels = NoAgent(), ["disk"]
         self.group = Single()
         self.members = ALONE
         self._places = list(places)
 
     def places(self) -> list[Place]:
         return self._places
+
+    def exchange(self, stage: str, value: object, *, patient: bool = False) -> list[Any]:
+        return [value]
 
     def note(self, holdings: Sequence[Holdings]) -> None:
         pass
