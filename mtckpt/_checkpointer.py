@@ -34,7 +34,7 @@ from mtckpt._schedule import (
     split_tiers,
 )
 from mtckpt._session import Session
-from mtckpt._steps import list_steps, step_number
+from mtckpt._steps import list_steps, metrics_of, step_number
 from mtckpt.agent import protocol
 from mtckpt.capture.cpu import CpuEngine
 from mtckpt.errors import (
@@ -204,8 +204,8 @@ class Checkpointer:
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics of a saved step that became known later (an evaluation)."""
         self._check_alive()
-        values = {name: float(value) for name, value in metrics.items()}
-        message = protocol.Report(self._session.holder, step, values)
+        step = step_number(step)
+        message = protocol.Report(self._session.holder, step, metrics_of(step, metrics))
         self._session.wait_idle(self._timeout_s)
         self._session.call("report", message, protocol.Done)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mtckpt import _manifest, _save
 from mtckpt._handle import Save, stage_of_tier
 from mtckpt._schedule import Disk
+from mtckpt._steps import metrics_of
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import protocol
 from mtckpt.errors import AgentUnavailable, CheckpointError, TierFull, TierUnavailable
@@ -75,6 +76,7 @@ class Saver:
         save = Save(step, save_id, planned=planned)
         self._planner.members = self.run.members
         try:
+            metrics = metrics_of(step, metrics)
             if _is_producer(state):
                 state = state()
             captured = self._planner.prepare(state, active_adapters())

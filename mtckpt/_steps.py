@@ -1,9 +1,11 @@
-"""Saves of several tiers, told as the steps of a run; and what a step's number may be. Pure."""
+"""Saves of several tiers, told as the steps of a run; what numbers and metrics of steps may be."""
 
 from __future__ import annotations
 
+import logging
+import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mtckpt import _holdings, _inventory, _manifest
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
     from mtckpt._manifest import SaveEntry
 
-__all__ = ["list_steps", "step_number"]
+__all__ = ["list_steps", "metrics_of", "step_number"]
+
+logger = logging.getLogger(__name__)
 
 
 def step_number(step: Any) -> int:
@@ -34,6 +38,29 @@ def step_number(step: Any) -> int:
             state="nothing was done",
         )
     return number
+
+
+def metrics_of(step: int, metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    """The metrics of a step as numbers that a record can hold; those that are none are left out.
+
+    A loss that has become NaN must not cost the save. Raises UsageError for what is no number.
+    """
+    found = {}
+    for name, value in ({} if metrics is None else dict(metrics)).items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # the last one is a tensor's
+            raise UsageError(
+                f"metric {name!r} of step {step} must be a number, not {value!r:.80}",
+                state="nothing was written",
+            ) from error
+        if not isinstance(name, str):
+            raise UsageError(f"the name of a metric must be a text, not {name!r:.80}")
+        if math.isfinite(number):
+            found[name] = number
+        else:
+            logger.warning("metric %s of step %d is %s: it is not kept", name, step, number)
+    return found
 
 
 def list_steps(inventories: Iterable[Inventory]) -> list[Step]:

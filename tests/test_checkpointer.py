@@ -144,6 +144,22 @@ def test_a_step_is_an_integer_of_any_kind(tmp_path: Path) -> None:
         assert (state["w"] == 2).all()
 
 
+def test_a_metric_that_is_no_number_costs_no_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_run(tmp_path) as checkpointer:
+        metrics = {"loss": float("nan"), "top": torch.tensor(0.5), "worst": np.float32("inf")}
+        checkpointer.save(1, make_state(), metrics=metrics).wait("local", timeout_s=20)  # type: ignore[arg-type]
+        checkpointer.report(1, {"late": float("-inf"), "later": 2})
+        (step,) = checkpointer.steps()
+        assert step.metrics == {"top": 0.5, "later": 2}
+        assert "metric loss of step 1 is nan" in caplog.text
+        for wrong in ({"loss": "low"}, {"loss": None}, {"loss": [1]}, {3: 1.0}):
+            with pytest.raises(UsageError, match="metric"):
+                checkpointer.save(2, make_state(), metrics=wrong)  # type: ignore[arg-type]
+        checkpointer.save(2, make_state()).wait("staged", timeout_s=20)
+
+
 def test_names_that_no_record_can_hold_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
