@@ -36,6 +36,7 @@ from mtckpt.errors import (
     ObjectNotFound,
     ShortRead,
     TierUnavailable,
+    UsageError,
 )
 from mtckpt.tiers.base import check_key
 from mtckpt.tiers.local import LocalTier
@@ -61,6 +62,7 @@ _STATUS = {
     ShortRead: (416, "Range Not Satisfiable"),
     AccessDenied: (403, "Forbidden"),
     FormatError: (400, "Bad Request"),
+    UsageError: (400, "Bad Request"),
     AgentUnavailable: (503, "Service Unavailable"),
     TierUnavailable: (503, "Service Unavailable"),
 }

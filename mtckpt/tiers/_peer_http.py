@@ -37,6 +37,14 @@ class PeerConnection(http.client.HTTPConnection):
         self._challenger = Challenger(run_key, role, secret, address.agent_id)
         self.deadline_s = 0.0
         self.silence_s = float("inf")
+        self._answer: http.client.HTTPResponse | None = None
+
+    def close(self) -> None:
+        """Close it, with an answer that was not read to its end. Idempotent."""
+        super().close()
+        answer, self._answer = self._answer, None
+        if answer is not None:  # one without a length has the socket for itself
+            answer.close()
 
     def limit(self) -> None:
         """Let the next blocking call end by the deadline. Raises TimeoutError."""
@@ -79,7 +87,8 @@ class PeerConnection(http.client.HTTPConnection):
         self.limit()
         self.request(method, path, body=body, headers=headers or {})
         self.limit()
-        return self.getresponse()
+        self._answer = response = self.getresponse()
+        return response
 
     def _say(self, path: str, message: Any) -> bytes:
         response = self.ask("POST", path, msgspec.json.encode(message))
