@@ -93,7 +93,7 @@ def test_what_a_connection_damages_is_asked_for_again(scene: Scene, kind: Kind, 
         assert proxy.hits == 1
     assert scene.is_whole()
     if kind in ("flip", "duplicate"):
-        assert 0 < done.reread_bytes <= 2 * (4 << 20)
+        assert 0 < done.reread_bytes <= 2 * (2 << 20)
 
 
 def test_a_connection_that_damages_everything_leaves_nothing(scene: Scene) -> None:
