@@ -351,6 +351,7 @@ class Registry:
             if now_s - run.scrubbed_s > self.tools.limits.scrub_s:
                 run.scrubbed_s = now_s
                 self.tools.start(self.healer.scrub(run), f"scrub {run.key}")
+                self.tools.start(self.guests.scrub(run), f"scrub copies in {run.key}")
 
     async def _let_go(self, run: RunState) -> None:
         """Free a run's RAM if nobody owns it, nothing is owed, and it is safe elsewhere."""
