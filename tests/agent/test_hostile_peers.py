@@ -191,7 +191,11 @@ def test_a_secret_is_good_for_its_own_run_and_port(scene: Scene, talk: Callable[
     assert unknown[0] == 503
 
 
-@pytest.mark.parametrize("path", ["/v1/list/ram/run/", "/v1/hello2", "/metrics", "/"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/list/ram/run/", "/v1/hello2", "/metrics", "/"],
+    ids=["list", "other", "metrics", "root"],
+)
 def test_nothing_is_answered_before_a_proof(talk: Callable[[], Talk], path: str) -> None:
     stranger = talk()
     answer = stranger.get(path)
