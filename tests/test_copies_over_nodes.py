@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,29 @@ def test_damage_is_mended_from_the_other_node(cluster: Make) -> None:
     until(lambda: node.status().counters.get("healed", 0) >= 2)
     assert in_memory(node)[1] == [0, 1]
     job.save(2, "replicated")
+
+
+@pytest.mark.root
+def test_a_partner_without_room_says_so_and_saves_go_on(cluster: Make) -> None:
+    job = cluster(2, slots=2, every=1000)
+    small = job.nodes[1].places.ram
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", small], check=True)
+    try:
+        job.save(1, "replicated")
+        free = os.statvfs(small)
+        (small / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - 500_000))
+        job.save(2)
+        for told in job.all("wait", 2, "replicated"):
+            assert (told["error"], told["cause"]) == ("SaveFailed", "TierFull")
+            assert "has no room for copies of other nodes" in told["text"]
+        assert 0 not in in_memory(job.nodes[1])[2]  # nothing is left of the try
+        # Told once, as of any tier that failed; then training goes on, with two slots too.
+        assert {told["error"] for told in job.all("save", 3)} == {"SaveFailed"}
+        job.save(4)
+        job.save(5)
+    finally:
+        job.close()
+        subprocess.run(["umount", "-l", small], check=True)
 
 
 def test_on_one_node_nothing_is_owed(cluster: Make) -> None:

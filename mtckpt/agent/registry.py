@@ -417,6 +417,7 @@ class Registry:
         deadline_s = time.monotonic() + drain_s
         while self._is_writing() and time.monotonic() < deadline_s:  # noqa: ASYNC110 - as in drain
             await asyncio.sleep(_POLL_S)
+        self.copies.close()
 
     def _is_writing(self) -> bool:
         saves = [save for run in self.runs.values() for save in run.saves.values()]
