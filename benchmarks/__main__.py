@@ -25,6 +25,7 @@ _ALL: dict[str, list[str]] = {
     "flushed": [],
     "memory": [],
     "store": [],
+    "peers-pull": ["benchmarks.peers_pull", "--tls=1"],
     "peers": [],
     "small-peers": ["benchmarks.peers", "--kind=small"],
 }

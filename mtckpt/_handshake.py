@@ -1,10 +1,11 @@
 """How one node's agent is found by another, and how both prove that they are of the same run.
 
 Knows where a peer listens and the proof: HMAC-SHA256 of a secret that never travels, over fresh
-nonces of both sides, who the server is, the run and what the connection is for. So a proof that was
-overheard is good for nothing: not again, not in the other direction, not for another run, port or
-agent. Does not know sockets. It promises who is there when a connection begins; against somebody
-who sits on the wire and changes what follows, the answer is TLS.
+nonces of both sides, who the server is and with which certificate, the run and what the connection
+is for. So a proof that was overheard is good for nothing: not again, not in the other direction,
+not for another run, port or agent. Does not know sockets. It promises who is there when a
+connection begins; against somebody who sits on the wire and changes what follows, the answer is
+TLS.
 
     client: Hello(run, role, nonce)  ->  server: Welcome(nonce, agent, proof)  ->  client: Proof
 """
@@ -113,11 +114,15 @@ def decode_small(data: bytes, type_: type[_T]) -> _T:
 
 
 class Challenger:
-    """The client's side of one connection. ``agent_id``, if it is given, must be the server's."""
+    """The client's side of one connection. ``agent_id``, if it is given, must be the server's;
+    ``binding`` names the certificate that it has shown."""
 
-    def __init__(self, run_key: str, role: Role, secret: bytes, agent_id: str = "") -> None:
+    def __init__(
+        self, run_key: str, role: Role, secret: bytes, agent_id: str = "", binding: str = ""
+    ) -> None:
         self._secret = secret
         self._agent_id = agent_id
+        self._binding = binding
         self._hello = Hello(PEER_PROTOCOL_VERSION, run_key, role, _nonce())
 
     def hello(self) -> Hello:
@@ -126,7 +131,7 @@ class Challenger:
 
     def check(self, welcome: Welcome) -> Proof:
         """What to say next. Raises AccessDenied, AgentUnavailable: nothing more must be said."""
-        wanted = _prove("server", self._secret, self._hello, welcome.nonce, welcome.agent_id)
+        wanted = self._prove("server", welcome)
         if not hmac.compare_digest(wanted.encode(), welcome.proof.encode()):
             raise AccessDenied(
                 "whoever answers there does not know this run's secret",
@@ -141,14 +146,26 @@ class Challenger:
                 agent_id=self._agent_id,
                 found=welcome.agent_id[:64],
             )
-        return Proof(_prove("client", self._secret, self._hello, welcome.nonce, welcome.agent_id))
+        return Proof(self._prove("client", welcome))
+
+    def _prove(self, side: str, welcome: Welcome) -> str:
+        who = f"{welcome.agent_id} {self._binding}"
+        return _prove(side, self._secret, self._hello, welcome.nonce, who)
 
 
 class Answerer:
-    """The server's side of one connection. ``run_key`` is empty until its client has proved."""
+    """The server's side of one connection. ``run_key`` is empty until its client has proved;
+    ``binding`` names the certificate that this side shows."""
 
-    def __init__(self, agent_id: str, role: Role, secret_of: Callable[[str], bytes | None]) -> None:
+    def __init__(
+        self,
+        agent_id: str,
+        role: Role,
+        secret_of: Callable[[str], bytes | None],
+        binding: str = "",
+    ) -> None:
         self._agent_id = agent_id
+        self._who = f"{agent_id} {binding}"
         self._role = role
         self._secret_of = secret_of
         self._hello: Hello | None = None
@@ -169,7 +186,7 @@ class Answerer:
         if secret is None:
             raise AgentUnavailable("this agent has not joined the run", run_key=hello.run_key[:200])
         self._hello, self._nonce, self.run_key = hello, _nonce(), ""
-        proof = _prove("server", secret, hello, self._nonce, self._agent_id)
+        proof = _prove("server", secret, hello, self._nonce, self._who)
         return Welcome(self._nonce, self._agent_id, proof)
 
     def check(self, proof: Proof) -> str:
@@ -178,7 +195,7 @@ class Answerer:
         secret = self._secret_of(hello.run_key) if hello is not None else None
         if hello is None or secret is None:
             raise AccessDenied("proof of nothing that was asked", state="nothing was answered")
-        wanted = _prove("client", secret, hello, self._nonce, self._agent_id)
+        wanted = _prove("client", secret, hello, self._nonce, self._who)
         if not hmac.compare_digest(wanted.encode(), proof.proof.encode()):
             raise AccessDenied(
                 "whoever asks does not know this run's secret",
@@ -193,7 +210,7 @@ def _nonce() -> str:
     return os.urandom(_NONCE_BYTES).hex()
 
 
-def _prove(side: str, secret: bytes, hello: Hello, server_nonce: str, agent_id: str) -> str:
-    said = [side, hello.protocol, hello.run_key, hello.role, agent_id, hello.nonce, server_nonce]
+def _prove(side: str, secret: bytes, hello: Hello, server_nonce: str, who: str) -> str:
+    said = [side, hello.protocol, hello.run_key, hello.role, who, hello.nonce, server_nonce]
     text = msgspec.json.encode(["mtckpt peers", *said])  # JSON: no two lists have the same text
     return hmac.new(secret, text, hashlib.sha256).hexdigest()

@@ -50,7 +50,7 @@ RANGE_THREADS = 8
 # Connections that one shard comes over from a peer; what one request brings is still in the
 # processor's cache when it is compared.
 STREAMS = 4
-ARRIVING_BYTES = 4 << 20
+ARRIVING_BYTES = 2 << 20
 # How often bytes that differ from their digest are asked for again: what was lost on the way is
 # right the next time, what is damaged at its source is not.
 REREADS = 2

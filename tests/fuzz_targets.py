@@ -31,12 +31,26 @@ if __name__ == "__main__":
 import msgspec
 from xxhash import xxh3_128_hexdigest
 
-from mtckpt import _inventory, _manifest, _node, _places, _renaming, _shard, _slots, _state
+from mtckpt import (
+    _handshake,
+    _inventory,
+    _manifest,
+    _node,
+    _places,
+    _renaming,
+    _shard,
+    _slots,
+    _state,
+)
+from mtckpt._handshake import Hello, PeerAddress, Proof, Welcome
 from mtckpt._manifest import Incarnation, Manifest, Metrics, Record, SaveName
 from mtckpt._state import ArraySpec
-from mtckpt.agent import protocol, work
+from mtckpt.agent import peer_requests, protocol, work
+from mtckpt.agent.guests import Offer, Taken
+from mtckpt.agent.nodes import Heard, News, Tell
 from mtckpt.errors import CheckpointError, FormatError, UsageError
 from mtckpt.tiers import check_key
+from mtckpt.tiers.peer import Listing, Stat
 
 __all__ = ["TARGETS", "seeds"]
 
@@ -51,6 +65,8 @@ MESSAGES = sorted(
     ),
     key=lambda type_: type_.__name__,
 )
+PEER_MESSAGES: list[type[Any]] = [Hello, Welcome, Proof, _handshake.Refusal, Offer, Taken, Tell]
+PEER_MESSAGES += [Heard, Listing, Stat]
 LAYOUT = _shard.plan_layout([("a", "float32", (70_000,)), ("b", "int8", (3,))])
 NUM_LEAVES = 8
 
@@ -147,6 +163,33 @@ def message(data: bytes) -> None:
             assert check_key(_manifest.incarnation_file(1, found.id))
 
 
+def request(data: bytes) -> None:
+    """What a stranger says to the data port: bounded numbers, and a path below one run, or none."""
+    with contextlib.suppress(FormatError):
+        head = peer_requests.parse_head(data)
+        assert 0 <= head.first <= head.last < 2**63
+        assert head.body_bytes <= _handshake.MAX_SMALL_BYTES
+        verb, label, rest = peer_requests.split_path(head.path)
+        assert verb in ("objects", "stat", "list")
+        assert not {"/", "\0"} & {*label}
+        assert not rest.startswith("/")
+        assert "\0" not in rest + head.after
+
+
+def peer_message(data: bytes) -> None:
+    """What agents of other nodes say, before a proof and after it."""
+    type_ = PEER_MESSAGES[data[0] % len(PEER_MESSAGES)] if data else Hello
+    small = type_ in (Hello, Welcome, Proof, _handshake.Refusal)
+    with contextlib.suppress(CheckpointError):
+        decode: Any = _handshake.decode_small if small else protocol.decode
+        found = decode(data[1:], type_)
+        assert decode(protocol.encode(found), type_) == found
+        if isinstance(found, Hello):
+            answerer = _handshake.Answerer("a", "data", {RUN: bytes(32)}.get)
+            answerer.welcome(found)
+            assert not answerer.run_key
+
+
 def command(data: bytes) -> None:
     """What the control process and its data processes receive from one another."""
     for decode in (work.decode_request, work.decode_reply):
@@ -241,6 +284,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
         *(header, table, record, manifest, incarnation, metrics, message, command),
+        *(request, peer_message),
         *(names, location, plain, structure, renaming),
     )
 }
@@ -306,6 +350,34 @@ def _message_seeds() -> list[bytes]:
     return [bytes([MESSAGES.index(type(value))]) + protocol.encode(value) for value in values]
 
 
+def _request_seeds() -> list[bytes]:
+    key = f"run/step-{5:012d}.{1:06d}.{'a' * 12}/rank-00000.safetensors"
+    texts = [
+        f"GET /v1/objects/ram/{key} HTTP/1.1\r\nHost: a:1\r\nRange: bytes=0-1048575",
+        "GET /v1/list/disk-2/run/?after=run/a.json HTTP/1.1\r\nHost: a:1",
+        "POST /v1/hello HTTP/1.1\r\nHost: a:1\r\nAccept-Encoding: identity\r\nContent-Length: 120",
+    ]
+    return [text.encode() for text in texts]
+
+
+def _peer_message_seeds() -> list[bytes]:
+    address = PeerAddress("10.0.0.1", 1, 2, "b", "a", "host", (("rack", "r1"),))
+    save = f"step-{5:012d}.{1:06d}.{'a' * 12}"
+    values = [
+        Hello(1, RUN, "data", "ab" * 32),
+        Welcome("ab" * 32, "a", "cd" * 32),
+        Proof("cd" * 32),
+        _handshake.Refusal("AccessDenied", "no"),
+        Offer(1, address, save, ID, [0, 1], 2.0),
+        Taken(1, 2, "b"),
+        Tell(1, address, [News(save, ID, parts={"ram": [0]})]),
+        Heard("a"),
+        Listing([("run/a", 1)], True),
+        Stat(5),
+    ]
+    return [bytes([PEER_MESSAGES.index(type(v))]) + protocol.encode(v) for v in values]
+
+
 def _command_seeds() -> list[bytes]:
     ref = work.TierRef("ram", "/r", True)
     requests = [work.Request(1, work.Free(ref, RUN, "a")), work.Request(2, work.Scan(ref, RUN))]
@@ -324,6 +396,8 @@ _SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "metrics": lambda: _value_seeds(Metrics(1, 5, ID, {"loss": 1.5})),
     "message": _message_seeds,
     "command": _command_seeds,
+    "request": _request_seeds,
+    "peer_message": _peer_message_seeds,
     "names": lambda: [
         text.encode()
         for text in (

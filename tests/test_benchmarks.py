@@ -39,6 +39,10 @@ def run(*arguments: str) -> str:
             {"small tensors staged"},
         ),
         (["benchmarks.flushed", "--size-mib=2", "--rounds=1"], {"flushed to disk"}),
+        (
+            ["benchmarks.peers_pull", "--size-mib=2", "--rounds=1", "--tls=1"],
+            {"pulled, sealed and verified", "pulled over TLS"},
+        ),
         pytest.param(
             ["benchmarks.memory", "--size-mib=2", "--rounds=1"],
             {"memory beyond state and slots"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,10 @@ Make = Callable[..., Cluster]
 def cluster(tmp_path: Path) -> Iterator[Make]:
     made: list[Cluster] = []
 
-    def make(count: int = 3, **settings: Any) -> Cluster:
+    def make(count: int = 3, scrub_s: float = 3600.0, **settings: Any) -> Cluster:
         made.append(Cluster(tmp_path, [Node(tmp_path, name) for name in "abcd"[:count]]))
+        for node in made[-1].nodes:
+            node.environment["MTCKPT_SCRUB_S"] = str(scrub_s)
         made[-1].start(**{"copies": 1, **settings})
         return made[-1]
 
@@ -134,6 +138,45 @@ def test_a_partner_that_is_silent_is_owed_and_gets_the_newest_later(cluster: Mak
     assert job.all("save", 2, ranks=[1]) == [""]
     assert all("replicated" in reached for reached in job.all("wait", 2, "replicated"))
     assert re.fullmatch(r"\d+", str(rank.agent_pid))
+
+
+def test_damage_is_mended_from_the_other_node(cluster: Make) -> None:
+    job = cluster(2, scrub_s=0.5, every=1000)
+    job.save(1, "replicated")
+    node = job.nodes[0]
+    for rank in (0, 1):  # its own part, and the one that it holds for the other node
+        (path,) = node.places.ram.glob(f"*/run/step-*/rank-0000{rank}.safetensors")
+        with path.open("r+b") as file:
+            file.seek(100_000)
+            byte = file.read(1)
+            file.seek(100_000)
+            file.write(bytes([byte[0] ^ 1]))
+    until(lambda: node.status().counters.get("healed", 0) >= 2)
+    assert in_memory(node)[1] == [0, 1]
+    job.save(2, "replicated")
+
+
+@pytest.mark.root
+def test_a_partner_without_room_says_so_and_saves_go_on(cluster: Make) -> None:
+    job = cluster(2, slots=2, every=1000)
+    small = job.nodes[1].places.ram
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", small], check=True)
+    try:
+        job.save(1, "replicated")
+        free = os.statvfs(small)
+        (small / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - 500_000))
+        job.save(2)
+        for told in job.all("wait", 2, "replicated"):
+            assert (told["error"], told["cause"]) == ("SaveFailed", "TierFull")
+            assert "has no room for copies of other nodes" in told["text"]
+        assert 0 not in in_memory(job.nodes[1])[2]  # nothing is left of the try
+        # Told once, as of any tier that failed; then training goes on, with two slots too.
+        assert {told["error"] for told in job.all("save", 3)} == {"SaveFailed"}
+        job.save(4)
+        job.save(5)
+    finally:
+        job.close()
+        subprocess.run(["umount", "-l", small], check=True)
 
 
 def test_on_one_node_nothing_is_owed(cluster: Make) -> None:

@@ -166,6 +166,48 @@ class Guests:
             )  # fmt: skip
         self._tools.count("bytes", "peers", done.copied_bytes)
 
+    # -- looking after them ----------------------------------------------------------------------
+
+    async def scrub(self, run: RunState) -> None:
+        """Read every guest once."""
+        for save in [s for s in run.saves.values() if s.guests]:
+            for rank in sorted(save.guests):
+                await self._check(run, save, rank)
+
+    async def reported(self, run: RunState, save: SaveState, rank: int) -> None:
+        """A reader met a bad copy, or says so."""
+        if rank in save.guests:
+            await self._check(run, save, rank)
+
+    async def _check(self, run: RunState, save: SaveState, rank: int) -> None:
+        """A guest that is damaged is taken anew from its owner, or is one no more."""
+        async with run.lock(save, _GUESTS):
+            if run.gone or rank not in save.guests:
+                return
+            verify = work.Verify(run.ram, run.key, str(save.name), rank)
+            with run.reading(save):
+                verified = await self._tools.call(verify, work.Verified, save.size_bytes)
+            if not verified.damaged:
+                return
+            run.counters["damaged"] += 1
+            bad = verified.damaged[0]
+            logger.warning("run %s: copy %s: %s", run.key, bad.key, bad.reason)
+            owner = run.layout.node_of(rank) if run.layout else None
+            try:
+                if run.layout is None or owner in (None, run.layout.here):
+                    raise AgentUnavailable("its owner is not known")
+                where = msgspec.structs.replace(run.layout.nodes[owner].address, agent_id="")
+                name, secret = str(save.name), run.secret
+                pull = work.Pull(PULLING, run.key, name, rank, where, secret, run.ram)
+                await self._tools.call(pull, work.Flushed, save.size_bytes)
+                run.counters["healed"] += 1
+            except CheckpointError as error:
+                logger.warning("run %s: and it cannot be had again: %s", run.key, error.what)
+                if await self._delete(run, save, [rank]):
+                    save.guests.discard(rank)
+                    await self._write_config(run)
+        run.touch(save)
+
     # -- letting go ------------------------------------------------------------------------------
 
     async def let_go(self, run: RunState) -> None:

@@ -12,19 +12,23 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from mtckpt._inventory import line_of
 from mtckpt._manifest import SaveName, on_line, parse_record_file
 from mtckpt._retention import Held, KeepBest, decide, keep_from_wire, kept
 from mtckpt.agent import queue, work
+from mtckpt.agent.copies import partners_of
+from mtckpt.agent.guests import PULLING
 from mtckpt.agent.saves import RAM, SaveState, TierState
-from mtckpt.errors import CheckpointError, Damaged
+from mtckpt.errors import CheckpointError, Damaged, TierUnavailable
 
 if TYPE_CHECKING:
     from mtckpt.agent.runs import RunState
     from mtckpt.agent.tools import Tools
     from mtckpt.agent.work import TierRef
 
-__all__ = ["Healer"]
+__all__ = ["Healer", "shard_named"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +82,10 @@ class Healer:
         for source in [RAM, *run.tiers]:
             if source == label or rank not in save.ranks.get(source, ()):
                 continue
-            if source != RAM and run.tiers[source].is_peers:
-                continue
-            command = work.Heal(run.key, str(save.name), rank, _ref(run, label), _ref(run, source))
             try:
                 with _held(run, save, label, source):
                     async with run.lock(save, label):
-                        healed = await self._tools.call(command, work.Healed, 3 * save.size_bytes)
+                        replaced = await self._replace(run, save, label, rank, source)
             except Damaged as error:
                 if source not in save.damaged:
                     await self.damaged(run, save, source, error.what)
@@ -101,7 +102,7 @@ class Healer:
                 step=save.name.step,
                 tier=label,
                 source=source,
-                files=len(healed.replaced),
+                files=replaced,
             )
             run.touch(save)
             return True
@@ -110,15 +111,34 @@ class Healer:
         )
         return False
 
+    async def _replace(
+        self, run: RunState, save: SaveState, label: str, rank: int, source: str
+    ) -> int:
+        """Put good files of another tier in the place of bad ones; how many."""
+        size_bytes = 3 * save.size_bytes
+        if source == RAM or not run.tiers[source].is_peers:
+            refs = _ref(run, label), _ref(run, source)
+            heal = work.Heal(run.key, str(save.name), rank, *refs)
+            return len((await self._tools.call(heal, work.Healed, size_bytes)).replaced)
+        if run.layout is None:
+            raise TierUnavailable("no other node of this run is known", tier=source)
+        failed: CheckpointError | None = None
+        for number in partners_of(run.layout, run.tiers[source].config.copies):
+            where = msgspec.structs.replace(run.layout.nodes[number].address, agent_id="")
+            pull = work.Pull(
+                PULLING, run.key, str(save.name), rank, where, run.secret, _ref(run, label)
+            )
+            try:
+                return len((await self._tools.call(pull, work.Flushed, size_bytes)).rewritten)
+            except CheckpointError as error:
+                failed = error
+        raise failed or TierUnavailable("no node has a copy", tier=source)
+
     async def reported(self, run: RunState, label: str, key: str, reason: str) -> None:
         """A reader met a bad copy. The key comes from outside: it names a save we know, or none."""
-        parts = key.split("/")
-        name = SaveName.parse(parts[1]) if len(parts) == 3 else None
-        save = run.saves.get(str(name)) if name else None
-        if save is None or label not in save.ranks:
-            return
-        rank = parse_record_file(parts[2].rpartition(".")[0] + ".json")
-        if rank is None or rank not in save.ranks[label]:
+        found = shard_named(key)
+        save = run.saves.get(found[0]) if found else None
+        if found is None or save is None or found[1] not in save.ranks.get(label, ()):
             return
         if await self.verify_save(run, save, label):
             logger.info("run %s: step %d in %s is good: %s", run.key, save.name.step, label, reason)
@@ -211,6 +231,14 @@ def _is_coming(run: RunState, tier: TierState, save: SaveState) -> bool:
     # What is let go has no records left; of what others send, ours may be there already.
     others = run.layout is not None and save.name.incarnation == run.incarnation
     return tier.label in save.owed or (others and bool(save.ranks[tier.label]))
+
+
+def shard_named(key: str) -> tuple[str, int] | None:
+    """Save and rank that the key of a file of a shard names; None if it is none."""
+    parts = key.split("/")
+    name = SaveName.parse(parts[1]) if len(parts) == 3 else None
+    rank = parse_record_file(parts[-1].rpartition(".")[0] + ".json")
+    return None if name is None or rank is None else (str(name), rank)
 
 
 def _line(run: RunState) -> Line:

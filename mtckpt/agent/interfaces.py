@@ -1,4 +1,4 @@
-"""Which address of this node other nodes are to reach it at: one, never all.
+"""Which address and ports of this node other nodes are to reach it at: one address, never all.
 
 Knows routes and interfaces as the kernel tells them; nothing is sent. Does not listen.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
+import re
 import socket
 import struct
 import sys
@@ -16,7 +18,7 @@ from mtckpt.errors import UsageError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["choose_host"]
+__all__ = ["choose_host", "fixed_ports"]
 
 _SIOCGIFADDR = 0x8915
 _IFREQ = struct.Struct("16s24x")
@@ -40,6 +42,22 @@ def choose_host(wanted: str, towards: str) -> str:
         actions=["set MTCKPT_PEER_HOST to an address of this node, or to an interface's name"],
         towards=towards,
     )
+
+
+def fixed_ports() -> tuple[int, int] | None:
+    """The ports for small messages and for bytes that MTCKPT_PEER_PORTS names, for rules of a
+    network; None: any that are free. Raises UsageError."""
+    text = os.environ.get("MTCKPT_PEER_PORTS", "")
+    if not text:
+        return None
+    found = re.fullmatch(r"\s*(\d{1,5})\s*,\s*(\d{1,5})\s*", text)
+    ports = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not all(0 < port < 1 << 16 for port in ports) or ports[0] == ports[1]:
+        raise UsageError(
+            f"MTCKPT_PEER_PORTS={text[:40]!r} is not two ports such as 7600,7601",
+            state="nothing listens for other nodes",
+        )
+    return ports
 
 
 def _named(wanted: str) -> str:

@@ -74,6 +74,9 @@ class PeerClient:
     def _exchange(self, path: str, body: bytes, deadline_s: float) -> tuple[int, bytes]:
         with self._lock:
             connection = self._idle.pop() if self._idle else None
+        if connection is not None and connection.is_stale():
+            connection.close()
+            connection = None
         if connection is not None:
             try:
                 return self._send(connection, path, body, deadline_s)

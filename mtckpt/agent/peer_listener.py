@@ -17,6 +17,7 @@ from aiohttp import web
 
 from mtckpt import _handshake
 from mtckpt._handshake import Answerer, Hello, Proof
+from mtckpt._peer_tls import server_tls
 from mtckpt.agent.serving import HttpServer, reply
 from mtckpt.errors import AccessDenied, AgentUnavailable
 
@@ -65,6 +66,7 @@ class PeerListener(HttpServer):
         self._secret_of = secret_of
         self._verbs = verbs
         self._guests: dict[web.RequestHandler, _Guest] = {}
+        self._binding = ""
         self._server: asyncio.AbstractServer | None = None
 
     async def start(self, listener: socket.socket) -> None:
@@ -72,7 +74,15 @@ class PeerListener(HttpServer):
         await self.prepare(MAX_PEER_MESSAGE_BYTES)
         listener.setblocking(False)
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self.connection, sock=listener, backlog=BACKLOG)
+        tls = server_tls()
+        self._binding = tls.binding if tls else ""
+        self._server = await loop.create_server(
+            self.connection,
+            sock=listener,
+            backlog=BACKLOG,
+            ssl=tls.context if tls else None,
+            ssl_handshake_timeout=PROVE_S if tls else None,
+        )
 
     async def stop(self) -> None:
         """Close everything. Answers under way are cut off."""
@@ -110,7 +120,8 @@ class PeerListener(HttpServer):
     def _guest(self, request: web.Request) -> _Guest:
         guest = self._guests.get(request.protocol)
         if guest is None:
-            guest = _Guest(Answerer(self._agent_id, "control", self._secret_of))
+            answerer = Answerer(self._agent_id, "control", self._secret_of, self._binding)
+            guest = _Guest(answerer)
             self._guests[request.protocol] = guest
         return guest
 

@@ -25,6 +25,7 @@ import msgspec
 
 from mtckpt import _handshake
 from mtckpt._handshake import Answerer, Hello, Proof
+from mtckpt._peer_tls import Tls, server_tls
 from mtckpt.agent import peer_requests, work
 from mtckpt.agent.peer_requests import MAX_HEAD_BYTES, Head
 from mtckpt.agent.protocol import error_to_wire
@@ -36,6 +37,7 @@ from mtckpt.errors import (
     ObjectNotFound,
     ShortRead,
     TierUnavailable,
+    UsageError,
 )
 from mtckpt.tiers.base import check_key
 from mtckpt.tiers.local import LocalTier
@@ -55,12 +57,15 @@ HEAD_S = 5.0
 IDLE_S = 60.0
 ANSWER_S = 10.0
 _WATCH_S = 0.5
+ROOM_S = 1.0
+TLS_PIECE_BYTES = 256 * 1024
 BACKLOG = 128
 _STATUS = {
     ObjectNotFound: (404, "Not Found"),
     ShortRead: (416, "Range Not Satisfiable"),
     AccessDenied: (403, "Forbidden"),
     FormatError: (400, "Bad Request"),
+    UsageError: (400, "Bad Request"),
     AgentUnavailable: (503, "Service Unavailable"),
     TierUnavailable: (503, "Service Unavailable"),
 }
@@ -81,8 +86,10 @@ class PeerServer:
         """Listen, if nothing does yet, and serve exactly these runs from now on.
 
         The port is kept once there is one; another process's, if that is what is asked for, is
-        taken over where it is free. TierUnavailable: no port at that address.
+        taken over where it is free. TierUnavailable: no port at that address. UsageError:
+        certificates that cannot be used.
         """
+        server_tls()
         with self._lock:
             self.agent_id = command.agent_id
             self._runs = {run.run_key: run for run in command.runs}
@@ -131,20 +138,32 @@ class PeerServer:
                 logger.warning("no connection was accepted: %s", error)
                 time.sleep(_WATCH_S)
                 continue
-            with self._lock:
-                full = len(self._connections) >= MAX_CONNECTIONS
-                strangers = [c for c in self._connections.values() if not c.run_key]
-                if full:
-                    sock.close()
-                else:
-                    connection = _Connection(self, sock, str(peer[0]))
-                    self._connections[id(connection)] = connection
-            if full:
-                logger.warning("refused a connection of %s: %d are open", peer[0], MAX_CONNECTIONS)
+            try:
+                tls = server_tls()  # they may have been renewed
+            except UsageError as error:
+                logger.warning("refused a connection of %s: %s", peer[0], error.what)
+                sock.close()
                 continue
+            if not self._wait_for_room():
+                logger.warning("refused a connection of %s: %d are open", peer[0], MAX_CONNECTIONS)
+                sock.close()
+                continue
+            connection = _Connection(self, sock, str(peer[0]), tls)
+            with self._lock:
+                strangers = [c for c in self._connections.values() if not c.run_key]
+                self._connections[id(connection)] = connection
             if len(strangers) >= MAX_STRANGERS:
                 min(strangers, key=lambda c: c.deadline_s).end("others want to prove themselves")
             threading.Thread(target=self._run, args=(connection,), daemon=True).start()
+
+    def _wait_for_room(self) -> bool:
+        """False if it stays full. Connections that were ended take a moment to go."""
+        until_s = time.monotonic() + ROOM_S
+        while len(self._connections) >= MAX_CONNECTIONS:
+            if time.monotonic() > until_s:
+                return False
+            time.sleep(0.005)
+        return True
 
     def _run(self, connection: _Connection) -> None:
         try:
@@ -202,12 +221,14 @@ class _Place:
 class _Connection:
     """One connection, from its proof to its end."""
 
-    def __init__(self, server: PeerServer, sock: socket.socket, peer: str) -> None:
+    def __init__(self, server: PeerServer, sock: socket.socket, peer: str, tls: Tls | None) -> None:
         self._server = server
         self._sock = sock
         self._peer = peer
         self._buffer = bytearray()
-        self._answerer = Answerer(server.agent_id, "data", server.secret_of)
+        self._tls = tls
+        binding = tls.binding if tls else ""
+        self._answerer = Answerer(server.agent_id, "data", server.secret_of, binding)
         self.secret: bytes | None = None
         self.deadline_s = time.monotonic() + PROVE_S
 
@@ -220,13 +241,22 @@ class _Connection:
         """Wake whatever waits for the other end, from any thread."""
         logger.info("connection of %s is ended: %s", self._peer, why)
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            # Of the socket below TLS, whose own is not for two threads.
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def run(self) -> None:
         """Answer one request after another, until either end has had enough."""
-        with self._sock, contextlib.suppress(OSError):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            stack.enter_context(self._sock)
             self._sock.settimeout(None)  # the watch ends what takes too long
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls is not None:
+                self._sock = stack.enter_context(
+                    self._tls.context.wrap_socket(
+                        self._sock, server_side=True, do_handshake_on_connect=False
+                    )
+                )
+                self._sock.do_handshake()
             while (head := self._next_head()) is not None:
                 try:
                     self._answer(head)
@@ -317,12 +347,18 @@ class _Connection:
                 "application/octet-stream",
                 f"Content-Range: bytes {first}-{last}/{lease.size_bytes}\r\n",
             )
-            end = last + 1
-            while first < end:
-                sent_bytes = os.sendfile(self._sock.fileno(), lease.fd, first, end - first)
+            while first <= last:
+                sent_bytes = self._send_file(lease.fd, first, last + 1 - first)
                 if not sent_bytes:
                     raise ConnectionError("the object became shorter")  # ends the connection
                 first += sent_bytes
+
+    def _send_file(self, fd: int, offset: int, size_bytes: int) -> int:
+        if self._tls is None:
+            return os.sendfile(self._sock.fileno(), fd, offset, size_bytes)
+        piece = os.pread(fd, min(size_bytes, TLS_PIECE_BYTES), offset)
+        self._sock.sendall(piece)
+        return len(piece)
 
     def _send_message(self, message: Any) -> None:
         self._send(200, "OK", msgspec.json.encode(message))
@@ -342,7 +378,8 @@ class _Connection:
         head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: {kind}\r\n"
         head += f"Content-Length: {size_bytes}\r\n{more}\r\n"
         # With MSG_MORE the head goes out with the first bytes that follow it.
-        self._sock.sendall(head.encode("ascii") + body, 0 if body else socket.MSG_MORE)
+        flags = 0 if body or self._tls else socket.MSG_MORE
+        self._sock.sendall(head.encode("ascii") + body, flags)
 
 
 def _listing(tier: LocalTier, prefix: str, after: str) -> Listing:

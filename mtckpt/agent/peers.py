@@ -18,7 +18,7 @@ from mtckpt._domains import domains_here
 from mtckpt._handshake import SECRET_BYTES, PeerAddress, same_place
 from mtckpt._run_files import RunFiles
 from mtckpt.agent import protocol, work
-from mtckpt.agent.interfaces import choose_host
+from mtckpt.agent.interfaces import choose_host, fixed_ports
 from mtckpt.agent.peer_client import PeerClient
 from mtckpt.agent.peer_listener import PeerListener, PeerVerb
 from mtckpt.errors import (
@@ -174,14 +174,21 @@ class Peers:
         listener = PeerListener(
             self._registry.agent_id, self._registry.runs, self.secret_of, self.verbs
         )
-        sock = _bind(host, before.control_port if before else 0)
-        await listener.start(sock)
+        domains = tuple(domains_here().items())
+        fixed = fixed_ports()
+        ports = fixed or ((before.control_port, before.data_port) if before else (0, 0))
+        sock = _bind(host, ports[0], insists=bool(fixed))
+        try:
+            await listener.start(sock)
+        except BaseException:
+            sock.close()
+            raise
         control_port = sock.getsockname()[1]
         try:
             try:
-                data_port = await self._serve(host, before.data_port if before else 0)
+                data_port = await self._serve(host, ports[1])
             except TierUnavailable:
-                if before is None:
+                if before is None or fixed:
                     raise
                 data_port = await self._serve(host, 0)  # taken since
         except BaseException:
@@ -196,7 +203,7 @@ class Peers:
             self._registry.boot_id,
             self._registry.agent_id,
             self._registry.host,
-            tuple(domains_here().items()),
+            domains,
         )
 
     async def keep(self) -> None:
@@ -275,21 +282,24 @@ def check_join(message: protocol.Join) -> None:
         )
 
 
-def _bind(host: str, port: int = 0) -> socket.socket:
-    """A bound socket, at any port if that one is taken."""
+def _bind(host: str, port: int, *, insists: bool) -> socket.socket:
+    """A bound socket; at any port if that one is taken, unless it ``insists``."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
     except OSError as error:
-        if port:
-            sock.close()
-            return _bind(host)
         sock.close()
+        if port and not insists:
+            return _bind(host, 0, insists=False)
         raise TierUnavailable(
             f"cannot listen at {host}: {error.strerror}",
             state="nothing is served to other nodes",
-            actions=["set MTCKPT_PEER_HOST to an address of this node, or an interface's name"],
+            actions=[
+                "set MTCKPT_PEER_HOST to an address of this node, or an interface's name",
+                *(["or MTCKPT_PEER_PORTS to ports that are free"] if port else []),
+            ],
             tier="peers",
+            port=port,
         ) from error
     return sock

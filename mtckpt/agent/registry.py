@@ -351,6 +351,7 @@ class Registry:
             if now_s - run.scrubbed_s > self.tools.limits.scrub_s:
                 run.scrubbed_s = now_s
                 self.tools.start(self.healer.scrub(run), f"scrub {run.key}")
+                self.tools.start(self.guests.scrub(run), f"scrub copies in {run.key}")
 
     async def _let_go(self, run: RunState) -> None:
         """Free a run's RAM if nobody owns it, nothing is owed, and it is safe elsewhere."""
@@ -416,6 +417,7 @@ class Registry:
         deadline_s = time.monotonic() + drain_s
         while self._is_writing() and time.monotonic() < deadline_s:  # noqa: ASYNC110 - as in drain
             await asyncio.sleep(_POLL_S)
+        self.copies.close()
 
     def _is_writing(self) -> bool:
         saves = [save for run in self.runs.values() for save in run.saves.values()]

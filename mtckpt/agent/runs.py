@@ -190,12 +190,15 @@ class RunState:
         return replace(facts, copied=self._is_copied(save))
 
     def _is_copied(self, save: SaveState) -> bool:
-        """Whether partners have this node's part, unless they have been silent for long: saves go
-        on without them then."""
+        """Whether partners have this node's part, unless they have been silent for long, or refused
+        the newest: saves go on without them then."""
         now_s = time.monotonic()
+        newest = self.newest_staged()
+        refused = newest.failures() if newest else {}
         return any(
             tier.is_peers
             and tier.label in save.ranks
+            and tier.label not in refused
             and now_s - (tier.owed_since_s or now_s) < PARTNER_PATIENCE_S
             for tier in self.tiers.values()
         )

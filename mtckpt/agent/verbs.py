@@ -19,6 +19,7 @@ from mtckpt import _inventory, _manifest
 from mtckpt._manifest import Incarnation
 from mtckpt.agent import owners, protocol, work
 from mtckpt.agent.flushing import metrics_file
+from mtckpt.agent.healing import shard_named
 from mtckpt.agent.owners import Claim, Owner, Verdict
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.runs import RunState, describe_failure
@@ -344,6 +345,10 @@ class Verbs:
             self._registry.healer.reported(run, message.tier, message.key, message.reason),
             f"damage in {message.tier}",
         )
+        found = shard_named(message.key)
+        if message.tier == RAM and found and found[0] in run.saves:
+            guest = self._registry.guests.reported(run, run.saves[found[0]], found[1])
+            self._tools.start(guest, "damage in a copy")
         return protocol.Done()
 
     async def flush(self, run: RunState, message: protocol.Flush) -> protocol.Done:

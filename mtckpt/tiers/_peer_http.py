@@ -6,7 +6,9 @@ it means: OSError and HTTPException are the caller's to name.
 
 from __future__ import annotations
 
+import functools
 import http.client
+import select
 import socket
 import time
 from typing import Any
@@ -15,6 +17,7 @@ import msgspec
 
 from mtckpt import _handshake
 from mtckpt._handshake import Challenger, PeerAddress, Refusal, Role, Welcome
+from mtckpt._peer_tls import Tls, binding_of, client_tls
 from mtckpt.errors import AccessDenied, AgentUnavailable, CheckpointError, FormatError
 
 __all__ = ["PeerConnection", "read_small", "refusal_text"]
@@ -34,9 +37,17 @@ class PeerConnection(http.client.HTTPConnection):
     def __init__(self, address: PeerAddress, role: Role, run_key: str, secret: bytes) -> None:
         port = address.control_port if role == "control" else address.data_port
         super().__init__(address.host, port)
-        self._challenger = Challenger(run_key, role, secret, address.agent_id)
+        self._begin = functools.partial(Challenger, run_key, role, secret, address.agent_id)
         self.deadline_s = 0.0
         self.silence_s = float("inf")
+        self._answer: http.client.HTTPResponse | None = None
+
+    def close(self) -> None:
+        """Close it, with an answer that was not read to its end. Idempotent."""
+        super().close()
+        answer, self._answer = self._answer, None
+        if answer is not None:  # one without a length has the socket for itself
+            answer.close()
 
     def limit(self) -> None:
         """Let the next blocking call end by the deadline. Raises TimeoutError."""
@@ -50,7 +61,9 @@ class PeerConnection(http.client.HTTPConnection):
         """Connect, and prove on both sides.
 
         Raises:
-            AccessDenied: the secret differs, or the other side refuses this one.
+            AccessDenied: the secret differs, the other side refuses this one, or its certificate
+                is not to be believed.
+            UsageError: certificates were given that cannot be used.
             AgentUnavailable: another agent, or one that has not joined the run.
             OSError, http.client.HTTPException: whatever kept the two apart.
         """
@@ -58,15 +71,39 @@ class PeerConnection(http.client.HTTPConnection):
         left_s = min(deadline_s - time.monotonic(), self.silence_s)
         if left_s <= 0:
             raise TimeoutError("the deadline has passed")
+        tls = client_tls()
         self.sock = socket.create_connection((self.host, self.port), timeout=left_s)
         try:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            answer = self._say(_handshake.HELLO_PATH, self._challenger.hello())
-            proof = self._challenger.check(_handshake.decode_small(answer, Welcome))
+            challenger = self._begin(binding="" if tls is None else self._wrap(tls))
+            answer = self._say(_handshake.HELLO_PATH, challenger.hello())
+            proof = challenger.check(_handshake.decode_small(answer, Welcome))
             self._say(_handshake.PROVE_PATH, proof)
         except BaseException:
             self.close()
             raise
+
+    def _wrap(self, tls: Tls) -> str:
+        """Speak TLS from here on; a name for the certificate that the other side has shown."""
+        import ssl
+
+        try:
+            secure = tls.context.wrap_socket(self.sock)
+        except ssl.SSLCertVerificationError as error:
+            raise AccessDenied(
+                f"its certificate is not to be believed: {error.verify_message}",
+                state="nothing was sent",
+            ) from error
+        self.sock = secure
+        return binding_of(secure.getpeercert(binary_form=True))
+
+    def is_stale(self) -> bool:
+        """Whether an idle one was closed by the other side, or brings what nobody asked for."""
+        if self.sock is None:
+            return True
+        look = select.poll()
+        look.register(self.sock, select.POLLIN)
+        return bool(look.poll(0))
 
     def ask(
         self,
@@ -79,7 +116,8 @@ class PeerConnection(http.client.HTTPConnection):
         self.limit()
         self.request(method, path, body=body, headers=headers or {})
         self.limit()
-        return self.getresponse()
+        self._answer = response = self.getresponse()
+        return response
 
     def _say(self, path: str, message: Any) -> bytes:
         response = self.ask("POST", path, msgspec.json.encode(message))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -260,7 +259,7 @@ class PeerTier:
                 if self._pid != os.getpid():  # a fork: they are the parent's conversation
                     self._idle, self._pid = [], os.getpid()
                 connection = self._idle.pop() if self._idle else None
-            if connection is None or not _is_stale(connection):
+            if connection is None or not connection.is_stale():
                 return connection
             connection.close()
 
@@ -328,17 +327,3 @@ def _check_range(response: http.client.HTTPResponse, offset: int) -> None:
     """Bytes of another place in the object must not land here: only what was asked for."""
     if not (response.getheader("Content-Range") or "").startswith(f"bytes {offset}-"):
         raise http.client.HTTPException("answer is of another range")
-
-
-def _is_stale(connection: PeerConnection) -> bool:
-    """Whether the peer has closed it, or says what nobody asked."""
-    if connection.sock is None:
-        return True
-    connection.sock.settimeout(0.0)
-    try:
-        connection.sock.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -32,7 +32,7 @@ def layout(here: int, *racks: str) -> Layout:
 
 
 def test_partners_are_in_other_racks_and_each_node_has_as_many_guests() -> None:
-    racks = ("r1", "r1", "r2", "r2")
+    racks = ("r1", "r2", "r1", "r2")
     chosen = [partners_of(layout(here, *racks), 1) for here in range(4)]
     assert all(racks[here] != racks[there] for here, (there,) in enumerate(chosen))
     assert sorted(there for (there,) in chosen) == [0, 1, 2, 3]

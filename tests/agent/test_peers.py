@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,18 @@ from two_nodes import Node
 from mtckpt import _handshake, _inventory, _transfer
 from mtckpt._source import Place
 from mtckpt.agent import protocol
+from mtckpt.agent.interfaces import fixed_ports
 from mtckpt.agent.peer_client import PeerClient
 from mtckpt.agent.protocol import Done
-from mtckpt.errors import AccessDenied, CheckpointError, ObjectNotFound, ShortRead, TierReadOnly
+from mtckpt.errors import (
+    AccessDenied,
+    CheckpointError,
+    ObjectNotFound,
+    ShortRead,
+    TierReadOnly,
+    TierUnavailable,
+    UsageError,
+)
 from mtckpt.tiers import BytesSource, read_all
 from mtckpt.tiers.peer import PeerTier
 
@@ -123,6 +133,27 @@ def test_the_secret_is_kept_for_the_next_agent_and_for_nobody_else(
     assert not any(secret.hex().encode() in path.read_bytes() for path in others)
     log = node.places.runtime / protocol.LOG_NAME
     assert secret.hex() not in log.read_text()
+
+
+def test_ports_that_were_named_are_the_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as a, socket.create_server(("127.0.0.1", 0)) as b:
+        wanted = [a.getsockname()[1], b.getsockname()[1]]
+        monkeypatch.setenv("MTCKPT_PEER_PORTS", "{},{}".format(*wanted))
+        with two_nodes.nodes(1) as (node,):
+            node.train("run")
+            with pytest.raises(TierUnavailable, match="MTCKPT_PEER_PORTS"):
+                node.listen()
+            a.close()
+            b.close()
+            address = node.listen()
+            assert [address.control_port, address.data_port] == wanted
+
+
+@pytest.mark.parametrize("text", ["7600", "0,7601", "7600,7600", "7600,99999", "a,b", "1,2,3"])
+def test_ports_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("MTCKPT_PEER_PORTS", text)
+    with pytest.raises(UsageError, match="MTCKPT_PEER_PORTS"):
+        fixed_ports()
 
 
 def test_a_data_process_that_died_is_replaced_at_the_same_port(pair: list[Node], run: str) -> None:

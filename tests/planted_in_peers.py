@@ -1,0 +1,127 @@
+"""Bugs in copies on other nodes, in how they travel, and in who is let in; see ``planted_bugs``."""
+
+from __future__ import annotations
+
+from planted_bug import Bug
+
+COPIES = (
+    Bug(
+        "slot-given-out-while-its-copies-are-all-there-is",
+        "agent/queue.py",
+        "if save.copied and not any(s.replicated for s in newer):",
+        "if save.copied and not newer:",
+        ("agent/test_copies.py::test_a_slot_stays_until_a_newer_save_is_on_other_nodes_too",),
+    ),
+    Bug(
+        "guests-taken-for-parts-of-own-ranks",
+        "agent/runs.py",
+        "own -= save.guests",
+        "own -= set()",
+        ("agent/test_copies.py::test_a_scan_tells_guests_from_parts_of_its_own_ranks",),
+    ),
+    Bug(
+        "guests-not-noted-for-the-next-agent",
+        "agent/runs.py",
+        "for name, s in self.saves.items() if s.guests}",
+        "for name, s in self.saves.items() if s.ranks}",
+        ("agent/test_copies.py::test_a_scan_tells_guests_from_parts_of_its_own_ranks",),
+    ),
+    Bug(
+        "silent-partners-hold-up-saves-for-ever",
+        "agent/runs.py",
+        "(tier.owed_since_s or now_s) < PARTNER_PATIENCE_S",
+        "now_s < PARTNER_PATIENCE_S",
+        ("agent/test_copies.py::test_partners_that_are_silent_for_long_do_not_hold_up_saves",),
+    ),
+    Bug(
+        "racks-not-told-to-the-placement",
+        "agent/copies.py",
+        "dict(node.address.domains))",
+        "{})",
+        (
+            "agent/test_copies.py::test_partners_are_in_other_racks_and_each_node_has_as_many_guests",
+        ),
+    ),
+)
+
+TRANSFER = (
+    Bug(
+        "chunks-of-two-requests-not-compared",
+        "_source.py",
+        "for start in starts[1:]:",
+        "for start in starts[len(starts) :]:",
+        ("agent/test_receiving.py::test_damage_at_the_source_is_not_copied[2097142]",),
+    ),
+    Bug(
+        "last-chunks-of-a-shard-not-compared",
+        "_source.py",
+        "stop if stop == self.size_bytes else stop - _shard.CHUNK_BYTES",
+        "stop - _shard.CHUNK_BYTES",
+        ("agent/test_receiving.py::test_damage_at_the_source_is_not_copied[-1]",),
+    ),
+    Bug(
+        "damaged-on-the-way-and-never-asked-again",
+        "_source.py",
+        "for left in range(REREADS, -1, -1):",
+        "for left in range(0, -1, -1):",
+        (
+            "agent/test_receiving.py::"
+            "test_what_a_connection_damages_is_asked_for_again[flip-100000]",
+        ),
+    ),
+    Bug(
+        "no-room-found-half-way",
+        "agent/receiving.py",
+        "if not _is_there(target, keys):",
+        "if _is_there(target, keys):",
+        ("agent/test_receiving.py::test_no_room_is_said_before_a_byte_comes",),
+    ),
+)
+
+STRANGERS = (
+    Bug(
+        "answered-before-a-proof",
+        "agent/peer_server.py",
+        "        if not self.run_key:\n            raise",
+        "        if not head.path:\n            raise",
+        ("agent/test_hostile_peers.py::test_nothing_is_answered_before_a_proof[list]",),
+    ),
+    Bug(
+        "a-proof-is-good-twice",
+        "_handshake.py",
+        "hello, self._hello = self._hello, None",
+        "hello = self._hello",
+        ("agent/test_hostile_peers.py::test_what_was_overheard_is_good_for_nothing",),
+    ),
+    Bug(
+        "a-secret-opens-all-runs",
+        "agent/peer_server.py",
+        'if not rest.startswith(f"{self.run_key}/"):',
+        'if not rest.startswith(""):',
+        ("agent/test_hostile_peers.py::test_a_secret_is_good_for_its_own_run_and_port",),
+    ),
+    Bug(
+        "strangers-have-as-long-as-they-like",
+        "agent/peer_server.py",
+        "self.deadline_s = time.monotonic() + PROVE_S",
+        "self.deadline_s = time.monotonic() + IDLE_S",
+        ("agent/test_hostile_peers.py::test_a_word_a_letter_at_a_time_is_not_waited_for",),
+    ),
+    Bug(
+        "a-range-from-another-place-is-taken",
+        "tiers/peer.py",
+        "            _check_range(response, offset)\n",
+        "            _check_range(response, 5)\n",
+        (
+            "agent/test_hostile_peers.py::"
+            "test_what_a_liar_answers_to_a_range_is_an_error_of_the_tier[1]",
+        ),
+    ),
+    Bug(
+        "another-certificate-in-between",
+        "_handshake.py",
+        "hello.role, who, hello.nonce",
+        "hello.role, who.split()[0], hello.nonce",
+        ("agent/test_peer_tls.py::test_nobody_stands_between_with_another_good_certificate",),
+    ),
+)
