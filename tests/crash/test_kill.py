@@ -6,6 +6,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,10 @@ def test_arrays_that_never_change_are_killed_at_drawn_times(story: Story) -> Non
     play(story, NUM_JAX_KILLS, 1, wipes=False)
 
 
+def grown(log: Path, num_lines: int) -> bool:
+    return len(read_log(log)) > num_lines
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("nursery", ["jax"], indirect=True)
 def test_another_restores_while_trainers_and_agents_are_killed(story: Story) -> None:
@@ -114,12 +119,7 @@ def test_another_restores_while_trainers_and_agents_are_killed(story: Story) -> 
         if not story.pid:
             story.begin()
         story.strike(fault)
-        before = len(read_log(log))
-        wait_for(
-            lambda before=before: len(read_log(log)) > before,
-            f"it goes on reading: {log.read_text()[-1500:]}",
-            20,
-        )  # type: ignore[misc]  # a default binds the number of this turn
+        wait_for(partial(grown, log, len(read_log(log))), f"it goes on: {log.read_text()[-1500:]}")
     story.finish()
     send([pid], signal.SIGKILL)
     assert story.nursery.wait(pid) == -signal.SIGKILL
