@@ -28,6 +28,8 @@ _ALL: dict[str, list[str]] = {
     "peers-pull": ["benchmarks.peers_pull", "--tls=1"],
     "peers": [],
     "small-peers": ["benchmarks.peers", "--kind=small"],
+    "jax": ["benchmarks.in_jax"],
+    "small-jax": ["benchmarks.in_jax", "--kind=small"],
 }
 _LIMIT_S = 900.0
 

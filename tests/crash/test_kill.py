@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import random
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,6 +96,10 @@ def test_arrays_that_never_change_are_killed_at_drawn_times(story: Story) -> Non
     play(story, NUM_JAX_KILLS, 1, wipes=False)
 
 
+def grown(log: Path, num_lines: int) -> bool:
+    return len(read_log(log)) > num_lines
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("nursery", ["jax"], indirect=True)
 def test_another_restores_while_trainers_and_agents_are_killed(story: Story) -> None:
@@ -115,9 +119,7 @@ def test_another_restores_while_trainers_and_agents_are_killed(story: Story) -> 
         if not story.pid:
             story.begin()
         story.strike(fault)
-        before = len(read_log(log))
-        more = functools.partial(_has_grown, log, before)
-        wait_for(more, f"it goes on reading: {log.read_text()[-1500:]}", 20)
+        wait_for(partial(grown, log, len(read_log(log))), f"it goes on: {log.read_text()[-1500:]}")
     story.finish()
     send([pid], signal.SIGKILL)
     assert story.nursery.wait(pid) == -signal.SIGKILL
@@ -175,7 +177,3 @@ def test_killed_ten_thousand_times(story: Story, part: int) -> None:
 def test_arrays_that_never_change_are_killed_a_thousand_times(story: Story) -> None:
     pytest.importorskip("jax")
     play(story, NUM_TORTURE_JAX_KILLS, MIN_TORTURE_HITS // 3)
-
-
-def _has_grown(log: Path, before: int) -> bool:
-    return len(read_log(log)) > before
