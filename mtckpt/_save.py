@@ -297,16 +297,18 @@ def _ties(
 
     One that is replicated is divided among its ranks, so it is tied to those of the same ranks.
     """
-    groups: dict[object, list[int]] = {}
+    firsts: dict[object, int] = {}
+    groups: dict[int, list[int]] = {}
     for i, (owner, array) in enumerate(zip(owners, arrays, strict=True)):
         identity = owner.identity(array)
         if identity is not None:
-            groups.setdefault((identity, replicas.get(i)), []).append(i)
+            first = firsts.setdefault((identity, replicas[i]) if i in replicas else identity, i)
+            if first != i:
+                groups.setdefault(first, [first]).append(i)
     ties = {}
     for group in groups.values():
-        if len(group) > 1:
-            first = min(group, key=lambda i: paths[i])
-            ties.update({i: first for i in group if i != first})
+        chosen = min(group, key=lambda i: paths[i])
+        ties.update({i: chosen for i in group if i != chosen})
     return ties
 
 

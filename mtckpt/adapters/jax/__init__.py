@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from typing import cast as cast_type
 
 from mtckpt.adapters.jax import leaves, nodes, sharded
 from mtckpt.adapters.jax.casting import cast
@@ -56,8 +57,8 @@ class JaxAdapter:
         self, values: Sequence[Any], paths: Sequence[str] = (), fingerprint: object = None
     ) -> tuple[list[int], object]:
         """XLA's own memory for arrays on one CPU device, and copies for all others."""
-        del fingerprint
-        return leaves.host_addresses(values, paths)
+        columns = leaves.fingerprint(values) if fingerprint is None else fingerprint
+        return leaves.host_addresses(values, paths, cast_type("list[list[Any]]", columns))
 
     def identity(self, value: Any) -> object | None:
         """The same object."""

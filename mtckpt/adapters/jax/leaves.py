@@ -10,6 +10,7 @@ aligned so that a CPU device adopts it as it is, and become new arrays.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from mtckpt._state import ArraySpec, check_dtype
 from mtckpt.adapters.jax import casting
@@ -53,6 +55,7 @@ _PACKED_ON_DEVICE = frozenset(
 )
 # XLA's CPU devices adopt memory that starts at a multiple of this.
 _ALIGN_BYTES = 64
+_dtype, _shape, _sharding = map(operator.attrgetter, ("dtype", "shape", "sharding"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,33 +131,38 @@ def _impl(value: Any) -> str:
     return str(value.dtype._impl.name)  # JAX tells it of arrays only
 
 
-def fingerprint(values: Sequence[Any]) -> object:
+def fingerprint(values: Sequence[Any]) -> list[list[Any]]:
     """By columns, for speed: types, shapes, weakness and placement."""
     return [
-        [value.dtype for value in values],
-        [value.shape for value in values],
+        list(map(_dtype, values)),
+        list(map(_shape, values)),
         [getattr(value, "weak_type", False) for value in values],
-        [value.sharding for value in values],
+        [
+            # Each array has a sharding of its own, and they are dear to compare.
+            sharding._device if type(sharding) is SingleDeviceSharding else sharding
+            for sharding in map(_sharding, values)
+        ],
     ]
 
 
 def host_addresses(
-    values: Sequence[Any], paths: Sequence[str] = ()
+    values: Sequence[Any], paths: Sequence[str], columns: Sequence[Sequence[Any]]
 ) -> tuple[list[int], list[np.ndarray[Any, Any]]]:
     """Where the bytes lie once they are computed, and the copies among them.
 
     On a CPU device that is where XLA keeps them; from all others they are copied to host memory.
+    ``columns`` is the fingerprint of these very arrays.
     """
-    _wait(values, paths)
-    here_of: dict[Any, bool] = {}
+    dtypes, shapes, _, placements = columns
+    kinds = set(dtypes)
+    keys = {kind for kind in kinds if not isinstance(kind, np.dtype)}
+    apart = {kind for kind in kinds - keys if kind not in _PACKED_ON_DEVICE}
+    _wait(values, paths, [i for i, kind in enumerate(dtypes) if kind in keys] if keys else [])
+    here = {placement for placement in set(placements) if _is_one_cpu(placement)}
     addresses = []
     others = []
-    for value in values:
-        sharding = value.sharding
-        here = here_of.get(sharding)
-        if here is None:
-            here = here_of[sharding] = _is_one_cpu(sharding)
-        if here and _is_plain(value) and _is_dense(value):
+    for value, dtype, shape, placement in zip(values, dtypes, shapes, placements, strict=True):
+        if placement in here and dtype in apart and (len(shape) < 2 or _is_in_c_order(value)):
             addresses.append(value.unsafe_buffer_pointer())
         else:
             others.append((len(addresses), _one_of_many(value)))
@@ -172,9 +180,10 @@ def host_addresses(
     return addresses, copies
 
 
-def _is_one_cpu(sharding: Sharding) -> bool:
-    devices = sharding.device_set
-    one: Any = next(iter(devices))
+def _is_one_cpu(placement: Any) -> bool:
+    """True for one device, or a sharding over one, whose memory is the host's."""
+    devices = getattr(placement, "device_set", None) or {placement}
+    one = next(iter(devices))
     return len(devices) == 1 and bool(one.platform == "cpu")
 
 
@@ -184,8 +193,8 @@ def _one_of_many(value: Any) -> Any:
     return plain if plain.sharding.num_devices == 1 else plain.addressable_data(0)
 
 
-def _wait(values: Sequence[Any], paths: Sequence[str]) -> None:
-    """Wait until all are computed. Raises UnsupportedState for one that is gone."""
+def _wait(values: Sequence[Any], paths: Sequence[str], keys: Sequence[int]) -> None:
+    """Wait until all are computed. Raises UnsupportedState for one that is gone, keys included."""
     try:
         jax.block_until_ready(list(values))  # type: ignore[no-untyped-call]  # jax leaves it untyped
     except RuntimeError:
@@ -193,18 +202,18 @@ def _wait(values: Sequence[Any], paths: Sequence[str]) -> None:
             if value.is_deleted():
                 spec_of(value, paths[i] if paths else "")  # which says so
         raise
-    for i, value in enumerate(values):
-        if not _is_plain(value) and value.is_deleted():
-            spec_of(value, paths[i] if paths else "")
+    for i in keys:
+        if values[i].is_deleted():
+            spec_of(values[i], paths[i] if paths else "")
 
 
 def _is_dense(value: Any) -> bool:
     """True if the buffer of a plain array holds its elements in C order, each in its own bytes."""
-    if value.dtype in _PACKED_ON_DEVICE:
-        return False
+    return value.dtype not in _PACKED_ON_DEVICE and (value.ndim < 2 or _is_in_c_order(value))
+
+
+def _is_in_c_order(value: Any) -> bool:
     ndim = value.ndim
-    if ndim < 2:
-        return True
     # What ``format`` is made of, for a tenth of the time; it is not public, so it may be gone.
     layout = getattr(value, "_pjrt_layout", None)
     known = _dense.get(layout)
