@@ -27,6 +27,8 @@ _ALL: dict[str, list[str]] = {
     "store": [],
     "peers": [],
     "small-peers": ["benchmarks.peers", "--kind=small"],
+    "jax": ["benchmarks.in_jax"],
+    "small-jax": ["benchmarks.in_jax", "--kind=small"],
 }
 _LIMIT_S = 900.0
 

@@ -33,7 +33,17 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 BLOCK_ITEMS = 1 << 18
 CHILD_TIMEOUT_S = 300.0
-_PACKAGES = ("mtckpt", "torch", "safetensors", "numpy", "msgspec", "xxhash", "aiohttp")
+_PACKAGES = (
+    "mtckpt",
+    "torch",
+    "safetensors",
+    "numpy",
+    "msgspec",
+    "xxhash",
+    "aiohttp",
+    "jax",
+    "orbax-checkpoint",
+)
 
 
 # -- options ---------------------------------------------------------------------------------------

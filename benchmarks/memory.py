@@ -27,7 +27,7 @@ def main() -> None:
         state = measuring.gpt_state(chosen.size_mib)
         measuring.fill(state, 1)
         size_bytes = sum(tensor.nbytes for tensor in measuring.tensors_of(state))
-        before_bytes = _own_bytes(os.getpid())
+        before_bytes = own_bytes(os.getpid())
         tiers = [mtckpt.Ram(every=1, slots=2), mtckpt.Disk(where.disk, keep=2)]
         checkpointer = mtckpt.Checkpointer("bench", tiers, max_stall_s=60)
         stop = threading.Event()
@@ -35,8 +35,8 @@ def main() -> None:
 
         def watch() -> None:
             while not stop.wait(0.05):
-                agent = sum(_own_bytes(pid) for pid in where.agent_pids())
-                samples.append((_used_bytes(where.ram), agent, _own_bytes(os.getpid())))
+                agent = sum(own_bytes(pid) for pid in where.agent_pids())
+                samples.append((used_bytes(where.ram), agent, own_bytes(os.getpid())))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -65,7 +65,7 @@ def main() -> None:
     )
 
 
-def _own_bytes(pid: int) -> int:
+def own_bytes(pid: int) -> int:
     """A process's share of memory, without pages of tmpfs."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
@@ -75,7 +75,7 @@ def _own_bytes(pid: int) -> int:
     return (fields.get("Pss", 0) - fields.get("Pss_Shmem", 0)) * 1024
 
 
-def _used_bytes(directory: str) -> int:
+def used_bytes(directory: str) -> int:
     total = 0
     for folder, _, names in os.walk(directory):
         for name in names:

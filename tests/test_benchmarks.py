@@ -22,7 +22,7 @@ def run(*arguments: str) -> str:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -42,6 +42,11 @@ def run(*arguments: str) -> str:
         pytest.param(
             ["benchmarks.memory", "--size-mib=2", "--rounds=1"],
             {"memory beyond state and slots"},
+            marks=pytest.mark.torture,
+        ),
+        pytest.param(
+            ["benchmarks.in_jax", "--kind=small", "--tensors=50", "--rounds=1"],
+            {"JAX, small arrays, mtckpt: complete", "JAX, small arrays, Orbax async: restored"},
             marks=pytest.mark.torture,
         ),
     ],
