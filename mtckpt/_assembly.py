@@ -90,13 +90,23 @@ class Stores:
 
 
 class _Cut(NamedTuple):
-    """Bytes of a tensor that are wanted at an address, and share chunks with others."""
+    """Bytes of a tensor that are wanted at an address, and share chunks with others.
+
+    As many ``times``; no chunk from the first to the last of them is free of what is wanted.
+    """
 
     rank: int
     number: int
     start: int
     size_bytes: int
     address: int
+    times: int = 1
+    source_step: int = 0
+    target_step: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + (self.times - 1) * self.source_step + self.size_bytes
 
 
 def assemble(
@@ -181,7 +191,15 @@ class _Draft:
         """Chunks that lie wholly in a run go straight to their place; its edges are cut out."""
         loaded = self._open(rank)
         number = loaded.numbers[index]
-        tensor = loaded.layout.tensors[number]
+        if run.times > 1 and max(run.size_bytes, run.source_step) <= CHUNK_BYTES:
+            steps = run.times, run.source_step, run.target_step
+            self._cut(_Cut(rank, number, run.source, run.size_bytes, address + run.target, *steps))
+            return
+        for single in run.singles():
+            self._add_single(rank, number, single, address)
+
+    def _add_single(self, rank: int, number: int, run: _boxes.Run, address: int) -> None:
+        tensor = self._open(rank).layout.tensors[number]
         start, stop, target = run.source, run.source + run.size_bytes, address + run.target
         first = -(-start // CHUNK_BYTES)
         last = tensor.num_chunks if stop == tensor.size_bytes else stop // CHUNK_BYTES
@@ -201,7 +219,7 @@ class _Draft:
         self._cuts.append(cut)
         chunks = self._chunks.setdefault((cut.rank, cut.number), set())
         before = len(chunks)
-        last = -(-(cut.start + cut.size_bytes) // CHUNK_BYTES)
+        last = -(-cut.stop // CHUNK_BYTES)
         chunks.update(range(cut.start // CHUNK_BYTES, last))
         self.scratch_bytes += (len(chunks) - before) * CHUNK_BYTES
 
@@ -222,8 +240,9 @@ class _Draft:
                     address += CHUNK_BYTES
         for cut in self._cuts:
             source = where[cut.rank, cut.number, cut.start // CHUNK_BYTES]
-            move = Move(source + cut.start % CHUNK_BYTES, cut.address, cut.size_bytes)
-            self._assembly.moves.append(move)
+            source += cut.start % CHUNK_BYTES
+            steps = cut.times, cut.source_step, cut.target_step
+            self._assembly.moves.append(Move(source, cut.address, cut.size_bytes, *steps))
         return self._assembly
 
 

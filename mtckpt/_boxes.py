@@ -41,11 +41,26 @@ class Box(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Bytes that lie together in both: where they begin in the source and in the target."""
+    """Bytes that lie together in both: where they begin in the source and in the target.
+
+    As many ``times``, each so many bytes after the one before.
+    """
 
     source: int
     target: int
     size_bytes: int
+    times: int = 1
+    source_step: int = 0
+    target_step: int = 0
+
+    def singles(self) -> Iterator[Run]:
+        """The same, one by one."""
+        for number in range(self.times):
+            yield Run(
+                self.source + number * self.source_step,
+                self.target + number * self.target_step,
+                self.size_bytes,
+            )
 
 
 def whole(shape: tuple[int, ...]) -> Box:
@@ -106,7 +121,7 @@ def _without(box: Box, hole: Box) -> list[Box]:
 def runs(piece: Box, source: Box, target: Box, item_bytes: int) -> Iterator[Run]:
     """How the bytes of ``piece`` go from ``source`` to ``target``, boxes that both hold all of it.
 
-    Runs are as long as can be, in the order of both.
+    Runs are as long as can be, in the order of both; those along one axis come as one.
     """
     if piece.is_empty:
         return
@@ -120,11 +135,17 @@ def runs(piece: Box, source: Box, target: Box, item_bytes: int) -> Iterator[Run]
     source_steps, target_steps = _strides(source.shape), _strides(target.shape)
     source_at = sum(map(_steps, piece.offsets, source.offsets, source_steps))
     target_at = sum(map(_steps, piece.offsets, target.offsets, target_steps))
-    for position in itertools.product(*map(range, piece.shape[:axis])):
+    count, steps = 1, (0, 0)
+    if axis > 0:
+        count = piece.shape[axis - 1]
+        steps = source_steps[axis - 1] * item_bytes, target_steps[axis - 1] * item_bytes
+    for position in itertools.product(*map(range, piece.shape[: max(0, axis - 1)])):
         yield Run(
             (source_at + sum(map(int.__mul__, position, source_steps))) * item_bytes,
             (target_at + sum(map(int.__mul__, position, target_steps))) * item_bytes,
             size_bytes,
+            count,
+            *steps,
         )
 
 

@@ -89,9 +89,12 @@ def test_copies_go_where_they_should() -> None:
         [
             Move(source.address, target.address + 10, 5),
             Move(source.address, target.address + 2**19, 2**19),
+            Move(source.address + 7, target.address + 100, 3, 4, 10, 5),
         ]
     )
     assert bytes(view_at(target.address + 10, 5)) == bytes(range(5))
+    rows = [bytes(range(first, first + 3)) for first in (7, 17, 27, 37)]
+    assert bytes(view_at(target.address + 100, 20)) == b"".join(row + b"\0\0" for row in rows)
     assert target.view[2**19 :] == source.view[: 2**19]
 
 

@@ -20,11 +20,14 @@ class Span(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Bytes to copy from one address to another."""
+    """Bytes to copy from one address to another, as many ``times`` with steps in between."""
 
     source: int
     target: int
     size_bytes: int
+    times: int = 1
+    source_step: int = 0
+    target_step: int = 0
 
 
 class Engine(Protocol):

@@ -12,7 +12,9 @@ import ctypes
 import os
 import threading
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -158,8 +160,13 @@ class CpuEngine:
 
     def copy(self, moves: Sequence[Move]) -> None:
         units: list[_Unit] = []
-        for source, target, size_bytes in moves:
-            if size_bytes > CHUNK_BYTES:
+        for source, target, size_bytes, count, source_step, target_step in moves:
+            if count > 1:
+                sources = range(source, source + count * source_step, source_step)
+                targets = range(target, target + count * target_step, target_step)
+                # At the speed of C from one row to the next.
+                deque(map(_copy, targets, sources, repeat(size_bytes)), maxlen=0)
+            elif size_bytes > CHUNK_BYTES:
                 units += _units(0, source, target, size_bytes, 0)
             else:
                 _copy(target, source, size_bytes)
