@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import planted_in_agent as agent
 import planted_in_format as format_
+import planted_in_nodes as nodes
 import planted_in_ranks as ranks
 import planted_in_stores as stores
 import planted_in_tiers as tiers
@@ -31,6 +32,8 @@ BUGS = (
     *ranks.NODES,
     *ranks.SHARES,
     *ranks.AGREEMENT,
+    *nodes.SAVES,
+    *nodes.DECISIONS,
     *tiers.LOCAL_TIER,
     *tiers.TRANSFER,
     *tiers.RETENTION,
