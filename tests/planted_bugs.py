@@ -10,6 +10,7 @@ from __future__ import annotations
 import planted_in_agent as agent
 import planted_in_format as format_
 import planted_in_peers as peers
+import planted_in_nodes as nodes
 import planted_in_ranks as ranks
 import planted_in_stores as stores
 import planted_in_tiers as tiers
@@ -35,6 +36,8 @@ BUGS = (
     *peers.COPIES,
     *peers.TRANSFER,
     *peers.STRANGERS,
+    *nodes.SAVES,
+    *nodes.DECISIONS,
     *tiers.LOCAL_TIER,
     *tiers.TRANSFER,
     *tiers.RETENTION,

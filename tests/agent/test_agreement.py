@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from mtckpt._events import EventStream
 from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import save_name
 from mtckpt.agent.agreement import Agreement
-from mtckpt.agent.links import Link
-from mtckpt.agent.nodes import News, layout_of
+from mtckpt.agent.links import Link, Links
+from mtckpt.agent.nodes import News, Tell, layout_of
 from mtckpt.agent.owners import Owner
 from mtckpt.agent.protocol import CallOff, Join, NodeOfRun
 from mtckpt.agent.queue import Limits, SlotState
@@ -21,6 +23,7 @@ from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, SaveState, Slot
 from mtckpt.agent.tools import Tools
 from mtckpt.agent.work import TierRef
+from mtckpt.errors import AgentUnavailable
 
 ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
 LIMITS = Limits(rank_s=10.0)
@@ -184,3 +187,29 @@ def test_a_save_called_off_before_a_rank_came_to_it_is_not_begun() -> None:
     scene.hear(0, save, called_off="rank 0: no slot is free")
     assert save.called_off
     assert scene.run.counters["called_off"] == 1
+
+
+def test_a_step_of_another_start_says_nothing_of_this_one() -> None:
+    scene = Scene(0)
+    scene.run.links[2].incarnation, scene.run.links[2].last_step = 7, 9
+    save = scene.save(1)
+    scene.hear(1, save, parts={RAM: [1]})
+    assert not save.called_off
+
+
+def test_the_word_of_another_than_the_lead_is_not_taken() -> None:
+    scene = Scene(1)
+    save = scene.save(1)
+    address = PeerAddress("10.0.0.2", 1, 2, agent_id="c")
+    peers = SimpleNamespace(verbs={}, address=address, joined=lambda _: None)
+    tools = Tools(cast(Any, None), LIMITS, EventStream())
+    unused = cast(Any, SimpleNamespace(note_staged=lambda *_: None))
+    links = Links(tools, unused, scene.agreement, unused, cast(Any, peers))
+    whole = News(str(save.name), ID, world_size=3, whole=[RAM])
+    for word in (whole, msgspec.structs.replace(whole, whole=[], called_off="by nobody")):
+        with pytest.raises(AgentUnavailable):
+            asyncio.run(links.hear(scene.run, Tell(2, address, [word])))
+    assert not save.is_complete(RAM)
+    assert not save.called_off
+    asyncio.run(links.hear(scene.run, Tell(0, address, [whole])))
+    assert save.is_complete(RAM)

@@ -1,0 +1,107 @@
+"""Bugs in what agents of several nodes tell each other and agree on; see ``planted_bugs``."""
+
+from __future__ import annotations
+
+from planted_bug import Bug
+
+SAVES = (
+    Bug(
+        "committed-without-the-news-of-all-nodes",
+        "agent/saves.py",
+        "return len(here | self._elsewhere(label)) >= self.world_size",
+        "return bool(here | self._elsewhere(label))",
+        ("agent/test_nodes.py::test_complete_is_what_all_nodes_have_together",),
+    ),
+    Bug(
+        "whole-elsewhere-is-whole-here",
+        "agent/saves.py",
+        "if not here or self.disputed:",
+        "if here is None or self.disputed:",
+        ("agent/test_nodes.py::test_complete_is_what_all_nodes_have_together",),
+    ),
+    Bug(
+        "parts-told-before-all-ranks-of-the-node-have-theirs",
+        "agent/nodes.py",
+        "layout.own <= ranks",
+        "layout.own & ranks",
+        ("agent/test_nodes.py::test_a_node_tells_what_all_its_ranks_have",),
+    ),
+    Bug(
+        "part-of-a-save-that-was-called-off",
+        "agent/nodes.py",
+        "        parts.pop(RAM, None)",
+        "        parts.pop('', None)",
+        ("agent/test_nodes.py::test_a_node_that_calls_a_save_off_has_no_part_of_it",),
+    ),
+    Bug(
+        "lead-says-whole-before-the-store-was-told",
+        "agent/nodes.py",
+        "if save.is_complete(label) and label not in save.uncommitted",
+        "if save.is_complete(label)",
+        ("agent/test_nodes.py::test_the_lead_says_nothing_of_what_is_not_settled",),
+    ),
+)
+
+DECISIONS = (
+    Bug(
+        "save-in-doubt-called-off-by-another-than-the-lead",
+        "agent/agreement.py",
+        "if layout and (save.found or not (layout.is_lead or layout.own.intersection(lacking))):",
+        "if layout and save.found:",
+        ("agent/test_agreement.py::test_a_part_that_others_may_count_on_is_kept[1]",),
+    ),
+    Bug(
+        "what-an-agent-left-called-off-by-the-next-lead",
+        "agent/agreement.py",
+        "if layout and (save.found or not (",
+        "if layout and (not (",
+        ("agent/test_agreement.py::test_a_part_that_others_may_count_on_is_kept[0]",),
+    ),
+    Bug(
+        "whole-step-called-off-since-somebody-went-on",
+        "agent/agreement.py",
+        "if not (run.layout and s.found)]",
+        "if s]",
+        (
+            "agent/test_agreement.py::test_what_an_agent_before_this_one_left_is_called_off_for"
+            "_nobody_who_went_on",
+        ),
+    ),
+    Bug(
+        "slot-of-a-save-called-off-while-it-was-sealed-is-lost",
+        "agent/agreement.py",
+        "async with run.sealing:  # what is just",
+        "if True:  # what is just",
+        ("agent/test_agreement.py::test_a_save_called_off_while_it_is_sealed_gives_its_slot_back",),
+    ),
+    Bug(
+        "whole-save-called-off",
+        "agent/agreement.py",
+        "if not (save.is_open or untouched):",
+        "if save.called_off:",
+        ("agent/test_agreement.py::test_what_is_whole_is_never_called_off",),
+    ),
+    Bug(
+        "steps-of-an-earlier-start-taken-for-this-one's",
+        "agent/runs.py",
+        "if self.layout and link.incarnation == incarnation",
+        "if self.layout",
+        ("agent/test_agreement.py::test_a_step_of_another_start_says_nothing_of_this_one",),
+    ),
+    Bug(
+        "anybody's-word-taken-for-the-lead's",
+        "agent/links.py",
+        "link, here = run.links.get(message.node), self._peers.address",
+        "link, here = next(iter(run.links.values())), self._peers.address",
+        ("agent/test_agreement.py::test_the_word_of_another_than_the_lead_is_not_taken",),
+    ),
+    Bug(
+        "header-of-another-rank-kept-in-a-slot",
+        "_save.py",
+        "    slot.data.view[: layout.data_start] = layout.header\n",
+        "    if not any(slot.data.view[:8]):\n"
+        "        slot.data.view[: layout.data_start] = layout.header\n",
+        ("test_guards.py::test_a_slot_that_another_rank_had_meanwhile_gets_its_header_again",),
+        quick=False,
+    ),
+)
