@@ -95,13 +95,15 @@ def scheme_of(url: str) -> str:
 def check_url(url: str) -> str:
     """The URL without a slash at its end. Raises UsageError, which does not show it whole."""
     scheme, separator, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
-    shown = f"{scheme}://{rest.partition('@')[2] or rest}".partition("?")[0]
+    # A secret may have any of these in it: only what comes after the last one is a place.
+    place = rest.partition("?")[0].partition("#")[0]
+    shown = f"{scheme}://{place.rpartition('@')[2]}"
     if not separator or not scheme or not rest.strip("/"):
         raise UsageError(
             f"{shown[:200]!r} is not the URL of a store, such as s3://bucket/checkpoints",
             state="nothing was done",
         )
-    if "@" in rest.partition("/")[0] or "?" in rest or "#" in rest:
+    if "@" in rest or "?" in rest or "#" in rest:
         raise UsageError(
             f"the URL of {shown[:200]} has more in it than a place",
             state="nothing was done",

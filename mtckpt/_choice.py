@@ -79,10 +79,16 @@ def plan_restore(
         and (step == "latest" or name.step == step)
         and (not chosen or name.step >= chosen[0].step)
     ]
+    skipped = {f"step {name.step}": "; ".join(saves[name].reasons) for name in passed_over}
+    lost = any(saves[name].lost for name in passed_over)
+    if step == "latest" and names and not chosen:
+        # Sound steps, and a later start that did not go on from them: no reason to begin from
+        # nothing without a word.
+        lost = True
+        why = "abandoned by a later start that did not restore; restore(step={}) takes it"
+        skipped.update({f"step {n.step}": why.format(n.step) for n in names})
     return RestorePlan(
-        tuple(_candidate(saves[name], list(fastest)) for name in chosen),
-        {f"step {name.step}": "; ".join(saves[name].reasons) for name in passed_over},
-        any(saves[name].lost for name in passed_over),
+        tuple(_candidate(saves[name], list(fastest)) for name in chosen), skipped, lost
     )
 
 

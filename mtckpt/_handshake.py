@@ -171,6 +171,12 @@ class Answerer:
         self._hello: Hello | None = None
         self._nonce = ""
         self.run_key = ""
+        self._proved = b""
+
+    @property
+    def still_knows(self) -> bool:
+        """Whether the secret that its client has proved to know is still the run's."""
+        return bool(self.run_key) and self._secret_of(self.run_key) == self._proved
 
     def welcome(self, hello: Hello) -> Welcome:
         """Answer a client's first message. Raises AgentUnavailable, AccessDenied."""
@@ -202,7 +208,7 @@ class Answerer:
                 state="nothing was answered",
                 run_key=hello.run_key,
             )
-        self.run_key = hello.run_key
+        self.run_key, self._proved = hello.run_key, secret
         return self.run_key
 
 

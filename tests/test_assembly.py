@@ -112,6 +112,13 @@ def test_any_box_comes_from_any_boxes(data: st.DataObject, tmp_path_factory: Any
         shutil.rmtree(root)
 
 
+def test_a_box_of_which_a_part_is_nowhere_is_refused(tmp_path: Path) -> None:
+    array = np.arange(6.0)
+    write(tmp_path, {"w": (array, [[Box((0,), (4,))]])})
+    with boxed_arrays(), pytest.raises(NoHealthyStep, match="no shard has"):
+        restore(tmp_path, {"w": Boxed((6,), "float64", [Box((0,), (6,))])})
+
+
 @pytest.fixture(params=[0, 1 << 30], ids=["checked while placed", "staged"])
 def cheap_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(_delivery, "_CHEAP_BYTES", request.param)

@@ -11,6 +11,7 @@ import base64
 import math
 import os
 import re
+import stat
 import subprocess
 import sys
 import threading
@@ -31,6 +32,8 @@ from mtckpt.errors import Damaged, FormatError, UnsupportedPlatform, Unsupported
 
 __all__ = ["Item", "find_steps", "is_checkpoint", "read_step"]
 
+# NumPy of before 2.0 has no more.
+MAX_DIMENSIONS = 32
 BAND_BYTES = 64 * 1024 * 1024
 MAX_TOLD_BYTES = 512 * 1024 * 1024
 CHILD_S = 600.0
@@ -278,6 +281,7 @@ class _Reader:
         counts = [*chunk.offsets, *sizes, *strides, *shape, chunk.first, chunk.start]
         lies = (
             len(chunk.offsets) == len(sizes) == len(strides) == len(shape)
+            and len(shape) <= MAX_DIMENSIONS
             and min([*counts, chunk.size_bytes], default=0) >= 0
             and all(map(lambda o, n, m: o + n <= m, chunk.offsets, sizes, shape))
         )
@@ -285,7 +289,14 @@ class _Reader:
             last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
             end_bytes = (chunk.first + last + 1) * DTYPES[tensor.dtype].item_bytes
             file_bytes = self._size_bytes(chunk.file)
-            lies = end_bytes <= chunk.size_bytes and chunk.start + chunk.size_bytes <= file_bytes
+            # A view that has bytes twice would be larger than its file: nothing writes that.
+            num_bytes = math.prod(sizes) * DTYPES[tensor.dtype].item_bytes
+            lies = num_bytes <= chunk.size_bytes
+            lies = (
+                lies
+                and end_bytes <= chunk.size_bytes
+                and chunk.start + chunk.size_bytes <= file_bytes
+            )
         if not lies:
             raise Damaged("a chunk does not lie in its file or its array", leaf=path[:200])
 
@@ -294,9 +305,12 @@ class _Reader:
             if name != os.path.basename(name) or name in ("", ".", ".."):
                 raise Damaged("the name of a file leads out of the directory", path=name[:200])
             try:
-                self._sizes[name] = (self._directory / name).stat().st_size
+                info = os.lstat(self._directory / name)
             except OSError as error:
                 raise Damaged(f"a file cannot be read: {error}", path=name) from error
+            if not stat.S_ISREG(info.st_mode):
+                raise Damaged("not a file: links are not followed", path=name)
+            self._sizes[name] = info.st_size
         return self._sizes[name]
 
 

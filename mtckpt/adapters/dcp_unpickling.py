@@ -5,8 +5,7 @@
 Its metadata is a pickle, and so is every value that is no tensor: reading one calls what its bytes
 say. Here they can say nothing but the names in ``_KNOWN``, and each of those is a stand-in of this
 file that notes what it is given: no class of PyTorch's or of anybody's is ever called, or even
-there. Memory, time and files are limited before the first byte is read. Knows the standard library
-only. Bytes of tensors are not read: what is told is where they lie.
+there. Memory, time and files are limited first. Of tensors it tells where their bytes lie.
 """
 
 from __future__ import annotations
@@ -288,7 +287,8 @@ class _Files:
         if self._open is None or self._open[0] != name:
             if self._open is not None:
                 self._open[1].close()
-            self._open = name, open(os.path.join(self._directory, name), "rb")  # noqa: SIM115
+            fd = os.open(os.path.join(self._directory, name), os.O_NOFOLLOW | os.O_NONBLOCK)
+            self._open = name, os.fdopen(fd, "rb")
         return name, _View(self._open[1], start, length)
 
 

@@ -129,7 +129,9 @@ class Agreement:
         for save in list(run.saves.values()):
             if save.name.incarnation >= number:
                 continue
-            if run.layout and parent is not None and save.order == tuple(parent):
+            # On fewer nodes than before, too: what is a guest's was part of it.
+            spans = bool(run.layout or save.guests)
+            if spans and parent is not None and save.order == tuple(parent):
                 save.chosen = True
             elif save.is_open:
                 await self._call_off(run, save, "the job was started anew before all ranks had it")

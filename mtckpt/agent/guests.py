@@ -72,6 +72,14 @@ class _Pull:
     done: dict[int, int] = field(default_factory=dict)
 
 
+# What one start of a job offers of one save.
+_Key = tuple[str, str, int, tuple[int, ...], str]
+
+
+def _key_of(run: RunState, offer: Offer) -> _Key:
+    return run.key, offer.save, offer.node, tuple(sorted(set(offer.ranks))), run.secret
+
+
 class Guests:
     """See the module. One for the agent, the state is the run's.
 
@@ -90,7 +98,7 @@ class Guests:
         self._boot_id = boot_id
         self._follow = follow
         self._write_config = write_config
-        self._under_way: dict[tuple[str, str, int], _Pull] = {}
+        self._under_way: dict[_Key, _Pull] = {}
         peers.verbs["pull"] = (Offer, self.offered)
 
     async def offered(self, run: RunState, offer: Offer) -> Taken:
@@ -102,7 +110,7 @@ class Guests:
         if name is None or not ranks or ranks[0] < 0 or len(ranks) > MAX_RANKS:
             raise FormatError("not an offer of shards", state="nothing was pulled")
         await self._follow(run, offer.node, offer.address)
-        key = (run.key, offer.save, offer.node)
+        key = _key_of(run, offer)
         pull = self._under_way.get(key)
         if pull is None:
             save = run.saves.setdefault(offer.save, SaveState(name, offer.save_id))
@@ -116,7 +124,13 @@ class Guests:
             return Taken(done_bytes, max(pull.total_bytes, done_bytes))
         self._under_way.pop(key, None)
         pull.task.result()
+        if not self._has(run, offer):
+            raise AgentUnavailable("what was taken is gone again: offer it anew", save=offer.save)
         return Taken(done_bytes, done_bytes, self._boot_id)
+
+    def _has(self, run: RunState, offer: Offer) -> bool:
+        save = run.saves.get(offer.save)
+        return save is not None and save.guests | save.ranks.get(RAM, set()) >= set(offer.ranks)
 
     async def _take(self, run: RunState, save: SaveState, offer: Offer, ranks: list[int]) -> None:
         await self.let_go(run)
@@ -150,7 +164,7 @@ class Guests:
 
     async def _pull(self, run: RunState, save: SaveState, rank: int, offer: Offer) -> None:
         def progress(news: work.Progress) -> None:
-            pull = self._under_way.get((run.key, offer.save, offer.node))
+            pull = self._under_way.get(_key_of(run, offer))
             if pull is not None:
                 pull.done[rank] = news.done_bytes
                 pull.total_bytes = max(pull.total_bytes, news.total_bytes)

@@ -212,7 +212,7 @@ class Links:
                 link.incarnation, link.last_step = save.order
             await self._agreement.heard(run, save, save.told[message.node])
             self._settle(run, save)
-        run.discharge()
+        run.discharge(scanned=False)
         run.touch()
         for label in {label for save in heard for label in save.ranks if label in run.tiers}:
             self._flusher.look_again(run, run.tiers[label])

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from mtckpt import _handshake
-from mtckpt._handshake import Answerer, Hello, Proof
+from mtckpt._handshake import MAX_SMALL_BYTES, Answerer, Hello, Proof
 from mtckpt._peer_tls import server_tls
 from mtckpt.agent.serving import HttpServer, reply
-from mtckpt.errors import AccessDenied, AgentUnavailable
+from mtckpt.errors import AccessDenied, AgentUnavailable, FormatError
 
 if TYPE_CHECKING:
     import socket
@@ -125,12 +125,20 @@ class PeerListener(HttpServer):
             self._guests[request.protocol] = guest
         return guest
 
+    async def _word(self, request: web.Request, type_: type[Any]) -> Any:
+        """A stranger's message: small, of a size that it says, and as it is."""
+        length = request.content_length
+        odd = length is None or length > MAX_SMALL_BYTES or "Content-Encoding" in request.headers
+        if odd:
+            raise FormatError("not a word of a peer", state="nothing was read")
+        return await self.message(request, type_)
+
     async def _hello(self, request: web.Request) -> web.Response:
-        hello = await self.message(request, Hello)
+        hello = await self._word(request, Hello)
         return reply(self._guest(request).answerer.welcome(hello))
 
     async def _prove(self, request: web.Request) -> web.Response:
-        proof = await self.message(request, Proof)
+        proof = await self._word(request, Proof)
         try:
             self._guest(request).answerer.check(proof)
         except AccessDenied:
@@ -140,7 +148,8 @@ class PeerListener(HttpServer):
 
     async def _verb(self, request: web.Request) -> web.Response:
         # Before a byte of the message is read.
-        if self._guest(request).answerer.run_key != request.match_info["key"]:
+        answerer = self._guest(request).answerer
+        if answerer.run_key != request.match_info["key"] or not answerer.still_knows:
             raise AccessDenied("nothing is answered before a proof", state="nothing was done")
         found = self._verbs.get(request.match_info["verb"])
         if found is None:

@@ -380,12 +380,15 @@ class RunState:
                 self.begun[incarnation.number] = incarnation
         self.touch()
 
-    def discharge(self) -> None:
-        """Find out what is owed to nobody any more, once more is known of what lies where."""
+    def discharge(self, *, scanned: bool = True) -> None:
+        """Find out what is owed to nobody any more, once more is known of what lies where.
+
+        ``scanned``: of a tier itself. What other nodes say must not end a backlog that is wanted.
+        """
         self._note_remains()
         for tier in self.tiers.values():
             if tier.scanned:
-                self._discharge(tier.label)
+                self._discharge(tier.label, scanned=scanned)
 
     def _note_remains(self) -> None:
         """Slots are recycled rank by rank. Ranks that all have a newer step finished this one: what
@@ -405,14 +408,15 @@ class RunState:
             return False
         return not (self.tiers[label].is_store and self._disks_with(save))
 
-    def _discharge(self, label: str) -> None:
+    def _discharge(self, label: str, *, scanned: bool) -> None:
         """What a tier does not have and has a newer save than, it had or left out on purpose."""
         held = [save.order for save in self.saves.values() if save.is_complete(label)]
         for save in self.saves.values():
             if save.is_complete(label):
                 save.due.discard(label)
             elif label in save.owed and (
-                save.order < max(held, default=save.order) or self._is_lost(save, label)
+                (scanned and save.order < max(held, default=save.order))
+                or self._is_lost(save, label)
             ):
                 save.superseded.add(label)
                 save.seq = self.seq + 1  # whoever waits for it has to hear that it is in vain

@@ -244,7 +244,9 @@ class Verbs:
             # Ranks that the job had more before, left behind by a launcher that was killed.
             if old.rank >= owner.world_size and old.incarnation < message.number:
                 await self._fence(run, old, owner)
-        if len([o for o in run.owners.values() if not o.dead]) >= owner.world_size:
+        # One that is left behind by an earlier start of the job is none of its ranks.
+        own = [o for o in run.owners.values() if o.incarnation in (0, message.number)]
+        if len([o for o in own if not o.dead]) >= owner.world_size:
             self._registry.links.leave(run)  # all of them are on this node now
         await self._registry.agreement.begun(run, message.number, message.parent)
         await self._registry.write_config(run)
