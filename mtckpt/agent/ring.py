@@ -102,6 +102,8 @@ class Ring:
 
     async def _allocate(self, run: RunState, owner: Owner) -> Slot | None:
         """A new slot, CAPTURING, if the ring is not full. None if it is, or memory is."""
+        if _is_out(owner):
+            return None
         plan, count = run.plans[owner.holder]
         size = len(run.ring(owner, plan)) + run.allocating
         if size >= count:
@@ -147,6 +149,8 @@ class Ring:
 
     async def _recycle(self, run: RunState, owner: Owner) -> Slot | None:
         """Make a slot of the oldest save that RAM need not hold any more, CAPTURING."""
+        if _is_out(owner):
+            return None
         plan, _ = run.plans[owner.holder]
         busy: set[str] = set()
         while not _is_out(owner) and (name := queue.pick_recycle(run.facts(), frozenset(busy))):
@@ -238,7 +242,9 @@ class Ring:
             if save is not None and owner.rank in save.ranks.get(RAM, ()):
                 return str(name)  # the reply to the first try was lost
             other = run.save_at(owner.incarnation, message.step)
-            if other is not None and other is not save:
+            if other is not None and other is not save and other.is_foreign(owner.incarnation_id):
+                del run.saves[str(other.name)]  # all nodes that had it were lost, and its number
+            elif other is not None and other is not save:
                 raise StepExists(
                     f"step {message.step} was saved before in this incarnation",
                     state="nothing was sealed; the first save is unchanged",
