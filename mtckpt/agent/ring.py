@@ -17,7 +17,7 @@ from mtckpt import _manifest
 from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.saves import RAM, Plan, SaveState, Slot
-from mtckpt.errors import CheckpointError, Damaged, StepExists, TierFull
+from mtckpt.errors import CheckpointError, Damaged, ObjectNotFound, StepExists, TierFull
 
 if TYPE_CHECKING:
     from mtckpt.agent.owners import Owner
@@ -185,6 +185,9 @@ class Ring:
                     return None  # somebody else was faster
                 command = work.Recycle(run.ram, run.key, str(save.name), shard.rank, shard.slot_id)
                 files = (await self._tools.call(command, work.Recycled)).files
+        except ObjectNotFound:  # deleted by a command whose answer was lost
+            run.drop_shard(save, shard.slot_id, shard.rank)
+            return None
         finally:
             save.recycling = False
         if files is None:

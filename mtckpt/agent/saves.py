@@ -158,7 +158,9 @@ class SaveState:
 
     def is_foreign(self, incarnation_id: str) -> bool:
         """Whether it is only known by name, of another incarnation of the same number."""
-        return not self.ranks and bool(self.incarnation_id) and self.incarnation_id != incarnation_id
+        return (
+            not self.ranks and bool(self.incarnation_id) and self.incarnation_id != incarnation_id
+        )
 
     def in_part(self, label: str) -> bool:
         """Whether some ranks have it there, on some node, and others do not."""

@@ -23,7 +23,6 @@ from mtckpt.agent.findings import save_scan, slot_scan
 from mtckpt.errors import (
     AlreadyExists,
     CheckpointError,
-    CommitConflict,
     Damaged,
     FormatError,
     ObjectNotFound,
@@ -330,13 +329,8 @@ class Commands:
 
     async def _complete(self, command: work.Complete, pause: Pause) -> work.Result:
         await pause()
-        place = self._find(command.tier)
-        try:
-            done = await self._manifest(
-                place, command.tier.kind, command.run_key, _name(command.save)
-            )
-        except CommitConflict:
-            raise
+        place, name = self._find(command.tier), _name(command.save)
+        done = await self._manifest(place, command.tier.kind, command.run_key, name)
         return work.Completed(done is not None)
 
     async def _heal(self, command: work.Heal, pause: Pause) -> work.Result:

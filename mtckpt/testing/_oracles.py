@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtckpt import _holdings, _inventory, _manifest
-from mtckpt._handle import Restored, Save
-from mtckpt._manifest import Incarnation
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.saves import RAM
 from mtckpt.errors import StepDisagreement
 from mtckpt.testing._trainers import RUN, Rank, Read
-from mtckpt.testing.cluster import Node, World
+
+if TYPE_CHECKING:
+    from mtckpt._handle import Restored, Save
+    from mtckpt._manifest import Incarnation
+    from mtckpt.testing.cluster import Node, World
 
 __all__ = ["Oracles", "Violation"]
 
@@ -182,8 +184,7 @@ class Oracles:
         return [
             f"{node.name}: {what}"
             for node in nodes
-            if node.agent is not None
-            and (run := node.agent.registry.runs.get(RUN)) is not None
+            if node.agent is not None and (run := node.agent.registry.runs.get(RUN)) is not None
             for what in _unsettled(run)
         ]
 

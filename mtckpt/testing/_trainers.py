@@ -8,19 +8,15 @@ Decides nothing that the package decides.
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from mtckpt import (
-    _handle,
     _holdings,
     _manifest,
-    _progress,
     _restore,
     _restorer,
     _run,
@@ -28,13 +24,11 @@ from mtckpt import (
     _saver,
     _session,
 )
-from mtckpt._choice import Candidate
 from mtckpt._handle import Restored, Save, stage_of_tier
 from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Record
 from mtckpt._schedule import Disk, ObjectStore, Ram
-from mtckpt.adapters import active_adapters
-from mtckpt.agent import address, owners, peers, protocol, registry, server, verbs
+from mtckpt.agent import protocol
 from mtckpt.errors import (
     CaptureFailed,
     CheckpointError,
@@ -57,20 +51,17 @@ from mtckpt.testing._devices import (
     shard_entry,
     table_of,
 )
-from mtckpt.testing._virtual import Threads, Time
+from mtckpt.testing._virtual import Time
 from mtckpt.testing.cluster import (
-    AgentClient,
-    Names,
     Node,
-    PeerClient,
-    PeerListener,
     Process,
     World,
-    bind,
-    ensure_agent,
 )
 
-__all__ = ["Group", "Rank", "Settings", "names_of"]
+if TYPE_CHECKING:
+    from mtckpt._choice import Candidate
+
+__all__ = ["Group", "Rank", "Settings"]
 
 RUN = "run"
 URL = "s3://bucket/sim"
@@ -286,6 +277,7 @@ class PeerPlace:
 
     def __init__(
         self,
+        world: World,
         address: protocol.PeerAddress,
         run_key: str,
         secret: bytes,
@@ -299,7 +291,7 @@ class PeerPlace:
         self._key = run_key
         self._secret = secret
         self._label = place
-        self._world = AgentClient.world
+        self._world = world
 
     def _reached(self) -> Directory:
         fiber = self._world.loop.fiber
@@ -310,7 +302,7 @@ class PeerPlace:
             raise TierUnavailable(f"{self._address} does not answer", tier="peers")
         if listener.secret_of(self._key) != self._secret:
             raise TierUnavailable(f"{self._address} knows another secret", tier="peers")
-        node = listener.agent.node
+        node: Node = listener.agent.node
         return node.ram if self._label == "ram" else node.disk
 
     def __getattr__(self, name: str) -> Any:
@@ -395,9 +387,7 @@ def _sound(tier: Any, keys: tuple[str, str, str]) -> Record:
 class Rank:
     """One rank of a job. ``told`` hears what it did: its restore, and each of its saves."""
 
-    def __init__(
-        self, node: Node, group: Group, rank: int, settings: Settings, told: Any
-    ) -> None:
+    def __init__(self, node: Node, group: Group, rank: int, settings: Settings, told: Any) -> None:
         self.world = node.world
         self.node = node
         self.rank = rank
@@ -504,84 +494,3 @@ class Rank:
         session.call("close", message, protocol.Done)
         session.close(5.0)
         self.closed = True
-
-
-def names_of(world: World) -> Names:
-    """What stands in the place of clocks, processes, sockets and files, for this world."""
-    names = Names()
-    time = Time(world.loop)
-    real_time = __import__("time")
-    for name, module in sorted(sys.modules.items()):
-        if not name.startswith("mtckpt.") or name.startswith("mtckpt.testing"):
-            continue
-        if getattr(module, "time", None) is real_time:
-            names.put(module, "time", time)
-        if getattr(module, "random", None) is sys.modules["random"]:
-            names.put(module, "random", world.random)
-    AgentClient.world = world
-
-    def spawn(target: Callable[[], None]) -> Any:
-        fiber = world.loop.fiber
-        assert fiber is not None
-        process: Process = fiber.owner
-        return process.spawn(target)
-
-    threads = Threads(world.loop, spawn)
-    for module in (_session, _handle, _run, _progress):
-        names.put(module, "threading", threads)
-    names.put(_session, "queue", threads)
-    names.put(_session, "AgentClient", AgentClient)
-    names.put(_session, "ensure_agent", ensure_agent(world))
-    names.put(_session, "start_ticks", lambda pid: world.processes[pid].start_ticks)
-    names.put(os, "urandom", world.urandom)
-    names.put(owners, "read_process", world.read_process)
-    names.put(owners, "open_pidfd", world.open_pidfd)
-    names.put(owners, "peer_pidfd", world.peer_pidfd)
-    for module in (owners, server, verbs):
-        names.put(module, "os", _Os(world))
-    names.put(address, "peer_of", lambda process: address.Peer(process.pid, 0, 0))
-    names.put(registry, "_boot_id", lambda: "")
-    names.put(protocol, "ram_base", lambda: "/")
-    names.put(peers, "PeerClient", PeerClient)
-    names.put(peers, "PeerListener", PeerListener)
-    names.put(peers, "_bind", bind(world))
-    names.put(peers, "choose_host", lambda *_: _node_here().host)
-    names.put(_run, "LocalTier", _local_tier(world))
-    names.put(_run, "open_store", lambda *_, **__: world.store)
-    names.put(_restore, "restore_from", restore_from(world))
-    names.put(_save, "write_shard", write_shard(world))
-    gathering = sys.modules["mtckpt._gathering"]
-    names.put(gathering, "PeerTier", PeerPlace)
-    active_adapters()
-    return names
-
-
-def _node_here() -> Node:
-    from mtckpt.testing.cluster import running
-
-    node: Node = running.get().node
-    return node
-
-
-def _local_tier(world: World) -> Callable[..., Directory]:
-    def open_(path: str, *, name: str, **_: Any) -> Directory:
-        del path
-        fiber = world.loop.fiber
-        assert fiber is not None
-        node: Node = fiber.owner.node
-        return node.ram if name == "ram" else node.disk
-
-    return open_
-
-
-class _Os:
-    """In the place of ``os`` where descriptors of processes are closed."""
-
-    def __init__(self, world: World) -> None:
-        self.close = world.close_fd
-        self.dup = world.dup
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
-
-

@@ -1,4 +1,4 @@
-"""Virtual time: an event loop whose clock jumps to the next timer, and blocking code that shares it.
+"""Virtual time: an event loop whose clock jumps ahead, and blocking code that shares it.
 
 Everything runs one at a time, in an order that nothing but the seed decides: coroutines in the
 loop, and blocking code in fibers, which have a stack of their own. Knows nothing of what runs in
@@ -30,7 +30,7 @@ class FiberKilled(BaseException):
 
 
 class Loop(asyncio.base_events.BaseEventLoop):
-    """See the module. ``run_in_executor`` calls at once; an awaitable that comes back is awaited."""
+    """See the module. ``run_in_executor`` calls at once; a coroutine that comes back is run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,9 @@ class Loop(asyncio.base_events.BaseEventLoop):
     def _write_to_self(self) -> None:
         return None
 
-    def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:
+    def add_reader(  # type: ignore[override]
+        self, fd: Any, callback: Callable[..., Any], *args: Any
+    ) -> None:
         """``watched`` has what to call when the process of this descriptor ends."""
         context = contextvars.copy_context()
         self.watched[fd] = lambda: context.run(callback, *args)
@@ -66,7 +68,9 @@ class Loop(asyncio.base_events.BaseEventLoop):
     def remove_reader(self, fd: Any) -> bool:
         return self.watched.pop(fd, None) is not None
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> Any:
         del executor
         future = self.create_future()
         try:

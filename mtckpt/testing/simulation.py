@@ -16,13 +16,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from mtckpt._handle import Restored, Save
 from mtckpt.errors import CheckpointError, NoHealthyStep
+from mtckpt.testing._names import Collected, names_of
 from mtckpt.testing._oracles import Oracles, Violation
-from mtckpt.testing._trainers import Group, Rank, Read, Settings, names_of
+from mtckpt.testing._trainers import Group, Rank, Read, Settings
 from mtckpt.testing._virtual import Stuck
-from mtckpt.testing.cluster import Chances, Collected, Node, World
+from mtckpt.testing.cluster import Chances, Node, World
+
+if TYPE_CHECKING:
+    from mtckpt._handle import Restored, Save
 
 __all__ = ["Story", "run_seed"]
 
@@ -54,8 +58,7 @@ class Job:
         group = Group(self.world, size)
         self.results: dict[int, Restored] = {}
         self.ranks = [
-            Rank(nodes[rank // per_node], group, rank, drama.settings, self)
-            for rank in range(size)
+            Rank(nodes[rank // per_node], group, rank, drama.settings, self) for rank in range(size)
         ]
 
     # -- told by ranks ---------------------------------------------------------------------------
@@ -352,6 +355,10 @@ def run_seed(seed: int, log: Callable[[str], None] | None = None) -> Story:
     return drama.story
 
 
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
 def main(arguments: list[str]) -> int:
     """Tell one seed's story, or run many."""
     first, count = int(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 1
@@ -359,15 +366,15 @@ def main(arguments: list[str]) -> int:
     broken = 0
     for seed in range(first, first + count):
         try:
-            story = run_seed(seed, print if count == 1 else None)
+            story = run_seed(seed, _say if count == 1 else None)
         except Exception as error:  # noqa: BLE001 - shown, and counted
             broken += 1
-            print(f"seed {seed}: {type(error).__name__}: {error}"[:400])
+            _say(f"{type(error).__name__}: {error}"[:400])
         else:
             if count == 1:
-                print(story)
-    elapsed_s = time.perf_counter() - started_s
-    print(f"{count} seeds in {elapsed_s:.1f} s, {1000 * elapsed_s / count:.1f} ms each, {broken} broken")
+                _say(str(story))
+    each_ms = 1000 * (time.perf_counter() - started_s) / count
+    _say(f"{count} seeds, {each_ms:.1f} ms each, {broken} broken")
     return 1 if broken else 0
 
 
