@@ -48,6 +48,8 @@ class Agreement:
         await self._compare(run, owner.incarnation)
 
     async def _compare(self, run: RunState, incarnation: int) -> None:
+        if run.layout and incarnation < run.incarnation:
+            return  # nodes give those back one by one
         # What an agent before this one left may have been whole, and may be gone elsewhere since.
         open_saves = [s for s in run.open_saves(incarnation) if not (run.layout and s.found)]
         for save in open_saves:
@@ -71,6 +73,10 @@ class Agreement:
             return error, step
         last_steps = run.last_steps(save.name.incarnation)
         lacking = save.lacking()
+        if run.layout and save.found:
+            return None  # they may have had it, and let go of it since
+        if run.layout and not run.layout.is_lead:
+            lacking = sorted(run.layout.own.intersection(lacking))
         ahead = next((rank for rank in lacking if last_steps.get(rank, -1) > step), None)
         if ahead is None:
             return None
@@ -129,9 +135,10 @@ class Agreement:
         for save in list(run.saves.values()):
             if save.name.incarnation >= number:
                 continue
-            if run.layout and parent is not None and save.order == tuple(parent):
+            at = tuple(parent) if run.layout and parent is not None else None
+            if at is not None and save.order == at:
                 save.chosen = True
-            elif save.is_open:
+            elif save.is_open and (at is None or save.order > at):
                 await self._call_off(run, save, "the job was started anew before all ranks had it")
             elif run.layout and save.ranks.get(RAM) and not save.is_complete(RAM):
                 async with run.sealing:

@@ -95,7 +95,7 @@ class Owner:
     fenced_by: int = 0
     listening: int = 0
     listened: bool = False
-    heard_s: float = field(default_factory=time.monotonic)
+    heard_s: float = field(default_factory=lambda: time.monotonic())
 
     def close(self) -> None:
         fd, self.pidfd = self.pidfd, -1

@@ -291,8 +291,9 @@ class Registry:
         owner.close()
 
     async def _settle(self, run: RunState, owner: Owner) -> None:
+        run.unsettled.append(owner)
         try:
-            run.finished += await self.ring.settle(run, owner)
+            await self._settle_slots(run)
             await self.resolve(run)
             await self.agreement.left(run, owner)
         finally:
@@ -303,6 +304,13 @@ class Registry:
             run.left_at = time.time()
         await self.write_config(run)
         run.touch()
+
+    async def _settle_slots(self, run: RunState) -> None:
+        """What dead owners left in slots; tried again later where memory could not be looked at."""
+        for owner in list(run.unsettled):
+            run.finished += await self.ring.settle(run, owner)
+            if owner in run.unsettled:
+                run.unsettled.remove(owner)
 
     async def settled(self, run: RunState, owner: Owner) -> None:
         """Wait until what a dead owner left is settled."""
@@ -343,6 +351,8 @@ class Registry:
                 if owner.is_silent(now_s):
                     self._died(run, owner)
             try:
+                if not run.settling:
+                    await self._settle_slots(run)
                 await self.agreement.overdue(run)
                 await self.guests.let_go(run)
                 await self._let_go(run)
@@ -365,6 +375,8 @@ class Registry:
             for label, tier in run.tiers.items()
             if not tier.is_peers  # that is memory as well: it may be freed at the same time
         )
+        # All nodes may have had their parts, and somebody may have been told so.
+        safe = safe and not any(save.is_open and save.ranks.get(RAM) for save in run.saves.values())
         in_ram = any(RAM in save.ranks or save.guests for save in run.saves.values())
         left_s = time.time() - run.left_at
         if left_s > self.tools.limits.ram_ttl_s:

@@ -17,7 +17,7 @@ from mtckpt import _manifest
 from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.saves import RAM, Plan, SaveState, Slot
-from mtckpt.errors import CheckpointError, Damaged, StepExists, TierFull
+from mtckpt.errors import CheckpointError, Damaged, ObjectNotFound, StepExists, TierFull
 
 if TYPE_CHECKING:
     from mtckpt.agent.owners import Owner
@@ -102,6 +102,8 @@ class Ring:
 
     async def _allocate(self, run: RunState, owner: Owner) -> Slot | None:
         """A new slot, CAPTURING, if the ring is not full. None if it is, or memory is."""
+        if _is_out(owner):
+            return None
         plan, count = run.plans[owner.holder]
         size = len(run.ring(owner, plan)) + run.allocating
         if size >= count:
@@ -147,6 +149,8 @@ class Ring:
 
     async def _recycle(self, run: RunState, owner: Owner) -> Slot | None:
         """Make a slot of the oldest save that RAM need not hold any more, CAPTURING."""
+        if _is_out(owner):
+            return None
         plan, _ = run.plans[owner.holder]
         busy: set[str] = set()
         while not _is_out(owner) and (name := queue.pick_recycle(run.facts(), frozenset(busy))):
@@ -181,6 +185,9 @@ class Ring:
                     return None  # somebody else was faster
                 command = work.Recycle(run.ram, run.key, str(save.name), shard.rank, shard.slot_id)
                 files = (await self._tools.call(command, work.Recycled)).files
+        except ObjectNotFound:  # deleted by a command whose answer was lost
+            run.drop_shard(save, shard.slot_id, shard.rank)
+            return None
         finally:
             save.recycling = False
         if files is None:
@@ -238,7 +245,9 @@ class Ring:
             if save is not None and owner.rank in save.ranks.get(RAM, ()):
                 return str(name)  # the reply to the first try was lost
             other = run.save_at(owner.incarnation, message.step)
-            if other is not None and other is not save:
+            if other is not None and other is not save and other.is_foreign(owner.incarnation_id):
+                del run.saves[str(other.name)]  # all nodes that had it were lost, and its number
+            elif other is not None and other is not save:
                 raise StepExists(
                     f"step {message.step} was saved before in this incarnation",
                     state="nothing was sealed; the first save is unchanged",
