@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import planted_in_agent as agent
 import planted_in_format as format_
-import planted_in_peers as peers
 import planted_in_nodes as nodes
+import planted_in_peers as peers
 import planted_in_ranks as ranks
 import planted_in_stores as stores
 import planted_in_tiers as tiers
