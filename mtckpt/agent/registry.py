@@ -26,12 +26,12 @@ from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.links import Links
-from mtckpt.agent.owners import Owner
+from mtckpt.agent.owners import Owner, boot_id
 from mtckpt.agent.peers import Peers
 from mtckpt.agent.queue import SlotState
-from mtckpt.agent.ring import Ring, new_id
+from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RunState
-from mtckpt.agent.saves import RAM, Slot, TierState
+from mtckpt.agent.saves import RAM, Slot, TierState, new_id
 from mtckpt.agent.work import TierRef
 from mtckpt.errors import CheckpointError, UsageError
 
@@ -63,7 +63,7 @@ class Registry:
         self.fetcher = Fetcher(tools)
         self.runs: dict[str, RunState] = {}
         self.agent_id = os.urandom(8).hex()
-        self.boot_id = _boot_id()
+        self.boot_id = boot_id()
         self.host = socket.gethostname()
         self.ready = asyncio.Event()
         self.peers = Peers(self)
@@ -495,11 +495,3 @@ def _absolute(ram_path: str) -> str:
     if not os.path.isabs(root):
         raise UsageError("the RAM directory must be an absolute path", path=root)
     return root
-
-
-def _boot_id() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return ""

@@ -6,6 +6,7 @@ Plain state that never waits; ``runs`` keeps it consistent.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from mtckpt.agent.nodes import News
     from mtckpt.agent.work import SlotFiles, TierRef
 
-__all__ = ["RAM", "Plan", "SaveState", "Slot", "TierState"]
+__all__ = ["RAM", "Plan", "SaveState", "Slot", "TierState", "new_id"]
 
 RAM = "ram"
 _STAGE_OF_KIND = {"disk": "local", "peers": "replicated", "store": "durable"}
@@ -264,3 +265,8 @@ class TierState:
     def is_peers(self) -> bool:
         """Whether what it has is in the memory of other nodes, whose agents look after it."""
         return self.config.kind == "peers"
+
+
+def new_id() -> str:
+    """The id of a slot: drawn, so that no two starts of an agent give the same."""
+    return os.urandom(6).hex()
