@@ -306,11 +306,10 @@ class Registry:
         run.touch()
 
     async def _settle_slots(self, run: RunState) -> None:
-        """What dead owners left in slots; tried again later where memory could not be looked at."""
-        for owner in list(run.unsettled):
+        """What dead owners left in slots; tried again where memory could not be looked at."""
+        for owner in run.unsettled:
             run.finished += await self.ring.settle(run, owner)
-            if owner in run.unsettled:
-                run.unsettled.remove(owner)
+            run.unsettled = [each for each in run.unsettled if each is not owner]
 
     async def settled(self, run: RunState, owner: Owner) -> None:
         """Wait until what a dead owner left is settled."""
@@ -351,8 +350,7 @@ class Registry:
                 if owner.is_silent(now_s):
                     self._died(run, owner)
             try:
-                if not run.settling:
-                    await self._settle_slots(run)
+                await self._settle_slots(run)
                 await self.agreement.overdue(run)
                 await self.guests.let_go(run)
                 await self._let_go(run)
@@ -375,8 +373,7 @@ class Registry:
             for label, tier in run.tiers.items()
             if not tier.is_peers  # that is memory as well: it may be freed at the same time
         )
-        # All nodes may have had their parts, and somebody may have been told so.
-        safe = safe and not any(save.is_open and save.ranks.get(RAM) for save in run.saves.values())
+        safe = safe and not any(s.is_open and s.ranks.get(RAM) for s in run.saves.values())  # doubt
         in_ram = any(RAM in save.ranks or save.guests for save in run.saves.values())
         left_s = time.time() - run.left_at
         if left_s > self.tools.limits.ram_ttl_s:

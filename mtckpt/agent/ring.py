@@ -244,9 +244,9 @@ class Ring:
             if save is not None and owner.rank in save.ranks.get(RAM, ()):
                 return str(name)  # the reply to the first try was lost
             other = run.save_at(owner.incarnation, message.step)
-            if other is not None and other is not save and other.is_foreign(owner.incarnation_id):
-                del run.saves[str(other.name)]  # all nodes that had it were lost, and its number
-            elif other is not None and other is not save:
+            if other is not None and other.is_foreign(owner.incarnation_id):
+                other = run.forgotten(other)  # its nodes were lost, and its number with them
+            if other is not None and other is not save:
                 raise StepExists(
                     f"step {message.step} was saved before in this incarnation",
                     state="nothing was sealed; the first save is unchanged",

@@ -251,6 +251,11 @@ class RunState:
                 return save
         return None
 
+    def forgotten(self, save: SaveState) -> SaveState | None:
+        """None, as if nobody had ever spoken of it."""
+        del self.saves[str(save.name)]
+        return None
+
     def ring(self, owner: Owner, plan: Plan) -> list[Slot]:
         """Slots that one owner has or can get in this shape; not what others still write to."""
         return [

@@ -430,15 +430,15 @@ class Rank:
         )
         self.saver = _saver.Saver(
             self.run,
-            None,  # type: ignore[arg-type]  # nothing is copied
+            None,  # type: ignore[arg-type]  # it stands in for the real one
             Ram(slots=self.settings.slots),
             insists=True,
             max_stall_s=self.settings.max_stall_s,
         )
         ring = Ring(self.process)
-        self.saver.ring = ring  # type: ignore[assignment]
+        self.saver.ring = ring  # type: ignore[assignment]  # it stands in for the real one
         self.session.held = ring.held
-        self.saver._planner = Planner()  # type: ignore[assignment]
+        self.saver._planner = Planner()  # type: ignore[assignment]  # it stands in for the real one
 
     def restore(self) -> Restored:
         """As ``Checkpointer.restore``."""
@@ -447,7 +447,7 @@ class Rank:
         state: dict[str, Any] = {}
         restored = _restorer.restore(
             self.run,
-            None,  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]  # it stands in for the real one
             state,
             "latest",
             None,

@@ -56,7 +56,7 @@ class Loop(asyncio.base_events.BaseEventLoop):
     def _write_to_self(self) -> None:
         return None
 
-    def add_reader(  # type: ignore[override]
+    def add_reader(  # type: ignore[override]  # it stands in for the real one
         self, fd: Any, callback: Callable[..., Any], *args: Any
     ) -> None:
         """``watched`` has what to call when the process of this descriptor ends."""
@@ -68,7 +68,7 @@ class Loop(asyncio.base_events.BaseEventLoop):
     def remove_reader(self, fd: Any) -> bool:
         return self.watched.pop(fd, None) is not None
 
-    def run_in_executor(  # type: ignore[override]
+    def run_in_executor(  # type: ignore[override]  # it stands in for the real one
         self, executor: Any, func: Callable[..., Any], *args: Any
     ) -> Any:
         del executor

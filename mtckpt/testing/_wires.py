@@ -63,7 +63,7 @@ class AgentClient:
         task = agent.start(agent.ask(body, path, process))
         found = await _answer(task, timeout_s)
         await asyncio.sleep(self.world.delay_s())
-        return found  # type: ignore[no-any-return]
+        return found  # type: ignore[no-any-return]  # it stands in for the real one
 
     def close(self) -> None:
         return None

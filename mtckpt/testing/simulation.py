@@ -193,7 +193,7 @@ class Drama:
                 save = rank.save(step, state) if state != "no" else None
                 if save is not None and stage:
                     with contextlib.suppress(CheckpointError):
-                        save.wait(stage, timeout_s=10.0)  # type: ignore[arg-type]
+                        save.wait(stage, timeout_s=10.0)  # type: ignore[arg-type]  # it stands in for the real one
             if closes:
                 rank.close(30.0)
 
@@ -273,7 +273,7 @@ class Drama:
         self.world.loop.call_later(draw.choice((0.5, 5.0, 30.0)), self._answer, place)
 
     def _answer(self, place: object) -> None:
-        place.problem = ""  # type: ignore[attr-defined]
+        place.problem = ""  # type: ignore[attr-defined]  # it stands in for the real one
 
     # -- peace -----------------------------------------------------------------------------------
 
@@ -367,7 +367,8 @@ def main(arguments: list[str]) -> int:
     for seed in range(first, first + count):
         try:
             story = run_seed(seed, _say if count == 1 else None)
-        except Exception as error:  # noqa: BLE001 - shown, and counted
+        except Exception as error:  # noqa: BLE001 - the next seed is another story
+            # Whatever it is: it is shown and counted, and the next seed is another story.
             broken += 1
             _say(f"{type(error).__name__}: {error}"[:400])
         else:
