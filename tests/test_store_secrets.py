@@ -72,6 +72,7 @@ def shown_by(error: BaseException) -> str:
         ("github://org:repo@main/x", {"username": "u", "token": CANARY}, CheckpointError),
         ("nowhere://bucket/x", {"secret": CANARY}, UsageError),
     ],
+    ids=[f"way {number}" for number in range(1, 14)],
 )
 def test_what_cannot_be_opened_shows_nothing(
     url: str,
