@@ -223,7 +223,7 @@ class Checkpointer:
         Args:
             state: the template; what it holds is what is loaded, in place.
             step: a step number, or "best" by the KeepBest rule of a tier.
-            source: another run's name, or a directory of checkpoints (a warm start).
+            source: another run's name, or the directory or URL of a run (a warm start).
             partial: load what both have; by default any difference is an error.
             rename: maps each path of the checkpoint to a new one; None drops it.
 
@@ -234,7 +234,7 @@ class Checkpointer:
             StateMismatch: the full difference; live state is unchanged.
             NoHealthyStep: steps exist and none is usable.
             RestoreUnavailable: a tier did not answer, and no other one has a step.
-            StepNotFound: the step that was asked for does not exist.
+            StepNotFound: the step that was asked for, or any of ``source``, does not exist.
             UsageError: ``step`` is neither a step nor one of the two words.
             GroupMissing: the job has several ranks, and nothing joins them.
             RankTimeout: other ranks did not come; restore has to be called on all of them.

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,8 +32,6 @@ from mtckpt.errors import (
 )
 
 if TYPE_CHECKING:
-    import os
-
     from mtckpt._manifest import Record
     from mtckpt._run import Run
     from mtckpt.capture.base import Engine
@@ -76,6 +75,8 @@ def _restore_newest(
     plan = _plan(run, gathered, step)
     skipped = {**plan.skipped, **_mute(gathered.absent)}
     candidates = plan.candidates
+    if not candidates and source is not None:
+        raise _no_source(gathered, source)
     if not candidates:
         return Restored(None, state)
     skipped.update(_mute(gathered.silent))
@@ -255,6 +256,20 @@ def _report_damage(run: Run, gathered: Gathered, bad: Sequence[tuple[str, str, s
         logger.warning("run %s: %s of tier %s is damaged: %s", run.name, key, label, reason)
         with contextlib.suppress(CheckpointError):
             report_damage(run, gathered, label, key, reason)
+
+
+def _no_source(gathered: Gathered, source: str | os.PathLike[str]) -> StepNotFound:
+    """What somebody asked for by name is not there: no reason to start from nothing in silence."""
+    return StepNotFound(
+        f"no step of a run {gathered.run_key!r} in {', '.join(sorted(gathered.places))}, which is"
+        f" what source={os.fspath(source)!r} names",
+        source=os.fspath(source),
+        state="live state unchanged",
+        actions=(
+            "give another run's name, for one in the tiers of this Checkpointer",
+            "or the directory or URL of the run itself, which ends in the run's name",
+        ),
+    )
 
 
 def _undefined(skipped: Mapping[str, str], error: CheckpointError) -> RestoreFailed:

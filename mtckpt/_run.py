@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from mtckpt import _coordination, _holdings, _manifest, _restore
-from mtckpt._access import open_store
+from mtckpt._access import Access, check_url, open_store, scheme_of
 from mtckpt._coordination import Group, Single
 from mtckpt._handshake import new_secret
 from mtckpt._manifest import Incarnation, SaveName
@@ -300,14 +300,18 @@ class Run:
     def source(
         self, source: str | os.PathLike[str], places: Sequence[Place]
     ) -> tuple[list[Place], str]:
-        """Another run of these tiers, or a directory of checkpoints."""
+        """Another run of these tiers, or the place of one: a directory, or the URL of a store."""
         text = os.fspath(source)
         if not isinstance(source, os.PathLike) and "/" not in text:
             return list(places), _manifest.run_key(text)
-        root, _, key = os.path.abspath(text).rpartition("/")
+        is_store = "://" in text
+        root, _, key = (check_url(text) if is_store else os.path.abspath(text)).rpartition("/")
         self._paths["source"] = root
 
-        def look() -> LocalTier | None:
+        def look() -> Tier | None:
+            if is_store:
+                access = self._access_like(text)
+                return open_store(root, access, name="store", timeout_s=self.timeout_s)
             return LocalTier(root, read_only=True) if os.path.isdir(text) else None
 
         try:
@@ -320,7 +324,15 @@ class Run:
             raise RestoreUnavailable(
                 f"there is no directory {text}", tiers="source", state="live state unchanged"
             )
-        return [Place("disk", tier, mapped=False)], key
+        if is_store:
+            self._stores.setdefault("store", tier)  # no more is asked of it than of any store
+        return [Place("store" if is_store else "disk", tier, mapped=False)], key
+
+    def _access_like(self, url: str) -> Access:
+        """As a store of that kind among the tiers is reached, else as the environment says."""
+        stores = [tier for tier in self.tiers if isinstance(tier, ObjectStore)]
+        alike = [each.access for each in stores if scheme_of(each.place) == scheme_of(url)]
+        return alike[0] if alike else Access()
 
     def restart(self, parent: tuple[int, int] | None) -> None:
         """Go on from another step: the next save starts an incarnation."""

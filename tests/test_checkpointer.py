@@ -268,6 +268,20 @@ def test_another_run_is_a_warm_start(tmp_path: Path) -> None:
             assert (state["w"] == 8).all()
 
 
+@pytest.mark.parametrize("source", ["bsae", "disk", "disk/other", "memory://nowhere/base"])
+def test_a_source_that_is_not_there_is_no_fresh_start(tmp_path: Path, source: str) -> None:
+    with open_run(tmp_path, "base") as checkpointer:
+        checkpointer.save(5, make_state(8)).wait("local", timeout_s=20)
+    (tmp_path / "disk" / "other").mkdir()
+    if source.startswith("disk"):
+        source = str(tmp_path / source)
+    with open_run(tmp_path, "tuned") as checkpointer:
+        state = make_state()
+        with pytest.raises(StepNotFound, match="which is what source="):
+            checkpointer.restore(state, source=source)
+        assert (state["w"] == make_state()["w"]).all()
+
+
 def test_a_damaged_disk_copy_falls_back_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

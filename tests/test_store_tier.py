@@ -106,6 +106,11 @@ def test_everything_local_is_wiped_and_the_store_resumes(
         assert (state["w"] == 3.0).all()
         for step in range(4, 9):  # what was fetched is recycled like any other slot
             checkpointer.save(step, make_state(step)).wait("staged", timeout_s=20)
+    with open_run(tmp_path, store, "tuned") as checkpointer:
+        state = make_state()
+        warm = checkpointer.restore(state, source=f"{store['url']}/r", step=3)
+        assert (warm.step, list(warm.sources)) == (3, ["store"])
+        assert (state["w"] == 3.0).all()
 
 
 def test_no_secret_is_left_anywhere(
