@@ -191,8 +191,9 @@ class PeerClient:
 def bind(world: World) -> Callable[..., Socket]:
     """In the place of what binds a socket; at another port if that one is taken."""
 
-    def bound(host: str, port: int = 0) -> Socket:
-        if not port or (host, port) in world.listeners or world.happens(0.1):
+    def bound(host: str, port: int = 0, *, insists: bool = False) -> Socket:
+        taken = (host, port) in world.listeners or world.happens(0.1)
+        if not port or (taken and not insists):
             port = world.number()
         return Socket(host, port)
 
