@@ -207,7 +207,7 @@ def test_a_save_in_doubt_counts_once_the_word_comes(strict: Job) -> None:
         assert job.all("save", step, ranks=[0]) == [""]
         (reached,) = job.all("wait", step, "staged", ranks=[0])
         assert isinstance(reached, str), reached  # the lead knows that all have it
-        for text in job.fails(step, 1, 2):
+        for _, text in job.fails(step, 1, 2):
             assert "rank 0 on ant" in text
     until(lambda: all(step in in_memory(node) for node in job.hosts), 30.0)
     job.told_once()
@@ -229,9 +229,9 @@ def test_a_rank_that_is_stopped_is_named_and_fenced_afterwards(strict: Job) -> N
         job.start(every=1000)
         job.saved()
         stopped.process.send_signal(signal.SIGCONT)
-        stopped.answer()  # it may have captured that step before it knew
-        stopped.tell("wait", step, "staged")
-        assert "error" in stopped.answer()
+        if stopped.answer() == "":  # it captured that step before it knew
+            stopped.tell("wait", step, "staged")
+            assert "error" in stopped.answer()
         stopped.tell("save", step + 1)  # tells of the step before, if that was captured
         stopped.answer()
         stopped.tell("save", step + 2)
