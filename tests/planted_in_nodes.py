@@ -36,8 +36,8 @@ SAVES = (
     Bug(
         "lead-says-whole-before-the-store-was-told",
         "agent/nodes.py",
-        "if save.is_complete(label) and label not in save.uncommitted",
-        "if save.is_complete(label)",
+        "if save.is_complete(label)} - save.uncommitted",
+        "if save.is_complete(label)}",
         ("agent/test_nodes.py::test_the_lead_says_nothing_of_what_is_not_settled",),
     ),
 )

@@ -244,7 +244,7 @@ class Ring:
             if save is not None and owner.rank in save.ranks.get(RAM, ()):
                 return str(name)  # the reply to the first try was lost
             other = run.save_at(owner.incarnation, message.step)
-            if other is not None and other.is_foreign(owner.incarnation_id):
+            if other is not save and other is not None and other.is_foreign(owner.incarnation_id):
                 other = run.forgotten(other)  # its nodes were lost, and its number with them
             if other is not None and other is not save:
                 raise StepExists(
