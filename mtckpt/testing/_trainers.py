@@ -305,6 +305,9 @@ class PeerPlace:
         node: Node = listener.agent.node
         return node.ram if self._label == "ram" else node.disk
 
+    def close(self) -> None:
+        return None
+
     def __getattr__(self, name: str) -> Any:
         if name == "lease":  # a has_leases() that is true: nothing is read by threads
             return self._reached
