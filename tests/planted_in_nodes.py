@@ -44,6 +44,16 @@ SAVES = (
 
 DECISIONS = (
     Bug(
+        "what-others-told-is-forgotten-when-a-rank-seals-after-a-restart",
+        "agent/ring.py",
+        "if other is not save and other is not None and other.is_foreign(",
+        "if other is not None and other.is_foreign(",
+        (
+            "agent/test_agreement.py::test_what_others_told_stands_when_a_rank_seals_after_its_agent"
+            "_restarted",
+        ),
+    ),
+    Bug(
         "save-in-doubt-called-off-by-another-than-the-lead",
         "agent/agreement.py",
         "if layout and (save.found or not (layout.is_lead or layout.own.intersection(lacking))):",

@@ -73,8 +73,6 @@ class Agreement:
             return error, step
         last_steps = run.last_steps(save.name.incarnation)
         lacking = save.lacking()
-        if run.layout and save.found:
-            return None  # they may have had it, and let go of it since
         if run.layout and not run.layout.is_lead:
             lacking = sorted(run.layout.own.intersection(lacking))
         ahead = next((rank for rank in lacking if last_steps.get(rank, -1) > step), None)
