@@ -149,6 +149,9 @@ class Agreement:
             waited_s = time.monotonic() - save.began_s
             if not save.is_open or waited_s <= limit_s:
                 continue
+            if save.disputed and (found := self._disagreement(run, save)):
+                await self._call_off(run, save, found[0].what, found[0])
+                continue
             lacking = save.lacking()
             layout = run.layout
             if layout and (save.found or not (layout.is_lead or layout.own.intersection(lacking))):
