@@ -56,7 +56,7 @@ class Agreement:
             if found := self._disagreement(run, save):
                 error, last_step = found
                 for each in open_saves:
-                    if each is save or (each.name.step <= last_step and each.lacking()):
+                    if each is save or (each.name.step <= last_step and _lacking(run, each)):
                         await self._call_off(run, each, error.what, error)
                 return
 
@@ -72,9 +72,7 @@ class Agreement:
             )
             return error, step
         last_steps = run.last_steps(save.name.incarnation)
-        lacking = save.lacking()
-        if run.layout and not run.layout.is_lead:
-            lacking = sorted(run.layout.own.intersection(lacking))
+        lacking = _lacking(run, save)
         ahead = next((rank for rank in lacking if last_steps.get(rank, -1) > step), None)
         if ahead is None:
             return None
@@ -227,3 +225,12 @@ class Agreement:
             "save.called_off", run=run.run, step=save.name.step, reason=save.called_off
         )
         run.touch(save)
+
+
+def _lacking(run: RunState, save: SaveState) -> list[int]:
+    """Ranks without whose parts this node may call a save off: all at the lead, else its own. What
+    its own ranks have is told to the lead, and may be whole by then."""
+    lacking = save.lacking()
+    if run.layout and not run.layout.is_lead:
+        lacking = sorted(run.layout.own.intersection(lacking))
+    return lacking
