@@ -36,13 +36,23 @@ SAVES = (
     Bug(
         "lead-says-whole-before-the-store-was-told",
         "agent/nodes.py",
-        "if save.is_complete(label) and label not in save.uncommitted",
-        "if save.is_complete(label)",
+        "if save.is_complete(label)} - save.uncommitted",
+        "if save.is_complete(label)}",
         ("agent/test_nodes.py::test_the_lead_says_nothing_of_what_is_not_settled",),
     ),
 )
 
 DECISIONS = (
+    Bug(
+        "what-others-told-is-forgotten-when-a-rank-seals-after-a-restart",
+        "agent/ring.py",
+        "if other is not save and other is not None and other.is_foreign(",
+        "if other is not None and other.is_foreign(",
+        (
+            "agent/test_agreement.py::test_what_others_told_stands_when_a_rank_seals_after_its_agent"
+            "_restarted",
+        ),
+    ),
     Bug(
         "save-in-doubt-called-off-by-another-than-the-lead",
         "agent/agreement.py",

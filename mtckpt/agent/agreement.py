@@ -48,13 +48,15 @@ class Agreement:
         await self._compare(run, owner.incarnation)
 
     async def _compare(self, run: RunState, incarnation: int) -> None:
+        if run.layout and incarnation < run.incarnation:
+            return  # nodes give those back one by one
         # What an agent before this one left may have been whole, and may be gone elsewhere since.
         open_saves = [s for s in run.open_saves(incarnation) if not (run.layout and s.found)]
         for save in open_saves:
             if found := self._disagreement(run, save):
                 error, last_step = found
                 for each in open_saves:
-                    if each is save or (each.name.step <= last_step and each.lacking()):
+                    if each is save or (each.name.step <= last_step and _lacking(run, each)):
                         await self._call_off(run, each, error.what, error)
                 return
 
@@ -70,7 +72,7 @@ class Agreement:
             )
             return error, step
         last_steps = run.last_steps(save.name.incarnation)
-        lacking = save.lacking()
+        lacking = _lacking(run, save)
         ahead = next((rank for rank in lacking if last_steps.get(rank, -1) > step), None)
         if ahead is None:
             return None
@@ -126,14 +128,14 @@ class Agreement:
         Over several nodes: but for what it was restored from, which then was whole. What else was
         not known to be had no part in that, and what is left of it holds no slot any more.
         """
+        at = None if parent is None else tuple(parent)
         for save in list(run.saves.values()):
             if save.name.incarnation >= number:
                 continue
-            # On fewer nodes than before, too: what is a guest's was part of it.
-            spans = bool(run.layout or save.guests)
-            if spans and parent is not None and save.order == tuple(parent):
+            # What is a guest's was part of it too, on however few nodes the job is now.
+            if save.order == at and (run.layout or save.guests):
                 save.chosen = True
-            elif save.is_open:
+            elif save.is_open and (at is None or not run.layout or save.order > at):
                 await self._call_off(run, save, "the job was started anew before all ranks had it")
             elif run.layout and save.ranks.get(RAM) and not save.is_complete(RAM):
                 async with run.sealing:
@@ -145,6 +147,9 @@ class Agreement:
         for save in list(run.saves.values()):
             waited_s = time.monotonic() - save.began_s
             if not save.is_open or waited_s <= limit_s:
+                continue
+            if save.disputed and (found := self._disagreement(run, save)):
+                await self._call_off(run, save, found[0].what, found[0])
                 continue
             lacking = save.lacking()
             layout = run.layout
@@ -221,3 +226,12 @@ class Agreement:
             "save.called_off", run=run.run, step=save.name.step, reason=save.called_off
         )
         run.touch(save)
+
+
+def _lacking(run: RunState, save: SaveState) -> list[int]:
+    """Ranks without whose parts this node may call a save off: all at the lead, else its own. What
+    its own ranks have is told to the lead, and may be whole by then."""
+    lacking = save.lacking()
+    if run.layout and not run.layout.is_lead:
+        lacking = sorted(run.layout.own.intersection(lacking))
+    return lacking

@@ -26,6 +26,7 @@ from mtckpt.agent.nodes import (
     moved,
     news_for_lead,
     news_for_nodes,
+    nothing_of,
 )
 from mtckpt.agent.saves import RAM, SaveState
 from mtckpt.errors import AgentUnavailable, CheckpointError
@@ -136,6 +137,10 @@ class Links:
             news_for_nodes(save) if layout.is_lead else news_for_lead(save, layout, run.incarnation)
             for save in fresh
         ]
+        for at, save in enumerate(fresh):
+            is_old = save.name.incarnation < run.incarnation
+            if made[at] is None and (is_old or not save.stages) and str(save.name) in link.sent:
+                made[at] = nothing_of(save)  # what was told of it is not so any more
         return [news for news in made if news is not None and news != link.sent.get(news.save)]
 
     async def _serve(self, run: RunState, number: int) -> None:
@@ -207,6 +212,7 @@ class Links:
             link.told_by = message.address.agent_id
             await self.follow(run, message.node, message.address)
         heard = [save for news in message.saves if (save := self._take_in(run, message.node, news))]
+        run.discharge()
         for save in sorted(heard, key=lambda s: s.order):
             if (save.name.incarnation, save.name.step) > (link.incarnation, link.last_step):
                 link.incarnation, link.last_step = save.order
@@ -233,7 +239,10 @@ class Links:
             return None
         save = run.saves.get(news.save)
         if save is None:
-            save = run.saves[news.save] = SaveState(name, news.save_id)
+            save = SaveState(name, news.save_id)
+            # The agent before this one may have let go of what was whole for something newer.
+            save.found = any(s.found and s.order > save.order for s in run.saves.values())
+            run.saves[news.save] = save
         save.save_id = save.save_id or news.save_id
         save.incarnation_id = save.incarnation_id or news.incarnation_id
         save.world_size = max(save.world_size, news.world_size)

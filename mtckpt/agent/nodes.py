@@ -33,6 +33,7 @@ __all__ = [
     "moved",
     "news_for_lead",
     "news_for_nodes",
+    "nothing_of",
 ]
 
 MAX_NAMED = 8
@@ -173,7 +174,9 @@ def news_for_lead(save: SaveState, layout: Layout, incarnation: int) -> News | N
 def news_for_nodes(save: SaveState) -> News | None:
     """What every other node is to know, from the lead; None while that is nothing."""
     whole = sorted(
-        label for label in save.ranks if save.is_complete(label) and label not in save.uncommitted
+        {label for label in save.ranks if save.is_complete(label)} - save.uncommitted
+        # Its own parts may have been recycled since.
+        | ({RAM} if "staged" in save.stages else set())
     )
     failed, superseded = save.failures(), save.passed_over()
     if not (whole or failed or superseded or save.called_off):
@@ -188,6 +191,11 @@ def news_for_nodes(save: SaveState) -> News | None:
         failed=failed,
         called_off=save.called_off,
     )
+
+
+def nothing_of(save: SaveState) -> News:
+    """That a node has nothing of a save."""
+    return News(**_identity(save))
 
 
 def _identity(save: SaveState) -> dict[str, Any]:

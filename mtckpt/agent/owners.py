@@ -13,7 +13,7 @@ import socket
 import time
 from dataclasses import dataclass, field
 
-__all__ = ["Claim", "Owner", "Process", "Verdict", "judge", "peer_pidfd", "read_process"]
+__all__ = ["Claim", "Owner", "Process", "Verdict", "boot_id", "judge", "peer_pidfd", "read_process"]
 
 _SO_PEERPIDFD = 77  # Linux 6.5
 _PF_EXITING = 0x4
@@ -44,6 +44,15 @@ def read_process(pid: int) -> Process | None:
         return Process(pid, fields[0].decode(), int(fields[1]), int(fields[19]), exiting)
     except (OSError, ValueError, IndexError):
         return None
+
+
+def boot_id() -> str:
+    """What the kernel calls this start of the machine; "" if it does not say."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
 
 
 def peer_pidfd(connection: socket.socket) -> int | None:
@@ -95,7 +104,7 @@ class Owner:
     fenced_by: int = 0
     listening: int = 0
     listened: bool = False
-    heard_s: float = field(default_factory=time.monotonic)
+    heard_s: float = field(default_factory=lambda: time.monotonic())
 
     def close(self) -> None:
         fd, self.pidfd = self.pidfd, -1
@@ -108,6 +117,11 @@ class Owner:
             return False
         limit_s = SILENCE_S if self.listened else SILENCE_BEFORE_LISTENING_S
         return now_s - self.heard_s > limit_s
+
+    @property
+    def is_out(self) -> bool:
+        """Whether it is to be given nothing more."""
+        return self.dead or bool(self.fenced_by)
 
     def has_hung_up(self) -> bool:
         """For an owner without a pidfd: whether it listened to us and its connection is closed."""

@@ -45,7 +45,7 @@ class _Guest:
     """One connection. ``answerer.run_key`` is empty until it has proved."""
 
     answerer: Answerer
-    since_s: float = field(default_factory=time.monotonic)
+    since_s: float = field(default_factory=lambda: time.monotonic())
 
 
 class PeerListener(HttpServer):

@@ -26,12 +26,12 @@ from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.links import Links
-from mtckpt.agent.owners import Owner
+from mtckpt.agent.owners import Owner, boot_id
 from mtckpt.agent.peers import Peers
 from mtckpt.agent.queue import SlotState
-from mtckpt.agent.ring import Ring, new_id
+from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RunState
-from mtckpt.agent.saves import RAM, Slot, TierState
+from mtckpt.agent.saves import RAM, Slot, TierState, new_id
 from mtckpt.agent.work import TierRef
 from mtckpt.errors import CheckpointError, UsageError
 
@@ -63,7 +63,7 @@ class Registry:
         self.fetcher = Fetcher(tools)
         self.runs: dict[str, RunState] = {}
         self.agent_id = os.urandom(8).hex()
-        self.boot_id = _boot_id()
+        self.boot_id = boot_id()
         self.host = socket.gethostname()
         self.ready = asyncio.Event()
         self.peers = Peers(self)
@@ -291,8 +291,9 @@ class Registry:
         owner.close()
 
     async def _settle(self, run: RunState, owner: Owner) -> None:
+        run.unsettled.append(owner)
         try:
-            run.finished += await self.ring.settle(run, owner)
+            await self._settle_slots(run)
             await self.resolve(run)
             await self.agreement.left(run, owner)
         finally:
@@ -303,6 +304,12 @@ class Registry:
             run.left_at = time.time()
         await self.write_config(run)
         run.touch()
+
+    async def _settle_slots(self, run: RunState) -> None:
+        """What dead owners left in slots; tried again where memory could not be looked at."""
+        for owner in run.unsettled:
+            run.finished += await self.ring.settle(run, owner)
+            run.unsettled = [each for each in run.unsettled if each is not owner]
 
     async def settled(self, run: RunState, owner: Owner) -> None:
         """Wait until what a dead owner left is settled."""
@@ -343,6 +350,7 @@ class Registry:
                 if owner.is_silent(now_s):
                     self._died(run, owner)
             try:
+                await self._settle_slots(run)
                 await self.agreement.overdue(run)
                 await self.guests.let_go(run)
                 await self._let_go(run)
@@ -365,6 +373,7 @@ class Registry:
             for label, tier in run.tiers.items()
             if not tier.is_peers  # that is memory as well: it may be freed at the same time
         )
+        safe = safe and not any(s.is_open and s.ranks.get(RAM) for s in run.saves.values())  # doubt
         in_ram = any(RAM in save.ranks or save.guests for save in run.saves.values())
         left_s = time.time() - run.left_at
         if left_s > self.tools.limits.ram_ttl_s:
@@ -483,11 +492,3 @@ def _absolute(ram_path: str) -> str:
     if not os.path.isabs(root):
         raise UsageError("the RAM directory must be an absolute path", path=root)
     return root
-
-
-def _boot_id() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -16,15 +15,15 @@ from typing import TYPE_CHECKING
 from mtckpt import _manifest
 from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.queue import SlotState
-from mtckpt.agent.saves import RAM, Plan, SaveState, Slot
-from mtckpt.errors import CheckpointError, Damaged, StepExists, TierFull
+from mtckpt.agent.saves import RAM, Plan, SaveState, Slot, new_id
+from mtckpt.errors import CheckpointError, Damaged, ObjectNotFound, StepExists, TierFull
 
 if TYPE_CHECKING:
     from mtckpt.agent.owners import Owner
     from mtckpt.agent.runs import RunState
     from mtckpt.agent.tools import Tools
 
-__all__ = ["Ring", "new_id"]
+__all__ = ["Ring"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class Ring:
         return slot.grant() if slot else None
 
     def _take_free(self, run: RunState, owner: Owner) -> Slot | None:
-        if _is_out(owner):
+        if owner.is_out:
             return None
         plan, _ = run.plans[owner.holder]
         for slot in run.slots.values():
@@ -102,6 +101,8 @@ class Ring:
 
     async def _allocate(self, run: RunState, owner: Owner) -> Slot | None:
         """A new slot, CAPTURING, if the ring is not full. None if it is, or memory is."""
+        if owner.is_out:
+            return None
         plan, count = run.plans[owner.holder]
         size = len(run.ring(owner, plan)) + run.allocating
         if size >= count:
@@ -125,7 +126,7 @@ class Ring:
         slot = Slot.of(files, SlotState.CAPTURING)
         slot.holder, slot.rank = owner.holder, owner.rank
         run.slots[slot.slot_id] = slot
-        if run.gone or _is_out(owner):
+        if run.gone or owner.is_out:
             await self._free(run, slot)
             return None
         return slot
@@ -147,9 +148,11 @@ class Ring:
 
     async def _recycle(self, run: RunState, owner: Owner) -> Slot | None:
         """Make a slot of the oldest save that RAM need not hold any more, CAPTURING."""
+        if owner.is_out:
+            return None
         plan, _ = run.plans[owner.holder]
         busy: set[str] = set()
-        while not _is_out(owner) and (name := queue.pick_recycle(run.facts(), frozenset(busy))):
+        while not owner.is_out and (name := queue.pick_recycle(run.facts(), frozenset(busy))):
             save = run.saves[name]
             shard = next(
                 (s for s in run.slots.values() if s.save == name and s.rank == owner.rank), None
@@ -163,7 +166,7 @@ class Ring:
                 continue
             if not slot.fits(plan):
                 await self._free(run, slot)
-            elif _is_out(owner):
+            elif owner.is_out:
                 # It went while the slot was made, and what it left is settled: nobody has this one.
                 slot.state = SlotState.FREE
             else:
@@ -181,6 +184,9 @@ class Ring:
                     return None  # somebody else was faster
                 command = work.Recycle(run.ram, run.key, str(save.name), shard.rank, shard.slot_id)
                 files = (await self._tools.call(command, work.Recycled)).files
+        except ObjectNotFound:  # deleted by a command whose answer was lost
+            run.drop_shard(save, shard.slot_id, shard.rank)
+            return None
         finally:
             save.recycling = False
         if files is None:
@@ -238,6 +244,8 @@ class Ring:
             if save is not None and owner.rank in save.ranks.get(RAM, ()):
                 return str(name)  # the reply to the first try was lost
             other = run.save_at(owner.incarnation, message.step)
+            if other is not save and other is not None and other.is_foreign(owner.incarnation_id):
+                other = run.forgotten(other)  # its nodes were lost, and its number with them
             if other is not None and other is not save:
                 raise StepExists(
                     f"step {message.step} was saved before in this incarnation",
@@ -489,12 +497,3 @@ class Ring:
     async def _free(self, run: RunState, slot: Slot) -> None:
         run.slots.pop(slot.slot_id, None)
         await self._tools.call(work.Free(run.ram, run.key, slot.slot_id), work.Freed)
-
-
-def _is_out(owner: Owner) -> bool:
-    """Whether an owner is to be given nothing more."""
-    return owner.dead or bool(owner.fenced_by)
-
-
-def new_id() -> str:
-    return os.urandom(6).hex()

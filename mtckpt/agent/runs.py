@@ -65,8 +65,9 @@ class RunState:
     gone: bool = False
     creator_uid: int = -1
     settling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    left_at: float = field(default_factory=time.time)
-    scrubbed_s: float = field(default_factory=time.monotonic)
+    unsettled: list[Owner] = field(default_factory=list)  # dead, and their slots are still theirs
+    left_at: float = field(default_factory=lambda: time.time())
+    scrubbed_s: float = field(default_factory=lambda: time.monotonic())
     allocating: int = 0
     seq: int = 0
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -250,6 +251,11 @@ class RunState:
                 return save
         return None
 
+    def forgotten(self, save: SaveState) -> SaveState | None:
+        """None, as if nobody had ever spoken of it."""
+        del self.saves[str(save.name)]
+        return None
+
     def ring(self, owner: Owner, plan: Plan) -> list[Slot]:
         """Slots that one owner has or can get in this shape; not what others still write to."""
         return [
@@ -400,7 +406,7 @@ class RunState:
                 newest[number] = max(step, newest.get(number, step))
         for save in self.saves.values():
             older = save.name.step < newest.get(save.name.incarnation, save.name.step)
-            save.remains = older and bool(save.ranks.get(RAM)) and bool(save.lacking())
+            save.remains = older and save.in_part(RAM)
 
     def _is_lost(self, save: SaveState, label: str) -> bool:
         """Whether what is left of a save is nowhere whole that the tier could get it from."""

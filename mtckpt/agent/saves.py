@@ -6,6 +6,7 @@ Plain state that never waits; ``runs`` keeps it consistent.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from mtckpt.agent.nodes import News
     from mtckpt.agent.work import SlotFiles, TierRef
 
-__all__ = ["RAM", "Plan", "SaveState", "Slot", "TierState"]
+__all__ = ["RAM", "Plan", "SaveState", "Slot", "TierState", "new_id"]
 
 RAM = "ram"
 _STAGE_OF_KIND = {"disk": "local", "peers": "replicated", "store": "durable"}
@@ -119,9 +120,9 @@ class SaveState:
     found: bool = False  # by a scan: whether other nodes had it all is not for this one to say
     chosen: bool = False  # the job was restored from it, so all of it was there
     shard_bytes: dict[int, int] = field(default_factory=dict)  # by rank
-    began_s: float = field(default_factory=time.monotonic)
+    began_s: float = field(default_factory=lambda: time.monotonic())
     seq: int = 0
-    seen_at: float = field(default_factory=time.time)
+    seen_at: float = field(default_factory=lambda: time.time())
 
     @property
     def order(self) -> tuple[int, int]:
@@ -156,12 +157,21 @@ class SaveState:
         """Whether some of it was found damaged there, on this node or another."""
         return label in self.damaged or any(label in news.damaged for news in self.told.values())
 
+    def is_foreign(self, incarnation_id: str) -> bool:
+        """Whether it is only known by name, of another incarnation of the same number."""
+        return (
+            not self.ranks and bool(self.incarnation_id) and self.incarnation_id != incarnation_id
+        )
+
+    def in_part(self, label: str) -> bool:
+        """Whether some ranks have it there, on some node, and others do not."""
+        far = self._elsewhere(label)
+        return bool(self.ranks.get(label) or far) and not self.is_complete(label)
+
     @property
     def is_open(self) -> bool:
         """Whether parts of it are in RAM, on some node, and others may still come."""
-        return bool(self.ranks.get(RAM) or self._elsewhere(RAM)) and not (
-            self.called_off or self.stages or self.remains or self.is_complete(RAM)
-        )
+        return self.in_part(RAM) and not (self.called_off or self.stages or self.remains)
 
     def lacking(self) -> list[int]:
         """Ranks whose parts are not in RAM, as far as is known here."""
@@ -255,3 +265,8 @@ class TierState:
     def is_peers(self) -> bool:
         """Whether what it has is in the memory of other nodes, whose agents look after it."""
         return self.config.kind == "peers"
+
+
+def new_id() -> str:
+    """The id of a slot: drawn, so that no two starts of an agent give the same."""
+    return os.urandom(6).hex()

@@ -17,15 +17,17 @@ from mtckpt.agent.agreement import Agreement
 from mtckpt.agent.links import Link, Links
 from mtckpt.agent.nodes import News, Tell, layout_of
 from mtckpt.agent.owners import Owner
-from mtckpt.agent.protocol import CallOff, Join, NodeOfRun
+from mtckpt.agent.protocol import CallOff, Join, NodeOfRun, Seal
 from mtckpt.agent.queue import Limits, SlotState
+from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, SaveState, Slot
 from mtckpt.agent.tools import Tools
-from mtckpt.agent.work import TierRef
+from mtckpt.agent.work import SealedSlot, TierRef
 from mtckpt.errors import AgentUnavailable
 
 ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
+OTHER_ID = "6ba7b811-9dad-51d1-80b4-00c04fd430c8"
 LIMITS = Limits(rank_s=10.0)
 
 
@@ -213,3 +215,25 @@ def test_the_word_of_another_than_the_lead_is_not_taken() -> None:
     assert not save.called_off
     asyncio.run(links.hear(scene.run, Tell(0, address, [whole])))
     assert save.is_complete(RAM)
+
+
+def test_what_others_told_stands_when_a_rank_seals_after_its_agent_restarted() -> None:
+    """The new agent knows the rank's incarnation by its number alone."""
+    scene = Scene(0)
+    save = scene.save(1, here=False)
+    for node in (1, 2):
+        scene.hear(node, save, parts={RAM: [node]}, incarnation_id=OTHER_ID)
+    save.incarnation_id = OTHER_ID
+    scene.run.owners[0] = scene.owner
+    slot = scene.run.slots["s"] = Slot("s", SlotState.CAPTURING, 100, inode=5, holder="h")
+    sealed = SealedSlot(str(save.name), ID, 1, 1, OTHER_ID, 0, 3, 100)
+
+    async def call(*_: Any, **__: Any) -> SealedSlot:
+        return sealed
+
+    ring = Ring(Tools(cast(Any, SimpleNamespace(call=call)), LIMITS, EventStream()))
+    ring.note_staged = lambda *_: None  # type: ignore[method-assign]  # it starts tasks
+    asyncio.run(ring.seal(scene.run, scene.owner, Seal("h", "s", 5, ID, 1)))
+    assert scene.run.saves[str(save.name)] is save
+    assert save.is_complete(RAM)
+    assert slot.save == str(save.name)

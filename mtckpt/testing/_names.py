@@ -1,0 +1,143 @@
+"""What stands in the place of clocks, processes, sockets and files while a simulation runs.
+
+Knows the names in the package that reach out of the process, one by one; a name that has gone is an
+error. Nothing that decides is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mtckpt import _gathering, _handle, _progress, _restore, _run, _save, _session
+from mtckpt.adapters import active_adapters
+from mtckpt.agent import address, owners, peers, protocol, registry, server, verbs
+from mtckpt.testing._trainers import PeerPlace, restore_from, write_shard
+from mtckpt.testing._virtual import Threads, Time
+from mtckpt.testing._wires import AgentClient, PeerClient, PeerListener, bind, ensure_agent
+from mtckpt.testing.cluster import Node, Process, World, running
+
+if TYPE_CHECKING:
+    from mtckpt.testing._devices import Directory
+
+__all__ = ["Collected", "names_of"]
+
+
+class Collected(logging.Handler):
+    """What agents log as an error is a bug: what can be expected is a warning at most."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(logging.ERROR if world.log is None else logging.DEBUG)
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._world.note(f"    {record.levelname} {record.getMessage()}")
+        if record.levelno >= logging.ERROR:
+            text = record.getMessage()
+            if record.exc_info and record.exc_info[1] is not None:
+                text += f": {record.exc_info[1]!r}"
+            self._world.problems.append(f"logged as an error: {text}")
+
+
+@dataclass
+class Names:
+    """Values for names of modules, put there for the time of a simulation."""
+
+    values: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    def put(self, module: Any, name: str, value: Any) -> None:
+        assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+        self.values.append((module, name, value))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        before = [(module, name, getattr(module, name)) for module, name, _ in self.values]
+        try:
+            for module, name, value in self.values:
+                setattr(module, name, value)
+            yield
+        finally:
+            for module, name, value in before:
+                setattr(module, name, value)
+
+
+def names_of(world: World) -> Names:
+    """What stands in the place of clocks, processes, sockets and files, for this world."""
+    names = Names()
+    clock = Time(world.loop)
+    for name, module in sorted(sys.modules.items()):
+        if not name.startswith("mtckpt.") or name.startswith("mtckpt.testing"):
+            continue
+        if getattr(module, "time", None) is time:
+            names.put(module, "time", clock)
+        if getattr(module, "random", None) is random:
+            names.put(module, "random", world.random)
+
+    def spawn(target: Callable[[], None]) -> Any:
+        fiber = world.loop.fiber
+        assert fiber is not None
+        process: Process = fiber.owner
+        return process.spawn(target)
+
+    threads = Threads(world.loop, spawn)
+    for module in (_session, _handle, _run, _progress):
+        names.put(module, "threading", threads)
+    names.put(_session, "queue", threads)
+    names.put(_session, "AgentClient", functools.partial(AgentClient, world))
+    names.put(_session, "ensure_agent", ensure_agent(world))
+    names.put(_session, "start_ticks", lambda pid: world.processes[pid].start_ticks)
+    names.put(os, "urandom", world.urandom)
+    names.put(owners, "read_process", world.read_process)
+    names.put(owners, "open_pidfd", world.open_pidfd)
+    names.put(owners, "peer_pidfd", world.peer_pidfd)
+    for module in (owners, server, verbs):
+        names.put(module, "os", _Os(world))
+    names.put(address, "peer_of", lambda process: address.Peer(process.pid, 0, 0))
+    names.put(registry, "boot_id", lambda: "")
+    names.put(protocol, "ram_base", lambda: "/")
+    names.put(peers, "PeerClient", PeerClient)
+    names.put(peers, "PeerListener", PeerListener)
+    names.put(peers, "_bind", bind(world))
+    names.put(peers, "choose_host", lambda *_: _node_here().host)
+    names.put(_run, "LocalTier", _local_tier(world))
+    names.put(_run, "open_store", lambda *_, **__: world.store)
+    names.put(_restore, "restore_from", restore_from(world))
+    names.put(_save, "write_shard", write_shard(world))
+    names.put(_gathering, "PeerTier", functools.partial(PeerPlace, world))
+    active_adapters()
+    return names
+
+
+def _node_here() -> Node:
+    node: Node = running.get().node
+    return node
+
+
+def _local_tier(world: World) -> Callable[..., Directory]:
+    def open_(path: str, *, name: str, **_: Any) -> Directory:
+        del path
+        fiber = world.loop.fiber
+        assert fiber is not None
+        node: Node = fiber.owner.node
+        return node.ram if name == "ram" else node.disk
+
+    return open_
+
+
+class _Os:
+    """In the place of ``os`` where descriptors of processes are closed."""
+
+    def __init__(self, world: World) -> None:
+        self.close = world.close_fd
+        self.dup = world.dup
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)

@@ -1,0 +1,222 @@
+"""What must hold whatever happens: the promises of the package, looked at from outside.
+
+Knows what ranks were told about their saves, what nodes have lost since, and what a restore gave.
+Does not know how any of it came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mtckpt import _holdings, _inventory, _manifest
+from mtckpt.agent.queue import SlotState
+from mtckpt.agent.saves import RAM
+from mtckpt.errors import StepDisagreement
+from mtckpt.testing._trainers import RUN, Rank, Read
+
+if TYPE_CHECKING:
+    from mtckpt._handle import Restored, Save
+    from mtckpt._manifest import Incarnation
+    from mtckpt.testing.cluster import Node, World
+
+__all__ = ["Oracles", "Violation"]
+
+Order = tuple[int, int]
+
+
+class Violation(Exception):
+    """A promise was broken."""
+
+
+@dataclass(slots=True)
+class Known:
+    """One save, as all of its ranks were told about it. ``places`` are incarnations of memory."""
+
+    save_id: str
+    order: Order
+    began_s: float
+    nodes: list[Node] = field(default_factory=list)
+    handles: list[tuple[int, Save]] = field(default_factory=list)
+
+    def stages(self) -> set[str]:
+        """What any rank was told."""
+        return set().union(*(handle.reached for _, handle in self.handles))
+
+
+class Oracles:
+    """Hears of everything that ranks do, and raises Violation where it must not be."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._saves: dict[str, Known] = {}
+        self._begun: dict[int, Incarnation] = {}
+        self._lost_s: dict[tuple[Node, str], float] = {}
+        self._restored: list[tuple[Rank, Restored, Read | None]] = []
+        self.num_restores = 0
+        self.num_acknowledged = 0
+
+    # -- told ------------------------------------------------------------------------------------
+
+    def lost(self, node: Node, *what: str) -> None:
+        """Memory or disk of a node is gone."""
+        for each in what:
+            self._lost_s[node, each] = self._world.loop.time()
+
+    def saved(self, rank: Rank, save: Save) -> None:
+        """A rank has called ``save``."""
+        self._world.note(f"rank {rank.rank} on {rank.node.name}: {save!r}")
+        incarnation = rank.run.incarnation
+        if incarnation is None:
+            return
+        self._begun[incarnation.number] = incarnation
+        known = self._saves.get(save.id)
+        if known is None:
+            order = (incarnation.number, save.step)
+            known = self._saves[save.id] = Known(save.id, order, self._world.loop.time())
+        known.nodes.append(rank.node)
+        known.handles.append((rank.rank, save))
+
+    def restored(self, rank: Rank, restored: Restored, read: Read | None) -> None:
+        """A rank has restored."""
+        self._world.note(f"rank {rank.rank} on {rank.node.name}: {restored!r}")
+        self.num_restores += 1
+        if not restored:
+            return
+        assert read is not None
+        if len(set(read.save_ids.values())) != 1 or len(read.save_ids) != read.world_size:
+            raise Violation(f"rank {rank.rank} restored a mixture: {read.save_ids}")
+        if restored.id != read.save_ids[0]:
+            raise Violation(f"rank {rank.rank} was told of another save than it read")
+
+    # -- checks ----------------------------------------------------------------------------------
+
+    def required(self) -> Order | None:
+        """The newest save that was acknowledged at a stage that has outlived everything so far."""
+        line = _manifest.newest_line(self._begun.values())
+        kept = [
+            known.order
+            for known in self._saves.values()
+            if self._survives(known)
+            and any(
+                known.order[0] == number and (limit is None or known.order[1] <= limit)
+                for number, limit in line
+            )
+        ]
+        return max(kept, default=None)
+
+    def _survives(self, known: Known) -> bool:
+        stages = known.stages()
+        if "durable" in stages:
+            return True
+        needed = {"staged": "ram", "local": "disk"}
+        return any(
+            stage in stages
+            and not any(
+                self._lost_s.get((node, needed[stage]), -1.0) >= known.began_s
+                for node in known.nodes
+            )
+            for stage in needed
+        )
+
+    def check_restored(self, results: dict[int, Restored], *, strict: Order | None) -> None:
+        """All ranks of a job have restored: the same, and as new as ``strict`` at least."""
+        steps = {(r._incarnation, r.step) if r else None for r in results.values()}
+        if len(steps) > 1:
+            raise Violation(f"ranks restored different saves: {steps}")
+        (found,) = steps
+        if strict is not None and (found is None or found < strict):
+            raise Violation(f"{strict} was acknowledged and survives, restored was {found}")
+
+    def check_agreement(self, nodes: Iterable[Node]) -> None:
+        """No save is both: whole for one, and called off for another."""
+        for known in self._saves.values():
+            whole = [rank for rank, save in known.handles if "staged" in save.reached]
+            off = [rank for rank, save in known.handles if _is_called_off(save)]
+            if whole and off:
+                raise Violation(f"{known.order}: staged for {whole}, called off for {off}")
+        told: dict[str, dict[str, list[str]]] = {}
+        for node in nodes:
+            run = node.agent.registry.runs.get(RUN) if node.agent is not None else None
+            for name, save in run.saves.items() if run is not None else ():
+                by = told.setdefault(name, {"staged": [], "off": []})
+                if "staged" in save.stages:
+                    by["staged"].append(node.name)
+                if save.called_off:
+                    by["off"].append(node.name)
+        for name, by in told.items():
+            if self._has_lost(name):
+                continue  # it was whole, and is not any more
+            if by["staged"] and by["off"]:
+                raise Violation(f"{name}: staged at {by['staged']}, called off at {by['off']}")
+
+    def _has_lost(self, name: str) -> bool:
+        """Whether a node has lost its memory since a save of that name began."""
+        return any(
+            self._lost_s.get((node, "ram"), -1.0) >= known.began_s
+            for known in self._saves.values()
+            if name.endswith(known.save_id.replace("-", "")[:12])
+            for node in known.nodes
+        )
+
+    def check_commits(self, nodes: Iterable[Node]) -> None:
+        """Never two different complete saves of one step and incarnation."""
+        inventories = [
+            _inventory.scan(place, RUN)
+            for node in nodes
+            for place in (node.ram, node.disk)
+            if not place.problem
+        ]
+        inventories.append(_inventory.scan(self._world.store, RUN))
+        seen: dict[Order, str] = {}
+        for name, joined in _holdings.join(
+            [_holdings.holdings_of(each) for each in inventories]
+        ).items():
+            if not joined.complete:
+                continue
+            order = (name.incarnation, name.step)
+            if seen.setdefault(order, joined.whole[0]) != joined.whole[0]:
+                raise Violation(f"two commits of {order}: {seen[order]}, {joined.whole[0]}")
+
+    def check_settled(self, nodes: Iterable[Node]) -> list[str]:
+        """What is still owed, held or under way although nothing is in its way."""
+        return [
+            f"{node.name}: {what}"
+            for node in nodes
+            if node.agent is not None and (run := node.agent.registry.runs.get(RUN)) is not None
+            for what in _unsettled(run)
+        ]
+
+    def count(self) -> None:
+        self.num_acknowledged = sum(bool(k.stages() - {"captured"}) for k in self._saves.values())
+
+
+def _unsettled(run: Any) -> Iterator[str]:
+    living = {owner.holder for owner in run.living()}
+    for slot in run.slots.values():
+        if slot.state is SlotState.CAPTURING and slot.holder not in living:
+            yield f"slot {slot.slot_id} of rank {slot.rank} is held by nobody that lives"
+        if slot.save and slot.save not in run.saves:
+            yield f"slot {slot.slot_id} is of a save that is not known"
+    for tier in run.tiers.values():
+        if tier.small_owed:
+            yield f"{tier.label} is owed {list(tier.small_owed)}"
+        if tier.to_keep:
+            yield f"{tier.label} has {tier.to_keep} saves to look at"
+    for save in run.saves.values():
+        if save.writing or save.readers or save.recycling:
+            yield f"{save.name} is {save.writing or save.readers or 'recycled'}"
+        if save.is_open:
+            yield f"{save.name} is neither whole nor called off"
+        for label in save.owed:
+            if run.source_for(save, label) is not None:
+                yield f"{save.name} is owed to {label}"
+
+
+def _is_called_off(save: Save) -> bool:
+    """Whether this rank was told that nobody has it. Doubt is another matter: it is kept then."""
+    if save.skipped:
+        return True
+    error = save._failed.get(RAM)
+    return isinstance(error, StepDisagreement)

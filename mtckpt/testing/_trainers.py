@@ -1,0 +1,499 @@
+"""Trainers of a simulated job: the shipped session, saver and restore, over places in memory.
+
+Knows how a rank's process puts the package's parts together, as ``Checkpointer`` does, and how a
+shard gets into a slot step by step. The state that it saves is which save and rank it is of.
+Decides nothing that the package decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from mtckpt import (
+    _holdings,
+    _manifest,
+    _restore,
+    _restorer,
+    _run,
+    _save,
+    _saver,
+    _session,
+)
+from mtckpt._handle import Restored, Save, stage_of_tier
+from mtckpt._inventory import shard_keys
+from mtckpt._manifest import Record
+from mtckpt._schedule import Disk, ObjectStore, Ram
+from mtckpt.agent import protocol
+from mtckpt.errors import (
+    CaptureFailed,
+    CheckpointError,
+    Damaged,
+    FormatError,
+    NoHealthyStep,
+    RankTimeout,
+    TierError,
+    TierUnavailable,
+    UnsupportedState,
+)
+from mtckpt.testing._devices import (
+    DATA_BYTES,
+    TABLE_BYTES,
+    Directory,
+    File,
+    SlotFiles,
+    content_of,
+    is_sound,
+    shard_entry,
+    table_of,
+)
+from mtckpt.testing._virtual import Time
+from mtckpt.testing.cluster import (
+    Node,
+    Process,
+    World,
+)
+
+if TYPE_CHECKING:
+    from mtckpt._choice import Candidate
+
+__all__ = ["Group", "Rank", "Settings"]
+
+RUN = "run"
+URL = "s3://bucket/sim"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What all jobs of one simulation have alike."""
+
+    has_disk: bool = True
+    has_store: bool = False
+    slots: int = 2
+    disk_every: int = 1
+    store_every: int = 1
+    keep: int = 2
+    timeout_s: float = 20.0
+    max_stall_s: float = 3.0
+
+    def tiers(self) -> list[tuple[str, Any]]:
+        """Label and settings of the slower tiers."""
+        tiers: list[tuple[str, Any]] = []
+        if self.has_disk:
+            tiers.append(("disk", Disk("/", every=self.disk_every, keep=self.keep)))
+        if self.has_store:
+            tiers.append(("store", ObjectStore(URL, every=self.store_every)))
+        return tiers
+
+    def due(self, step: int) -> list[str]:
+        """The slower tiers of a step."""
+        every = {"disk": self.disk_every, "store": self.store_every}
+        return [label for label, _ in self.tiers() if step % every[label] == 0]
+
+
+class Group:
+    """What joins the ranks of one job. ``member`` makes the group of one rank."""
+
+    def __init__(self, world: World, world_size: int) -> None:
+        self.world = world
+        self.world_size = world_size
+        self._given: dict[int, dict[int, bytes]] = {}
+        self._come: dict[int, asyncio.Future[None]] = {}
+
+    def member(self, rank: int) -> Member:
+        return Member(self, rank)
+
+    async def meet(self, turn: int, rank: int, value: bytes, timeout_s: float) -> list[bytes]:
+        await asyncio.sleep(self.world.delay_s())
+        given = self._given.setdefault(turn, {})
+        come = self._come.setdefault(turn, self.world.loop.create_future())
+        given[rank] = value
+        if len(given) == self.world_size and not come.done():
+            come.set_result(None)
+        await asyncio.wait([come], timeout=timeout_s)
+        missing = [rank for rank in range(self.world_size) if rank not in given]
+        if missing:
+            raise RankTimeout(f"ranks {missing} did not come", rank=missing[0], ranks=missing)
+        return [given[rank] for rank in range(self.world_size)]
+
+
+class Member:
+    """See ``_coordination.Group``."""
+
+    def __init__(self, group: Group, rank: int) -> None:
+        self.rank = rank
+        self.world_size = group.world_size
+        self._group = group
+        self._turn = 0
+
+    def exchange(self, stage: str, value: bytes, timeout_s: float) -> list[bytes]:
+        del stage
+        turn, self._turn = self._turn, self._turn + 1
+        fiber = self._group.world.loop.fiber
+        assert fiber is not None
+        found: list[bytes] = fiber.wait(self._group.meet(turn, self.rank, value, timeout_s))
+        return found
+
+
+# -- capturing -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """As much of a layout as the saver looks at."""
+
+    size_bytes: int = DATA_BYTES
+    table_bytes: int = TABLE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    digest: str
+    layout: Layout = Layout()
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    plan: Plan
+
+
+class Planner:
+    """In the place of the planner: ``state`` has the digest of a plan, or what cannot be saved."""
+
+    members: Any = None
+
+    def prepare(self, state: Any, adapters: Sequence[Any]) -> Captured:
+        del adapters
+        if state == "bad":
+            raise UnsupportedState("this cannot be saved", path="")
+        return Captured(Plan(str(state)))
+
+
+@dataclass(slots=True)
+class Mapped:
+    """A slot as a process has mapped it: its files, whatever they are called by now."""
+
+    grant: protocol.SlotGrant
+    data: File
+    table: File
+
+
+class Ring:
+    """In the place of ``_save.SlotRing``."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._slots: dict[int, Mapped] = {}
+
+    def held(self) -> dict[str, int]:
+        return {slot.grant.slot_id: inode for inode, slot in self._slots.items()}
+
+    def adopt(self, grant: protocol.SlotGrant, layout: Any) -> Mapped:
+        del layout
+        slot = self._slots.get(grant.inode)
+        if slot is None:
+            files = self._process.node.ram.slots.get(RUN, {}).get(grant.slot_id, SlotFiles())
+            data, table = files.data, files.table
+            if data is None or table is None or data.inode != grant.inode:
+                raise CaptureFailed("the slot is not the one that was granted", tier="ram")
+            slot = self._slots[grant.inode] = Mapped(grant, data, table)
+        slot.grant = grant
+        return slot
+
+    def has(self, size: tuple[int, int]) -> bool:
+        del size
+        return bool(self._slots)
+
+    def fits(self, grant: protocol.SlotGrant, layout: Any) -> bool:
+        del layout
+        return grant.inode in self._slots
+
+    def clear(self) -> None:
+        self._slots.clear()
+
+
+def write_shard(world: World) -> Callable[..., None]:
+    """In the place of ``_save.write_shard``, in its order, with time between its steps."""
+
+    def write(
+        captured: Captured,
+        slot: Mapped,
+        identity: _save.Identity,
+        engine: Any,
+        *,
+        due: Sequence[str],
+        metrics: Mapping[str, float],
+        every: int,
+    ) -> None:
+        del engine
+        fiber = world.loop.fiber
+        assert fiber is not None
+        process: Process = fiber.owner
+        data = content_of(identity.save_id, identity.rank)
+        pause_s = world.random.random() * 0.02
+        slot.table.content = table_of(b"")
+        slot.data.content = data[: DATA_BYTES // 2] + slot.data.content[DATA_BYTES // 2 :]
+        fiber.wait(asyncio.sleep(pause_s))
+        slot.data.content = data
+        record = Record(
+            _manifest.FORMAT_VERSION,
+            identity.run,
+            identity.step,
+            identity.incarnation,
+            identity.incarnation_id,
+            identity.save_id,
+            identity.rank,
+            identity.world_size,
+            captured.plan.digest,
+            shard_entry(data, identity.save_id),
+            "",
+            msgspec.Raw(b"[]"),
+            msgspec.Raw(b"{}"),
+            msgspec.Raw(b"[]"),
+            host=process.node.name,
+            saved_at_s=Time(world.loop).time(),
+            every=every,
+            metrics=dict(metrics),
+            due=tuple(due),
+        )
+        slots = process.node.ram.slots.setdefault(RUN, {})
+        files = slots.setdefault(slot.grant.slot_id, SlotFiles())
+        files.record = File(_manifest.encode_sealed(record))
+        fiber.wait(asyncio.sleep(pause_s / 2))
+        slot.table.content = table_of(data, identity.save_id)
+
+    return write
+
+
+# -- restoring -------------------------------------------------------------------------------------
+
+
+class PeerPlace:
+    """In the place of ``PeerTier``: another node's memory or disk, as far as it is reached."""
+
+    def __init__(
+        self,
+        world: World,
+        address: protocol.PeerAddress,
+        run_key: str,
+        secret: bytes,
+        *,
+        place: str,
+        timeout_s: float,
+    ) -> None:
+        del timeout_s
+        self.name = "peers"
+        self._address = address
+        self._key = run_key
+        self._secret = secret
+        self._label = place
+        self._world = world
+
+    def _reached(self) -> Directory:
+        fiber = self._world.loop.fiber
+        assert fiber is not None
+        here: Node = fiber.owner.node
+        listener = self._world.listeners.get((self._address.host, self._address.control_port))
+        if listener is None or not self._world.reaches(here.name, listener.agent.node.name):
+            raise TierUnavailable(f"{self._address} does not answer", tier="peers")
+        if listener.secret_of(self._key) != self._secret:
+            raise TierUnavailable(f"{self._address} knows another secret", tier="peers")
+        node: Node = listener.agent.node
+        return node.ram if self._label == "ram" else node.disk
+
+    def close(self) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "lease":  # a has_leases() that is true: nothing is read by threads
+            return self._reached
+        return getattr(self._reached(), name)
+
+
+@dataclass(slots=True)
+class Read:
+    """What a rank has read in a restore: the save of each shard."""
+
+    name: Any
+    world_size: int
+    save_ids: dict[int, str] = field(default_factory=dict)
+    labels: set[str] = field(default_factory=set)
+
+
+def restore_from(world: World) -> Callable[..., Any]:
+    """In the place of ``_restore.restore_from``: reads the shards of all ranks, each from the first
+    place that has a sound copy."""
+
+    def restore(
+        candidate: Candidate,
+        scope: Any,
+        state: Any,
+        *,
+        partial: bool,
+        rename: Any,
+        attempt: Any,
+        last: bool,
+        progress: Any = None,
+    ) -> Any:
+        del partial, rename, last, progress
+        read = Read(candidate.name, len(candidate.sources))
+        records = {}
+        with scope.together("read"):
+            for rank in candidate.sources:
+                records[rank] = _read_one(candidate, scope, attempt, rank, read)
+        state["read"] = read
+        sources = dict.fromkeys(read.labels, DATA_BYTES)
+        return _restore.Outcome(candidate.name, records[0], state, sources, replaced=False)
+
+    return restore
+
+
+def _read_one(candidate: Candidate, scope: Any, attempt: Any, rank: int, read: Read) -> Record:
+    keys = shard_keys(scope.run_key, candidate.name, rank)
+    reasons = []
+    for label in candidate.sources[rank]:
+        place = scope.places.get(label)
+        if place is None or label in attempt.silent:
+            continue
+        try:
+            record = _sound(place.tier, keys)
+        except (FormatError, TierError) as error:
+            attempt.refuse(place, keys[0], error)
+            reasons.append(f"{label}: {error.what}")
+            continue
+        if _holdings.whole_of(record) != candidate.whole:
+            reasons.append(f"{label}: of another plan")
+            continue
+        read.save_ids[rank] = record.save_id
+        read.labels.add(label)
+        return record
+    raise NoHealthyStep("; ".join(reasons) or f"no place has rank {rank}", step=candidate.name.step)
+
+
+def _sound(tier: Any, keys: tuple[str, str, str]) -> Record:
+    data, table, record_data = (tier.file(key).content for key in keys)
+    record = _manifest.decode_sealed(record_data, Record)
+    if not is_sound(record, data, table):
+        raise Damaged("the shard differs from its digest", tier=tier.name, key=keys[0])
+    if data != content_of(record.save_id, record.rank):
+        raise AssertionError(f"{keys[0]} has the bytes of {data!r}")
+    return record
+
+
+# -- a rank ----------------------------------------------------------------------------------------
+
+
+class Rank:
+    """One rank of a job. ``told`` hears what it did: its restore, and each of its saves."""
+
+    def __init__(self, node: Node, group: Group, rank: int, settings: Settings, told: Any) -> None:
+        self.world = node.world
+        self.node = node
+        self.rank = rank
+        self.settings = settings
+        self.told = told
+        self.process = Process(node)
+        self.error: CheckpointError | None = None
+        self.saves: list[Save] = []
+        self.closed = False
+        self._group = group
+        self._script: Callable[[Rank], None] = lambda _: None
+
+    def start(self, script: Callable[[Rank], None]) -> None:
+        """Run ``script`` in the rank's process."""
+        self._script = script
+        self.main = self.process.spawn(self._run)
+
+    def _run(self) -> None:
+        try:
+            self._open()
+            self._script(self)
+        except CheckpointError as error:
+            self.world.note(f"rank {self.rank} ends: {type(error).__name__}: {error.what}")
+            self.error = error
+
+    def _open(self) -> None:
+        tiers = self.settings.tiers()
+        configs = [
+            protocol.tier_config(label, tier, [{"last": self.settings.keep}] if tier.keep else [])
+            for label, tier in tiers
+        ]
+        self.session = _session.Session(
+            RUN, RUN, configs, "", timeout_s=self.settings.timeout_s, on_error=lambda *_: None
+        )
+        self.session.pid = self.process.pid
+        labels = [label for label, _ in tiers]
+        member = self._group.member(self.rank)
+        self.run = _run.Run(
+            RUN, RUN, self.session, [t for _, t in tiers], labels, self.settings.timeout_s, member
+        )
+        self.saver = _saver.Saver(
+            self.run,
+            None,  # type: ignore[arg-type]  # it stands in for the real one
+            Ram(slots=self.settings.slots),
+            insists=True,
+            max_stall_s=self.settings.max_stall_s,
+        )
+        ring = Ring(self.process)
+        self.saver.ring = ring  # type: ignore[assignment]  # it stands in for the real one
+        self.session.held = ring.held
+        self.saver._planner = Planner()  # type: ignore[assignment]  # it stands in for the real one
+
+    def restore(self) -> Restored:
+        """As ``Checkpointer.restore``."""
+        self.run.join()
+        self.session.open()
+        state: dict[str, Any] = {}
+        restored = _restorer.restore(
+            self.run,
+            None,  # type: ignore[arg-type]  # it stands in for the real one
+            state,
+            "latest",
+            None,
+            False,
+            None,
+        )
+        if restored:
+            self.run.restart((restored._incarnation, restored.step or 0))
+        self.told.restored(self, restored, state.get("read"))
+        return restored
+
+    def save(self, step: int, state: str = "plan") -> Save | None:
+        """As ``Checkpointer.save``; None where the state could not be saved."""
+        try:
+            save = self.saver.save(step, state, {}, self.settings.due(step), 0)
+        except CheckpointError as error:
+            self.world.note(f"rank {self.rank} does not save {step}: {error.what}")
+            if self.session.fenced is not None:
+                raise
+            return None
+        self.saves.append(save)
+        self.told.saved(self, save)
+        return save
+
+    def sleep(self, pause_s: float) -> None:
+        """Train."""
+        fiber = self.world.loop.fiber
+        assert fiber is not None
+        fiber.wait(asyncio.sleep(pause_s))
+
+    def close(self, timeout_s: float) -> None:
+        """As ``Checkpointer.close``: what was staged last goes to every tier."""
+        session, last = self.session, self.saver.last
+        deadline_s = self.world.loop.time() + timeout_s
+        session.wait_idle(timeout_s)
+        if last is not None:
+            last._plan({label: stage_of_tier(label) for label, _ in self.settings.tiers()})
+            session.watch(last)
+            session.call("flush", protocol.Flush(session.holder), protocol.Done)
+            while not last.done() and self.world.loop.time() < deadline_s:
+                last._pause(0.2)
+        session.stop_listening()
+        message = protocol.Close(session.holder, free_ram=True, wait_s=1.0)
+        session.call("close", message, protocol.Done)
+        session.close(5.0)
+        self.closed = True

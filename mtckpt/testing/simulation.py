@@ -1,0 +1,383 @@
+"""A job on a simulated cluster, with faults at random moments: one seed is one story.
+
+    python -m mtckpt.testing.simulation 1234        tells the story of a seed
+    python -m mtckpt.testing.simulation 1 1000      runs so many from the first on
+
+Knows what a job does and what may befall it. ``run_seed`` raises where a promise was broken, or
+where what is owed is not settled once the faults have stopped. The same seed is the same story.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mtckpt.errors import CheckpointError, NoHealthyStep
+from mtckpt.testing._names import Collected, names_of
+from mtckpt.testing._oracles import Oracles, Violation
+from mtckpt.testing._trainers import Group, Rank, Read, Settings
+from mtckpt.testing._virtual import Stuck
+from mtckpt.testing.cluster import Chances, Node, World
+
+if TYPE_CHECKING:
+    from mtckpt._handle import Restored, Save
+
+__all__ = ["Story", "run_seed"]
+
+JOB_S = 200.0
+SETTLE_S = 400.0
+SAVE_S = 120.0
+
+
+@dataclass(slots=True)
+class Story:
+    """What came of a seed."""
+
+    seed: int
+    jobs: int = 0
+    restores: int = 0
+    acknowledged: int = 0
+    faults: list[str] = field(default_factory=list)
+    virtual_s: float = 0.0
+
+
+class Job:
+    """Ranks on some nodes, from their start to the last one's end."""
+
+    def __init__(self, drama: Drama, nodes: list[Node], per_node: int) -> None:
+        self.drama = drama
+        self.world = drama.world
+        self.nodes = nodes
+        size = len(nodes) * per_node
+        group = Group(self.world, size)
+        self.results: dict[int, Restored] = {}
+        self.ranks = [
+            Rank(nodes[rank // per_node], group, rank, drama.settings, self) for rank in range(size)
+        ]
+
+    # -- told by ranks ---------------------------------------------------------------------------
+
+    def restored(self, rank: Rank, restored: Restored, read: Read | None) -> None:
+        self.drama.oracles.restored(rank, restored, read)
+        self.results[rank.rank] = restored
+        if len(self.results) == len(self.ranks):
+            strict = self.drama.oracles.required() if self.drama.is_calm(self.nodes) else None
+            self.drama.oracles.check_restored(self.results, strict=strict)
+
+    def saved(self, rank: Rank, save: Save) -> None:
+        self.drama.oracles.saved(rank, save)
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def run(self, script: Callable[[Rank], None]) -> bool:
+        """True if all ranks came to their end. The others are killed as soon as one has failed."""
+        for rank in self.ranks:
+            rank.start(script)
+        mains = {rank.main.done: rank for rank in self.ranks}
+        waiting = set(mains)
+        deadline_s = self.world.loop.time() + JOB_S
+        failed = False
+        while waiting and not failed:
+            done, waiting = await asyncio.wait(
+                waiting,
+                timeout=deadline_s - self.world.loop.time(),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not done:
+                raise Violation(f"ranks {[mains[w].rank for w in waiting]} hang")
+            failed = any(self._has_failed(mains[each]) for each in done)
+        if failed:
+            await asyncio.sleep(self.world.random.random() * 2.0)  # until the launcher sees it
+        for rank in self.ranks:
+            rank.process.kill()
+        return not failed
+
+    def _has_failed(self, rank: Rank) -> bool:
+        error = rank.main.error
+        if isinstance(error, (Violation, Exception)):
+            raise error
+        if isinstance(rank.error, NoHealthyStep) and self.drama.oracles.required() is None:
+            return True  # what was saved is lost, and nobody starts anew without saying so
+        if rank.error is not None and rank.session.fenced is None and self.drama.is_final:
+            raise Violation(f"rank {rank.rank} failed in peace: {rank.error}")
+        return rank.error is not None or rank.process.dead
+
+
+class Drama:
+    """The story of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.world = World(seed)
+        self.story = Story(seed)
+        self.oracles = Oracles(self.world)
+        self.is_final = False
+        draw = self.world.random
+        self.num_nodes = draw.choice((1, 2, 2, 3))
+        self.per_node = draw.choice((1, 1, 2))
+        self.settings = Settings(
+            has_disk=draw.random() < 0.8,
+            has_store=draw.random() < 0.35,
+            slots=draw.choice((2, 3)),
+            disk_every=draw.choice((1, 1, 2)),
+            store_every=draw.choice((1, 2, 3)),
+            keep=draw.choice((2, 3)),
+        )
+        self.rough = draw.random() < 0.7
+
+    @property
+    def alive(self) -> list[Node]:
+        return [node for node in self.world.nodes if not node.lost]
+
+    def is_calm(self, nodes: list[Node]) -> bool:
+        """Whether everything that is there can be reached by a job on these nodes."""
+        return (
+            not self.world.blocked
+            and not any(node.ram.problem or node.disk.problem for node in self.alive)
+            and not self.world.store.problem
+            and set(self.alive) <= set(nodes)
+        )
+
+    async def play(self) -> None:
+        """Jobs with faults, and then one in peace."""
+        draw = self.world.random
+        for _ in range(self.num_nodes):
+            self._new_node()
+        for _ in range(draw.choice((1, 2, 2, 3))):
+            await self._job()
+            self.oracles.check_agreement(self.alive)
+            await asyncio.sleep(draw.choice((0.0, 0.1, 3.0)))
+        self._make_peace()
+        await self._final()
+
+    def _new_node(self) -> Node:
+        return Node(self.world, f"n{len(self.world.nodes)}")
+
+    def _nodes(self) -> list[Node]:
+        """For the next job: those that are there, some new in the place of lost ones."""
+        draw = self.world.random
+        nodes = list(self.alive)
+        while len(nodes) < self.num_nodes and draw.random() < 0.8:
+            nodes.append(self._new_node())
+        if not nodes:
+            nodes.append(self._new_node())
+        if draw.random() < 0.2:
+            draw.shuffle(nodes)
+        if len(nodes) > 1 and draw.random() < 0.15:
+            nodes.pop()
+        return nodes
+
+    async def _job(self) -> None:
+        draw = self.world.random
+        self.story.jobs += 1
+        per_node = self.per_node if draw.random() < 0.85 else 3 - self.per_node
+        job = Job(self, self._nodes(), per_node)
+        num_steps, step_s = draw.randint(2, 4), draw.choice((0.05, 0.2, 0.5))
+        odd = {
+            (draw.randrange(len(job.ranks)), draw.randrange(8)): draw.choice(("bad", "other", "no"))
+            for _ in range(draw.choice((0, 0, 0, 1)))
+        }
+        stage = draw.choice(("", "staged", "local", "durable"))
+        closes = draw.random() < 0.4
+
+        def script(rank: Rank) -> None:
+            restored = rank.restore()
+            for step in range(restored.next_step, restored.next_step + num_steps):
+                rank.sleep(step_s * (0.5 + self.world.random.random()))
+                state = odd.get((rank.rank, step - restored.next_step), "plan")
+                save = rank.save(step, state) if state != "no" else None
+                if save is not None and stage:
+                    with contextlib.suppress(CheckpointError):
+                        save.wait(stage, timeout_s=10.0)  # type: ignore[arg-type]  # it stands in for the real one
+            if closes:
+                rank.close(30.0)
+
+        self.world.note(f"job on {job.nodes}, {len(job.ranks)} ranks, {self.settings}")
+        chaos = self.world.loop.create_task(self._chaos(job)) if self.rough else None
+        try:
+            await job.run(script)
+        finally:
+            if chaos is not None:
+                chaos.cancel()
+
+    # -- faults ----------------------------------------------------------------------------------
+
+    async def _chaos(self, job: Job) -> None:
+        draw = self.world.random
+        for name in ("lost", "twice", "late", "died", "unanswered"):
+            if draw.random() < 0.3:
+                setattr(self.world.chances, name, draw.choice((0.01, 0.05, 0.2)))
+        for _ in range(draw.choice((0, 1, 1, 2, 3))):
+            await asyncio.sleep(draw.random() * draw.choice((0.3, 1.0, 3.0)))
+            fault = draw.choice(
+                (
+                    self._kill_agent,
+                    self._kill_agent,
+                    self._kill_rank,
+                    self._kill_ranks,
+                    self._lose_node,
+                    self._reboot_node,
+                    self._cut,
+                    self._mute,
+                )
+            )
+            self.story.faults.append(fault.__name__.strip("_"))
+            self.world.note(f"fault: {fault.__name__}")
+            fault(job)
+
+    def _kill_agent(self, job: Job) -> None:
+        node = self.world.random.choice(job.nodes)
+        if node.agent is not None:
+            node.agent.kill()
+
+    def _kill_rank(self, job: Job) -> None:
+        self.world.random.choice(job.ranks).process.kill()
+
+    def _kill_ranks(self, job: Job) -> None:
+        for rank in job.ranks:
+            rank.process.kill()
+
+    def _lose_node(self, job: Job) -> None:
+        node = self.world.random.choice(job.nodes)
+        self.oracles.lost(node, "ram", "disk")
+        node.lose()
+
+    def _reboot_node(self, job: Job) -> None:
+        node = self.world.random.choice(job.nodes)
+        if not node.lost:
+            self.oracles.lost(node, "ram")
+            node.reboot()
+
+    def _cut(self, job: Job) -> None:
+        """The network between two nodes, in one direction or both, for a while."""
+        draw = self.world.random
+        if len(job.nodes) < 2:
+            return
+        one, other = draw.sample([node.name for node in job.nodes], 2)
+        pairs = {(one, other)} | ({(other, one)} if draw.random() < 0.6 else set())
+        self.world.blocked |= pairs
+        self.world.loop.call_later(
+            draw.choice((0.5, 5.0, 30.0)), self.world.blocked.difference_update, pairs
+        )
+
+    def _mute(self, job: Job) -> None:
+        """A disk or the store does not answer, for a while."""
+        draw = self.world.random
+        place = draw.choice([self.world.store, *(node.disk for node in job.nodes)])
+        place.problem = "it does not answer"
+        self.world.loop.call_later(draw.choice((0.5, 5.0, 30.0)), self._answer, place)
+
+    def _answer(self, place: object) -> None:
+        place.problem = ""  # type: ignore[attr-defined]  # it stands in for the real one
+
+    # -- peace -----------------------------------------------------------------------------------
+
+    def _make_peace(self) -> None:
+        self.world.note("peace")
+        self.is_final = True
+        self.world.chances = Chances()
+        self.world.blocked.clear()
+        for place in [self.world.store, *(p for n in self.alive for p in (n.ram, n.disk))]:
+            place.problem = ""
+
+    async def _final(self) -> None:
+        """Everything works again: a job restores and saves, and all that is owed is settled."""
+        nodes = list(self.alive) or [self._new_node()]
+        job = Job(self, nodes, self.per_node)
+
+        def script(rank: Rank) -> None:
+            restored = rank.restore()
+            for step in range(restored.next_step, restored.next_step + 3):
+                rank.sleep(1.0)
+                save = rank.save(step)
+                if save is None or save.skipped:
+                    raise Violation(f"step {step} was not saved in peace: {save!r}")
+                save.wait("staged", timeout_s=SAVE_S)
+            rank.sleep(1.0)
+            deadline_s = self.world.loop.time() + SETTLE_S
+            while not all(save.done() for save in rank.saves):
+                if self.world.loop.time() > deadline_s:
+                    raise Violation(f"saves are not settled: {rank.saves}")
+                rank.sleep(5.0)
+
+        if not await job.run(script):
+            if any(isinstance(rank.error, NoHealthyStep) for rank in job.ranks):
+                return
+            raise Violation("the last job failed")
+        deadline_s = self.world.loop.time() + SETTLE_S
+        while owed := self.oracles.check_settled(nodes):
+            if self.world.loop.time() > deadline_s:
+                raise Violation(f"not settled: {owed}")
+            await asyncio.sleep(5.0)
+        self.oracles.check_agreement(nodes)
+        self.oracles.check_commits(nodes)
+
+
+@contextlib.contextmanager
+def _logged(world: World) -> Iterator[None]:
+    logger = logging.getLogger("mtckpt")
+    handler = Collected(world)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.ERROR if world.log is None else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+        logger.setLevel(before[0])
+
+
+def run_seed(seed: int, log: Callable[[str], None] | None = None) -> Story:
+    """Play the story of a seed, told line by line to ``log``. Raises Violation."""
+    drama = Drama(seed)
+    world = drama.world
+    world.log = log
+    with names_of(world).in_place(), _logged(world):
+        try:
+            world.loop.run_until_complete(drama.play())
+            if world.problems:
+                raise Violation("; ".join(world.problems[:5]))
+        except (Violation, Stuck, CheckpointError) as error:
+            raise Violation(f"seed {seed}: {error}") from error
+        finally:
+            drama.story.virtual_s = world.loop.time() - 1000.0
+            world.close()
+    drama.oracles.count()
+    drama.story.restores = drama.oracles.num_restores
+    drama.story.acknowledged = drama.oracles.num_acknowledged
+    return drama.story
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def main(arguments: list[str]) -> int:
+    """Tell one seed's story, or run many."""
+    first, count = int(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 1
+    started_s = time.perf_counter()
+    broken = 0
+    for seed in range(first, first + count):
+        try:
+            story = run_seed(seed, _say if count == 1 else None)
+        except Exception as error:  # noqa: BLE001 - the next seed is another story
+            # Whatever it is: it is shown and counted, and the next seed is another story.
+            broken += 1
+            _say(f"{type(error).__name__}: {error}"[:400])
+        else:
+            if count == 1:
+                _say(str(story))
+    each_ms = 1000 * (time.perf_counter() - started_s) / count
+    _say(f"{count} seeds, {each_ms:.1f} ms each, {broken} broken")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
