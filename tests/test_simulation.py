@@ -12,8 +12,8 @@ import pytest
 from mtckpt.testing.simulation import run_seed
 
 BLOCK = 100
-# Of the first thousand seeds, 787 and 841 do not hold yet: saves find no slot any more (no save that
-# was acknowledged is lost). `python -m mtckpt.testing.simulation 787` tells how.
+# Of the first thousand seeds, 787 and 841 do not hold yet: saves find no slot any more, and no save
+# that was acknowledged is lost. `python -m mtckpt.testing.simulation 787` tells how.
 NUM_BLOCKS = 7
 NUM_TORTURE_BLOCKS = 1000
 
