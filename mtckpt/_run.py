@@ -324,8 +324,6 @@ class Run:
             raise RestoreUnavailable(
                 f"there is no directory {text}", tiers="source", state="live state unchanged"
             )
-        if is_store:
-            self._stores.setdefault("store", tier)  # no more is asked of it than of any store
         return [Place("store" if is_store else "disk", tier, mapped=False)], key
 
     def _access_like(self, url: str) -> Access:

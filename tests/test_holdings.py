@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mtckpt import _inventory
 from mtckpt._choice import plan_restore
 from mtckpt._holdings import HeldSave, Holdings, Part, holdings_of, join
-from mtckpt._manifest import SaveName
+from mtckpt._manifest import Incarnation, SaveName
 from mtckpt.errors import StepNotFound
 from mtckpt.tiers import LocalTier
 
@@ -149,3 +149,13 @@ def test_holdings_that_overlap_are_counted_once() -> None:
     ]
     (save,) = join(places).values()
     assert save.size_bytes == 400
+
+
+def test_sound_steps_that_a_later_start_left_are_no_fresh_start() -> None:
+    """It began without a restore, and saved nothing."""
+    begun = Incarnation(1, "r", 2, ID)
+    held = msgspec.structs.replace(holding("disk", part(0, of=1)), incarnations=(begun,))
+    plan = plan_restore([held], "latest")
+    assert (plan.candidates, plan.lost) == ((), True)
+    assert "restore(step=10) takes it" in plan.skipped["step 10"]
+    assert [each.name for each in plan_restore([held], 10).candidates] == [NAME]

@@ -16,13 +16,14 @@ from agent_checks import agent_pid, ram_root, until
 from stores import S3Server
 
 import mtckpt
-from mtckpt import _run
+from mtckpt import _access, _run
 from mtckpt.agent.spawn import ensure_agent
 from mtckpt.errors import (
     AccessDenied,
     CloseFailed,
     RestoreUnavailable,
     SaveFailed,
+    TierUnavailable,
     UsageError,
 )
 
@@ -232,3 +233,23 @@ def test_a_silent_store_is_no_fresh_start(tmp_path: Path) -> None:
     assert "hush-hush" not in str(raised.value)
     assert (state["w"] == 1.0).all()
     run.close(timeout_s=1)
+
+
+def test_the_store_of_a_source_is_not_taken_for_the_runs_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, other = file_store(tmp_path), file_store(tmp_path, url=f"file://{tmp_path}/other")
+    for store, run, step in ((own, "tuned", 7), (other, "base", 3)):
+        with open_run(tmp_path, store, run, tiers=[mtckpt.ObjectStore(**store)]) as checkpointer:
+            checkpointer.save(step, make_state(step)).wait("durable", timeout_s=20)
+
+    def refused(url: str, *args: Any, **more: Any) -> Any:
+        if url == own["url"]:
+            raise TierUnavailable("not now", tier="store")
+        return _access.open_store(url, *args, **more)
+
+    with open_run(tmp_path, own, "tuned", tiers=[mtckpt.ObjectStore(**own)]) as checkpointer:
+        monkeypatch.setattr(_run, "open_store", refused)
+        assert checkpointer.restore(make_state(), source=f"{other['url']}/base").step == 3
+        monkeypatch.undo()
+        assert [step.step for step in checkpointer.steps()] == [7]

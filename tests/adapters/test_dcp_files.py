@@ -248,6 +248,16 @@ def test_metadata_that_lies_is_an_error(
         dcp_files.read_step(tmp_path / "c")
 
 
+def test_no_link_is_followed_and_no_pipe_waited_for(written: Path, tmp_path: Path) -> None:
+    for make in (lambda path: path.symlink_to(written / path.name), os.mkfifo):
+        shutil.copytree(written, tmp_path / "c")
+        (tmp_path / "c" / "__0_0.distcp").unlink()
+        make(tmp_path / "c" / "__0_0.distcp")
+        with pytest.raises(CheckpointError):
+            dcp_files.read_step(tmp_path / "c")
+        shutil.rmtree(tmp_path / "c")
+
+
 def test_changed_bytes_are_an_error_or_another_value(
     written: Path, tmp_path: Path, seed: int
 ) -> None:

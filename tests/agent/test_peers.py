@@ -111,6 +111,19 @@ def test_only_who_knows_the_secret_is_answered(pair: list[Node], run: str) -> No
         client.call("anything", Done(), Done, 5.0)
 
 
+def test_a_proof_is_good_for_as_long_as_its_secret() -> None:
+    secrets = {"run": _handshake.new_secret()}
+    client = _handshake.Challenger("run", "control", secrets["run"])
+    server = _handshake.Answerer("agent", "control", secrets.get)
+    assert not server.still_knows
+    assert server.check(client.check(server.welcome(client.hello()))) == "run"
+    assert server.still_knows
+    secrets["run"] = _handshake.new_secret()  # the job starts anew
+    assert not server.still_knows
+    del secrets["run"]
+    assert not server.still_knows
+
+
 def test_a_call_reaches_the_other_agent_and_is_typed(pair: list[Node], run: str) -> None:
     secret = two_nodes.joined(run, *pair)
     with_client = PeerClient(pair[0].listen(), run, secret)
