@@ -36,7 +36,7 @@ from mtckpt._schedule import (
 from mtckpt._session import Session
 from mtckpt._steps import list_steps, metrics_of, step_number
 from mtckpt.agent import protocol
-from mtckpt.capture.cpu import CpuEngine
+from mtckpt.capture.engine import AnyEngine
 from mtckpt.errors import (
     AgentUnavailable,
     CheckpointError,
@@ -124,7 +124,7 @@ class Checkpointer:
         )
         slow = self._slow, self._labels
         self._link = Run(run, self._run_key, self._session, *slow, timeout_s, group)
-        self._engine = CpuEngine()
+        self._engine = AnyEngine()
         self._saver = Saver(
             self._link, self._engine, self._ram, insists=insists, max_stall_s=max_stall_s
         )
@@ -298,7 +298,9 @@ class Checkpointer:
             errors += self._drain(deadline_s)
         finally:
             self._session.close(_left_s(deadline_s, 5.0))
-            self._saver.ring.clear()
+            if self._session.wait_idle(0.0):  # else a device may still copy into a slot
+                self._saver.ring.clear()
+                self._engine.close()
             if _open_runs.get(self._open_key, _no_one)() is self:
                 del _open_runs[self._open_key]
         if errors := list({error.what: error for error in errors}.values()):

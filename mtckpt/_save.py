@@ -7,10 +7,7 @@ its generation word, which makes it garbage; the previous save is in another slo
 
 from __future__ import annotations
 
-import base64
 import os
-import socket
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,26 +15,25 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 from xxhash import xxh3_128
 
-from mtckpt import _manifest, _pieces, _shard, _state
-from mtckpt._crash import crash_point
-from mtckpt._manifest import ArrayEntry, Record, ShardEntry
+from mtckpt import _pieces, _shard, _state
+from mtckpt._manifest import ArrayEntry
 from mtckpt._pieces import ALONE, Members, Recipe
-from mtckpt._shard import ShardLayout, Table
 from mtckpt.capture.base import Engine, Span
 from mtckpt.capture.collector import collector_paused
 from mtckpt.capture.memory import Mapping as MemoryMapping
 from mtckpt.capture.memory import map_file
-from mtckpt.errors import CaptureFailed, CheckpointError, TierFull, UnsupportedState
+from mtckpt.errors import CaptureFailed, CheckpointError, UnsupportedState
 
 if TYPE_CHECKING:
     import struct
 
+    from mtckpt._shard import ShardLayout
     from mtckpt._state import ArraySpec, Node, StateAdapter
     from mtckpt.agent.protocol import SlotGrant
 
     _Groups = list[tuple[StateAdapter, list[int] | None]]
 
-__all__ = ["Captured", "Identity", "Plan", "Planner", "SlotRing"]
+__all__ = ["Captured", "HeldSlot", "Identity", "Plan", "Planner", "SlotRing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,9 +268,9 @@ def _addresses(
     kept = []
     for (adapter, indexes), known in zip(groups, fingerprint, strict=True):
         if indexes is None:
-            return adapter.host_addresses(arrays, paths, known)
+            return adapter.addresses(arrays, paths, known)
         own_paths = [paths[i] for i in indexes] if paths else ()
-        found, keep = adapter.host_addresses([arrays[i] for i in indexes], own_paths, known)
+        found, keep = adapter.addresses([arrays[i] for i in indexes], own_paths, known)
         kept.append(keep)
         for index, address in zip(indexes, found, strict=True):
             addresses[index] = address
@@ -315,7 +311,7 @@ def _ties(
 # -- slots ---------------------------------------------------------------------------------------
 
 
-class _HeldSlot:
+class HeldSlot:
     """A slot of the agent's, mapped into this process."""
 
     def __init__(self, grant: SlotGrant, layout: ShardLayout) -> None:
@@ -327,8 +323,9 @@ class _HeldSlot:
 class SlotRing:
     """The slots this process has mapped, by inode; an inode keeps its mapping over recycling."""
 
-    def __init__(self) -> None:
-        self._slots: dict[int, _HeldSlot] = {}
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._slots: dict[int, HeldSlot] = {}
         self._size: tuple[int, int] = (0, 0)
 
     def held(self) -> dict[str, int]:
@@ -336,17 +333,18 @@ class SlotRing:
         slots = list(self._slots.items())  # at once: another thread may be mapping a slot
         return {slot.grant.slot_id: inode for inode, slot in slots}
 
-    def adopt(self, grant: SlotGrant, layout: ShardLayout) -> _HeldSlot:
+    def adopt(self, grant: SlotGrant, layout: ShardLayout) -> HeldSlot:
         """Map a granted slot, or find it mapped already; its pages are faulted in."""
         size = (layout.size_bytes, layout.table_bytes)
         if size != self._size:
-            self._slots.clear()
+            self.clear()
             self._size = size
         slot = self._slots.get(grant.inode)
         if slot is None:
-            slot = self._slots[grant.inode] = _HeldSlot(grant, layout)
+            slot = self._slots[grant.inode] = HeldSlot(grant, layout)
             slot.data.populate()
             slot.table.populate()
+        self._engine.register(slot.data.address, slot.data.size_bytes)
         slot.grant = grant
         return slot
 
@@ -359,6 +357,9 @@ class SlotRing:
         return self._size == (layout.size_bytes, layout.table_bytes) and grant.inode in self._slots
 
     def clear(self) -> None:
+        """Unmap all of them. Nothing may be under way to any."""
+        for slot in self._slots.values():
+            self._engine.unregister(slot.data.address)
         self._slots.clear()
 
 
@@ -377,115 +378,6 @@ def _map(path: str, inode: int | None, size_bytes: int) -> MemoryMapping:
         return map_file(fd, size_bytes, writable=True)
     finally:
         os.close(fd)
-
-
-@collector_paused()
-def write_shard(
-    captured: Captured,
-    slot: _HeldSlot,
-    identity: Identity,
-    engine: Engine,
-    *,
-    due: Sequence[str],
-    metrics: Mapping[str, float],
-    every: int,
-) -> None:
-    """Fill a slot: header, data with digests, record, and last the generation word.
-
-    The order is the promise: without the word the slot is garbage, with it everything is there.
-    """
-    plan = captured.plan
-    layout = plan.layout
-    table = slot.table.view
-    generation_at = _shard.GENERATION_OFFSET
-    table[generation_at : generation_at + 8] = bytes(8)
-    # Every time: since this process last had the slot, another rank may have had it.
-    slot.data.view[: layout.data_start] = layout.header
-    digests = table[_shard.TABLE_HEADER.size :].cast("Q")
-    engine.capture(captured.sources, plan.spans, slot.data.address, digests)
-    crash_point("capture.copied")
-
-    header = Table.header(layout, _manifest.generation_of(identity.save_id))
-    table_digest = xxh3_128(header)
-    table_digest.update(digests)
-    record = _record(captured, identity, table_digest.hexdigest(), digests, due, metrics, every)
-    _write_record(slot.grant.record_path, record, os.stat(slot.grant.data_path).st_mode & 0o660)
-    table[: len(header)] = header[:generation_at] + bytes(8) + header[generation_at + 8 :]
-    table[generation_at : generation_at + 8] = header[generation_at : generation_at + 8]
-
-
-def _record(
-    captured: Captured,
-    identity: Identity,
-    table_digest: str,
-    digests: memoryview,
-    due: Sequence[str],
-    metrics: Mapping[str, float],
-    every: int,
-) -> bytes:
-    plan = captured.plan
-    plain = msgspec.json.encode([_state.encode_plain(value) for value in captured.plain])
-    record = Record(
-        version=_manifest.FORMAT_VERSION,
-        run=identity.run,
-        step=identity.step,
-        incarnation=identity.incarnation,
-        incarnation_id=identity.incarnation_id,
-        save_id=identity.save_id,
-        rank=identity.rank,
-        world_size=identity.world_size,
-        plan_digest=plan.digest,
-        shard=ShardEntry(
-            size_bytes=plan.layout.size_bytes,
-            data_start=plan.layout.data_start,
-            header_digest=f"{plan.layout.header_digest:016x}",
-            table_digest=table_digest,
-            chunk_bytes=_shard.CHUNK_BYTES,
-        ),
-        roots=base64.b64encode(_shard.root_digests(plan.layout, digests, plan.roots)).decode(),
-        arrays=plan.arrays_json,
-        structure=plan.structure_json,
-        plain=msgspec.Raw(plain),
-        writer="mtckpt",
-        host=socket.gethostname(),
-        saved_at_s=round(time.time(), 3),
-        every=every,
-        metrics={name: float(value) for name, value in metrics.items()},
-        due=tuple(due),
-    )
-    data = _manifest.encode_sealed(record)
-    if len(data) > _manifest.MAX_RECORD_BYTES:
-        raise UnsupportedState(
-            f"plain values and names need a record of {len(data):,} bytes",
-            path="",
-            limit_bytes=_manifest.MAX_RECORD_BYTES,
-            state="nothing was saved",
-            actions=("hold large data in arrays instead of lists, strings and bytes",),
-        )
-    return data
-
-
-def _write_record(path: str, data: bytes, mode: int) -> None:
-    """Put the record beside its slot, readable for whom the slot is, whatever the umask."""
-    temporary = f"{path}.new"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        fd = os.open(temporary, flags, 0o600)
-        try:
-            os.fchmod(fd, mode)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-        finally:
-            os.close(fd)
-        os.rename(temporary, path)
-    except OSError as error:
-        raise TierFull(
-            f"the record could not be written: {error.strerror}",
-            tier="ram",
-            needed_bytes=len(data),
-            state="the step was not saved; earlier steps are unchanged",
-        ) from error
 
 
 def raise_capture_error(step: int, error: Exception) -> NoReturn:

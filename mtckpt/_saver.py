@@ -7,19 +7,26 @@ with one sentence, the next one starts clean. Does not know when a save is due.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtckpt import _manifest, _save
+from mtckpt import _manifest, _save, _writing
 from mtckpt._handle import Save, stage_of_tier
 from mtckpt._schedule import Disk
 from mtckpt._steps import metrics_of
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import protocol
-from mtckpt.errors import AgentUnavailable, CheckpointError, TierFull, TierUnavailable
+from mtckpt.errors import (
+    AgentUnavailable,
+    CaptureStuck,
+    CheckpointError,
+    TierFull,
+    TierUnavailable,
+)
 
 if TYPE_CHECKING:
     from mtckpt._run import Run
@@ -44,7 +51,7 @@ class Saver:
         self.counters = {"saves": 0, "called_off": 0}
         self.last: Save | None = None
         self.steps: set[int] = set()
-        self.ring = _save.SlotRing()
+        self.ring = _save.SlotRing(engine)
         self._session = run.session
         self._session.held = self.ring.held
         self._engine = engine
@@ -99,17 +106,14 @@ class Saver:
         due = [label for label in labels if label != "ram"]
         try:
             slot = self.ring.adopt(grant, captured.plan.layout)
-            _save.write_shard(
+            writing = _writing.begin(
                 captured, slot, identity, self._engine,
-                due=due, metrics=metrics, every=every,
+                due=due, metrics=metrics, every=every, mode=self._ram.capture,
             )  # fmt: skip
+            if writing.is_done:
+                writing.finish()
         except Exception as error:  # noqa: BLE001 - raised again, named
-            # Whatever went wrong, the slot goes back first; it has no generation word.
-            self._session.next_slot = None
-            with contextlib.suppress(CheckpointError):
-                release = protocol.Release(self._session.holder, grant.slot_id)
-                self._session.call("release", release, protocol.Done)
-            self._decline(save, f"the state could not be captured: {type(error).__name__}")
+            self._take_back(save, grant, error)
             _save.raise_capture_error(step, error)
         save._advance(("captured",))
         self.steps.add(step)
@@ -120,8 +124,29 @@ class Saver:
             logger.warning("run %s: saves go on with step %d", self.run.name, step)
         seal = protocol.Seal(self._session.holder, grant.slot_id, grant.inode, save_id, step, due)
         layout = captured.plan.layout
-        self._session.submit(seal, save, lambda: self._prepare_next(layout))
+        finish = None if writing.is_done else functools.partial(self._finish, writing, save, grant)
+        self._session.submit(seal, save, lambda: self._prepare_next(layout), finish)
         return save
+
+    def _finish(self, writing: _writing.Writing, save: Save, grant: protocol.SlotGrant) -> None:
+        """In the background: wait for what devices still copy. Raises CaptureFailed."""
+        try:
+            writing.finish()
+        except Exception as error:  # noqa: BLE001 - raised again, named
+            self._take_back(save, grant, error)
+            _save.raise_capture_error(save.step, error)
+
+    def _take_back(self, save: Save, grant: protocol.SlotGrant, error: Exception) -> None:
+        """Whatever went wrong, the slot goes back first; it has no generation word.
+
+        One that a device may still write to does not: it is freed when this process has ended.
+        """
+        self._session.next_slot = None
+        if not isinstance(error, CaptureStuck):
+            with contextlib.suppress(CheckpointError):
+                release = protocol.Release(self._session.holder, grant.slot_id)
+                self._session.call("release", release, protocol.Done)
+        self._decline(save, f"the state could not be captured: {type(error).__name__}")
 
     def _slot(self, layout: ShardLayout, save: Save) -> protocol.SlotGrant | None:
         """The next free slot, waited for ``max_stall_s`` at most; None calls the save off."""

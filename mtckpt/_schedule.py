@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 
 from mtckpt._access import Access, Engine, access_of, check_url
+from mtckpt.capture.base import MODES, Mode
 from mtckpt.errors import UsageError
 
 __all__ = [
@@ -83,11 +84,17 @@ class Ram(TierSettings):
         every: steps between saves, or "auto": the fewest for which saving costs under 1 % of
             training time, starting at 10.
         slots: saves that fit in memory at once (2 or more); "auto" takes 3 where there is room.
+        capture: how arrays leave a device. "snapshot" copies them within the device first, as many
+            as its free memory allows, and "auto" does too; "blocking" needs 64 MiB of device memory
+            and makes the device wait until all have left it; "overlap" needs as little and lets
+            training go on meanwhile: only the next ``optimizer.step()`` of an optimizer in the
+            state waits. Parameters must then not be changed by anything else before that.
     """
 
     path: str | os.PathLike[str] | None = None
     every: int | Literal["auto"] = field(default="auto", kw_only=True)
     slots: int | Literal["auto"] = field(default="auto", kw_only=True)
+    capture: Mode = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.every != "auto":
@@ -96,6 +103,11 @@ class Ram(TierSettings):
             raise UsageError(
                 f"Ram(slots={self.slots!r}): one slot is written while the newest save is in "
                 "another, so 2 are the least",
+                state="nothing was done",
+            )
+        if self.capture not in MODES:
+            raise UsageError(
+                f"Ram(capture={self.capture!r}): must be one of {', '.join(MODES)}",
                 state="nothing was done",
             )
 

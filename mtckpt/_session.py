@@ -219,12 +219,22 @@ class Session:
 
     # -- saves -----------------------------------------------------------------------------------
 
-    def submit(self, seal: protocol.Seal, save: Save, after: Callable[[], None]) -> None:
-        """Hand a captured slot over, in the background. ``after`` runs once a next one is known."""
+    def submit(
+        self,
+        seal: protocol.Seal,
+        save: Save,
+        after: Callable[[], None],
+        finish: Callable[[], None] | None = None,
+    ) -> None:
+        """Hand a captured slot over, in the background. ``after`` runs once a next one is known.
+
+        ``finish`` runs before, where not all bytes are in the slot yet; what it raises
+        (CheckpointError) is told of the save, which is then not handed over.
+        """
         self._saves[save.id] = save
         self._start_threads()
         self._idle.clear()
-        self._jobs.put(lambda: self._seal(seal, save, after))
+        self._jobs.put(lambda: self._seal(seal, save, after, finish))
 
     def call_off(self, save: Save, reason: str) -> None:
         """Tell the agent, in the background, that this rank takes no part in a save."""
@@ -241,8 +251,16 @@ class Session:
         self._idle.clear()
         self._jobs.put(tell)
 
-    def _seal(self, seal: protocol.Seal, save: Save, after: Callable[[], None]) -> None:
+    def _seal(
+        self,
+        seal: protocol.Seal,
+        save: Save,
+        after: Callable[[], None],
+        finish: Callable[[], None] | None,
+    ) -> None:
         try:
+            if finish is not None:
+                finish()
             sealed = self.call("seal", seal, protocol.Sealed)
         except CheckpointError as error:
             self._tell(save, failed={"ram": error})

@@ -162,13 +162,14 @@ class StateAdapter(Protocol):
     def fingerprint(self, values: Sequence[Any]) -> object:
         """A value that compares equal exactly when dtype, shape, layout and device of all do."""
 
-    def host_addresses(
+    def addresses(
         self, values: Sequence[Any], paths: Sequence[str] = (), fingerprint: object = None
     ) -> tuple[list[int], object]:
-        """Where the bytes of each array lie in host memory, contiguous, in C order.
+        """Where the bytes of each array lie, contiguous, in C order.
 
-        What lies elsewhere (another device) or otherwise (strides, lazy conjugation) is copied
-        first; the second result keeps those copies alive. The address of an empty array is 0.
+        An address on a CUDA device is an ``OnDevice``. What lies on another kind of device, or
+        otherwise (strides, lazy conjugation), is copied first; the second result keeps those copies
+        alive. The address of an empty array is 0.
         ``fingerprint``, if it was just taken of these very values, saves looking at them again;
         ``paths`` are for errors: UnsupportedState for an array whose memory is gone.
         """

@@ -201,6 +201,13 @@ class CaptureFailed(SaveFailed):
     usual_actions = ("look at the cause of this error: it was raised by the state itself",)
 
 
+class CaptureStuck(CaptureFailed):
+    """A device has not done in time what comes before the copy; its slot is not used again."""
+
+    usual_state = "the step was not saved; earlier steps are unchanged"
+    usual_actions = ("see whether a collective of the training step hangs: py-spy dump",)
+
+
 class RankTimeout(CheckpointError, TimeoutError):
     """Other ranks did not come in time. Carries ``rank``, the first of them, and ``stage``."""
 

@@ -50,7 +50,7 @@ def save(state: Any) -> Saved:
     ):
         spec = specs[i]
         known = owner.fingerprint([array])
-        (address,), keep = owner.host_addresses([array], [path], known)
+        (address,), keep = owner.addresses([array], [path], known)
         data.append(ctypes.string_at(address, spec.size_bytes) if spec.size_bytes else b"")
         del keep
         arrays.append(Stored(path, spec, first.get(owner.identity(array), i)))

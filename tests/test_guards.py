@@ -25,7 +25,7 @@ from shard_maker import RUN, fill_slot, flip, make_shard, ram_place, slots_of
 from xxhash import xxh3_64_intdigest
 
 import mtckpt
-from mtckpt import _inventory, _manifest, _node, _save, _shard
+from mtckpt import _inventory, _manifest, _node, _save, _shard, _writing
 from mtckpt._choice import plan_restore
 from mtckpt._holdings import holdings_of
 from mtckpt._manifest import (
@@ -147,7 +147,7 @@ def test_what_is_no_longer_tied_is_stored_twice(make: Any) -> None:
 
 
 class _Fails(CpuEngine):
-    def capture(self, *_: Any) -> None:
+    def capture(self, *_: Any) -> Any:
         raise MemoryError("while the state is copied")
 
 
@@ -158,7 +158,7 @@ def test_a_capture_cut_short_is_no_finished_one(tmp_path: Path, ram_dir: Path) -
     captured = _save.Planner().prepare(state, active_adapters())
     layout = captured.plan.layout
     slot = slots.allocate(RUN, "a", layout.size_bytes, layout.table_bytes)
-    ring = _save.SlotRing()
+    ring = _save.SlotRing(CpuEngine())
     paths = (slot.data_path, slot.table_path, slot.record_path)
     held = ring.adopt(protocol.SlotGrant("a", slot.inode, *paths), layout)
     more: dict[str, Any] = {"due": (), "metrics": {}, "every": 0}
@@ -167,12 +167,12 @@ def test_a_capture_cut_short_is_no_finished_one(tmp_path: Path, ram_dir: Path) -
         id_ = builders.incarnation_id(RUN, 1)
         return _save.Identity(RUN, step, 1, id_, _manifest.save_id(id_, step, 0))
 
-    _save.write_shard(captured, held, identity(1), CpuEngine(), **more)
+    _writing.begin(captured, held, identity(1), CpuEngine(), **more).finish()
     (found,) = slots.scan(RUN, repair=False).slots
     assert found.record is not None
     assert found.record.step == 1
     with pytest.raises(MemoryError):
-        _save.write_shard(captured, held, identity(2), _Fails(), **more)
+        _writing.begin(captured, held, identity(2), _Fails(), **more)
     (found,) = slots.scan(RUN, repair=False).slots
     assert (found.generation, found.record) == (0, None)
     ring.clear()
@@ -184,7 +184,7 @@ def test_a_slot_that_another_rank_had_meanwhile_gets_its_header_again(ram_dir: P
     ranks = []
     for name in ("v", "w"):
         planned = _save.Planner().prepare({name: np.arange(1000.0)}, active_adapters())
-        ranks.append((planned, _save.SlotRing()))
+        ranks.append((planned, _save.SlotRing(CpuEngine())))
     layout = ranks[0][0].plan.layout
     slot = slots.allocate(RUN, "a", layout.size_bytes, layout.table_bytes)
     grant = protocol.SlotGrant("a", slot.inode, slot.data_path, slot.table_path, slot.record_path)
@@ -193,7 +193,7 @@ def test_a_slot_that_another_rank_had_meanwhile_gets_its_header_again(ram_dir: P
         captured, ring = ranks[rank]
         held = ring.adopt(grant, captured.plan.layout)
         identity = _save.Identity(RUN, step, 1, id_, _manifest.save_id(id_, step, 0), rank, 2)
-        _save.write_shard(captured, held, identity, CpuEngine(), due=(), metrics={}, every=0)
+        _writing.begin(captured, held, identity, CpuEngine(), due=(), metrics={}, every=0).finish()
         assert Path(slot.data_path).read_bytes().startswith(captured.plan.layout.header)
     for _, ring in ranks:
         ring.clear()

@@ -89,7 +89,7 @@ class NumpyAdapter:
             [value.strides for value in values],
         ]
 
-    def host_addresses(
+    def addresses(
         self, values: Sequence[Any], paths: Sequence[str] = (), fingerprint: object = None
     ) -> tuple[list[int], object]:
         """The array's own memory where it is C-contiguous and native, else that of a copy."""

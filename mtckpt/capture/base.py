@@ -6,9 +6,12 @@ Knows addresses and chunks. Does not know frameworks, files or steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-__all__ = ["Engine", "Move", "Span"]
+__all__ = ["MODES", "Capture", "Engine", "Mode", "Move", "Span"]
+
+Mode = Literal["auto", "snapshot", "overlap", "blocking"]
+MODES: tuple[Mode, ...] = ("auto", "snapshot", "overlap", "blocking")
 
 
 class Span(NamedTuple):
@@ -30,17 +33,44 @@ class Move(NamedTuple):
     target_step: int = 0
 
 
+class Capture(Protocol):
+    """A capture whose values are those at the call; its bytes may still be on their way."""
+
+    is_done: bool
+
+    def finish(self, digests: memoryview) -> None:
+        """Wait until bytes and digests are all there; takes as long as the copy does.
+
+        To be called once, with the digests that ``capture`` was given. Raises CaptureFailed.
+        """
+
+
 class Engine(Protocol):
-    """Moves bytes by its own threads, with the interpreter lock released."""
+    """Moves bytes by its own threads, with the interpreter lock released.
+
+    Addresses of devices (``addresses.OnDevice``) may stand wherever sources or targets do.
+    """
 
     def capture(
-        self, sources: Sequence[int], spans: Sequence[Span], base: int, digests: memoryview
-    ) -> None:
+        self,
+        sources: Sequence[int],
+        spans: Sequence[Span],
+        base: int,
+        digests: memoryview,
+        mode: Mode = "auto",
+    ) -> Capture:
         """Copy ``sources[i]`` to ``base + spans[i].start`` for all i, and digest it.
 
         ``digests`` (u64 a chunk) gets the XXH3-64 of each 256 KiB of the *source*, taken before
-        the copy: a copy that went wrong shows.
+        the copy: a copy that went wrong shows. ``mode`` says what memory of a device may be used.
+        What lies on devices is there once ``finish`` of the result has returned.
         """
+
+    def register(self, address: int, size_bytes: int) -> None:
+        """Told of memory that captures go to, so that devices can be made to know it."""
+
+    def unregister(self, address: int) -> None:
+        """Told before that memory is unmapped."""
 
     def fetch(
         self,

@@ -24,7 +24,7 @@ from mtckpt._shard import CHUNK_BYTES
 from mtckpt.capture.memory import Buffer, Mapping, anonymous, view_at
 
 if TYPE_CHECKING:
-    from mtckpt.capture.base import Move, Span
+    from mtckpt.capture.base import Capture, Mode, Move, Span
 
 __all__ = ["CpuEngine"]
 
@@ -77,6 +77,18 @@ class _Window(NamedTuple):
     size_bytes: int
 
 
+class _Done:
+    """Everything was there when ``capture`` returned."""
+
+    is_done = True
+
+    def finish(self, digests: memoryview) -> None:
+        """Nothing is left."""
+
+
+_DONE = _Done()
+
+
 class CpuEngine:
     """See ``base.Engine``. ``max_threads`` bounds what one call uses, the caller included."""
 
@@ -85,8 +97,14 @@ class CpuEngine:
         self._arrays = _Arrays([], [])
 
     def capture(
-        self, sources: Sequence[int], spans: Sequence[Span], base: int, digests: memoryview
-    ) -> None:
+        self,
+        sources: Sequence[int],
+        spans: Sequence[Span],
+        base: int,
+        digests: memoryview,
+        mode: Mode = "auto",
+    ) -> Capture:
+        del mode  # there is but one way
         arrays = self._arrays
         if arrays.sources != sources or arrays.spans != spans:
             arrays = self._arrays = _Arrays(sources, spans)
@@ -100,6 +118,13 @@ class CpuEngine:
             for chunk, place, view in zip(arrays.chunks, arrays.places, arrays.views, strict=True):
                 digests[chunk] = xxh3_64_intdigest(view)
                 target[place] = view
+        return _DONE
+
+    def register(self, address: int, size_bytes: int) -> None:
+        """Nothing: the CPU knows all memory."""
+
+    def unregister(self, address: int) -> None:
+        """Nothing."""
 
     def verify(self, base: int, spans: Sequence[Span], digests: memoryview) -> list[int]:
         bad: set[int] = set()

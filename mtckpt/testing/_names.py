@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mtckpt import _gathering, _handle, _progress, _restore, _run, _save, _session
+from mtckpt import _gathering, _handle, _progress, _restore, _run, _session, _writing
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import address, owners, peers, protocol, registry, server, verbs
-from mtckpt.testing._trainers import PeerPlace, restore_from, write_shard
+from mtckpt.testing._trainers import PeerPlace, begin, restore_from
 from mtckpt.testing._virtual import Threads, Time
 from mtckpt.testing._wires import AgentClient, PeerClient, PeerListener, bind, ensure_agent
 from mtckpt.testing.cluster import Node, Process, World, running
@@ -110,7 +110,7 @@ def names_of(world: World) -> Names:
     names.put(_run, "LocalTier", _local_tier(world))
     names.put(_run, "open_store", lambda *_, **__: world.store)
     names.put(_restore, "restore_from", restore_from(world))
-    names.put(_save, "write_shard", write_shard(world))
+    names.put(_writing, "begin", begin(world))
     names.put(_gathering, "PeerTier", functools.partial(PeerPlace, world))
     active_adapters()
     return names

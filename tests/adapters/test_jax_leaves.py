@@ -64,7 +64,7 @@ def test_wide_types_come_back_or_are_refused(name: str) -> None:
 def test_bytes_are_taken_where_they_lie_and_new_ones_adopted() -> None:
     array = jnp.arange(1000.0)
     adapter = next(each for each in active_adapters() if each.framework == "jax")
-    addresses, copies = adapter.host_addresses([array], ["a"])
+    addresses, copies = adapter.addresses([array], ["a"])
     assert (addresses, copies) == ([array.unsafe_buffer_pointer()], [])
     saved = save([array])
     placing, result = plan(saved, [jnp.zeros(1000)])

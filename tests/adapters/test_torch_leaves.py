@@ -272,7 +272,7 @@ def test_a_tensor_whose_memory_was_given_back_is_an_error(make: Any, left_bytes:
     base.untyped_storage().resize_(left_bytes)
     for known in (None, ADAPTER.fingerprint([other, tensor])):
         with pytest.raises(UnsupportedState, match="given back") as caught:
-            ADAPTER.host_addresses([other, tensor], ["a", "b"], known)
+            ADAPTER.addresses([other, tensor], ["a", "b"], known)
         assert caught.value.details["path"] == "b"
     assert ADAPTER.writable_address(tensor) is None
 
@@ -282,7 +282,7 @@ def test_memory_given_back_between_two_saves_is_noticed() -> None:
     tensors = [torch.ones(4), torch.ones(8)[4:]]
 
     def addresses() -> list[int]:
-        found, _ = adapter.host_addresses(tensors, (), adapter.fingerprint(tensors))
+        found, _ = adapter.addresses(tensors, (), adapter.fingerprint(tensors))
         return found
 
     known = adapter.fingerprint(tensors)
@@ -297,7 +297,7 @@ def test_memory_given_back_between_two_saves_is_noticed() -> None:
 
 def test_plain_tensors_are_not_copied_and_others_are() -> None:
     plain, view, strided = torch.ones(4), torch.ones(8)[4:], torch.ones(4, 4).t()
-    addresses, keep = ADAPTER.host_addresses([plain, view, strided])
+    addresses, keep = ADAPTER.addresses([plain, view, strided])
     assert addresses[:2] == [plain.data_ptr(), view.data_ptr()]
     assert addresses[2] != strided.data_ptr()
     assert len(keep) == 1  # type: ignore[arg-type]  # what keeps copies alive is a list here
@@ -305,8 +305,8 @@ def test_plain_tensors_are_not_copied_and_others_are() -> None:
 
 def test_addresses_are_the_same_with_and_without_a_fingerprint() -> None:
     tensors = [torch.ones(2, 3), torch.ones(3, 2).t(), torch.ones(0), torch.ones(3).conj()]
-    without, _keep = ADAPTER.host_addresses(tensors)
-    with_it, _keep2 = ADAPTER.host_addresses(tensors, (), ADAPTER.fingerprint(tensors))
+    without, _keep = ADAPTER.addresses(tensors)
+    with_it, _keep2 = ADAPTER.addresses(tensors, (), ADAPTER.fingerprint(tensors))
     assert without[0] == with_it[0]
     assert without[2:] == with_it[2:]
     assert with_it[2] == 0

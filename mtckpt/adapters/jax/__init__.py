@@ -53,12 +53,12 @@ class JaxAdapter:
         """By columns, for speed."""
         return leaves.fingerprint(values)
 
-    def host_addresses(
+    def addresses(
         self, values: Sequence[Any], paths: Sequence[str] = (), fingerprint: object = None
     ) -> tuple[list[int], object]:
         """XLA's own memory for arrays on one CPU device, and copies for all others."""
         columns = leaves.fingerprint(values) if fingerprint is None else fingerprint
-        return leaves.host_addresses(values, paths, cast_type("list[list[Any]]", columns))
+        return leaves.addresses_of(values, paths, cast_type("list[list[Any]]", columns))
 
     def identity(self, value: Any) -> object | None:
         """The same object."""

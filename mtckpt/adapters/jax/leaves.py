@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 __all__ = [
     "PLAIN",
     "Fresh",
+    "addresses_of",
     "check",
     "fingerprint",
-    "host_addresses",
     "identity",
     "is_leaf",
     "made",
@@ -145,7 +145,7 @@ def fingerprint(values: Sequence[Any]) -> list[list[Any]]:
     ]
 
 
-def host_addresses(
+def addresses_of(
     values: Sequence[Any], paths: Sequence[str], columns: Sequence[Sequence[Any]]
 ) -> tuple[list[int], list[np.ndarray[Any, Any]]]:
     """Where the bytes lie once they are computed, and the copies among them.

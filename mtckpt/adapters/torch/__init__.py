@@ -60,11 +60,11 @@ class TorchAdapter:
             found.dtypes, found.shapes = last.dtypes, last.shapes
         return found
 
-    def host_addresses(
+    def addresses(
         self, values: Sequence[Any], paths: Sequence[str] = (), fingerprint: object = None
     ) -> tuple[list[int], object]:
         """The live memory of plain host tensors, and of copies for all others."""
-        addresses, copies, last = leaves.host_addresses(values, paths, fingerprint, self._last)
+        addresses, copies, last = leaves.addresses_of(values, paths, fingerprint, self._last)
         self._last = last or self._last
         return addresses, copies
 

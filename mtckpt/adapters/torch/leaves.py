@@ -3,7 +3,7 @@
 Knows dense tensors, parameters and buffers on any device, as views, expanded, with lazy
 conjugation or negation. Does not know modules or optimizers (``objects``), nor tensors that are
 sharded, sparse, quantised or nested: those are refused with their path. Does not promise speed for
-other devices than the CPU: their bytes come through pageable host memory.
+other devices than the CPU and CUDA's: their bytes come through pageable host memory.
 
 Everything that a save calls works on lists and keeps to calls that create no Python object where
 it can: 20,000 tensors are looked at in some 20 ms.
@@ -22,15 +22,17 @@ from torch.nn.parameter import is_lazy
 from mtckpt._codecs import CODECS, register_codec
 from mtckpt._dtypes import DTYPES
 from mtckpt._state import ArraySpec
+from mtckpt.capture.addresses import located
+from mtckpt.capture.driver import Driver
 from mtckpt.errors import UnsupportedState
 
 __all__ = [
     "FRAMEWORK",
     "Layouts",
+    "addresses_of",
     "assign",
     "bump_versions",
     "fingerprint",
-    "host_addresses",
     "identity",
     "is_plain",
     "laid_out",
@@ -64,13 +66,15 @@ BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Layouts:
     """The fingerprint of a list of tensors, by column; ``odd`` are those that are not plain.
 
-    A plain tensor is a dense one in host memory whose bytes are its elements in C order.
+    A plain tensor is a dense one in host memory, or in that of a CUDA device (``ordinals``, below 0
+    for the host), whose bytes are its elements in C order.
     ``details`` says of the others what the columns do not. Where the bytes lie and how long the
     storages are is looked up along with it and no part of what is compared.
     """
 
     dtypes: list[Any] = field(default_factory=list)
     shapes: list[Any] = field(default_factory=list)
+    ordinals: list[int] = field(default_factory=list)
     odd: list[int] = field(default_factory=list)
     details: list[object] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list, compare=False)
@@ -81,10 +85,23 @@ class Layouts:
         return (self.addresses, self.held_bytes, self)
 
 
+def ordinals_of(block: Sequence[torch.Tensor]) -> list[int]:
+    """The CUDA device of each tensor; below 0 for the host's and other devices' memory."""
+    if all(tensor.is_cpu for tensor in block) or torch.version.cuda is None or _driver() is None:
+        return [-1] * len(block)
+    return [tensor.get_device() if tensor.is_cuda else -1 for tensor in block]
+
+
+_driver = Driver.load
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
-    """True if the tensor's bytes in host memory are its elements in C order."""
+    """True if the tensor's bytes, in memory that bytes can be copied to, are those of its elements.
+
+    In C order, in host memory or that of a CUDA device.
+    """
     return bool(
-        tensor.is_cpu
+        (tensor.is_cpu or ordinals_of([tensor])[0] >= 0)
         and tensor.layout is torch.strided
         and not tensor.is_nested
         and tensor.is_contiguous()
@@ -117,13 +134,22 @@ def _look(block: Sequence[torch.Tensor], found: Layouts) -> bool:
     """
     dtypes = [tensor.dtype for tensor in block]
     on_host = [tensor.is_cpu for tensor in block]
+    within_reach = all(on_host)
+    if within_reach:
+        found.ordinals += [-1] * len(block)
+    else:
+        ordinals = ordinals_of(block)
+        found.ordinals += ordinals
+        within_reach = all(
+            here or ordinal >= 0 for here, ordinal in zip(on_host, ordinals, strict=True)
+        )
     found.dtypes += dtypes
     found.shapes += map(torch.Tensor.size, block)
     found.addresses += map(torch.Tensor.data_ptr, block)
     found.held_bytes += map(_held_bytes, map(_storage, block))
     return (
         all(map(torch.Tensor.is_contiguous, block))
-        and all(on_host)
+        and within_reach
         and not any(map(torch.Tensor.is_neg, block))
         and COMPLEX.isdisjoint(dtypes)
     )
@@ -139,7 +165,7 @@ def _details(tensor: torch.Tensor) -> object:
     )
 
 
-def host_addresses(
+def addresses_of(
     values: Sequence[torch.Tensor],
     paths: Sequence[str],
     known: object,
@@ -158,10 +184,11 @@ def host_addresses(
         if not odd:
             if last is None or layouts.where() != last.where():
                 _check_storages(values, layouts.held_bytes, paths)
-            return layouts.addresses, [], layouts
+            return located(layouts.addresses, layouts.ordinals), [], layouts
         _check_storages(values, [_held_bytes(_storage(tensor)) for tensor in values], paths)
-        copied = {i: _host_copy(values[i]) for i in odd}
-        addresses = [copied.get(i, tensor).data_ptr() for i, tensor in enumerate(values)]
+        copied = {i: _plain_copy(values[i]) for i in odd}
+        final = [copied.get(i, tensor) for i, tensor in enumerate(values)]
+        addresses = located([tensor.data_ptr() for tensor in final], ordinals_of(final))
     return addresses, list(copied.values()), None
 
 
@@ -204,14 +231,15 @@ def _end_bytes(tensor: torch.Tensor) -> int:
     return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
-def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements in C order in host memory; waits for the device's current stream."""
+def _plain_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements in C order: of a CUDA tensor on its device, of any other in host memory."""
     with warnings.catch_warnings():
         # complex32 warns that it is experimental; moving its bytes is not.
         warnings.simplefilter("ignore", UserWarning)
         real = tensor.detach().resolve_conj().resolve_neg()
+        dense = _bits(real).contiguous()
         # A blocking copy on the current stream: it comes after what that stream still has to do.
-        host = _bits(real).contiguous().cpu()
+        host = dense if ordinals_of([dense])[0] >= 0 else dense.cpu()
         # .cpu() and .contiguous() hand back what already fits; a copy is never the live tensor.
         return host.clone() if host.data_ptr() == tensor.data_ptr() else host
 
@@ -318,7 +346,7 @@ def writable_address(tensor: torch.Tensor) -> int | None:
         return None
     if tensor.numel() and _end_bytes(tensor) > tensor.untyped_storage().nbytes():
         return None
-    return tensor.data_ptr()
+    return located([tensor.data_ptr()], ordinals_of([tensor]))[0]
 
 
 def writable_addresses(
@@ -348,7 +376,7 @@ def _writable(block: Sequence[torch.Tensor], specs: Sequence[ArraySpec]) -> list
         sizes = [tensor.nbytes for tensor in block]
         if _outside_storage(block, layouts.held_bytes, sizes) is not None:
             return None
-    return layouts.addresses  # 0 for an empty one
+    return located(layouts.addresses, layouts.ordinals)  # 0 for an empty one
 
 
 def new_tensor(spec: ArraySpec, path: str = "") -> tuple[torch.Tensor, int]:

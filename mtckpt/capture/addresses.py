@@ -1,0 +1,39 @@
+"""Addresses that know which device their memory belongs to.
+
+A plain ``int`` is an address in host memory. Host and devices share one range of addresses, so one
+of a device is still unique, and may stand in any list of addresses.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+__all__ = ["OnDevice", "has_devices", "located", "on_device"]
+
+
+class OnDevice(int):
+    """An address in the memory of CUDA device ``ordinal``, as this process counts them."""
+
+    ordinal = -1
+
+
+@functools.cache
+def on_device(ordinal: int) -> type[OnDevice]:
+    """The addresses of one device."""
+    return type(f"OnDevice{ordinal}", (OnDevice,), {"ordinal": ordinal})
+
+
+def located(addresses: Sequence[int], ordinals: Sequence[int]) -> list[int]:
+    """The addresses with their devices; an ordinal below 0 means host memory."""
+    if max(ordinals, default=-1) < 0:
+        return list(addresses)
+    return [
+        on_device(ordinal)(address) if ordinal >= 0 and address else address
+        for address, ordinal in zip(addresses, ordinals, strict=True)
+    ]
+
+
+def has_devices(addresses: Iterable[int]) -> bool:
+    """True if one of the addresses belongs to a device."""
+    return not {int}.issuperset(map(type, addresses))

@@ -1,0 +1,298 @@
+"""The engine for CUDA devices: which memory a capture passes through, and when it is waited for.
+
+Knows the driver's lanes, the frameworks' current streams, and what device memory is free. Does not
+know states or files. PyTorch lends the arena from a pool of its own, which it may take back when it
+runs out; without PyTorch it comes from the driver. Live state is never allocated here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mtckpt.capture.addresses import OnDevice
+from mtckpt.capture.draining import Draining, Lane
+from mtckpt.capture.driver import CudaError, Driver
+from mtckpt.capture.windows import WINDOW_BYTES, Spread, arena_of, windows
+from mtckpt.errors import CaptureFailed
+
+if TYPE_CHECKING:
+    from mtckpt.capture.base import Mode, Span
+
+__all__ = ["CudaCapture", "CudaEngine", "room_bytes"]
+
+logger = logging.getLogger(__name__)
+
+_GIB = 1 << 30
+_FINISH_S = 600.0
+# Two of them, rows and digests are what a capture needs that has no arena of its own.
+_TURN_BYTES = 24 << 20
+
+
+def room_bytes(mode: Mode, wanted_bytes: int, free_bytes: int, total_bytes: int) -> int:
+    """Device memory that a snapshot may take, so that the user's next allocation does not fail.
+
+    A twentieth of the device, and a GiB at least, is left alone. 0: all goes through a small ring.
+    """
+    if mode in ("blocking", "overlap"):
+        return 0
+    left = free_bytes - max(_GIB, total_bytes // 20)
+    return max(0, min(wanted_bytes, left))
+
+
+class _Arenas:
+    """Device memory for snapshots, lent for one capture at a time."""
+
+    def __init__(self, driver: Driver, ordinal: int) -> None:
+        self._driver = driver
+        self._ordinal = ordinal
+        self._pool: Any = None
+        self._pooled_bytes = 0  # what a pool of PyTorch's still holds for us
+        self._own = (0, 0)  # address and size of memory of the driver's
+
+    def free_bytes(self) -> tuple[int, int]:
+        """What a new arena could have, and the whole memory of the device."""
+        free, total = self._driver.memory()
+        return free + self._pooled_bytes + self._own[1], total
+
+    def take(self, size_bytes: int) -> tuple[int, object] | None:
+        """Memory and what keeps it; None if there is none after all."""
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            return self._of_torch(torch, size_bytes)
+        if self._own[1] < size_bytes:
+            self.close()
+            try:
+                self._own = (self._driver.alloc(size_bytes), size_bytes)
+            except CudaError:
+                return None
+        return self._own[0], None
+
+    def _of_torch(self, torch: Any, size_bytes: int) -> tuple[int, object] | None:
+        try:
+            with self._pool_of(torch):
+                memory = torch.empty(
+                    size_bytes, dtype=torch.uint8, device=torch.device("cuda", self._ordinal)
+                )
+        except torch.OutOfMemoryError:
+            self._pooled_bytes = 0
+            return None
+        self._pooled_bytes = max(size_bytes, self._pooled_bytes)
+        return memory.data_ptr(), memory
+
+    @contextlib.contextmanager
+    def _pool_of(self, torch: Any) -> Iterator[None]:
+        """A pool that PyTorch uses for others before it runs out of memory, where it can."""
+        if self._pool is None:
+            try:
+                self._pool = torch.cuda.MemPool(use_on_oom=True)
+            except (AttributeError, TypeError):  # PyTorch before 2.8: memory is cached for all
+                self._pool = False
+        if self._pool is False:
+            yield
+            return
+        with torch.cuda.use_mem_pool(self._pool, device=self._ordinal):
+            yield
+
+    def close(self) -> None:
+        """Give back memory of the driver's, and the pool."""
+        self._pool, self._pooled_bytes = None, 0
+        if self._own[0]:
+            self._driver.free(self._own[0])
+        self._own = (0, 0)
+
+
+class _Device:
+    """What is kept of one device from one save to the next."""
+
+    def __init__(self, driver: Driver, ordinal: int) -> None:
+        self.lane = Lane(driver, ordinal)
+        self.arenas = _Arenas(driver, ordinal)
+        self._spans: Sequence[Span] = ()
+        self._spread: Spread | None = None
+
+    def spread(self, spans: Sequence[Span], chosen: list[int]) -> Spread:
+        """The chunks of these spans; made anew only if they are others than last time."""
+        known = self._spread
+        if known is None or self._spans is not spans or known.chosen != chosen:
+            known = self._spread = Spread(spans, chosen)
+            self._spans = spans
+        return known
+
+
+class CudaCapture:
+    """See ``base.Capture``."""
+
+    def __init__(self, parts: list[tuple[Draining, object]]) -> None:
+        self._parts = parts
+
+    def finish(self, digests: memoryview) -> None:
+        """Wait until all bytes and digests are in host memory. Raises CaptureFailed."""
+        bytes_per_s = float(os.environ.get("MTCKPT_CAPTURE_BYTES_PER_S", "0"))
+        while self._parts:
+            draining, _ = self._parts[0]
+            with _as_capture_failed():
+                draining.finish(digests, bytes_per_s, _FINISH_S)
+            del draining
+            self._parts.pop(0)  # and the memory of its arena
+
+
+class CudaEngine:
+    """Captures from devices. One capture at a time, from any thread."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._devices: dict[int, _Device] = {}
+        self._registered: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._refused = False
+
+    # -- slots -----------------------------------------------------------------------------------
+
+    def register(self, address: int, size_bytes: int, ordinal: int = 0) -> bool:
+        """Pin memory of a slot, so that devices copy straight to it; False where that is refused.
+
+        Slower then, and said once.
+        """
+        if not size_bytes or self._registered.get(address) == size_bytes:
+            return bool(size_bytes)
+        with self._driver.current(ordinal), self._driver.relaxed():
+            try:
+                self._driver.register(address, size_bytes)
+            except CudaError as error:
+                if not self._refused:
+                    self._refused = True
+                    logger.warning("slots cannot be registered with the device (%s): slower", error)
+                return False
+        self._registered[address] = size_bytes
+        return True
+
+    def unregister(self, address: int, ordinal: int = 0) -> None:
+        """Before the memory is unmapped. Nothing may be under way to it."""
+        if self._registered.pop(address, None) is not None:
+            with self._driver.current(ordinal), self._driver.relaxed():
+                self._driver.unregister(address)
+
+    # -- capture ---------------------------------------------------------------------------------
+
+    def capture(
+        self,
+        sources: Sequence[int],
+        spans: Sequence[Span],
+        base: int,
+        mode: Mode,
+    ) -> tuple[CudaCapture, list[tuple[int, int]]]:
+        """Take the values of those ``sources`` that are on devices, as of now.
+
+        Returns what is to be finished, and the stretches of the shard that its copies cover: bytes
+        of others inside of them are overwritten until it has finished.
+        """
+        by_device: dict[int, list[int]] = {}
+        for i, source in enumerate(sources):
+            if isinstance(source, OnDevice) and spans[i].size_bytes:
+                by_device.setdefault(source.ordinal, []).append(i)
+        parts: list[tuple[Draining, object]] = []
+        covered: list[tuple[int, int]] = []
+        with self._lock, _as_capture_failed():
+            streams = {ordinal: self._streams(ordinal) for ordinal in by_device}
+            for ordinal, chosen in by_device.items():
+                with self._driver.current(ordinal), self._driver.relaxed():
+                    part = self._start(
+                        self._device(ordinal), chosen, sources, spans, base, mode,
+                        streams[ordinal], covered, alone=len(by_device) == 1,
+                    )  # fmt: skip
+                parts.append(part)
+        return CudaCapture(parts), sorted(covered)
+
+    def _start(
+        self,
+        device: _Device,
+        chosen: list[int],
+        sources: Sequence[int],
+        spans: Sequence[Span],
+        base: int,
+        mode: Mode,
+        streams: Sequence[int],
+        covered: list[tuple[int, int]],
+        *,
+        alone: bool,
+    ) -> tuple[Draining, object]:
+        spread = device.spread(spans, chosen)
+        cut = windows(spread, WINDOW_BYTES, alone=alone)
+        wanted = arena_of(cut, sys.maxsize)
+        room = room_bytes(mode, wanted.size_bytes, *device.arenas.free_bytes())
+        if room < wanted.size_bytes:
+            cut = windows(spread, _TURN_BYTES, alone=alone)
+        arena = arena_of(cut, room)
+        lent = device.arenas.take(arena.size_bytes)
+        if lent is None:
+            cut = windows(spread, _TURN_BYTES, alone=alone)
+            arena = arena_of(cut, 0)
+            lent = device.arenas.take(arena.size_bytes)
+        if lent is None:
+            raise CaptureFailed(
+                f"device {device.lane.ordinal} has no memory left to capture through",
+                stage="captured",
+                needed_bytes=arena.size_bytes,
+                actions=("leave some hundred MiB of device memory free",),
+            )
+        address, owner = lent
+        at = [sources[i] for i in chosen]
+        draining = device.lane.start(spread, cut, arena, address, at, base, streams)
+        for stream in streams:
+            self._driver.wait(stream, device.lane.captured)
+        covered += [(window.begin, window.end) for window in cut]
+        return draining, owner
+
+    def _streams(self, ordinal: int) -> list[int]:
+        """The streams whose work a user expects to be done before what is called now.
+
+        The current one, and the default one, where whoever knows nothing of streams works.
+        """
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_initialized():
+            return []  # JAX's arrays have been waited for
+        current = torch.cuda.current_stream(ordinal).cuda_stream
+        with self._driver.current(ordinal):
+            if self._driver.capturing(current):
+                raise CaptureFailed(
+                    "save() was called while a CUDA graph is captured: there are no values yet",
+                    stage="captured",
+                    actions=("call save() outside of torch.cuda.graph()",),
+                )
+            if current == 0 or self._driver.capturing(0):  # by another thread
+                return [current]
+        return [current, 0]
+
+    def _device(self, ordinal: int) -> _Device:
+        device = self._devices.get(ordinal)
+        if device is None:
+            device = self._devices[ordinal] = _Device(self._driver, ordinal)
+        return device
+
+    def close(self) -> None:
+        """Give back all device memory, streams and registrations. Nothing may be under way."""
+        for address in list(self._registered):
+            self.unregister(address)
+        for ordinal, device in self._devices.items():
+            device.lane.close()
+            with self._driver.current(ordinal), self._driver.relaxed():
+                device.arenas.close()
+        self._devices.clear()
+
+
+@contextlib.contextmanager
+def _as_capture_failed() -> Iterator[None]:
+    try:
+        yield
+    except CudaError as error:
+        raise CaptureFailed(
+            f"the device refused: {error}",
+            stage="captured",
+            actions=("look for an earlier error of the device in the log of the job",),
+        ) from error

@@ -1,0 +1,233 @@
+"""From device memory into a slot: packed and digested on the device, then drained over the bus.
+
+Knows the driver, rows and windows. Does not know frameworks or files. One kernel reads every chunk
+of live memory once: it copies the chunk to its place in the arena and computes its digest from the
+same bytes, before they leave the device. After it the live memory may change; the arena is copied
+to the slot in pieces, so that others' copies are not starved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mtckpt.capture import kernels
+from mtckpt.capture.memory import view_at
+from mtckpt.capture.windows import ROW_WORDS, Arena, Spread, Window
+from mtckpt.errors import CaptureStuck
+
+if TYPE_CHECKING:
+    from mtckpt.capture.driver import Driver
+
+__all__ = ["Draining", "Lane"]
+
+_RING = 2
+_DEPTH = 3  # copies that are on the way at once
+_POLL_S = 0.0002
+_WORD_BYTES = 8
+_ROW_BYTES = ROW_WORDS * _WORD_BYTES
+
+
+class _Pinned:
+    """Host memory that a device copies to and from, of at least the size last asked for."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._size_bytes = 0
+        self.address = 0
+
+    def hold(self, size_bytes: int) -> None:
+        if size_bytes > self._size_bytes:
+            self.free()
+            self.address = self._driver.alloc_host(size_bytes)
+            self._size_bytes = size_bytes
+
+    def words(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        return np.frombuffer(view_at(self.address, count * _WORD_BYTES), np.uint64)
+
+    def free(self) -> None:
+        if self.address:
+            self._driver.free_host(self.address)
+        self.address = self._size_bytes = 0
+
+
+class _OnDevice:
+    """Device memory of at least the size last asked for."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._size_bytes = 0
+        self.address = 0
+
+    def hold(self, size_bytes: int) -> bool:
+        """True if it is new, so that nothing is in it yet."""
+        if size_bytes <= self._size_bytes:
+            return False
+        self.free()
+        self.address = self._driver.alloc(size_bytes)
+        self._size_bytes = size_bytes
+        return True
+
+    def free(self) -> None:
+        if self.address:
+            self._driver.free(self.address)
+        self.address = self._size_bytes = 0
+
+
+class Lane:
+    """One device's streams and small buffers, kept from one save to the next.
+
+    One capture at a time: it is started once the one before it has finished.
+    """
+
+    def __init__(self, driver: Driver, ordinal: int) -> None:
+        self.driver = driver
+        self.ordinal = ordinal
+        self._uploaded: np.ndarray[tuple[int, int], np.dtype[np.uint64]] | None = None
+        with driver.current(ordinal), driver.relaxed():
+            self.kernels = kernels.load(driver, ordinal)
+            self.packing = driver.stream("highest")
+            self.copying = driver.stream("lowest")
+            self.captured = driver.event()
+            self._ready = driver.event()
+            self._packed = [driver.event() for _ in range(_RING)]
+            self.copied = [driver.event() for _ in range(max(_RING, _DEPTH))]
+            self.host_rows, self.host_digests = _Pinned(driver), _Pinned(driver)
+            self.rows, self.digests = _OnDevice(driver), _OnDevice(driver)
+
+    def close(self) -> None:
+        """Give back all that the lane holds. Nothing may be under way."""
+        driver = self.driver
+        with driver.current(self.ordinal), driver.relaxed():
+            for stream in (self.packing, self.copying):
+                driver.synchronize(stream)
+                driver.destroy_stream(stream)
+            for event in (self.captured, self._ready, *self._packed, *self.copied):
+                driver.destroy_event(event)
+            for memory in (self.host_rows, self.host_digests, self.rows, self.digests):
+                memory.free()
+
+    def start(
+        self,
+        spread: Spread,
+        cut: Sequence[Window],
+        arena: Arena,
+        arena_address: int,
+        sources: Sequence[int],
+        base: int,
+        producers: Sequence[int],
+    ) -> Draining:
+        """Put the packing on the device, and the copies of windows that share a place.
+
+        Values are those after all that ``producers`` (streams) have now been given. Call within
+        ``current`` and ``relaxed``.
+        """
+        driver = self.driver
+        self._upload(spread, cut, arena, arena_address, sources)
+        self.digests.hold((int(spread.numbers.max()) + 1) * _WORD_BYTES)
+        for stream in producers:
+            driver.record(self._ready, stream)
+            driver.wait(self.packing, self._ready)
+        turning = len(cut) - arena.num_kept
+        for i, window in enumerate(cut[:turning]):
+            if arena.after[i] >= 0:
+                driver.wait(self.packing, self.copied[i % _RING])
+            self._pack(window.first, window.stop)
+            driver.record(self._packed[i % _RING], self.packing)
+            driver.wait(self.copying, self._packed[i % _RING])
+            place = arena_address + arena.places[i]
+            driver.to_host(base + window.begin, place, window.size_bytes, self.copying)
+            driver.record(self.copied[i % _RING], self.copying)
+        if arena.num_kept:
+            self._pack(cut[turning].first, cut[-1].stop)
+        driver.record(self.captured, self.packing)
+        driver.wait(self.copying, self.captured)
+        kept = [
+            (base + window.begin, arena_address + place, window.size_bytes)
+            for window, place in zip(cut[turning:], arena.places[turning:], strict=True)
+        ]
+        return Draining(self, spread, kept)
+
+    def _pack(self, first: int, stop: int) -> None:
+        rows = self.rows.address + first * _ROW_BYTES
+        self.kernels.digest_copy(self.packing, rows, stop - first, self.digests.address)
+
+    def _upload(
+        self,
+        spread: Spread,
+        cut: Sequence[Window],
+        arena: Arena,
+        arena_address: int,
+        sources: Sequence[int],
+    ) -> None:
+        """Bring the rows to the device, unless they are there from the last time."""
+        rows = np.empty((len(spread), ROW_WORDS), np.uint64)
+        shifts = [
+            (arena_address + place - window.begin) % (1 << 64)
+            for window, place in zip(cut, arena.places, strict=True)
+        ]
+        counts = [window.stop - window.first for window in cut]
+        rows[:, 0] = spread.addresses(sources)
+        rows[:, 1] = spread.begins + np.repeat(np.array(shifts, np.uint64), counts)
+        rows[:, 2] = spread.sizes
+        rows[:, 3] = spread.numbers
+        fresh = self.rows.hold(rows.nbytes)
+        if not fresh and self._uploaded is not None and np.array_equal(self._uploaded, rows):
+            return
+        self._uploaded = None
+        self.host_rows.hold(rows.nbytes)
+        self.host_rows.words(rows.size)[:] = rows.reshape(-1)
+        self.driver.to_device(self.rows.address, self.host_rows.address, rows.nbytes, self.packing)
+        self._uploaded = rows
+
+
+class Draining:
+    """A capture that has been put on the device: what is left to copy, and the digests."""
+
+    def __init__(self, lane: Lane, spread: Spread, kept: Sequence[tuple[int, int, int]]) -> None:
+        self._lane = lane
+        self._spread = spread
+        self._kept = kept
+
+    def finish(self, digests: memoryview, bytes_per_s: float, timeout_s: float) -> None:
+        """Copy the rest, wait for all, and note the digests. Blocks; not for the training thread.
+
+        Raises CaptureStuck if the device has not done it in time, CudaError if it cannot.
+        """
+        lane, driver = self._lane, self._lane.driver
+        deadline_s = time.monotonic() + timeout_s
+        count = int(self._spread.numbers.max()) + 1
+        started_s, done_bytes = time.monotonic(), 0
+        with driver.current(lane.ordinal), driver.relaxed():
+            for i, (target, source, size_bytes) in enumerate(self._kept):
+                event = lane.copied[i % _DEPTH]
+                if i >= _DEPTH:
+                    self._until(event, deadline_s)
+                if bytes_per_s:
+                    time.sleep(max(0.0, started_s + done_bytes / bytes_per_s - time.monotonic()))
+                driver.to_host(target, source, size_bytes, lane.copying)
+                driver.record(event, lane.copying)
+                done_bytes += size_bytes
+            lane.host_digests.hold(count * _WORD_BYTES)
+            driver.to_host(
+                lane.host_digests.address, lane.digests.address, count * _WORD_BYTES, lane.copying
+            )
+            driver.record(lane.copied[0], lane.copying)
+            self._until(lane.copied[0], deadline_s)
+        numbers = self._spread.numbers.astype(np.int64)
+        np.frombuffer(digests, np.uint64)[numbers] = lane.host_digests.words(count)[numbers]
+
+    def _until(self, event: int, deadline_s: float) -> None:
+        driver: Driver = self._lane.driver
+        pause_s = _POLL_S
+        while not driver.event_done(event):
+            if time.monotonic() > deadline_s:
+                raise CaptureStuck(
+                    f"device {self._lane.ordinal} has not come to the copy of the state in time",
+                    stage="captured",
+                )
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, 0.005)

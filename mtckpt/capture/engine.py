@@ -1,0 +1,130 @@
+"""The engine of a process: host memory by the CPU, devices by theirs, in one shard.
+
+Knows which address belongs to whom. Starts nothing of a device's before the first address of one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from mtckpt.capture.addresses import OnDevice, has_devices
+from mtckpt.capture.base import Span
+from mtckpt.capture.cpu import CpuEngine
+from mtckpt.capture.memory import anonymous
+from mtckpt.errors import CaptureFailed
+
+if TYPE_CHECKING:
+    from mtckpt.capture.base import Capture, Mode, Move
+    from mtckpt.capture.cuda import CudaCapture, CudaEngine
+    from mtckpt.capture.memory import Mapping
+
+__all__ = ["AnyEngine"]
+
+
+class _Started:
+    """Devices still copy; small arrays of the host's wait beside until they have."""
+
+    is_done = False
+
+    def __init__(self, device: CudaCapture, aside: Mapping, places: list[tuple[int, int, int]]):
+        self._device = device
+        self._aside = aside
+        self._places = places
+
+    def finish(self, digests: memoryview) -> None:
+        """See ``base.Capture``."""
+        self._device.finish(digests)
+        for target, offset, size_bytes in self._places:
+            ctypes.memmove(target, self._aside.address + offset, size_bytes)
+
+
+class AnyEngine:
+    """See ``base.Engine``."""
+
+    def __init__(self, host: CpuEngine | None = None) -> None:
+        self._host = host or CpuEngine()
+        self._cuda: CudaEngine | None = None
+        self._slots: dict[int, int] = {}  # sizes by address
+
+    def capture(
+        self,
+        sources: Sequence[int],
+        spans: Sequence[Span],
+        base: int,
+        digests: memoryview,
+        mode: Mode = "auto",
+    ) -> Capture:
+        if not has_devices(sources):
+            return self._host.capture(sources, spans, base, digests)
+        cuda = self._devices()
+        if base in self._slots:
+            cuda.register(base, self._slots[base])
+        device, covered = cuda.capture(sources, spans, base, mode)
+        begins = [begin for begin, _ in covered]
+        inside, outside = [], []
+        for i, (source, span) in enumerate(zip(sources, spans, strict=True)):
+            if not isinstance(source, OnDevice) and span.size_bytes:
+                at = bisect_right(begins, span.start) - 1
+                crossed = at >= 0 and span.start < covered[at][1]
+                (inside if crossed else outside).append(i)
+        self._host.capture(
+            [sources[i] for i in outside], [spans[i] for i in outside], base, digests
+        )
+        aside = anonymous(sum(spans[i].size_bytes for i in inside))
+        offset, moved, places = 0, [], []
+        for i in inside:
+            moved.append(Span(offset, spans[i].size_bytes, spans[i].chunk))
+            places.append((base + spans[i].start, offset, spans[i].size_bytes))
+            offset += spans[i].size_bytes
+        self._host.capture([sources[i] for i in inside], moved, aside.address, digests)
+        return _Started(device, aside, places)
+
+    def register(self, address: int, size_bytes: int) -> None:
+        """See ``base.Engine``. Done at once if this process has captured from a device."""
+        self._slots[address] = size_bytes
+        if self._cuda is not None:
+            self._cuda.register(address, size_bytes)
+
+    def unregister(self, address: int) -> None:
+        """See ``base.Engine``."""
+        self._slots.pop(address, None)
+        if self._cuda is not None:
+            self._cuda.unregister(address)
+
+    def close(self) -> None:
+        """Give back what devices hold for the engine."""
+        if self._cuda is not None:
+            self._cuda.close()
+            self._cuda = None
+
+    def verify(self, base: int, spans: Sequence[Span], digests: memoryview) -> list[int]:
+        return self._host.verify(base, spans, digests)
+
+    def fetch(
+        self,
+        fd: int,
+        spans: Sequence[Span],
+        targets: Sequence[int],
+        digests: memoryview,
+        progress: Callable[[int], None],
+    ) -> list[int]:
+        return self._host.fetch(fd, spans, targets, digests, progress)
+
+    def copy(self, moves: Sequence[Move]) -> None:
+        self._host.copy(moves)
+
+    def _devices(self) -> CudaEngine:
+        if self._cuda is None:
+            from mtckpt.capture.cuda import CudaEngine  # brings NumPy along
+            from mtckpt.capture.driver import Driver
+
+            driver = Driver.load()
+            if driver is None:
+                raise CaptureFailed(
+                    "arrays are on a CUDA device, and there is no driver for it", stage="captured"
+                )
+            self._cuda = CudaEngine(driver)
+        return self._cuda
