@@ -17,6 +17,11 @@ class OnDevice(int):
 
     ordinal = -1
 
+    def __add__(self, offset: int) -> OnDevice:
+        return type(self)(int.__add__(self, offset))
+
+    __radd__ = __add__
+
 
 @functools.cache
 def on_device(ordinal: int) -> type[OnDevice]:

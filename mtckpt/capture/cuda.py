@@ -12,17 +12,19 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mtckpt.capture.addresses import OnDevice
 from mtckpt.capture.draining import Draining, Lane
 from mtckpt.capture.driver import CudaError, Driver
+from mtckpt.capture.bringing import bring
+from mtckpt.capture.landing import land
 from mtckpt.capture.windows import WINDOW_BYTES, Spread, arena_of, windows
-from mtckpt.errors import CaptureFailed
+from mtckpt.errors import CaptureFailed, RestoreFailed
 
 if TYPE_CHECKING:
-    from mtckpt.capture.base import Mode, Span
+    from mtckpt.capture.base import Mode, Move, Span
 
 __all__ = ["CudaCapture", "CudaEngine", "room_bytes"]
 
@@ -192,10 +194,7 @@ class CudaEngine:
         Returns what is to be finished, and the stretches of the shard that its copies cover: bytes
         of others inside of them are overwritten until it has finished.
         """
-        by_device: dict[int, list[int]] = {}
-        for i, source in enumerate(sources):
-            if isinstance(source, OnDevice) and spans[i].size_bytes:
-                by_device.setdefault(source.ordinal, []).append(i)
+        by_device = _by_device(sources, spans)
         parts: list[tuple[Draining, object]] = []
         covered: list[tuple[int, int]] = []
         with self._lock, _as_capture_failed():
@@ -269,6 +268,63 @@ class CudaEngine:
                 return [current]
         return [current, 0]
 
+    # -- restore ---------------------------------------------------------------------------------
+
+    def fetch(
+        self,
+        fd: int,
+        spans: Sequence[Span],
+        targets: Sequence[int],
+        digests: memoryview,
+        progress: Callable[[int], None],
+    ) -> list[int]:
+        """See ``base.Engine``, for those targets that are on devices. Raises RestoreFailed."""
+        bad: list[int] = []
+        with _as_restore_failed():
+            for ordinal, chosen in _by_device(targets, spans).items():
+                self._wait_for_streams(ordinal)
+                at = [targets[i] for i in chosen]
+                bad += land(self._driver, ordinal, fd, spans, chosen, at, digests, progress)
+        return sorted(bad)
+
+    def copy(
+        self, moves: Sequence[Move], host_copy: Callable[[Sequence[Move]], None]
+    ) -> None:
+        """See ``base.Engine``, for moves from or to devices. Raises RestoreFailed."""
+        by_device: dict[int, list[Move]] = {}
+        within: list[Move] = []
+        for move in moves:
+            if isinstance(move.source, OnDevice):
+                within.append(move)
+            elif isinstance(move.target, OnDevice):
+                by_device.setdefault(move.target.ordinal, []).append(move)
+        with _as_restore_failed():
+            self._copy_from_devices(within)
+            for ordinal, these in by_device.items():
+                self._wait_for_streams(ordinal)
+                bring(self._driver, ordinal, these, host_copy)
+
+    def _copy_from_devices(self, moves: Sequence[Move]) -> None:
+        """One by one: what was restored to one place and is wanted at another, too."""
+        for move in moves:
+            assert isinstance(move.source, OnDevice)
+            with self._driver.current(move.source.ordinal), self._driver.relaxed():
+                stream = self._driver.stream()
+                to_device = isinstance(move.target, OnDevice)
+                copy = self._driver.on_device if to_device else self._driver.to_host
+                for turn in range(move.times):
+                    source = int(move.source) + turn * move.source_step
+                    copy(int(move.target) + turn * move.target_step, source, move.size_bytes, stream)
+                self._driver.synchronize(stream)
+                self._driver.destroy_stream(stream)
+
+    def _wait_for_streams(self, ordinal: int) -> None:
+        """What was put on the device before may still use the memory that is written to now."""
+        streams = self._streams(ordinal)
+        with self._driver.current(ordinal), self._driver.relaxed():
+            for stream in streams:
+                self._driver.synchronize(stream)
+
     def _device(self, ordinal: int) -> _Device:
         device = self._devices.get(ordinal)
         if device is None:
@@ -284,6 +340,28 @@ class CudaEngine:
             with self._driver.current(ordinal), self._driver.relaxed():
                 device.arenas.close()
         self._devices.clear()
+
+
+def _by_device(addresses: Sequence[int], spans: Sequence[Span]) -> dict[int, list[int]]:
+    """Which of the addresses are on each device; empty arrays are on none."""
+    found: dict[int, list[int]] = {}
+    for i, address in enumerate(addresses):
+        if isinstance(address, OnDevice) and spans[i].size_bytes:
+            found.setdefault(address.ordinal, []).append(i)
+    return found
+
+
+@contextlib.contextmanager
+def _as_restore_failed() -> Iterator[None]:
+    try:
+        yield
+    except (CudaError, TimeoutError) as error:
+        raise RestoreFailed(
+            f"the device refused: {error}",
+            live_state="undefined",
+            state="live state is undefined: the device failed while it was written",
+            actions=("look for an earlier error of the device in the log of the job",),
+        ) from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtckpt.capture import kernels
-from mtckpt.capture.memory import view_at
+from mtckpt.capture.buffers import DeviceMemory, PinnedMemory
 from mtckpt.capture.windows import ROW_WORDS, Arena, Spread, Window
 from mtckpt.errors import CaptureStuck
 
@@ -29,52 +29,6 @@ _DEPTH = 3  # copies that are on the way at once
 _POLL_S = 0.0002
 _WORD_BYTES = 8
 _ROW_BYTES = ROW_WORDS * _WORD_BYTES
-
-
-class _Pinned:
-    """Host memory that a device copies to and from, of at least the size last asked for."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self._size_bytes = 0
-        self.address = 0
-
-    def hold(self, size_bytes: int) -> None:
-        if size_bytes > self._size_bytes:
-            self.free()
-            self.address = self._driver.alloc_host(size_bytes)
-            self._size_bytes = size_bytes
-
-    def words(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-        return np.frombuffer(view_at(self.address, count * _WORD_BYTES), np.uint64)
-
-    def free(self) -> None:
-        if self.address:
-            self._driver.free_host(self.address)
-        self.address = self._size_bytes = 0
-
-
-class _OnDevice:
-    """Device memory of at least the size last asked for."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self._size_bytes = 0
-        self.address = 0
-
-    def hold(self, size_bytes: int) -> bool:
-        """True if it is new, so that nothing is in it yet."""
-        if size_bytes <= self._size_bytes:
-            return False
-        self.free()
-        self.address = self._driver.alloc(size_bytes)
-        self._size_bytes = size_bytes
-        return True
-
-    def free(self) -> None:
-        if self.address:
-            self._driver.free(self.address)
-        self.address = self._size_bytes = 0
 
 
 class Lane:
@@ -95,8 +49,8 @@ class Lane:
             self._ready = driver.event()
             self._packed = [driver.event() for _ in range(_RING)]
             self.copied = [driver.event() for _ in range(max(_RING, _DEPTH))]
-            self.host_rows, self.host_digests = _Pinned(driver), _Pinned(driver)
-            self.rows, self.digests = _OnDevice(driver), _OnDevice(driver)
+            self.host_rows, self.host_digests = PinnedMemory(driver), PinnedMemory(driver)
+            self.rows, self.digests = DeviceMemory(driver), DeviceMemory(driver)
 
     def close(self) -> None:
         """Give back all that the lane holds. Nothing may be under way."""

@@ -86,6 +86,7 @@ _NOT_READY = 600
 _STREAM_CAPTURE_IMPLICIT = 906
 
 _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE and CU_MEMHOSTALLOC_PORTABLE
+_READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY
 _NON_BLOCKING = 1
 _EVENT_BLOCKING_SYNC = 1
 _EVENT_DISABLE_TIMING = 2
@@ -259,9 +260,13 @@ class Driver:
         self._do("cuMemGetInfo_v2", byref(free), byref(total))
         return free.value, total.value
 
-    def register(self, address: int, size_bytes: int) -> None:
-        """Pin mapped memory, for the copies of all devices."""
-        self._do("cuMemHostRegister_v2", address, size_bytes, _PORTABLE)
+    def register(self, address: int, size_bytes: int, *, read_only: bool = False) -> None:
+        """Pin mapped memory, for the copies of all devices.
+
+        ``read_only`` memory, which no device may write to, is refused by some devices.
+        """
+        flags = _PORTABLE | (_READ_ONLY if read_only else 0)
+        self._do("cuMemHostRegister_v2", address, size_bytes, flags)
 
     def unregister(self, address: int) -> None:
         """Let go of pages that ``register`` pinned, before they are unmapped."""

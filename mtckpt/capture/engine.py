@@ -111,10 +111,23 @@ class AnyEngine:
         digests: memoryview,
         progress: Callable[[int], None],
     ) -> list[int]:
-        return self._host.fetch(fd, spans, targets, digests, progress)
+        if not has_devices(targets):
+            return self._host.fetch(fd, spans, targets, digests, progress)
+        hosts = [i for i, target in enumerate(targets) if not isinstance(target, OnDevice)]
+        bad = self._host.fetch(
+            fd, [spans[i] for i in hosts], [targets[i] for i in hosts], digests, progress
+        )
+        there = self._devices().fetch(fd, spans, targets, digests, progress)
+        return sorted({*there, *(hosts[i] for i in bad)})
 
     def copy(self, moves: Sequence[Move]) -> None:
-        self._host.copy(moves)
+        on_host, there = [], []
+        for move in moves:
+            is_there = isinstance(move.source, OnDevice) or isinstance(move.target, OnDevice)
+            (there if is_there else on_host).append(move)
+        self._host.copy(on_host)
+        if there:
+            self._devices().copy(there, self._host.copy)
 
     def _devices(self) -> CudaEngine:
         if self._cuda is None:

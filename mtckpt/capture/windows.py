@@ -58,6 +58,14 @@ class Spread:
         starts = np.fromiter(addresses, np.uint64, len(self.chosen))
         return starts[self._which] + self._within
 
+    def spans_of(self, is_bad: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[int]:
+        """The spans that have a chunk of which this is true."""
+        return [self.chosen[i] for i in np.unique(self._which[is_bad])]
+
+    def spans_between(self, first: int, stop: int) -> list[int]:
+        """The spans that have a chunk among these rows."""
+        return [self.chosen[i] for i in np.unique(self._which[first:stop])]
+
 
 class Window(NamedTuple):
     """Rows ``first`` to ``stop``, which are all there is from ``begin`` to ``end`` in the shard."""
