@@ -215,7 +215,8 @@ class Driver:
         try:
             yield
         finally:
-            self._made("cuCtxPopCurrent_v2")
+            # It only fails where every other call does, and what failed in the block says more.
+            self._functions["cuCtxPopCurrent_v2"](byref(c_void_p()))
 
     def _context(self, ordinal: int) -> int:
         context = self._contexts.get(ordinal)
