@@ -279,10 +279,10 @@ class Delivery:
     def _checked(self, place: Place, wanted: list[int]) -> list[int]:
         """Which of what is wanted differs from its digest there; nothing is placed."""
         spans, digests = self._spans(wanted), self._loaded.table.digests
+        # What is wanted on a device is checked there: nowhere, on that device.
+        nowhere = [type(self._wants[i].address)(0) for i in wanted]
         with self._within(place.label, functools.partial(self._hold, place)) as held:
-            check = functools.partial(
-                self._engine.fetch, held.fd, spans, [0] * len(spans), digests, _ignore
-            )
+            check = functools.partial(self._engine.fetch, held.fd, spans, nowhere, digests, _ignore)
             bad = self._read(place, check, self._size_of(wanted))
         return sorted(wanted[i] for i in bad)
 

@@ -294,7 +294,8 @@ int copy_async(u64 target, u64 source, u64 size, void *handle, bool to_device, b
     return code == OK ? sticky : code;
 }
 
-const char *const KERNEL_NAMES[] = {"mtckpt_digest_copy", "mtckpt_gather", "mtckpt_verify"};
+const char *const KERNEL_NAMES[] = {"mtckpt_digest_copy", "mtckpt_gather", "mtckpt_verify",
+                                    "mtckpt_place"};
 
 void run_kernel(int which, std::vector<u64> arguments, u64 num_warps) {
     const u64 rows = arguments[0], num_rows = arguments[1];
@@ -308,7 +309,7 @@ void run_kernel(int which, std::vector<u64> arguments, u64 num_warps) {
                 (which != 1 || row.target);
     }
     if (which != 1) there = there && on_device(arguments[2], 8 * (last + 1));
-    if (which == 2) there = there && on_device(arguments[3], last + 1);
+    if (which >= 2) there = there && on_device(arguments[3], last + 1);
     if (!there) {
         sticky = ILLEGAL_ADDRESS;
         return;
@@ -318,6 +319,7 @@ void run_kernel(int which, std::vector<u64> arguments, u64 num_warps) {
         if (which == 0) mtckpt_digest_copy(rows, num_rows, arguments[2]);
         if (which == 1) mtckpt_gather(rows, num_rows);
         if (which == 2) mtckpt_verify(rows, num_rows, arguments[2], arguments[3]);
+        if (which == 3) mtckpt_place(rows, num_rows, arguments[2], arguments[3]);
     }
 }
 
@@ -698,7 +700,7 @@ API int cuModuleGetFunction(Function **function, Module *module, const char *nam
     ENTER("cuModuleGetFunction");
     NEED(modules.count(module), INVALID_HANDLE);
     NEED(module->text.find(".entry " + std::string(name) + "(") != std::string::npos, NOT_FOUND);
-    for (int which = 0; which < 3; ++which)
+    for (int which = 0; which < 4; ++which)
         if (std::string(name) == KERNEL_NAMES[which]) {
             auto &made = module->functions[name];
             if (!made) made.reset(new Function{which});
@@ -721,7 +723,7 @@ API int cuLaunchKernel(Function *function, unsigned grid, unsigned grid_y, unsig
     NEED(home && stream && stream->context == home, INVALID_HANDLE);
     NEED(grid && grid_y == 1 && grid_z == 1 && block && block <= THREADS && block % 32 == 0 &&
              block_y == 1 && block_z == 1 && !shared && parameters && !extra, INVALID_VALUE);
-    static const int counts[] = {3, 2, 4};
+    static const int counts[] = {3, 2, 4, 4};
     std::vector<u64> arguments;
     for (int i = 0; i < counts[function->which]; ++i)
         arguments.push_back(*static_cast<u64 *>(parameters[i]));

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtckpt.capture import kernels
 from mtckpt.capture.base import Move
 from mtckpt.capture.buffers import DeviceMemory, PinnedMemory
 from mtckpt.capture.windows import ROW_WORDS
 
 if TYPE_CHECKING:
     from mtckpt.capture.driver import Driver
+    from mtckpt.capture.kernels import Kernels
 
 __all__ = ["batches", "bring"]
 
@@ -64,6 +64,7 @@ def _rows(moves: Sequence[Move]) -> Iterator[tuple[int, int, int]]:
 def bring(
     driver: Driver,
     ordinal: int,
+    kernels: Kernels,
     moves: Sequence[Move],
     host_copy: Callable[[Sequence[Move]], None],
 ) -> None:
@@ -72,7 +73,6 @@ def bring(
     Raises CudaError as the device does.
     """
     with driver.current(ordinal), driver.relaxed():
-        spread = kernels.load(driver, ordinal)
         stream = driver.stream("highest")
         done = [driver.event() for _ in range(_PLACES)]
         staging, rows = DeviceMemory(driver), DeviceMemory(driver)
@@ -98,7 +98,7 @@ def bring(
                 driver.to_device(rows.address, table.address, words.nbytes, stream)
                 size_bytes = batch[-1][3] + batch[-1][2]
                 driver.to_device(staging.address, pinned.address, size_bytes, stream)
-                spread.gather(stream, rows.address, len(batch))
+                kernels.gather(stream, rows.address, len(batch))
                 driver.record(done[turn % _PLACES], stream)
         finally:
             driver.synchronize(stream)

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mtckpt.capture.addresses import OnDevice
+from mtckpt.capture.bringing import bring
 from mtckpt.capture.draining import Draining, Lane
 from mtckpt.capture.driver import CudaError, Driver
-from mtckpt.capture.bringing import bring
+from mtckpt.capture.kernels import Kernels
 from mtckpt.capture.landing import land
 from mtckpt.capture.windows import WINDOW_BYTES, Spread, arena_of, windows
 from mtckpt.errors import CaptureFailed, RestoreFailed
@@ -113,7 +114,8 @@ class _Device:
     """What is kept of one device from one save to the next."""
 
     def __init__(self, driver: Driver, ordinal: int) -> None:
-        self.lane = Lane(driver, ordinal)
+        self.kernels = Kernels(driver, ordinal)
+        self.lane = Lane(driver, ordinal, self.kernels)
         self.arenas = _Arenas(driver, ordinal)
         self._spans: Sequence[Span] = ()
         self._spread: Spread | None = None
@@ -284,12 +286,20 @@ class CudaEngine:
             for ordinal, chosen in _by_device(targets, spans).items():
                 self._wait_for_streams(ordinal)
                 at = [targets[i] for i in chosen]
-                bad += land(self._driver, ordinal, fd, spans, chosen, at, digests, progress)
+                bad += land(
+                    self._driver,
+                    ordinal,
+                    self._kernels(ordinal),
+                    fd,
+                    spans,
+                    chosen,
+                    at,
+                    digests,
+                    progress,
+                )
         return sorted(bad)
 
-    def copy(
-        self, moves: Sequence[Move], host_copy: Callable[[Sequence[Move]], None]
-    ) -> None:
+    def copy(self, moves: Sequence[Move], host_copy: Callable[[Sequence[Move]], None]) -> None:
         """See ``base.Engine``, for moves from or to devices. Raises RestoreFailed."""
         by_device: dict[int, list[Move]] = {}
         within: list[Move] = []
@@ -302,7 +312,7 @@ class CudaEngine:
             self._copy_from_devices(within)
             for ordinal, these in by_device.items():
                 self._wait_for_streams(ordinal)
-                bring(self._driver, ordinal, these, host_copy)
+                bring(self._driver, ordinal, self._kernels(ordinal), these, host_copy)
 
     def _copy_from_devices(self, moves: Sequence[Move]) -> None:
         """One by one: what was restored to one place and is wanted at another, too."""
@@ -314,7 +324,9 @@ class CudaEngine:
                 copy = self._driver.on_device if to_device else self._driver.to_host
                 for turn in range(move.times):
                     source = int(move.source) + turn * move.source_step
-                    copy(int(move.target) + turn * move.target_step, source, move.size_bytes, stream)
+                    copy(
+                        int(move.target) + turn * move.target_step, source, move.size_bytes, stream
+                    )
                 self._driver.synchronize(stream)
                 self._driver.destroy_stream(stream)
 
@@ -324,6 +336,9 @@ class CudaEngine:
         with self._driver.current(ordinal), self._driver.relaxed():
             for stream in streams:
                 self._driver.synchronize(stream)
+
+    def _kernels(self, ordinal: int) -> Kernels:
+        return self._device(ordinal).kernels
 
     def _device(self, ordinal: int) -> _Device:
         device = self._devices.get(ordinal)
@@ -337,6 +352,7 @@ class CudaEngine:
             self.unregister(address)
         for ordinal, device in self._devices.items():
             device.lane.close()
+            device.kernels.close()
             with self._driver.current(ordinal), self._driver.relaxed():
                 device.arenas.close()
         self._devices.clear()

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtckpt.capture import kernels
 from mtckpt.capture.buffers import DeviceMemory, PinnedMemory
 from mtckpt.capture.windows import ROW_WORDS, Arena, Spread, Window
 from mtckpt.errors import CaptureStuck
 
 if TYPE_CHECKING:
     from mtckpt.capture.driver import Driver
+    from mtckpt.capture.kernels import Kernels
 
 __all__ = ["Draining", "Lane"]
 
@@ -37,12 +37,12 @@ class Lane:
     One capture at a time: it is started once the one before it has finished.
     """
 
-    def __init__(self, driver: Driver, ordinal: int) -> None:
+    def __init__(self, driver: Driver, ordinal: int, kernels: Kernels) -> None:
         self.driver = driver
+        self.kernels = kernels
         self.ordinal = ordinal
         self._uploaded: np.ndarray[tuple[int, int], np.dtype[np.uint64]] | None = None
         with driver.current(ordinal), driver.relaxed():
-            self.kernels = kernels.load(driver, ordinal)
             self.packing = driver.stream("highest")
             self.copying = driver.stream("lowest")
             self.captured = driver.event()

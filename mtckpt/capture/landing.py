@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtckpt.capture import kernels
 from mtckpt.capture.buffers import DeviceMemory, PinnedMemory
 from mtckpt.capture.driver import CudaError
 from mtckpt.capture.memory import Mapping, map_file, view_at
@@ -25,6 +24,7 @@ from mtckpt.capture.windows import ROW_WORDS, Spread, Window, windows
 if TYPE_CHECKING:
     from mtckpt.capture.base import Span
     from mtckpt.capture.driver import Driver
+    from mtckpt.capture.kernels import Kernels
 
 __all__ = ["land"]
 
@@ -44,7 +44,7 @@ class _Job:
     def __init__(
         self,
         driver: Driver,
-        ordinal: int,
+        kernels: Kernels,
         spread: Spread,
         cut: Sequence[Window],
         num_places: int,
@@ -52,7 +52,7 @@ class _Job:
     ) -> None:
         """Within ``current`` and ``relaxed``."""
         self.driver = driver
-        self.kernels = kernels.load(driver, ordinal)
+        self.kernels = kernels
         self.spread = spread
         self.cut = cut
         turn = max((window.size_bytes for window in cut), default=0)
@@ -86,7 +86,7 @@ class _Job:
         ]
         counts = [window.stop - window.first for window in self.cut]
         rows[:, 0] = self.spread.begins + np.repeat(np.array(shifts, np.uint64), counts)
-        rows[:, 1] = self.spread.addresses(targets)
+        rows[:, 1] = self.spread.addresses(targets)  # an address of 0 is none, for every chunk
         rows[:, 2] = self.spread.sizes
         rows[:, 3] = self.spread.numbers
         self._put(self.rows.address, rows.reshape(-1))
@@ -119,6 +119,7 @@ class _Job:
 def land(
     driver: Driver,
     ordinal: int,
+    kernels: Kernels,
     fd: int,
     spans: Sequence[Span],
     chosen: list[int],
@@ -137,7 +138,7 @@ def land(
     num_threads = 1 if mapped else min(_NUM_THREADS, max(1, (os.cpu_count() or 1) - 1), len(cut))
     num_places = 3 if mapped else 2 * num_threads
     with driver.current(ordinal), driver.relaxed():
-        job = _Job(driver, ordinal, spread, cut, num_places, digests)
+        job = _Job(driver, kernels, spread, cut, num_places, digests)
         try:
             missing: set[int] = set()
             if mapped:
@@ -153,7 +154,7 @@ def land(
             job.close()
 
 
-class _NotRegistered(Exception):  # noqa: N818 - it is no error: another way is taken
+class _NotRegistered(Exception):
     """The driver does not take this mapping."""
 
 
@@ -248,9 +249,7 @@ def _through_threads(
     """Each thread reads into pinned memory of its own while the piece before it is copied."""
     # Windows go to threads in turn, so that each place belongs to one thread.
     places = job.num_places // num_threads
-    turns = [
-        (i % num_threads) * places + i // num_threads % places for i in range(len(job.cut))
-    ]
+    turns = [(i % num_threads) * places + i // num_threads % places for i in range(len(job.cut))]
     job.aim(targets, turns)
     failures: list[BaseException] = []
 

@@ -54,9 +54,12 @@ class Spread:
         return len(self._which)
 
     def addresses(self, addresses: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-        """Where each chunk lies, of spans that begin at ``addresses`` (one a chosen span)."""
-        starts = np.fromiter(addresses, np.uint64, len(self.chosen))
-        return starts[self._which] + self._within
+        """Where each chunk lies, of spans that begin at ``addresses`` (one a chosen span).
+
+        Those of a span that begins at 0 are at 0: nowhere.
+        """
+        starts = np.fromiter(addresses, np.uint64, len(self.chosen))[self._which]
+        return np.where(starts == 0, np.uint64(0), starts + self._within)
 
     def spans_of(self, is_bad: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[int]:
         """The spans that have a chunk of which this is true."""

@@ -87,12 +87,14 @@ class Layouts:
 
 def ordinals_of(block: Sequence[torch.Tensor]) -> list[int]:
     """The CUDA device of each tensor; below 0 for the host's and other devices' memory."""
-    if all(tensor.is_cpu for tensor in block) or torch.version.cuda is None or _driver() is None:
+    if all(on_host(block)) or torch.version.cuda is None or Driver.load() is None:
         return [-1] * len(block)
     return [tensor.get_device() if tensor.is_cuda else -1 for tensor in block]
 
 
-_driver = Driver.load
+def on_host(block: Sequence[torch.Tensor]) -> list[bool]:
+    """Which of the tensors are in host memory."""
+    return [tensor.is_cpu for tensor in block]
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -101,7 +103,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
     In C order, in host memory or that of a CUDA device.
     """
     return bool(
-        (tensor.is_cpu or ordinals_of([tensor])[0] >= 0)
+        (on_host([tensor])[0] or ordinals_of([tensor])[0] >= 0)
         and tensor.layout is torch.strided
         and not tensor.is_nested
         and tensor.is_contiguous()
@@ -133,15 +135,15 @@ def _look(block: Sequence[torch.Tensor], found: Layouts) -> bool:
     The first look at a tensor costs as much as all others together.
     """
     dtypes = [tensor.dtype for tensor in block]
-    on_host = [tensor.is_cpu for tensor in block]
-    within_reach = all(on_host)
+    here = on_host(block)
+    within_reach = all(here)
     if within_reach:
         found.ordinals += [-1] * len(block)
     else:
         ordinals = ordinals_of(block)
         found.ordinals += ordinals
         within_reach = all(
-            here or ordinal >= 0 for here, ordinal in zip(on_host, ordinals, strict=True)
+            is_here or ordinal >= 0 for is_here, ordinal in zip(here, ordinals, strict=True)
         )
     found.dtypes += dtypes
     found.shapes += map(torch.Tensor.size, block)

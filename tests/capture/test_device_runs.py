@@ -1,0 +1,177 @@
+"""The public object with tensors on devices, end to end: a real agent, a fake driver.
+
+Tensors are in host memory, and the fake is told that it is a device's. What it queues is done only
+when it is waited for, so values that change after ``save()`` must already have been taken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from fake_cuda import FakeCuda, Mode
+
+import mtckpt
+from mtckpt.adapters.torch import leaves
+from mtckpt.capture import driver as driver_module
+from mtckpt.errors import CaptureFailed, SaveFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mtckpt.capture.driver import Driver
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
+
+
+class Devices:
+    """Which tensors are on a device."""
+
+    def __init__(self, fake: FakeCuda) -> None:
+        self.fake = fake
+        self.ordinals: dict[int, int] = {}
+
+    def move(self, tensors: Sequence[torch.Tensor], ordinal: int = 0) -> None:
+        for tensor in tensors:
+            if tensor.numel() and tensor.data_ptr() not in self.ordinals:
+                storage = tensor.untyped_storage()
+                self.fake.adopt(storage.data_ptr(), storage.nbytes(), ordinal)
+                self.ordinals[tensor.data_ptr()] = ordinal
+
+    def ordinals_of(self, block: Sequence[torch.Tensor]) -> list[int]:
+        return [self.ordinals.get(tensor.data_ptr(), -1) for tensor in block]
+
+
+@pytest.fixture
+def devices(
+    fake_cuda: FakeCuda, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Devices]:
+    fake_cuda.mode(Mode.LAZY)
+    found = Devices(fake_cuda)
+    monkeypatch.setattr(driver_module.Driver, "_loaded", (os.getpid(), driver))
+    monkeypatch.setattr(leaves, "ordinals_of", found.ordinals_of)
+    monkeypatch.setattr(leaves, "on_host", lambda block: [o < 0 for o in found.ordinals_of(block)])
+    yield found
+    for address in found.ordinals:
+        fake_cuda.disown(address)
+
+
+def tensors_of(state: dict[str, Any]) -> list[torch.Tensor]:
+    found = [*state["model"].parameters(), *state["model"].buffers()]
+    for entry in state["optimizer"].state.values():
+        found += [value for value in entry.values() if value.dim()]
+    return found
+
+
+def make_state(seed: int, devices: Devices) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(300, 400), torch.nn.BatchNorm1d(400), torch.nn.Linear(400, 3)
+    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(8, 300)).sum().backward()
+    optimizer.step()
+    state = {"model": model, "optimizer": optimizer, "step": torch.tensor(seed), "n": seed}
+    devices.move(tensors_of(state))
+    return state
+
+
+def values_of(state: dict[str, Any]) -> list[torch.Tensor]:
+    return [tensor.detach().clone() for tensor in tensors_of(state)]
+
+
+def open_run(tmp_path: Path, **ram: Any) -> mtckpt.Checkpointer:
+    tiers = [mtckpt.Ram(every=1, **ram), mtckpt.Disk(tmp_path / "disk", every=1)]
+    return mtckpt.Checkpointer("r", tiers, timeout_s=20, max_stall_s=10)
+
+
+@pytest.mark.parametrize("capture", ["auto", "snapshot", "blocking"])
+def test_a_model_on_a_device_comes_back_from_memory(
+    tmp_path: Path, devices: Devices, capture: str
+) -> None:
+    with open_run(tmp_path, capture=capture) as checkpointer:
+        state = make_state(1, devices)
+        checkpointer.restore(state)
+        for step in range(1, 5):
+            wanted = values_of(state)
+            checkpointer.save(step, state).wait("staged", timeout_s=20)
+            with torch.no_grad():
+                for tensor in tensors_of(state):
+                    tensor += 1
+        assert "cuMemHostRegister_v2" in devices.fake.calls()
+        again = make_state(2, devices)
+        restored = checkpointer.restore(again)
+        assert (restored.step, set(restored.sources)) == (4, {"ram"})
+        assert all(map(torch.equal, values_of(again), wanted))
+        assert int(again["step"]) == 1
+
+
+def test_a_fresh_optimizer_gets_its_moments_on_the_device(tmp_path: Path, devices: Devices) -> None:
+    state = make_state(1, devices)
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.restore(state)
+        checkpointer.save(1, state).wait("staged", timeout_s=20)
+    other = make_state(2, devices)
+    other["optimizer"] = torch.optim.AdamW(other["model"].parameters())
+    with open_run(tmp_path) as checkpointer:  # from disk: memory was freed
+        restored = checkpointer.restore(other)
+        assert set(restored.sources) == {"disk"}
+    assert all(map(torch.equal, values_of(other), values_of(state)))
+
+
+def test_a_copy_that_the_bus_spoiled_is_not_loaded(tmp_path: Path, devices: Devices) -> None:
+    state = make_state(1, devices)
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.restore(state)
+        for step in range(1, 3):
+            wanted = values_of(state)
+            checkpointer.save(step, state).wait("local", timeout_s=20)
+            with torch.no_grad():
+                state["model"][0].weight += 1
+        again = make_state(2, devices)
+        devices.fake.flip(skip=4)
+        restored = checkpointer.restore(again)
+        assert restored.step == 2
+        assert all(map(torch.equal, values_of(again), wanted))
+
+
+def told(checkpointer: mtckpt.Checkpointer, save: mtckpt.Save) -> CaptureFailed:
+    with pytest.raises(SaveFailed):
+        save.wait("staged", timeout_s=20)
+    error = save.exception()
+    assert isinstance(error, CaptureFailed)
+    return error
+
+
+def test_a_device_that_fails_in_the_background_is_told(tmp_path: Path, devices: Devices) -> None:
+    state = make_state(1, devices)
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.restore(state)
+        checkpointer.save(1, state).wait("staged", timeout_s=20)
+        devices.fake.fail("cuMemcpyDtoHAsync_v2", 719)
+        save = checkpointer.save(2, state)
+        assert "719" in told(checkpointer, save).what
+        with pytest.raises(SaveFailed):
+            checkpointer.save(3, state)
+        save = checkpointer.save(4, state)
+        save.wait("staged", timeout_s=20)
+        again = make_state(2, devices)
+        assert checkpointer.restore(again).step == 4
+
+
+def test_nothing_of_a_device_is_left(tmp_path: Path, devices: Devices) -> None:
+    before = devices.fake.counts()
+    state = make_state(1, devices)
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.restore(state)
+        for step in range(1, 21):
+            checkpointer.save(step, state).wait("staged", timeout_s=20)
+        checkpointer.restore(state)
+        for step in range(21, 24):
+            checkpointer.save(step, state).wait("staged", timeout_s=20)
+    after = devices.fake.counts()
+    assert after._replace(contexts=0) == before._replace(contexts=0)
