@@ -25,13 +25,14 @@ typedef unsigned long long u64;
 #define AHEAD 2
 #endif
 #ifndef WARPS_AT_ONCE
-#define WARPS_AT_ONCE 48
+#define WARPS_AT_ONCE 32
 #endif
 #define THREADS 128
 
 #ifdef __CUDACC__
 
 #define DEVICE __device__ __forceinline__
+#define RARE __device__ __noinline__ // away from the registers of the loop
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, WARPS_AT_ONCE * 32 / THREADS)
 #define TABLE __device__ const
 #define EACH_LANE if (const int lane = threadIdx.x & 31; true)
@@ -69,6 +70,7 @@ DEVICE void add_up(Lanes<u64> &value) {
 #include <cstring>
 
 #define DEVICE static inline
+#define RARE static
 #define KERNEL extern "C" __attribute__((visibility("hidden"))) void
 #define TABLE static const
 #define EACH_LANE for (int lane = 0; lane < 32; ++lane)
@@ -124,16 +126,16 @@ TABLE u64 SECRET[24] = {
     0xc3ebd33483acc5ea, 0xeb6313faffa081c5, 0x49daf0b751dd0d17, 0x9e68d429265516d3,
     0xfca1477d58be162b, 0xce31d07ad1b8f88f, 0x280416958f3acb45, 0x7e404bbbcafbd7af,
 };
-const u64 PRIME32_1 = 0x9E3779B1, PRIME32_2 = 0x85EBCA77, PRIME32_3 = 0xC2B2AE3D;
-const u64 PRIME64_1 = 0x9E3779B185EBCA87, PRIME64_2 = 0xC2B2AE3D27D4EB4F;
-const u64 PRIME64_3 = 0x165667B19E3779F9, PRIME64_4 = 0x85EBCA77C2B2AE63;
-const u64 PRIME64_5 = 0x27D4EB2F165667C5;
-const u64 STRIPE = 64, BLOCK = 1024, HALF_BLOCK = 512;
+constexpr u64 PRIME32_1 = 0x9E3779B1, PRIME32_2 = 0x85EBCA77, PRIME32_3 = 0xC2B2AE3D;
+constexpr u64 PRIME64_1 = 0x9E3779B185EBCA87, PRIME64_2 = 0xC2B2AE3D27D4EB4F;
+constexpr u64 PRIME64_3 = 0x165667B19E3779F9, PRIME64_4 = 0x85EBCA77C2B2AE63;
+constexpr u64 PRIME64_5 = 0x27D4EB2F165667C5;
+constexpr u64 STRIPE = 64, BLOCK = 1024, HALF_BLOCK = 512;
 
 // -------------------------------------------------------------------------------- reading, mixing
 
 // 64 bits of the secret from any byte of it.
-DEVICE u64 secret(u32 offset) {
+RARE u64 secret(u32 offset) {
     const u64 low = SECRET[offset / 8];
     const u32 bits = 8 * (offset % 8);
     return bits ? low >> bits | SECRET[offset / 8 + 1] << (64 - bits) : low;
@@ -178,14 +180,16 @@ DEVICE u64 bytes_swapped(u64 value) {
 
 // ------------------------------------------------------------------- up to 240 bytes, by one lane
 
-DEVICE u64 mix(u64 address, u32 offset) {
-    return fold(read64<1>(address) ^ secret(offset), read64<1>(address + 8) ^ secret(offset + 8));
+RARE u64 word(u64 address) { return read64<1>(address); }
+
+RARE u64 mix(u64 address, u32 offset) {
+    return fold(word(address) ^ secret(offset), word(address + 8) ^ secret(offset + 8));
 }
 
 DEVICE u64 digest_to_16(u64 source, u64 size) {
     if (size > 8) {
-        const u64 low = read64<1>(source) ^ secret(24) ^ secret(32);
-        const u64 high = read64<1>(source + size - 8) ^ secret(40) ^ secret(48);
+        const u64 low = word(source) ^ secret(24) ^ secret(32);
+        const u64 high = word(source + size - 8) ^ secret(40) ^ secret(48);
         return avalanche(size + bytes_swapped(low) + high + fold(low, high));
     }
     if (size >= 4) {
@@ -218,16 +222,13 @@ DEVICE u64 digest_to_128(u64 source, u64 size) {
 }
 
 DEVICE u64 digest_to_240(u64 source, u64 size) {
+    if (size <= 16) return digest_to_16(source, size);
+    if (size <= 128) return digest_to_128(source, size);
     u64 hash = size * PRIME64_1;
     for (int i = 0; i < 8; ++i) hash += mix(source + 16 * i, 16 * i);
     hash = avalanche(hash);
     for (int i = 8; i < int(size / 16); ++i) hash += mix(source + 16 * i, 16 * (i - 8) + 3);
     return avalanche(hash + mix(source + size - 16, 119));
-}
-
-DEVICE u64 digest_of_few(u64 source, u64 size) {
-    if (size <= 16) return digest_to_16(source, size);
-    return size <= 128 ? digest_to_128(source, size) : digest_to_240(source, size);
 }
 
 // ---------------------------------------------------------------------------------- copying
@@ -258,6 +259,8 @@ DEVICE void copy(u64 source, u64 target, u64 size) {
     copy_units<u8>(source + done, target + done, size - done);
 }
 
+RARE void copy_some(u64 source, u64 target, u64 size) { copy(source, target, size); }
+
 // ---------------------------------------------------------------- more than 240 bytes, by a warp
 
 DEVICE void accumulate(Pair &sum, Pair data, Pair key) {
@@ -270,22 +273,26 @@ DEVICE u64 scrambled(u64 value, u64 key) { return (value ^ value >> 47 ^ key) * 
 
 DEVICE Pair key_at(u32 offset) { return {secret(offset), secret(offset + 8)}; }
 
+DEVICE Pair whole_key(int index) { return {SECRET[index], SECRET[index + 1]}; }
+
 // What a lane holds of one row: its two accumulators and its parts of the secret.
 struct Digesting {
     Pair sum, low_key, high_key, scramble_key;
 };
 
-DEVICE void begin(Digesting &own, int lane) {
+DEVICE Digesting beginning(int lane) {
     const int which = lane % 4, stripe = lane / 4;
+    Digesting own;
     const u64 start[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
                           PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
     own.sum = which == 0   ? Pair{start[0], start[1]}
               : which == 1 ? Pair{start[2], start[3]}
               : which == 2 ? Pair{start[4], start[5]}
                            : Pair{start[6], start[7]};
-    own.low_key = key_at(8 * stripe + 16 * which);
-    own.high_key = key_at(8 * stripe + 64 + 16 * which);
-    own.scramble_key = key_at(128 + 16 * which);
+    own.low_key = whole_key(stripe + 2 * which);
+    own.high_key = whole_key(stripe + 8 + 2 * which);
+    own.scramble_key = whole_key(16 + 2 * which);
+    return own;
 }
 
 // Add what each lane gathered to the accumulators of all.
@@ -312,10 +319,10 @@ DEVICE Halves read_block(u64 block, int lane) {
     return {read_pair<UNIT>(block + 16 * lane), read_pair<UNIT>(block + HALF_BLOCK + 16 * lane)};
 }
 
-// All blocks but the last, each with the scrambling that ends it.
-template <int UNIT>
+// All blocks but the last, each with the scrambling that ends it. With STORES, the target is none or
+// aligned to 16 bytes, and gets what was read for the digest.
+template <int UNIT, bool STORES>
 DEVICE void digest_blocks(Lanes<Digesting> &state, u64 source, u64 target, u32 num_blocks) {
-    const bool stores = target && target % 16 == 0, copies = target && !stores;
     Lanes<Halves> ahead[AHEAD];
 #pragma unroll
     for (u32 i = 0; i < AHEAD; ++i)
@@ -329,7 +336,7 @@ DEVICE void digest_blocks(Lanes<Digesting> &state, u64 source, u64 target, u32 n
             Lanes<Pair> partial;
             EACH_LANE {
                 const Halves data = ahead[i][lane];
-                if (stores) {
+                if (STORES && target) {
                     store<Pair>(target + at + 16 * lane, data.low);
                     store<Pair>(target + at + HALF_BLOCK + 16 * lane, data.high);
                 }
@@ -339,7 +346,7 @@ DEVICE void digest_blocks(Lanes<Digesting> &state, u64 source, u64 target, u32 n
                 if (number + AHEAD < num_blocks)
                     ahead[i][lane] = read_block<UNIT>(source + at + AHEAD * BLOCK, lane);
             }
-            if (copies) copy(source + at, target + at, BLOCK);
+            if (!STORES && target) copy(source + at, target + at, BLOCK);
             add_partial(state, partial);
             EACH_LANE {
                 Digesting &own = state[lane];
@@ -371,36 +378,44 @@ DEVICE void digest_rest(Lanes<Digesting> &state, u64 rest, u64 end) {
     add_partial(state, partial);
 }
 
-template <int UNIT>
-DEVICE void digest_many(Lanes<Digesting> &state, const Row &row) {
+template <int UNIT, bool STORES>
+DEVICE Lanes<u64> digest_of_many(const Row row) {
     const u32 num_blocks = u32((row.size_bytes - 1) / BLOCK);
     const u64 done = u64(num_blocks) * BLOCK;
-    digest_blocks<UNIT>(state, row.source, row.target, num_blocks);
-    digest_rest<UNIT>(state, row.source + done, row.source + row.size_bytes);
-    if (row.target) copy(row.source + done, row.target + done, row.size_bytes - done);
-}
-
-// The digest of a row, in lane 0; on the way, its bytes go to its target if it has one.
-DEVICE void digest_row(const Row &row, Lanes<u64> &digest) {
-    if (row.size_bytes <= 240) {
-        EACH_LANE if (lane == 0) digest[lane] = digest_of_few(row.source, row.size_bytes);
-        if (row.target) copy(row.source, row.target, row.size_bytes);
-        return;
-    }
     Lanes<Digesting> state;
-    EACH_LANE begin(state[lane], lane);
-    if (row.source % 16 == 0)
-        digest_many<16>(state, row);
-    else if (row.source % 4 == 0)
-        digest_many<4>(state, row);
-    else
-        digest_many<1>(state, row);
+    EACH_LANE state[lane] = beginning(lane);
+    digest_blocks<UNIT, STORES>(state, row.source, row.target, num_blocks);
+    digest_rest<UNIT>(state, row.source + done, row.source + row.size_bytes);
+    if (row.target) copy_some(row.source + done, row.target + done, row.size_bytes - done);
+    Lanes<u64> digest;
     EACH_LANE {
         const Pair key = key_at(11 + 16 * (lane % 4)), sum = state[lane].sum;
         digest[lane] = fold(sum.first ^ key.first, sum.second ^ key.second);
     }
     add_up<1, 2>(digest);
     EACH_LANE digest[lane] = avalanche(digest[lane] + row.size_bytes * PRIME64_1);
+    return digest;
+}
+
+RARE Lanes<u64> digest_of_few(const Row row) {
+    Lanes<u64> digest;
+    EACH_LANE digest[lane] = lane ? 0 : digest_to_240(row.source, row.size_bytes);
+    if (row.target) copy_some(row.source, row.target, row.size_bytes);
+    return digest;
+}
+
+RARE Lanes<u64> digest_and_copy(const Row row) { return digest_of_many<16, false>(row); }
+
+RARE Lanes<u64> digest_by_words(const Row row) { return digest_of_many<4, false>(row); }
+
+RARE Lanes<u64> digest_by_bytes(const Row row) { return digest_of_many<1, false>(row); }
+
+// The digest of a row, in lane 0; on the way, its bytes go to its target if it has one.
+DEVICE Lanes<u64> digest_of(const Row row) {
+    if (row.size_bytes <= 240) return digest_of_few(row);
+    if (row.source % 4) return digest_by_bytes(row);
+    if (row.source % 16) return digest_by_words(row);
+    return row.target % 16 ? digest_and_copy(row) : digest_of_many<16, true>(row);
 }
 
 DEVICE Row row_at(u64 rows, u64 number) {
@@ -415,8 +430,7 @@ KERNEL mtckpt_digest_copy(u64 rows, u64 num_rows, u64 digests) {
     const u64 number = row_number();
     if (number >= num_rows) return;
     const Row row = row_at(rows, number);
-    Lanes<u64> digest;
-    digest_row(row, digest);
+    Lanes<u64> digest = digest_of(row);
     EACH_LANE if (lane == 0) store<u64>(digests + 8 * row.index, digest[lane]);
 }
 
@@ -434,8 +448,7 @@ KERNEL mtckpt_verify(u64 rows, u64 num_rows, u64 digests, u64 bad) {
     if (number >= num_rows) return;
     Row row = row_at(rows, number);
     row.target = 0;
-    Lanes<u64> digest;
-    digest_row(row, digest);
+    Lanes<u64> digest = digest_of(row);
     EACH_LANE
     if (lane == 0 && digest[lane] != load<u64>(digests + 8 * row.index))
         store<u8>(bad + row.index, 1);

@@ -1,0 +1,80 @@
+"""The kernels of ``kernels.cu`` on one device: digest and copy, copy, compare.
+
+Knows how they are loaded and launched, and what a row of their table is. Does not know whose bytes
+they are, where tables lie, or when what was launched is done: that is the stream's and its owner's.
+"""
+
+from __future__ import annotations
+
+import struct
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from mtckpt._shard import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from mtckpt.capture.driver import Driver
+
+__all__ = ["MAX_ROW_BYTES", "ROW", "Kernels"]
+
+ROW = struct.Struct("<4Q")
+"""Source address, target address or 0, size in bytes, index of the digest: one row of a table.
+
+An ``array("Q")`` of four numbers a row is the same.
+"""
+
+MAX_ROW_BYTES = CHUNK_BYTES
+"""More in a row is right, too, but a row is the work of one warp: it takes as long as it is."""
+
+_THREADS = 128  # as THREADS in kernels.cu
+_ROWS_A_BLOCK = _THREADS // 32
+
+
+class Kernels:
+    """The kernels, loaded for one device. Any thread may launch them.
+
+    All addresses are device memory. Each launch is asynchronous, in the order of its stream, and is
+    made with the device's context current; table, sources and targets have to stay until it is
+    done. Sources and targets have any size and alignment. No two rows write the same bytes.
+    """
+
+    def __init__(self, driver: Driver, ordinal: int) -> None:
+        """Raises CudaError if the driver cannot compile them for the device."""
+        self._driver = driver
+        self._ordinal = ordinal
+        image = resources.files("mtckpt.capture").joinpath("kernels.ptx").read_bytes()
+        with driver.current(ordinal):
+            self._module = driver.load_module(image)
+            self._digest_copy = driver.function(self._module, "mtckpt_digest_copy")
+            self._gather = driver.function(self._module, "mtckpt_gather")
+            self._verify = driver.function(self._module, "mtckpt_verify")
+
+    def digest_copy(self, stream: int, rows: int, num_rows: int, digests: int) -> None:
+        """``digests[index]`` (u64) = the XXH3-64 of the source of each row.
+
+        Where a row has a target, what was digested is copied there.
+        """
+        self._launch(self._digest_copy, stream, rows, num_rows, digests)
+
+    def gather(self, stream: int, rows: int, num_rows: int) -> None:
+        """Copy the source of each row to its target."""
+        self._launch(self._gather, stream, rows, num_rows)
+
+    def verify(self, stream: int, rows: int, num_rows: int, digests: int, bad: int) -> None:
+        """``bad[index]`` (u8) = 1 where the source's digest is not ``digests[index]``.
+
+        Nothing is written where it is: the caller has set all of ``bad`` to 0. Targets are ignored.
+        """
+        self._launch(self._verify, stream, rows, num_rows, digests, bad)
+
+    def _launch(self, function: int, stream: int, rows: int, num_rows: int, *more: int) -> None:
+        if num_rows:
+            blocks = -(-num_rows // _ROWS_A_BLOCK)
+            self._driver.launch(function, blocks, _THREADS, 0, stream, rows, num_rows, *more)
+
+    def close(self) -> None:
+        """Unload them. Nothing launched may be under way."""
+        if self._module:
+            with self._driver.current(self._ordinal):
+                self._driver.unload(self._module)
+            self._module = 0
