@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def measure(bench: Bench) -> None:
-    size_bytes = bench.size_mib(4096) * measuring.MIB
+    size_bytes = bench.size_mib(2048) * measuring.MIB
     bench.attempt("device to device", _device, bench, size_bytes)
     ram = os.environ["MTCKPT_RAM_DIR"]
     bench.attempt("tmpfs", _tmpfs, bench, size_bytes, ram, "4 KiB pages")
