@@ -295,7 +295,13 @@ def _spread(samples: Sequence[float]) -> dict[str, float]:
     }
 
 
-def row(
+def row(figure: str, samples: Sequence[float], **how: Any) -> None:
+    """Print one figure with the machine and the versions: see ``line``."""
+    made = line(figure, samples, **how)
+    print(json.dumps({**made, "machine": machine(), "versions": versions()}), flush=True)
+
+
+def line(
     figure: str,
     samples: Sequence[float],
     *,
@@ -305,22 +311,22 @@ def row(
     goal: str = "",
     of_limit: bool = False,
     **more: Any,
-) -> None:
-    """Print one figure. ``goal`` is ``"ratio <= 1.25"`` or ``"value <= 0.1"``.
+) -> dict[str, Any]:
+    """Return one figure. ``goal`` is ``"ratio <= 1.25"`` or ``"value <= 0.1"``.
 
     The ratio is of the medians, figure by limit (``of_limit``: limit by figure, for throughput).
     """
-    line: dict[str, Any] = {"figure": figure, "unit": unit, **_spread(samples), "n": len(samples)}
+    made: dict[str, Any] = {"figure": figure, "unit": unit, **_spread(samples), "n": len(samples)}
     if limit:
-        line["limit"] = {"name": limit_name, **_spread(limit)}
+        made["limit"] = {"name": limit_name, **_spread(limit)}
         ratio = median(samples) / median(limit)
-        line["ratio"] = round(1 / ratio if of_limit else ratio, 3)
+        made["ratio"] = round(1 / ratio if of_limit else ratio, 3)
     if goal:
         what, relation, bound = goal.split()
-        found = line["ratio"] if what == "ratio" else line["median"]
-        line["goal"] = goal
-        line["met"] = found <= float(bound) if relation == "<=" else found >= float(bound)
-    print(json.dumps({**line, **more, "machine": machine(), "versions": versions()}), flush=True)
+        found = made["ratio"] if what == "ratio" else made["median"]
+        made["goal"] = goal
+        made["met"] = found <= float(bound) if relation == "<=" else found >= float(bound)
+    return {**made, **more}
 
 
 def settle(seconds: float = 0.1) -> None:
