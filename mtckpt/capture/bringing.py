@@ -105,8 +105,11 @@ def bring(
             driver.destroy_stream(stream)
             for event in done:
                 driver.destroy_event(event)
-            for memory in (staging, rows, *(one for pair in places for one in pair)):
-                memory.free()
+            staging.free()
+            rows.free()
+            for pinned, table in places:
+                pinned.free()
+                table.free()
 
 
 def _joined(batch: Sequence[_Piece], base: int) -> list[Move]:

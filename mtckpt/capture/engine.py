@@ -64,7 +64,8 @@ class AnyEngine:
             cuda.register(base, self._slots[base])
         device, covered = cuda.capture(sources, spans, base, mode)
         begins = [begin for begin, _ in covered]
-        inside, outside = [], []
+        inside: list[int] = []
+        outside: list[int] = []
         for i, (source, span) in enumerate(zip(sources, spans, strict=True)):
             if not isinstance(source, OnDevice) and span.size_bytes:
                 at = bisect_right(begins, span.start) - 1
@@ -121,7 +122,8 @@ class AnyEngine:
         return sorted({*there, *(hosts[i] for i in bad)})
 
     def copy(self, moves: Sequence[Move]) -> None:
-        on_host, there = [], []
+        on_host: list[Move] = []
+        there: list[Move] = []
         for move in moves:
             is_there = isinstance(move.source, OnDevice) or isinstance(move.target, OnDevice)
             (there if is_there else on_host).append(move)
