@@ -20,6 +20,7 @@ from mtckpt._schedule import Disk
 from mtckpt._steps import metrics_of
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import protocol
+from mtckpt.capture import gates
 from mtckpt.errors import (
     AgentUnavailable,
     CaptureStuck,
@@ -59,6 +60,8 @@ class Saver:
         self._insists = insists
         self._max_stall_s = max_stall_s
         self._planner = _save.Planner()
+        if "overlap" in ram.capture:
+            gates.want()
         self._skipping = False
         self._ring_of = 0
         self._ring_slots = 2
@@ -115,7 +118,8 @@ class Saver:
         except Exception as error:  # noqa: BLE001 - raised again, named
             self._take_back(save, grant, error)
             _save.raise_capture_error(step, error)
-        save._advance(("captured",))
+        if writing.is_captured:
+            save._advance(("captured",))
         self.steps.add(step)
         self.last = save
         self.counters["saves"] += 1

@@ -88,7 +88,8 @@ class Ram(TierSettings):
             as its free memory allows, and "auto" does too; "blocking" needs 64 MiB of device memory
             and makes the device wait until all have left it; "overlap" needs as little and lets
             training go on meanwhile: only the next ``optimizer.step()`` of an optimizer in the
-            state waits. Parameters must then not be changed by anything else before that.
+            state waits. Parameters and moments must then not be changed by anything else before
+            that. "snapshot-overlap" lets it go on while they are copied within the device.
     """
 
     path: str | os.PathLike[str] | None = None

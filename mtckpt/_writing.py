@@ -66,6 +66,7 @@ class Writing:
         self._capture = engine.capture(
             captured.sources, captured.plan.spans, slot.data.address, self._digests, mode
         )
+        self.is_captured = self._capture.is_captured
         self.is_done = self._capture.is_done
 
     @collector_paused()

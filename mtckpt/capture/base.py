@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple, Protocol
 
 __all__ = ["MODES", "Capture", "Engine", "Mode", "Move", "Span"]
 
-Mode = Literal["auto", "snapshot", "overlap", "blocking"]
-MODES: tuple[Mode, ...] = ("auto", "snapshot", "overlap", "blocking")
+Mode = Literal["auto", "snapshot", "snapshot-overlap", "overlap", "blocking"]
+MODES: tuple[Mode, ...] = ("auto", "snapshot", "snapshot-overlap", "overlap", "blocking")
 
 
 class Span(NamedTuple):
@@ -34,8 +34,12 @@ class Move(NamedTuple):
 
 
 class Capture(Protocol):
-    """A capture whose values are those at the call; its bytes may still be on their way."""
+    """A capture whose values are those at the call; its bytes may still be on their way.
 
+    ``is_captured``: any of the values may be changed now. ``is_done``: nothing is left to finish.
+    """
+
+    is_captured: bool
     is_done: bool
 
     def finish(self, digests: memoryview) -> None:

@@ -80,6 +80,7 @@ class _Window(NamedTuple):
 class _Done:
     """Everything was there when ``capture`` returned."""
 
+    is_captured = True
     is_done = True
 
     def finish(self, digests: memoryview) -> None:

@@ -15,10 +15,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mtckpt.capture import gates
 from mtckpt.capture.addresses import OnDevice
 from mtckpt.capture.bringing import bring
 from mtckpt.capture.draining import Draining, Lane
 from mtckpt.capture.driver import CudaError, Driver
+from mtckpt.capture.gates import Gate
 from mtckpt.capture.kernels import Kernels
 from mtckpt.capture.landing import land
 from mtckpt.capture.windows import WINDOW_BYTES, Spread, arena_of, windows
@@ -33,8 +35,9 @@ logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
 _FINISH_S = 600.0
-# Two of them, rows and digests are what a capture needs that has no arena of its own.
+# Two of these, rows and digests are what a capture needs that has no arena of its own.
 _TURN_BYTES = 24 << 20
+_SMALL_TURN_BYTES = 4 << 20  # beside another one
 
 
 def room_bytes(mode: Mode, wanted_bytes: int, free_bytes: int, total_bytes: int) -> int:
@@ -113,37 +116,44 @@ class _Arenas:
 class _Device:
     """What is kept of one device from one save to the next."""
 
-    def __init__(self, driver: Driver, ordinal: int) -> None:
-        self.kernels = Kernels(driver, ordinal)
-        self.lane = Lane(driver, ordinal, self.kernels)
+    def __init__(self, driver: Driver, ordinal: int, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.lane = Lane(driver, ordinal, kernels)
         self.arenas = _Arenas(driver, ordinal)
         self._spans: Sequence[Span] = ()
+        self._chosen: Sequence[int] = ()
         self._spread: Spread | None = None
 
     def spread(self, spans: Sequence[Span], chosen: list[int]) -> Spread:
         """The chunks of these spans; made anew only if they are others than last time."""
         known = self._spread
-        if known is None or self._spans is not spans or known.chosen != chosen:
+        if known is None or self._spans is not spans or self._chosen is not chosen:
             known = self._spread = Spread(spans, chosen)
-            self._spans = spans
+            self._spans, self._chosen = spans, chosen
         return known
 
 
 class CudaCapture:
     """See ``base.Capture``."""
 
-    def __init__(self, parts: list[tuple[Draining, object]]) -> None:
+    def __init__(self, parts: list[tuple[Draining, object]], passed: list[Gate]) -> None:
+        self.is_captured = not passed
         self._parts = parts
+        self._gates = passed
 
     def finish(self, digests: memoryview) -> None:
         """Wait until all bytes and digests are in host memory. Raises CaptureFailed."""
         bytes_per_s = float(os.environ.get("MTCKPT_CAPTURE_BYTES_PER_S", "0"))
-        while self._parts:
-            draining, _ = self._parts[0]
-            with _as_capture_failed():
-                draining.finish(digests, bytes_per_s, _FINISH_S)
-            del draining
-            self._parts.pop(0)  # and the memory of its arena
+        try:
+            while self._parts:
+                draining, _ = self._parts[0]
+                with _as_capture_failed():
+                    draining.finish(digests, bytes_per_s, _FINISH_S)
+                del draining
+                self._parts.pop(0)  # and the memory of its arena
+        finally:
+            for gate in self._gates:
+                gates.close(gate)
 
 
 class CudaEngine:
@@ -151,7 +161,9 @@ class CudaEngine:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._devices: dict[int, _Device] = {}
+        # By ordinal and whether it is for values that are taken during training.
+        self._devices: dict[tuple[int, bool], _Device] = {}
+        self._kernels: dict[int, Kernels] = {}
         self._registered: dict[int, int] = {}
         self._lock = threading.Lock()
         self._refused = False
@@ -188,27 +200,44 @@ class CudaEngine:
         self,
         sources: Sequence[int],
         spans: Sequence[Span],
+        by_device: dict[int, list[int]],
         base: int,
         mode: Mode,
     ) -> tuple[CudaCapture, list[tuple[int, int]]]:
-        """Take the values of those ``sources`` that are on devices, as of now.
+        """Take the values of those ``sources`` that ``by_device`` names, as of now.
 
         Returns what is to be finished, and the stretches of the shard that its copies cover: bytes
         of others inside of them are overwritten until it has finished.
         """
-        by_device = _by_device(sources, spans)
         parts: list[tuple[Draining, object]] = []
         covered: list[tuple[int, int]] = []
+        passed: list[Gate] = []
+        late = gates.late_addresses() if "overlap" in mode else set()
         with self._lock, _as_capture_failed():
             streams = {ordinal: self._streams(ordinal) for ordinal in by_device}
-            for ordinal, chosen in by_device.items():
+            shares = [
+                (ordinal, share, is_late)
+                for ordinal, chosen in by_device.items()
+                for share, is_late in _shares(chosen, sources, late)
+            ]
+            for ordinal, share, is_late in shares:
                 with self._driver.current(ordinal), self._driver.relaxed():
+                    device = self._device(ordinal, is_late=is_late)
+                    turn_bytes = _TURN_BYTES
+                    if late and not is_late:
+                        turn_bytes = _SMALL_TURN_BYTES
                     part = self._start(
-                        self._device(ordinal), chosen, sources, spans, base, mode,
-                        streams[ordinal], covered, alone=len(by_device) == 1,
+                        device, share, sources, spans, base, mode, turn_bytes,
+                        streams[ordinal], covered, alone=len(shares) == 1,
                     )  # fmt: skip
-                parts.append(part)
-        return CudaCapture(parts), sorted(covered)
+                    parts.append(part)
+                    if is_late:
+                        passed.append(Gate(self._driver, ordinal, device.lane.captured))
+                        gates.open_one(passed[-1])
+                        continue
+                    for stream in streams[ordinal]:
+                        self._driver.wait(stream, device.lane.captured)
+        return CudaCapture(parts, passed), sorted(covered)
 
     def _start(
         self,
@@ -218,6 +247,7 @@ class CudaEngine:
         spans: Sequence[Span],
         base: int,
         mode: Mode,
+        turn_bytes: int,
         streams: Sequence[int],
         covered: list[tuple[int, int]],
         *,
@@ -228,11 +258,11 @@ class CudaEngine:
         wanted = arena_of(cut, sys.maxsize)
         room = room_bytes(mode, wanted.size_bytes, *device.arenas.free_bytes())
         if room < wanted.size_bytes:
-            cut = windows(spread, _TURN_BYTES, alone=alone)
+            cut = windows(spread, turn_bytes, alone=alone)
         arena = arena_of(cut, room)
         lent = device.arenas.take(arena.size_bytes)
         if lent is None:
-            cut = windows(spread, _TURN_BYTES, alone=alone)
+            cut = windows(spread, turn_bytes, alone=alone)
             arena = arena_of(cut, 0)
             lent = device.arenas.take(arena.size_bytes)
         if lent is None:
@@ -243,10 +273,8 @@ class CudaEngine:
                 actions=("leave some hundred MiB of device memory free",),
             )
         address, owner = lent
-        at = [sources[i] for i in chosen]
+        at = sources if len(chosen) == len(sources) else [sources[i] for i in chosen]
         draining = device.lane.start(spread, cut, arena, address, at, base, streams)
-        for stream in streams:
-            self._driver.wait(stream, device.lane.captured)
         covered += [(window.begin, window.end) for window in cut]
         return draining, owner
 
@@ -289,7 +317,7 @@ class CudaEngine:
                 bad += land(
                     self._driver,
                     ordinal,
-                    self._kernels(ordinal),
+                    self._kernels_of(ordinal),
                     fd,
                     spans,
                     chosen,
@@ -312,7 +340,7 @@ class CudaEngine:
             self._copy_from_devices(within)
             for ordinal, these in by_device.items():
                 self._wait_for_streams(ordinal)
-                bring(self._driver, ordinal, self._kernels(ordinal), these, host_copy)
+                bring(self._driver, ordinal, self._kernels_of(ordinal), these, host_copy)
 
     def _copy_from_devices(self, moves: Sequence[Move]) -> None:
         """One by one: what was restored to one place and is wanted at another, too."""
@@ -336,26 +364,48 @@ class CudaEngine:
         with self._driver.current(ordinal), self._driver.relaxed():
             for stream in streams:
                 self._driver.synchronize(stream)
+            for (other, _), device in self._devices.items():
+                if other == ordinal:
+                    self._driver.synchronize(device.lane.packing)
 
-    def _kernels(self, ordinal: int) -> Kernels:
-        return self._device(ordinal).kernels
+    def _kernels_of(self, ordinal: int) -> Kernels:
+        if ordinal not in self._kernels:
+            self._kernels[ordinal] = Kernels(self._driver, ordinal)
+        return self._kernels[ordinal]
 
-    def _device(self, ordinal: int) -> _Device:
-        device = self._devices.get(ordinal)
-        if device is None:
-            device = self._devices[ordinal] = _Device(self._driver, ordinal)
-        return device
+    def _device(self, ordinal: int, *, is_late: bool) -> _Device:
+        key = ordinal, is_late
+        if key not in self._devices:
+            self._devices[key] = _Device(self._driver, ordinal, self._kernels_of(ordinal))
+        return self._devices[key]
 
     def close(self) -> None:
         """Give back all device memory, streams and registrations. Nothing may be under way."""
         for address in list(self._registered):
             self.unregister(address)
-        for ordinal, device in self._devices.items():
+        for (ordinal, _), device in self._devices.items():
             device.lane.close()
-            device.kernels.close()
             with self._driver.current(ordinal), self._driver.relaxed():
                 device.arenas.close()
         self._devices.clear()
+        for kernels in self._kernels.values():
+            kernels.close()
+        self._kernels.clear()
+
+
+def _shares(
+    chosen: list[int], sources: Sequence[int], late: set[int]
+) -> Iterator[tuple[list[int], bool]]:
+    """What is taken now, and what may be taken later."""
+    if not late:
+        yield chosen, False
+        return
+    for share, is_late in (
+        ([i for i in chosen if sources[i] not in late], False),
+        ([i for i in chosen if sources[i] in late], True),
+    ):
+        if share:
+            yield share, is_late
 
 
 def _by_device(addresses: Sequence[int], spans: Sequence[Span]) -> dict[int, list[int]]:

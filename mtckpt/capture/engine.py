@@ -30,6 +30,7 @@ class _Started:
     is_done = False
 
     def __init__(self, device: CudaCapture, aside: Mapping, places: list[tuple[int, int, int]]):
+        self.is_captured = device.is_captured
         self._device = device
         self._aside = aside
         self._places = places
@@ -48,6 +49,9 @@ class AnyEngine:
         self._host = host or CpuEngine()
         self._cuda: CudaEngine | None = None
         self._slots: dict[int, int] = {}  # sizes by address
+        # Which of these very lists are on which device: 20,000 are not told apart at every save.
+        self._split_of: tuple[object, object] = (None, None)
+        self._split: tuple[dict[int, list[int]], list[int]] = ({}, [])
 
     def capture(
         self,
@@ -62,15 +66,18 @@ class AnyEngine:
         cuda = self._devices()
         if base in self._slots:
             cuda.register(base, self._slots[base])
-        device, covered = cuda.capture(sources, spans, base, mode)
+        if sources is not self._split_of[0] or spans is not self._split_of[1]:
+            self._split_of = sources, spans
+            self._split = _split(sources, spans)
+        by_device, on_host = self._split
+        device, covered = cuda.capture(sources, spans, by_device, base, mode)
         begins = [begin for begin, _ in covered]
         inside: list[int] = []
         outside: list[int] = []
-        for i, (source, span) in enumerate(zip(sources, spans, strict=True)):
-            if not isinstance(source, OnDevice) and span.size_bytes:
-                at = bisect_right(begins, span.start) - 1
-                crossed = at >= 0 and span.start < covered[at][1]
-                (inside if crossed else outside).append(i)
+        for i in on_host:
+            at = bisect_right(begins, spans[i].start) - 1
+            crossed = at >= 0 and spans[i].start < covered[at][1]
+            (inside if crossed else outside).append(i)
         self._host.capture(
             [sources[i] for i in outside], [spans[i] for i in outside], base, digests
         )
@@ -143,3 +150,17 @@ class AnyEngine:
                 )
             self._cuda = CudaEngine(driver)
         return self._cuda
+
+
+def _split(sources: Sequence[int], spans: Sequence[Span]) -> tuple[dict[int, list[int]], list[int]]:
+    """Which of the sources are on each device, and which in host memory; not those of no bytes."""
+    by_device: dict[int, list[int]] = {}
+    on_host: list[int] = []
+    for i, (source, span) in enumerate(zip(sources, spans, strict=True)):
+        if not span.size_bytes:
+            continue
+        if isinstance(source, OnDevice):
+            by_device.setdefault(source.ordinal, []).append(i)
+        else:
+            on_host.append(i)
+    return by_device, on_host

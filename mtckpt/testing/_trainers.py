@@ -219,6 +219,7 @@ class Ring:
 class Written:
     """A shard that was written at once."""
 
+    is_captured = True
     is_done = True
 
     def finish(self) -> None:

@@ -79,6 +79,7 @@ class Layouts:
     details: list[object] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list, compare=False)
     held_bytes: list[int] = field(default_factory=list, compare=False)
+    located: list[int] = field(default_factory=list, compare=False)
 
     def where(self) -> tuple[object, ...]:
         """All of it. As long as this is the same, tensors that lay in their storages still do."""
@@ -142,7 +143,7 @@ def _look(block: Sequence[torch.Tensor], found: Layouts) -> bool:
     else:
         ordinals = ordinals_of(block)
         found.ordinals += ordinals
-        within_reach = all(
+        within_reach = min(ordinals) >= 0 or all(
             is_here or ordinal >= 0 for is_here, ordinal in zip(here, ordinals, strict=True)
         )
     found.dtypes += dtypes
@@ -184,9 +185,12 @@ def addresses_of(
         odd = list(range(len(values)))
     with torch._C.DisableTorchFunction(), torch.no_grad():
         if not odd:
-            if last is None or layouts.where() != last.where():
+            if last is not None and layouts.where() == last.where():
+                layouts.located = last.located  # the same list: who has seen it need not look again
+            else:
                 _check_storages(values, layouts.held_bytes, paths)
-            return located(layouts.addresses, layouts.ordinals), [], layouts
+                layouts.located = located(layouts.addresses, layouts.ordinals)
+            return layouts.located, [], layouts
         _check_storages(values, [_held_bytes(_storage(tensor)) for tensor in values], paths)
         copied = {i: _plain_copy(values[i]) for i in odd}
         final = [copied.get(i, tensor) for i, tensor in enumerate(values)]

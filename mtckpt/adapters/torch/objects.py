@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from mtckpt import _state
 from mtckpt._placing import settle
 from mtckpt._state import escape
-from mtckpt.adapters.torch import leaves, replicas, sharded, wrappers
+from mtckpt.adapters.torch import guards, leaves, replicas, sharded, wrappers
 
 if TYPE_CHECKING:
     from mtckpt._placing import Placing
@@ -53,6 +53,7 @@ def state_of(value: Any) -> Any:
         plain = plain_state(value)
         return _bare_state(value.state_dict()) if plain is None else plain
     if isinstance(value, Optimizer):
+        guards.note(value)
         return replicas.state_of_optimizer(value, value.state_dict())
     if isinstance(value, torch.Generator):
         return {"state": value.get_state()}

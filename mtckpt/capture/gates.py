@@ -1,0 +1,84 @@
+"""Captures that go on during training, and who has to let them pass before values may change.
+
+Knows events and addresses. Does not know frameworks: an adapter says which addresses nobody changes
+without waiting here first (``guard``), and waits (``open_gates``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtckpt.capture.driver import Driver
+
+__all__ = [
+    "Gate",
+    "close",
+    "guard",
+    "is_wanted",
+    "late_addresses",
+    "open_gates",
+    "open_one",
+    "want",
+]
+
+_lock = threading.Lock()
+_open: list[Gate] = []
+_guards: list[Callable[[], set[int]]] = []
+_wanted = False
+
+
+class Gate:
+    """The event after which one device's values have been taken."""
+
+    def __init__(self, driver: Driver, ordinal: int, event: int) -> None:
+        self._driver = driver
+        self.ordinal = ordinal
+        self._event = event
+
+    def hold(self, stream: int) -> None:
+        """What is put on the stream from now on waits until the values have been taken."""
+        with self._driver.current(self.ordinal):
+            self._driver.wait(stream, self._event)
+
+
+def want() -> None:
+    """Some run of this process captures during training: optimizers in states are to be guarded."""
+    global _wanted
+    _wanted = True
+
+
+def is_wanted() -> bool:
+    """True if guards are to be set."""
+    return _wanted
+
+
+def guard(addresses: Callable[[], set[int]]) -> None:
+    """Take this one's word for which addresses are changed only after ``open_gates`` were held."""
+    if addresses not in _guards:
+        _guards.append(addresses)
+
+
+def late_addresses() -> set[int]:
+    """Addresses whose values may be taken after ``save()`` has returned."""
+    return set().union(*(addresses() for addresses in _guards))
+
+
+def open_one(gate: Gate) -> None:
+    """Values are being taken from now on; until ``close``."""
+    with _lock:
+        _open.append(gate)
+
+
+def close(gate: Gate) -> None:
+    """They have been taken. Closing one twice is nothing."""
+    with _lock:
+        if gate in _open:
+            _open.remove(gate)
+
+
+def open_gates() -> list[Gate]:
+    """Those that whoever changes guarded values has to hold on the stream that does it."""
+    return list(_open)
