@@ -5,23 +5,25 @@ from __future__ import annotations
 import array
 import ctypes
 import hashlib
+import json
 import mmap
 import os
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from fake_cuda import KERNELS, FakeCuda, Mode
+from fake_cuda import KERNELS, ROOT, FakeCuda, Mode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from mtckpt._shard import CHUNK_BYTES
 from mtckpt.capture.driver import CudaError, Driver
-from mtckpt.capture.kernels import MAX_ROW_BYTES, ROW, Kernels
+from mtckpt.capture.kernels import ROW, Kernels
 from scripts.compile_kernels import VERSION, Nvrtc, nvrtc_libraries, shipped
 
 PTX = KERNELS.with_suffix(".ptx")
@@ -191,7 +193,6 @@ def test_no_rows_are_no_launch(scene: Scene) -> None:
     scene.fake.calls()
     scene.kernels.gather(0, 0, 0)
     assert scene.fake.calls() == []
-    assert MAX_ROW_BYTES == CHUNK_BYTES
 
 
 def test_kernels_that_the_driver_refuses_are_an_error(driver: Driver, fake_cuda: FakeCuda) -> None:
@@ -199,6 +200,16 @@ def test_kernels_that_the_driver_refuses_are_an_error(driver: Driver, fake_cuda:
     with pytest.raises(CudaError, match="cuModuleLoadData"):
         Kernels(driver, 0)
     assert fake_cuda.counts().current == 0
+
+
+def test_the_benchmark_for_devices_runs_here_too(fake_cuda: FakeCuda) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu.kernels", "--size-mib=4", "--values=1"]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(fake_cuda.folder)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, check=True
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row.get("ok") for row in rows] == [None, True, True, True], done.stdout
 
 
 # ------------------------------------------------------------------------------ what is shipped
