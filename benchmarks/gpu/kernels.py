@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import functools
 import json
 import random
 import time
@@ -212,10 +213,8 @@ def rates(bench: Bench, kernels: Kernels, shapes: Sequence[tuple[str, int, int |
         rows = chunks(bench, source_shift, target_shift, CHUNK)
         table, count = bench.table(rows), len(rows)
         total = count * CHUNK
-        found[name] = bench.rate(
-            lambda t=table, n=count: kernels.digest_copy(bench.stream, t, n, digests),  # type: ignore[misc]
-            total,
-        )
+        launch = functools.partial(kernels.digest_copy, bench.stream, table, count, digests)
+        found[name] = bench.rate(launch, total)
         bench.driver.free(table)
     bench.driver.free(digests)
     return found
@@ -251,27 +250,28 @@ def copies(bench: Bench) -> dict[str, Any]:
     ):
         rows = chunks(bench, 0, shift, CHUNK)
         table, count = bench.table(rows), len(rows)
-        found[name] = bench.rate(
-            lambda t=table, n=count: bench.kernels.gather(bench.stream, t, n),  # type: ignore[misc]
-            count * CHUNK,
-        )
+        launch = functools.partial(bench.kernels.gather, bench.stream, table, count)
+        found[name] = bench.rate(launch, count * CHUNK)
         bench.driver.free(table)
     return found
 
 
 def verified(bench: Bench) -> dict[str, Any]:
-    rows = chunks(bench, 0, None, CHUNK)
-    table, count = bench.table(rows), len(rows)
-    digests = bench.upload([0] * count)
-    bad = bench.upload([0] * (count // 8 + 1))
-    bench.kernels.digest_copy(bench.stream, table, count, digests)
-    rate = bench.rate(
-        lambda: bench.kernels.verify(bench.stream, table, count, digests, bad), count * CHUNK
-    )
-    clean = not any(bench.bytes(bad, count))
-    for address in (table, digests, bad):
-        bench.driver.free(address)
-    return {"verify_gibps": rate, "nothing_found": clean}
+    found: dict[str, Any] = {}
+    for name, shift in (("verify", None), ("place", 0), ("place_target_at_4", 4)):
+        rows = chunks(bench, 0, shift, CHUNK)
+        table, count = bench.table(rows), len(rows)
+        digests = bench.upload([0] * count)
+        bad = bench.upload([0] * (count // 8 + 1))
+        bench.kernels.digest_copy(bench.stream, table, count, digests)
+        launch = bench.kernels.verify if name == "verify" else bench.kernels.place
+        found[f"{name}_gibps"] = bench.rate(
+            functools.partial(launch, bench.stream, table, count, digests, bad), count * CHUNK
+        )
+        found[f"{name}_found_nothing"] = not any(bench.bytes(bad, count))
+        for address in (table, digests, bad):
+            bench.driver.free(address)
+    return found
 
 
 def small(bench: Bench) -> dict[str, Any]:
@@ -310,9 +310,8 @@ def few_chunks(bench: Bench) -> dict[str, Any]:
     for rows in (every[:1], every[:64], every[:400], every[:4000]):
         count = len(rows)
         table = bench.table(rows)
-        took = bench.seconds(
-            lambda t=table, n=count: bench.kernels.digest_copy(bench.stream, t, n, digests)  # type: ignore[misc]
-        )
+        launch = functools.partial(bench.kernels.digest_copy, bench.stream, table, count, digests)
+        took = bench.seconds(launch)
         found[f"{count}_chunks_ms"] = round(took * 1e3, 3)
         bench.driver.free(table)
     bench.driver.free(digests)
@@ -392,7 +391,7 @@ def main() -> None:
         figure("rates", lambda: rates(bench, bench.kernels, BOTH))
         figure("rates elsewhere than at 16 bytes", lambda: rates(bench, bench.kernels, SHAPES))
         figure("copies", lambda: copies(bench))
-        figure("verify", lambda: verified(bench))
+        figure("verify and place", lambda: verified(bench))
         figure("20,000 x 8 KiB", lambda: small(bench))
         figure("few chunks", lambda: few_chunks(bench))
         for name, measure in ordering.figures(driver):

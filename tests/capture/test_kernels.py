@@ -144,7 +144,7 @@ def test_rows_are_copied_and_nothing_else(
 
 @SHARED
 @given(found=places(), data=st.data())
-def test_verify_finds_the_rows_that_differ(
+def test_rows_that_differ_are_found_and_not_placed(
     scene: Scene, found: list[tuple[int, int, int]], data: st.DataObject
 ) -> None:
     rows = layout(scene, found)
@@ -152,16 +152,19 @@ def test_verify_finds_the_rows_that_differ(
     wrong = data.draw(st.sets(st.integers(0, max(len(rows) - 1, 0)))) if rows else set()
     for index in wrong:
         digests[index] ^= 1 << data.draw(st.integers(0, 63))
+    placing = data.draw(st.booleans())
     with scene.driver.current(0):
         expected = scene.driver.alloc(8 * len(rows) + 8)
         ctypes.memmove(expected, array.array("Q", digests).tobytes(), 8 * len(rows))
         bad = scene.driver.alloc(len(rows) + 1)
         ctypes.memset(bad, 0, len(rows) + 1)
-        scene.kernels.verify(0, scene.table(rows), len(rows), expected, bad)
-    assert [i for i, flag in enumerate(ctypes.string_at(bad, len(rows) + 1)) if flag] == sorted(
-        wrong
-    )
-    assert ctypes.string_at(scene.target_address, SPACE_BYTES) == bytes([UNTOUCHED]) * SPACE_BYTES
+        launch = scene.kernels.place if placing else scene.kernels.verify
+        launch(0, scene.table(rows), len(rows), expected, bad)
+    flags = ctypes.string_at(bad, len(rows) + 1)
+    assert [i for i, flag in enumerate(flags) if flag] == sorted(wrong)
+    placed = [place for place, row in zip(found, rows, strict=True) if row[3] not in wrong]
+    wanted = wanted_target(scene, placed if placing else [])
+    assert ctypes.string_at(scene.target_address, SPACE_BYTES) == wanted
 
 
 def test_nothing_outside_a_row_is_read(scene: Scene) -> None:
