@@ -29,13 +29,15 @@ def nvrtc_libraries() -> list[Path]:
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     found = [path for folder in folders for path in folder.glob("**/lib/libnvrtc.so.*")]
     found += Path("/usr/local").glob("cuda*/lib64/libnvrtc.so.*")
-    return sorted(path for path in found if "alt" not in path.name)
+    return sorted(path for path in found if ".alt." not in path.name)
 
 
 class Nvrtc:
     """The run-time compiler of CUDA C++, by ctypes."""
 
     def __init__(self, path: Path) -> None:
+        for part in path.parent.glob("libnvrtc-builtins.so*"):
+            ctypes.CDLL(str(part))  # newer ones look for it where only the loader's paths are
         self._library = ctypes.CDLL(str(path))
         major, minor = c_int(), c_int()
         self._do("nvrtcVersion", byref(major), byref(minor))

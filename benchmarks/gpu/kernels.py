@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import functools
 import json
 import random
 import time
@@ -105,8 +106,10 @@ class Bench:
         return round(size_bytes / GIB / self.seconds(launch), 1)
 
 
-def chunks(bench: Bench, source_shift: int, target_shift: int | None, size: int) -> list[Row]:
-    count = (bench.size_bytes - 64) // size
+def chunks(
+    bench: Bench, source_shift: int, target_shift: int | None, size: int, most: int = 1 << 20
+) -> list[Row]:
+    count = min(most, (bench.size_bytes - 64) // size)
     target = 0 if target_shift is None else bench.target + target_shift
     return [
         (bench.source + source_shift + i * size, target and target + i * size, size, i)
@@ -178,7 +181,8 @@ def values_of_chunks(bench: Bench) -> dict[str, Any]:
     ]
     for source, target in shifts:
         for size in (CHUNK, CHUNK - 1, CHUNK - 64 + 7):
-            rows = chunks(bench, source, target, size)[: min(128, PATTERN_BYTES // size - 1)]
+            most = min(128, PATTERN_BYTES // size - 1)
+            rows = chunks(bench, source, target, size, most)
             result = check(bench, rows)
             if not result["equal"] or result["copied"] is False:
                 found[f"{source}->{target} {size}"] = result
@@ -209,10 +213,8 @@ def rates(bench: Bench, kernels: Kernels, shapes: Sequence[tuple[str, int, int |
         rows = chunks(bench, source_shift, target_shift, CHUNK)
         table, count = bench.table(rows), len(rows)
         total = count * CHUNK
-        found[name] = bench.rate(
-            lambda t=table, n=count: kernels.digest_copy(bench.stream, t, n, digests),  # type: ignore[misc]
-            total,
-        )
+        launch = functools.partial(kernels.digest_copy, bench.stream, table, count, digests)
+        found[name] = bench.rate(launch, total)
         bench.driver.free(table)
     bench.driver.free(digests)
     return found
@@ -248,32 +250,33 @@ def copies(bench: Bench) -> dict[str, Any]:
     ):
         rows = chunks(bench, 0, shift, CHUNK)
         table, count = bench.table(rows), len(rows)
-        found[name] = bench.rate(
-            lambda t=table, n=count: bench.kernels.gather(bench.stream, t, n),  # type: ignore[misc]
-            count * CHUNK,
-        )
+        launch = functools.partial(bench.kernels.gather, bench.stream, table, count)
+        found[name] = bench.rate(launch, count * CHUNK)
         bench.driver.free(table)
     return found
 
 
 def verified(bench: Bench) -> dict[str, Any]:
-    rows = chunks(bench, 0, None, CHUNK)
-    table, count = bench.table(rows), len(rows)
-    digests = bench.upload([0] * count)
-    bad = bench.upload([0] * (count // 8 + 1))
-    bench.kernels.digest_copy(bench.stream, table, count, digests)
-    rate = bench.rate(
-        lambda: bench.kernels.verify(bench.stream, table, count, digests, bad), count * CHUNK
-    )
-    clean = not any(bench.bytes(bad, count))
-    for address in (table, digests, bad):
-        bench.driver.free(address)
-    return {"verify_gibps": rate, "nothing_found": clean}
+    found: dict[str, Any] = {}
+    for name, shift in (("verify", None), ("place", 0), ("place_target_at_4", 4)):
+        rows = chunks(bench, 0, shift, CHUNK)
+        table, count = bench.table(rows), len(rows)
+        digests = bench.upload([0] * count)
+        bad = bench.upload([0] * (count // 8 + 1))
+        bench.kernels.digest_copy(bench.stream, table, count, digests)
+        launch = bench.kernels.verify if name == "verify" else bench.kernels.place
+        found[f"{name}_gibps"] = bench.rate(
+            functools.partial(launch, bench.stream, table, count, digests, bad), count * CHUNK
+        )
+        found[f"{name}_found_nothing"] = not any(bench.bytes(bad, count))
+        for address in (table, digests, bad):
+            bench.driver.free(address)
+    return found
 
 
 def small(bench: Bench) -> dict[str, Any]:
     """20,000 tensors of 8 KiB, packed: what a launch costs, and with the table's upload."""
-    rows = chunks(bench, 0, 0, 8192)[:20000]
+    rows = chunks(bench, 0, 0, 8192, 20000)
     count = len(rows)
     result = check(bench, rows[:4000])
     packed = array.array("Q", [value for row in rows for value in row])
@@ -307,9 +310,8 @@ def few_chunks(bench: Bench) -> dict[str, Any]:
     for rows in (every[:1], every[:64], every[:400], every[:4000]):
         count = len(rows)
         table = bench.table(rows)
-        took = bench.seconds(
-            lambda t=table, n=count: bench.kernels.digest_copy(bench.stream, t, n, digests)  # type: ignore[misc]
-        )
+        launch = functools.partial(bench.kernels.digest_copy, bench.stream, table, count, digests)
+        took = bench.seconds(launch)
         found[f"{count}_chunks_ms"] = round(took * 1e3, 3)
         bench.driver.free(table)
     bench.driver.free(digests)
@@ -389,7 +391,7 @@ def main() -> None:
         figure("rates", lambda: rates(bench, bench.kernels, BOTH))
         figure("rates elsewhere than at 16 bytes", lambda: rates(bench, bench.kernels, SHAPES))
         figure("copies", lambda: copies(bench))
-        figure("verify", lambda: verified(bench))
+        figure("verify and place", lambda: verified(bench))
         figure("20,000 x 8 KiB", lambda: small(bench))
         figure("few chunks", lambda: few_chunks(bench))
         for name, measure in ordering.figures(driver):

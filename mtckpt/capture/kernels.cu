@@ -237,12 +237,22 @@ DEVICE u64 digest_to_240(u64 source, u64 size) {
 
 // ---------------------------------------------------------------------------------- copying
 
+// Four reads are under way before the first write waits for one.
 template <typename T>
 DEVICE void copy_units(u64 source, u64 target, u64 size) {
+    const u64 step = 32 * sizeof(T);
     EACH_LANE {
-#pragma unroll 4
-        for (u64 at = lane * sizeof(T); at < size; at += 32 * sizeof(T))
-            store<T>(target + at, load<T>(source + at));
+        u64 at = lane * sizeof(T);
+        for (; at + 3 * step < size; at += 4 * step) {
+            const T first = load<T>(source + at), second = load<T>(source + at + step);
+            const T third = load<T>(source + at + 2 * step);
+            const T fourth = load<T>(source + at + 3 * step);
+            store<T>(target + at, first);
+            store<T>(target + at + step, second);
+            store<T>(target + at + 2 * step, third);
+            store<T>(target + at + 3 * step, fourth);
+        }
+        for (; at < size; at += step) store<T>(target + at, load<T>(source + at));
     }
 }
 

@@ -10,21 +10,17 @@ import struct
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from mtckpt._shard import CHUNK_BYTES
-
 if TYPE_CHECKING:
     from mtckpt.capture.driver import Driver
 
-__all__ = ["MAX_ROW_BYTES", "ROW", "Kernels"]
+__all__ = ["ROW", "Kernels"]
 
 ROW = struct.Struct("<4Q")
-"""Source address, target address or 0, size in bytes, index of the digest: one row of a table.
+"""A row of a table: source address, target address or 0, size in bytes, index of the digest.
 
-An ``array("Q")`` of four numbers a row is the same.
+An ``array("Q")`` of four numbers a row is the same. A row is the work of one warp, so one that has
+more bytes than a chunk is right, and slow.
 """
-
-MAX_ROW_BYTES = CHUNK_BYTES
-"""More in a row is right, too, but a row is the work of one warp: it takes as long as it is."""
 
 _THREADS = 128  # as THREADS in kernels.cu
 _ROWS_A_BLOCK = _THREADS // 32

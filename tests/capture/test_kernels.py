@@ -5,23 +5,25 @@ from __future__ import annotations
 import array
 import ctypes
 import hashlib
+import json
 import mmap
 import os
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from fake_cuda import KERNELS, FakeCuda, Mode
+from fake_cuda import KERNELS, ROOT, FakeCuda, Mode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from mtckpt._shard import CHUNK_BYTES
 from mtckpt.capture.driver import CudaError, Driver
-from mtckpt.capture.kernels import MAX_ROW_BYTES, ROW, Kernels
+from mtckpt.capture.kernels import ROW, Kernels
 from scripts.compile_kernels import VERSION, Nvrtc, nvrtc_libraries, shipped
 
 PTX = KERNELS.with_suffix(".ptx")
@@ -142,7 +144,7 @@ def test_rows_are_copied_and_nothing_else(
 
 @SHARED
 @given(found=places(), data=st.data())
-def test_verify_finds_the_rows_that_differ(
+def test_rows_that_differ_are_found_and_not_placed(
     scene: Scene, found: list[tuple[int, int, int]], data: st.DataObject
 ) -> None:
     rows = layout(scene, found)
@@ -150,16 +152,19 @@ def test_verify_finds_the_rows_that_differ(
     wrong = data.draw(st.sets(st.integers(0, max(len(rows) - 1, 0)))) if rows else set()
     for index in wrong:
         digests[index] ^= 1 << data.draw(st.integers(0, 63))
+    placing = data.draw(st.booleans())
     with scene.driver.current(0):
         expected = scene.driver.alloc(8 * len(rows) + 8)
         ctypes.memmove(expected, array.array("Q", digests).tobytes(), 8 * len(rows))
         bad = scene.driver.alloc(len(rows) + 1)
         ctypes.memset(bad, 0, len(rows) + 1)
-        scene.kernels.verify(0, scene.table(rows), len(rows), expected, bad)
-    assert [i for i, flag in enumerate(ctypes.string_at(bad, len(rows) + 1)) if flag] == sorted(
-        wrong
-    )
-    assert ctypes.string_at(scene.target_address, SPACE_BYTES) == bytes([UNTOUCHED]) * SPACE_BYTES
+        launch = scene.kernels.place if placing else scene.kernels.verify
+        launch(0, scene.table(rows), len(rows), expected, bad)
+    flags = ctypes.string_at(bad, len(rows) + 1)
+    assert [i for i, flag in enumerate(flags) if flag] == sorted(wrong)
+    placed = [place for place, row in zip(found, rows, strict=True) if row[3] not in wrong]
+    wanted = wanted_target(scene, placed if placing else [])
+    assert ctypes.string_at(scene.target_address, SPACE_BYTES) == wanted
 
 
 def test_nothing_outside_a_row_is_read(scene: Scene) -> None:
@@ -191,7 +196,6 @@ def test_no_rows_are_no_launch(scene: Scene) -> None:
     scene.fake.calls()
     scene.kernels.gather(0, 0, 0)
     assert scene.fake.calls() == []
-    assert MAX_ROW_BYTES == CHUNK_BYTES
 
 
 def test_kernels_that_the_driver_refuses_are_an_error(driver: Driver, fake_cuda: FakeCuda) -> None:
@@ -199,6 +203,16 @@ def test_kernels_that_the_driver_refuses_are_an_error(driver: Driver, fake_cuda:
     with pytest.raises(CudaError, match="cuModuleLoadData"):
         Kernels(driver, 0)
     assert fake_cuda.counts().current == 0
+
+
+def test_the_benchmark_for_devices_runs_here_too(fake_cuda: FakeCuda) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu.kernels", "--size-mib=4", "--values=1"]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(fake_cuda.folder)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, check=True
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row.get("ok") for row in rows] == [None, True, True, True], done.stdout
 
 
 # ------------------------------------------------------------------------------ what is shipped
