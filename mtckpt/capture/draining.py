@@ -27,6 +27,7 @@ __all__ = ["Draining", "Lane"]
 _RING = 2
 _DEPTH = 3  # copies that are on the way at once
 _POLL_S = 0.0002
+_GROUPS = (4, 24)  # windows after which another launch packs
 _WORD_BYTES = 8
 _ROW_BYTES = ROW_WORDS * _WORD_BYTES
 
@@ -48,6 +49,7 @@ class Lane:
             self.captured = driver.event()
             self._ready = driver.event()
             self._packed = [driver.event() for _ in range(_RING)]
+            self._groups = [driver.event() for _ in range(len(_GROUPS) + 1)]
             self.copied = [driver.event() for _ in range(max(_RING, _DEPTH))]
             self.host_rows, self.host_digests = PinnedMemory(driver), PinnedMemory(driver)
             self.rows, self.digests = DeviceMemory(driver), DeviceMemory(driver)
@@ -59,7 +61,10 @@ class Lane:
             for stream in (self.packing, self.copying):
                 driver.synchronize(stream)
                 driver.destroy_stream(stream)
-            for event in (self.captured, self._ready, *self._packed, *self.copied):
+            for event in (
+                *(self.captured, self._ready),
+                *(*self._packed, *self._groups, *self.copied),
+            ):
                 driver.destroy_event(event)
             for memory in (self.host_rows, self.host_digests, self.rows, self.digests):
                 memory.free()
@@ -95,15 +100,20 @@ class Lane:
             place = arena_address + arena.places[i]
             driver.to_host(base + window.begin, place, window.size_bytes, self.copying)
             driver.record(self.copied[i % _RING], self.copying)
-        if arena.num_kept:
-            self._pack(cut[turning].first, cut[-1].stop)
-        driver.record(self.captured, self.packing)
-        driver.wait(self.copying, self.captured)
         kept = [
             (base + window.begin, arena_address + place, window.size_bytes)
             for window, place in zip(cut[turning:], arena.places[turning:], strict=True)
         ]
-        return Draining(self, spread, kept)
+        # The first few in a launch of their own: they are drained while the others are packed.
+        starts = {}
+        for event, (first, stop) in zip(self._groups, _groups(len(kept)), strict=False):
+            self._pack(cut[turning + first].first, cut[turning + stop - 1].stop)
+            driver.record(event, self.packing)
+            starts[first] = event
+        driver.record(self.captured, self.packing)
+        if not kept:
+            driver.wait(self.copying, self.captured)
+        return Draining(self, spread, kept, starts)
 
     def _pack(self, first: int, stop: int) -> None:
         rows = self.rows.address + first * _ROW_BYTES
@@ -138,13 +148,27 @@ class Lane:
         self._uploaded = rows
 
 
+def _groups(count: int) -> list[tuple[int, int]]:
+    """``count`` windows in a few groups, each many times the one before it."""
+    cuts = [0, *(cut for cut in _GROUPS if cut < count), count]
+    return [(first, stop) for first, stop in zip(cuts, cuts[1:], strict=False) if first < stop]
+
+
 class Draining:
     """A capture that has been put on the device: what is left to copy, and the digests."""
 
-    def __init__(self, lane: Lane, spread: Spread, kept: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(
+        self,
+        lane: Lane,
+        spread: Spread,
+        kept: Sequence[tuple[int, int, int]],
+        starts: dict[int, int],
+    ) -> None:
+        """``starts``: the event before which a copy, and those after it, may not begin."""
         self._lane = lane
         self._spread = spread
         self._kept = kept
+        self._starts = starts
 
     def finish(self, digests: memoryview, bytes_per_s: float, timeout_s: float) -> None:
         """Copy the rest, wait for all, and note the digests. Blocks; not for the training thread.
@@ -160,6 +184,8 @@ class Draining:
                 event = lane.copied[i % _DEPTH]
                 if i >= _DEPTH:
                     self._until(event, deadline_s)
+                if i in self._starts:
+                    driver.wait(lane.copying, self._starts[i])
                 if bytes_per_s:
                     time.sleep(max(0.0, started_s + done_bytes / bytes_per_s - time.monotonic()))
                 driver.to_host(target, source, size_bytes, lane.copying)

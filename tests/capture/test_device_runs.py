@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -175,3 +176,39 @@ def test_nothing_of_a_device_is_left(tmp_path: Path, devices: Devices) -> None:
             checkpointer.save(step, state).wait("staged", timeout_s=20)
     after = devices.fake.counts()
     assert after._replace(contexts=0) == before._replace(contexts=0)
+
+
+@pytest.mark.parametrize("capture", ["overlap", "snapshot-overlap"])
+def test_an_optimizer_waits_for_a_capture_that_goes_on(
+    tmp_path: Path,
+    devices: Devices,
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
+    capture: str,
+) -> None:
+    """Parameters and moments are read after ``save()``; the step comes after that on its stream."""
+    with driver.current(0):
+        stream = driver.stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=stream))
+    with open_run(tmp_path, capture=capture) as checkpointer:
+        state = make_state(1, devices)
+        checkpointer.restore(state)
+        for step in range(1, 4):
+            wanted = values_of(state)
+            save = checkpointer.save(step, state)
+            assert save.due
+            if step == 1:
+                # The step is made on the host here, and so after its stream.
+                state["optimizer"].register_step_pre_hook(lambda *_: synchronize(driver, stream))
+            state["optimizer"].step()
+            save.wait("staged", timeout_s=20)
+        again = make_state(2, devices)
+        assert checkpointer.restore(again).step == 3
+        assert all(map(torch.equal, values_of(again), wanted))
+    with driver.current(0):
+        driver.destroy_stream(stream)
+
+
+def synchronize(driver: Driver, stream: int) -> None:
+    with driver.current(0):
+        driver.synchronize(stream)
