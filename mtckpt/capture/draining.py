@@ -8,6 +8,7 @@ to the slot in pieces, so that others' copies are not starved.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -151,7 +152,7 @@ class Lane:
 def _groups(count: int) -> list[tuple[int, int]]:
     """``count`` windows in a few groups, each many times the one before it."""
     cuts = [0, *(cut for cut in _GROUPS if cut < count), count]
-    return [(first, stop) for first, stop in zip(cuts, cuts[1:], strict=False) if first < stop]
+    return [(first, stop) for first, stop in itertools.pairwise(cuts) if first < stop]
 
 
 class Draining:
