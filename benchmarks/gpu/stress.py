@@ -244,6 +244,8 @@ class Scene:
     def _captured(self) -> torch.cuda.CUDAGraph:
         """A graph that writes to the loose float32 tensors; a save may drain while it is made."""
         self._targets = [t for t in self.loose.values() if t.dtype == torch.float32]
+        for tensor in self._targets:  # loads the kernels, which a capture must not
+            tensor.mul_(0.5).add_(1.0)
         graph = torch.cuda.CUDAGraph()
         # As PyTorch advises where other threads speak to the device, too.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -264,5 +266,13 @@ class Scene:
                     tensor.sin_().add_(1.0)
 
             compiled = torch.compile(update)
+            try:
+                compiled([torch.zeros_like(tensor) for tensor in list(self.loose.values())[:4]])
+            except Exception as error:
+                # Compilers fail in their own ways; without one there is one way less to change.
+                self.bench.chosen.compile = 0
+                self.hits[f"not compiled: {type(error).__name__}"] = 1
+                self._in_place()
+                return
             self._compiled = lambda: compiled(list(self.loose.values())[:4])
         self._compiled()
