@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -146,17 +147,41 @@ def _in(bench: Bench, name: str, trainer: Big, mode: str, limit_s: float, direct
 
 
 def _block(bench: Bench, trainer: Big, save: Callable[[], Any] | None, blocked: list[float]) -> int:
-    """Some steps, one save among them; returns the most device memory that was allocated."""
-    if bench.on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    """Some steps, one save among them; returns the most device memory that was in use."""
     last = None
-    for number in range(_STEPS):
-        trainer.step()
-        if save is not None and number == _AT:
-            started_s = time.perf_counter()
-            last = save()
-            blocked.append(time.perf_counter() - started_s)
-    bench.sync()
-    if last is not None:
-        last.wait("staged", timeout_s=120)
-    return torch.cuda.max_memory_allocated() if bench.on_gpu else 0
+    with _Watched(bench) as watched:
+        for number in range(_STEPS):
+            trainer.step()
+            if save is not None and number == _AT:
+                started_s = time.perf_counter()
+                last = save()
+                blocked.append(time.perf_counter() - started_s)
+        bench.sync()
+        if last is not None:
+            last.wait("staged", timeout_s=120)
+    return watched.most_bytes
+
+
+class _Watched:
+    """Samples what of the device's memory is in use, whoever took it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.most_bytes = 0
+        self._on_gpu = bench.on_gpu
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> _Watched:
+        if self._on_gpu:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._on_gpu:
+            self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.02):
+            free, total = torch.cuda.mem_get_info()
+            self.most_bytes = max(self.most_bytes, total - free)

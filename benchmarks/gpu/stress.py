@@ -32,8 +32,9 @@ _Drawn = tuple[torch.dtype, tuple[int, ...], str]
 
 
 def measure(bench: Bench) -> None:
-    for number, mode in enumerate(_MODES):
-        share_s = max(3.0, bench.left_s() / (len(_MODES) - number))
+    modes = _MODES if bench.on_gpu else _MODES[:1]  # the host's memory is captured in one way
+    for number, mode in enumerate(modes):
+        share_s = max(3.0, bench.left_s() / (len(modes) - number))
         name = f"stress, capture {mode or 'as it comes'}"
         bench.attempt(name, _mode, bench, name, mode, bench.left_s() - share_s, needs_s=3)
 
