@@ -27,14 +27,16 @@ if TYPE_CHECKING:
 _MODES = ("", "snapshot", "overlap", "blocking")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 _USUAL_MIB = 512
+_LIMIT_S = 80.0  # for all modes together
 _STREAMS = 3
 _Drawn = tuple[torch.dtype, tuple[int, ...], str]
 
 
 def measure(bench: Bench) -> None:
     modes = _MODES if bench.on_gpu else _MODES[:1]  # the host's memory is captured in one way
+    end_s = max(0.0, bench.left_s() - _LIMIT_S)
     for number, mode in enumerate(modes):
-        share_s = max(3.0, bench.left_s() / (len(modes) - number))
+        share_s = max(3.0, (bench.left_s() - end_s) / (len(modes) - number))
         name = f"stress, capture {mode or 'as it comes'}"
         bench.attempt(name, _mode, bench, name, mode, bench.left_s() - share_s, needs_s=3)
 
