@@ -130,6 +130,7 @@ def _dcp(bench: Bench, trainer: Trainer) -> None:
     if not bench.on_gpu:
         raise Skipped("the stager keeps pinned memory, which wants a GPU")
     ram_dir = os.environ["MTCKPT_RAM_DIR"]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{ram_dir}/group", rank=0, world_size=1)
     state = trainer.tensors()
     stager = BlockingAsyncStager(cache_staged_state_dict=True)
@@ -142,7 +143,8 @@ def _dcp(bench: Bench, trainer: Trainer) -> None:
     def save() -> None:
         path = f"{ram_dir}/dcp"
         shutil.rmtree(path, ignore_errors=True)
-        running.append(async_save(state, checkpoint_id=path, async_stager=stager))
+        started: Any = async_save(state, checkpoint_id=path, async_stager=stager)
+        running.append(getattr(started, "upload_completion", started))
 
     try:
         save()  # pins its memory

@@ -145,6 +145,7 @@ def _take(state: _State, loaded: Mapping[str, torch.Tensor]) -> None:
 def _group(directory: str) -> None:
     import torch.distributed as dist
 
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo", init_method=f"file://{directory}/group", rank=0, world_size=1
