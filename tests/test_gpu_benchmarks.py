@@ -15,7 +15,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 ROOT = Path(__file__).resolve().parent.parent
-DRY = ("--device=cpu", "--size-mib=2", "--rounds=1", "--tensors=40", "--kills=1", "--times=2")
+# One thread: those of many processes would only wait for one another.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+DRY = (
+    "--device=cpu", "--size-mib=2", "--rounds=1", "--tensors=40", "--kills=1", "--times=2",
+    "--fraction=0.02",
+)  # fmt: skip
 
 
 def run(*arguments: str) -> list[dict[str, object]]:
@@ -23,7 +28,7 @@ def run(*arguments: str) -> list[dict[str, object]]:
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=55,
@@ -38,7 +43,7 @@ def run(*arguments: str) -> list[dict[str, object]]:
 def test_figures_that_share_a_process_are_taken(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     names = "--only=limits,staged,small,changed,lost"
-    run("benchmarks.gpu", *DRY, "--seconds=40", names, f"--json={path}")
+    run("benchmarks.gpu", *DRY, "--seconds=50", names, f"--json={path}")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     taken = {row["figure"] for row in rows if "median" in row}
     assert {
@@ -55,15 +60,37 @@ def test_figures_that_share_a_process_are_taken(tmp_path: Path) -> None:
 
 
 def test_figures_with_processes_of_their_own_are_taken() -> None:
-    rows = run("benchmarks.gpu.session", *DRY, "--seconds=40", "--only=restored,killed")
+    names = "--only=restored,killed,memory,big"
+    rows = run("benchmarks.gpu.session", *DRY, "--seconds=50", names)
     taken = {row["figure"] for row in rows if "median" in row}
-    assert {"restored, 4 KiB pages", "killed in the middle of a copy: steps lost"} <= taken
+    assert {
+        "restored, 4 KiB pages",
+        "killed in the middle of a copy: steps lost",
+        "grown over saves and restores: slots",
+        "big state, as it comes: lost per save",
+    } <= taken
+
+
+@pytest.mark.torture
+def test_jax_and_the_peers_are_measured() -> None:
+    pytest.importorskip("jax")
+    rows = run("benchmarks.gpu.session", *DRY, "--seconds=50", "--only=jax,peers")
+    taken = {row["figure"] for row in rows if "median" in row}
+    assert {
+        "JAX: staged",
+        "JAX: restored",
+        "JAX: donated behind the save, rounds with other bits",
+        "JAX, Orbax, Zarr: restored, fresh process",
+        "DCP async: complete in tmpfs",
+        "torch.save: restored",
+    } <= taken
 
 
 def test_values_are_those_at_the_call(seed: int) -> None:
     rows = run("benchmarks.gpu.session", *DRY, f"--seed={seed}", "--seconds=10", "--only=stress")
-    (row,) = (row for row in rows if "median" in row)
-    assert row["compared_bytes"]
+    taken = [row for row in rows if "median" in row]
+    assert taken
+    assert all(row["compared_bytes"] for row in taken)
 
 
 def test_the_stress_sees_one_bit(ram_dir: Path, runtime_dir: Path) -> None:
@@ -118,7 +145,7 @@ def test_without_a_gpu_all_say_so() -> None:
         pytest.skip("there is a GPU")
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
         timeout=55,
     )  # fmt: skip
     assert done.returncode == 0

@@ -2,7 +2,8 @@
 
 ``--only staged,lost`` takes some, ``--seconds 170`` bounds the whole run, ``--json DIR/name.jsonl``
 says where the lines go (``benchmarks/results/`` otherwise); the picture lies beside them. Figures
-of one group share a process. ``--device cpu --size-mib 16`` is a dry run.
+of one group share a process. Peers take minutes: they come with ``--peers 1``. A dry run without
+a GPU: ``--device cpu --size-mib 16``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ GROUPS = (
     ("restored",),
     ("killed",),
     ("stress",),
+    ("memory",),
+    ("jax",),
+    ("big",),
+    ("peers",),
 )
 _GRACE_S = 20.0  # to end after the last figure
 
@@ -36,16 +41,19 @@ def main() -> None:
     if bench is None:
         return
     path = _path(bench)
-    wanted = set(filter(None, bench.chosen.only.split(",")))
     known = {name for group in GROUPS for name in group}
-    if unknown := wanted - known:
+    asked = set(filter(None, bench.chosen.only.split(",")))
+    wanted = asked or known - (set() if bench.chosen.peers else {"peers"})
+    if unknown := asked - known:
         sys.exit(f"--only: {', '.join(sorted(unknown))}: not one of {', '.join(sorted(known))}")
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     with path.open("w") as file:
         for group in GROUPS:
-            names = [name for name in group if name in wanted or not wanted]
+            names = [name for name in group if name in wanted]
             for row in _session(bench, names, failed) if names else ():
+                if row["figure"] == "machine" and rows:
+                    continue  # each process describes it
                 rows.append(row)
                 file.write(json.dumps(row) + "\n")
                 file.flush()

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -97,11 +98,8 @@ class Bench:
 
     def _collect(self) -> None:
         """Give the memory of the last figure back to the device."""
-        if self.on_gpu:
-            import gc
-
-            import torch
-
+        torch = sys.modules.get("torch")
+        if self.on_gpu and torch is not None:
             gc.collect()
             torch.cuda.empty_cache()
 
@@ -126,6 +124,7 @@ _OPTIONS: dict[str, Any] = {
     "kills": 4,
     "compile": 1,  # 0: `stress` compiles no step, which takes a minute
     "times": 100,  # saves and restores of `memory`
+    "peers": 0,  # 1: those too
     "fraction": 0.25,  # of the device's memory, of `big`; the goals are stated for 0.6
     "only": "",
     "role": "",
@@ -311,12 +310,9 @@ def machine(bench: Bench) -> dict[str, Any]:
         row["shmem_huge_pages"] = pages.read_text().partition("[")[2].partition("]")[0]
     row["device"] = f"dry run on {platform.machine()}"
     if bench.on_gpu:
-        import torch
-
-        row["device"] = torch.cuda.get_device_name()
-        row["device_gib"] = round(torch.cuda.get_device_properties(0).total_memory / GIB, 1)
-        query = ["nvidia-smi", "--query-gpu=driver_version,pcie.link.gen.current", "--format=csv"]
-        row["driver_and_pcie"] = _first_line(query, 1)
+        fields = "name,memory.total,driver_version,pcie.link.gen.current,pcie.link.width.current"
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        row["device"], _, row["device_facts"] = _first_line(query, 0).partition(", ")
     return row
 
 

@@ -37,7 +37,9 @@ def measure(bench: Bench) -> None:
     for capture, goal in (("", "value <= 0.008"), ("overlap", "value <= 0.004")):
         name = f"training time lost{', ' if capture else ''}{capture}"
         bench.attempt(name, _mtckpt, bench, trainer, name, capture, goal, needs_s=5)
-    bench.attempt("training time lost, DCP async", _dcp, bench, trainer, needs_s=15)
+    bench.attempt(
+        "training time lost, DCP async", _dcp, bench, trainer, needs_s=15 if bench.on_gpu else 1
+    )
 
 
 def _mtckpt(bench: Bench, trainer: Trainer, name: str, capture: str, goal: str) -> None:
@@ -128,6 +130,7 @@ def _dcp(bench: Bench, trainer: Trainer) -> None:
     if not bench.on_gpu:
         raise Skipped("the stager keeps pinned memory, which wants a GPU")
     ram_dir = os.environ["MTCKPT_RAM_DIR"]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{ram_dir}/group", rank=0, world_size=1)
     state = trainer.tensors()
     stager = BlockingAsyncStager(cache_staged_state_dict=True)
@@ -140,7 +143,8 @@ def _dcp(bench: Bench, trainer: Trainer) -> None:
     def save() -> None:
         path = f"{ram_dir}/dcp"
         shutil.rmtree(path, ignore_errors=True)
-        running.append(async_save(state, checkpoint_id=path, async_stager=stager))
+        started: Any = async_save(state, checkpoint_id=path, async_stager=stager)
+        running.append(getattr(started, "upload_completion", started))
 
     try:
         save()  # pins its memory

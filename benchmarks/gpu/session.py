@@ -7,7 +7,9 @@ own start them. Prints a JSON line for every figure at once; ends with 1 if any 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import threading
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ from benchmarks.gpu.bench import Bench, machine, options, show
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_GRACE_S = 10.0  # behind the budget, before this process gives up
 # name -> (module, function)
 MEASURES = {
     "limits": ("limits", "measure"),
@@ -27,6 +30,10 @@ MEASURES = {
     "restored": ("restored", "measure"),
     "killed": ("killed", "measure"),
     "stress": ("stress", "measure"),
+    "memory": ("memory", "measure"),
+    "big": ("big", "measure"),
+    "jax": ("in_jax", "measure"),
+    "peers": ("peers", "measure"),
 }
 
 
@@ -35,12 +42,23 @@ def main() -> None:
     if bench is None:
         return
     names = bench.chosen.only.split(",") if bench.chosen.only else list(MEASURES)
-    with measuring.places():
+    with measuring.places() as where:
+        watchdog = threading.Timer(max(1.0, bench.left_s() + _GRACE_S), _give_up, [where])
+        watchdog.daemon = True
+        watchdog.start()
         show(machine(bench))
         for name in names:
             bench.attempt(name, _measure_of(name), bench, needs_s=1)
     sys.stdout.flush()
     os._exit(1 if bench.failed else 0)  # what a figure that failed left open is not closed
+
+
+def _give_up(where: measuring.Places) -> None:
+    """A figure that hangs takes no memory along: the slots are freed, and this process ends."""
+    where.kill_agent()
+    for directory in (where.ram, where.runtime, where.disk):
+        shutil.rmtree(directory, ignore_errors=True)
+    os._exit(3)
 
 
 def _measure_of(name: str) -> Callable[[Bench], None]:

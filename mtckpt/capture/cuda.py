@@ -166,6 +166,7 @@ class CudaEngine:
         self._kernels: dict[int, Kernels] = {}
         self._registered: dict[int, int] = {}
         self._lock = threading.Lock()
+        self._clearing: list[threading.Thread] = []
         self._refused = False
 
     # -- slots -----------------------------------------------------------------------------------
@@ -315,15 +316,8 @@ class CudaEngine:
                 self._wait_for_streams(ordinal)
                 at = [targets[i] for i in chosen]
                 bad += land(
-                    self._driver,
-                    ordinal,
-                    self._kernels_of(ordinal),
-                    fd,
-                    spans,
-                    chosen,
-                    at,
-                    digests,
-                    progress,
+                    *(self._driver, ordinal, self._kernels_of(ordinal)),
+                    *(fd, spans, chosen, at, digests, progress, self._later),
                 )
         return sorted(bad)
 
@@ -341,6 +335,12 @@ class CudaEngine:
             for ordinal, these in by_device.items():
                 self._wait_for_streams(ordinal)
                 bring(self._driver, ordinal, self._kernels_of(ordinal), these, host_copy)
+
+    def _later(self, work: Callable[[], None]) -> None:
+        """Do in the background what nobody has to wait for, before the engine is closed."""
+        thread = threading.Thread(target=work, name="mtckpt-clear", daemon=True)
+        thread.start()
+        self._clearing = [*(one for one in self._clearing if one.is_alive()), thread]
 
     def _copy_from_devices(self, moves: Sequence[Move]) -> None:
         """One by one: what was restored to one place and is wanted at another, too."""
@@ -381,6 +381,8 @@ class CudaEngine:
 
     def close(self) -> None:
         """Give back all device memory, streams and registrations. Nothing may be under way."""
+        for thread in self._clearing:
+            thread.join(_FINISH_S)
         for address in list(self._registered):
             self.unregister(address)
         for (ordinal, _), device in self._devices.items():

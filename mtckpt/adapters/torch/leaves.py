@@ -11,6 +11,7 @@ it can: 20,000 tensors are looked at in some 20 ms.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ _ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
 # payload of every NaN alone.
 _storage = torch.Tensor.untyped_storage
 _held_bytes = torch.UntypedStorage.nbytes
+_device_of = torch.Tensor.get_device
+_is_ordinal = (0).__le__
 # So many tensors, with their storages, stay in a first-level cache while they are asked.
 _BLOCK = 128
 BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -88,9 +91,15 @@ class Layouts:
 
 def ordinals_of(block: Sequence[torch.Tensor]) -> list[int]:
     """The CUDA device of each tensor; below 0 for the host's and other devices' memory."""
-    if all(on_host(block)) or torch.version.cuda is None or Driver.load() is None:
+    there = [tensor.is_cuda for tensor in block]
+    if not any(there) or torch.version.cuda is None or Driver.load() is None:
         return [-1] * len(block)
-    return [tensor.get_device() if tensor.is_cuda else -1 for tensor in block]
+    if all(there):
+        return [0] * len(block) if torch.cuda.device_count() == 1 else list(map(_device_of, block))
+    return [
+        _device_of(tensor) if is_there else -1
+        for tensor, is_there in zip(block, there, strict=True)
+    ]
 
 
 def on_host(block: Sequence[torch.Tensor]) -> list[bool]:
@@ -137,15 +146,9 @@ def _look(block: Sequence[torch.Tensor], found: Layouts) -> bool:
     """
     dtypes = [tensor.dtype for tensor in block]
     here = on_host(block)
-    within_reach = all(here)
-    if within_reach:
-        found.ordinals += [-1] * len(block)
-    else:
-        ordinals = ordinals_of(block)
-        found.ordinals += ordinals
-        within_reach = min(ordinals) >= 0 or all(
-            is_here or ordinal >= 0 for is_here, ordinal in zip(here, ordinals, strict=True)
-        )
+    ordinals = [-1] * len(block) if all(here) else ordinals_of(block)
+    within_reach = min(ordinals) >= 0 or all(map(operator.or_, here, map(_is_ordinal, ordinals)))
+    found.ordinals += ordinals
     found.dtypes += dtypes
     found.shapes += map(torch.Tensor.size, block)
     found.addresses += map(torch.Tensor.data_ptr, block)
