@@ -316,9 +316,9 @@ class CudaEngine:
                 self._wait_for_streams(ordinal)
                 at = [targets[i] for i in chosen]
                 bad += land(
-                    *(self._driver, ordinal, self._kernels_of(ordinal)),
-                    *(fd, spans, chosen, at, digests, progress, self._later),
-                )
+                    self._driver, ordinal, self._kernels_of(ordinal),
+                    fd, spans, chosen, at, digests, progress, self._later,
+                )  # fmt: skip
         return sorted(bad)
 
     def copy(self, moves: Sequence[Move], host_copy: Callable[[Sequence[Move]], None]) -> None:
