@@ -1,8 +1,16 @@
-"""Compile mtckpt/capture/kernels.cu into the kernels.ptx beside it. Run it after every change.
+"""Compile mtckpt/capture/kernels.cu into the images beside it. Run it after every change.
 
-It needs no GPU, only NVRTC: `pip install nvidia-cuda-nvrtc-cu11==11.7.99`, whose PTX every driver
-since 515 reads; a newer NVRTC makes PTX that older drivers refuse. The first line of the result
-names the source by its digest; tests/capture/test_kernels.py fails when they drift apart.
+It needs no GPU, only NVRTC, three versions of it, each in a folder of its own, and the folders:
+
+    pip install --no-deps --target nvrtc/11.7 nvidia-cuda-nvrtc-cu11==11.7.99
+    pip install --no-deps --target nvrtc/11.8 nvidia-cuda-nvrtc-cu11==11.8.89
+    pip install --no-deps --target nvrtc/12.8 nvidia-cuda-nvrtc-cu12==12.8.61
+    python scripts/compile_kernels.py nvrtc
+
+PTX is for every device since compute capability 7.0; every driver since 515 reads that of NVRTC
+11.7, and older drivers refuse what a newer one makes. Machine code spares the driver a compilation
+at every start: each by the oldest NVRTC that knows the device. kernels.txt names each image with
+its compiler and the SHA-256 of the source; tests/capture/test_kernels.py fails when they drift.
 """
 
 from __future__ import annotations
@@ -11,22 +19,33 @@ import argparse
 import ctypes
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "mtckpt" / "capture" / "kernels.cu"
-TARGET = SOURCE.with_suffix(".ptx")
-ARCHITECTURE = "compute_70"
-VERSION = 11, 7
+TABLE = SOURCE.with_suffix(".txt")
+PTX = "compute_70"
+COMPILERS = {
+    PTX: (11, 7),
+    "sm_80": (11, 7),
+    "sm_86": (11, 7),
+    "sm_89": (11, 8),
+    "sm_90": (11, 8),
+    "sm_100": (12, 8),
+    "sm_120": (12, 8),
+}
+"""Architectures that are shipped, and the version of NVRTC that compiles each."""
 
 
-def nvrtc_libraries() -> list[Path]:
-    """Every NVRTC that pip or a toolkit has put on this machine."""
+def nvrtc_libraries(more: Iterable[Path] = ()) -> list[Path]:
+    """Every NVRTC that pip or a toolkit has put on this machine, and those in ``more`` folders."""
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    folders = [*more, *folders]
     found = [path for folder in folders for path in folder.glob("**/lib/libnvrtc.so.*")]
     found += Path("/usr/local").glob("cuda*/lib64/libnvrtc.so.*")
     return sorted(path for path in found if ".alt." not in path.name)
@@ -37,7 +56,7 @@ class Nvrtc:
 
     def __init__(self, path: Path) -> None:
         for part in path.parent.glob("libnvrtc-builtins.so*"):
-            ctypes.CDLL(str(part))  # newer ones look for it where only the loader's paths are
+            ctypes.CDLL(str(part))  # it is looked for where only the loader's paths are
         self._library = ctypes.CDLL(str(path))
         major, minor = c_int(), c_int()
         self._do("nvrtcVersion", byref(major), byref(minor))
@@ -48,17 +67,15 @@ class Nvrtc:
         if code != 0:
             raise RuntimeError(f"{call} failed with {code}")
 
-    def _text(self, what: str, program: c_void_p) -> bytes:
+    def _result(self, what: str, program: c_void_p) -> bytes:
         size = c_size_t()
         self._do(f"nvrtcGet{what}Size", program, byref(size))
-        text = ctypes.create_string_buffer(size.value)
-        self._do(f"nvrtcGet{what}", program, text)
-        return text.value
+        result = ctypes.create_string_buffer(size.value)
+        self._do(f"nvrtcGet{what}", program, result)
+        return result.raw
 
-    def compile(
-        self, source: bytes, architecture: str = ARCHITECTURE, options: Sequence[str] = ()
-    ) -> bytes:
-        """PTX of a source. Raises RuntimeError with what the compiler said."""
+    def compile(self, source: bytes, architecture: str = PTX, options: Sequence[str] = ()) -> bytes:
+        """PTX, or a cubin for an ``sm_`` architecture. RuntimeError says what the compiler said."""
         program = c_void_p()
         name = c_char_p(SOURCE.name.encode())
         self._do("nvrtcCreateProgram", byref(program), c_char_p(source), name, 0, None, None)
@@ -67,31 +84,45 @@ class Nvrtc:
         try:
             self._do("nvrtcCompileProgram", program, len(given), texts)
         except RuntimeError as error:
-            raise RuntimeError(self._text("ProgramLog", program).decode()) from error
-        return self._text("PTX", program)
+            raise RuntimeError(self._result("ProgramLog", program).decode()) from error
+        if architecture.startswith("sm_"):
+            return self._result("CUBIN", program)
+        return self._result("PTX", program).rstrip(b"\0")
 
 
-def shipped(nvrtc: Nvrtc, source: bytes) -> bytes:
-    """What kernels.ptx is to be, its first line included."""
+def file_of(architecture: str) -> Path:
+    """Where the image for an architecture lies: PTX as text, machine code compressed by zlib."""
+    if architecture == PTX:
+        return SOURCE.with_suffix(".ptx")
+    return SOURCE.with_suffix(f".{architecture}.cubin.zlib")
+
+
+def line_of(architecture: str, source: bytes) -> str:
+    """The line of kernels.txt about an image: its file, its compiler, its source."""
+    version = ".".join(map(str, COMPILERS[architecture]))
     digest = hashlib.sha256(source).hexdigest()
-    major, minor = nvrtc.version
-    head = (
-        f"// {SOURCE.name} {digest}, compiled by scripts/compile_kernels.py, NVRTC {major}.{minor}"
-    )
-    return head.encode() + b"\n" + nvrtc.compile(source)
+    return f"{file_of(architecture).name} nvrtc-{version} {digest}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nvrtc", type=Path, help="libnvrtc.so.* to use; else the one installed")
-    chosen = parser.parse_args().nvrtc
-    for path in [chosen] if chosen else nvrtc_libraries():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="*", type=Path, help="where to look for NVRTC, too")
+    found: dict[tuple[int, int], Nvrtc] = {}
+    for path in nvrtc_libraries(parser.parse_args().folders):
         nvrtc = Nvrtc(path)
-        if nvrtc.version == VERSION or chosen:
-            TARGET.write_bytes(shipped(nvrtc, SOURCE.read_bytes()))
-            print(f"{TARGET.relative_to(ROOT)}: {TARGET.stat().st_size:,} bytes")
-            return
-    raise SystemExit(f"NVRTC {VERSION[0]}.{VERSION[1]} is not here: {__doc__}")
+        found.setdefault(nvrtc.version, nvrtc)
+    if missing := set(COMPILERS.values()) - set(found):
+        raise SystemExit(f"NVRTC of versions {sorted(missing)} is not here: {__doc__}")
+    source = SOURCE.read_bytes()
+    for architecture, version in COMPILERS.items():
+        image = found[version].compile(source, architecture)
+        file = file_of(architecture)
+        file.write_bytes(image if architecture == PTX else zlib.compress(image, 9))
+        print(f"{file.relative_to(ROOT)}: {file.stat().st_size:,} bytes")
+    lines = [line_of(architecture, source) for architecture in COMPILERS]
+    TABLE.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
 if __name__ == "__main__":

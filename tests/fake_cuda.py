@@ -77,6 +77,10 @@ class FakeCuda:
         """What each device has; 80 GiB unless said."""
         self._library.fake_memory(total_bytes)
 
+    def capability(self, major: int, minor: int) -> None:
+        """The compute capability of all devices; 9.0 unless said."""
+        self._library.fake_capability(10 * major + minor)
+
     def fail(self, call: str, code: int, *, skip: int = 0, times: int = 1) -> None:
         """Let a call fail ``times`` times after it went well ``skip`` times."""
         self._library.fake_fail(call.encode(), code, skip, times)

@@ -28,14 +28,14 @@
 namespace {
 
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100,
-       INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, INVALID_HANDLE = 400,
+       INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NO_BINARY = 209, INVALID_HANDLE = 400,
        NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700, ALREADY_REGISTERED = 712,
        NOT_REGISTERED = 713, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
 const std::map<int, const char *> NAMES = {
     {0, "CUDA_SUCCESS"}, {1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"},
     {3, "CUDA_ERROR_NOT_INITIALIZED"}, {100, "CUDA_ERROR_NO_DEVICE"},
     {101, "CUDA_ERROR_INVALID_DEVICE"}, {200, "CUDA_ERROR_INVALID_IMAGE"},
-    {201, "CUDA_ERROR_INVALID_CONTEXT"}, {400, "CUDA_ERROR_INVALID_HANDLE"},
+    {201, "CUDA_ERROR_INVALID_CONTEXT"}, {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"}, {400, "CUDA_ERROR_INVALID_HANDLE"},
     {500, "CUDA_ERROR_NOT_FOUND"}, {600, "CUDA_ERROR_NOT_READY"},
     {700, "CUDA_ERROR_ILLEGAL_ADDRESS"}, {712, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED"},
     {713, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED"},
@@ -88,7 +88,7 @@ struct Failure {
 };
 
 std::recursive_mutex lock;
-int num_devices = 2, mode = 1, sticky = OK;
+int num_devices = 2, mode = 1, sticky = OK, capability = 90;
 long pid_of_init = 0;
 u64 random_state = 1, total_bytes = 80ull << 30;
 int flip_after = -1;
@@ -371,8 +371,8 @@ API int cuDeviceGetName(char *name, int size, int device) {
 
 API int cuDeviceGetAttribute(int *value, int attribute, int) {
     ENTER("cuDeviceGetAttribute");
-    NEED(attribute == 16, INVALID_VALUE);
-    *value = 4;
+    NEED(attribute == 16 || attribute == 75 || attribute == 76, INVALID_VALUE);
+    *value = attribute == 16 ? 4 : attribute == 75 ? capability / 10 : capability % 10;
     return OK;
 }
 
@@ -679,11 +679,35 @@ API int cuMemcpyDtoDAsync_v2(u64 target, u64 source, size_t size, void *stream) 
     return copy_async(target, source, size, stream, true, true);
 }
 
+namespace {
+// The bytes of an ELF file, and the compute capability that one with machine code is for.
+struct Elf {
+    u64 size;
+    int capability;
+};
+Elf elf_at(const u8 *image) {
+    const u64 at = u64(image);
+    const u32 flags = load<u32>(at + 48);
+    const u64 programs = load<u64>(at + 32) + u64(load<u16>(at + 54)) * load<u16>(at + 56);
+    const u64 sections = load<u64>(at + 40) + u64(load<u16>(at + 58)) * load<u16>(at + 60);
+    const bool is_newer = image[8] >= 8;  // the version of the ABI
+    return {programs > sections ? programs : sections, int(is_newer ? flags >> 8 & 0xFF : flags & 0xFF)};
+}
+}  // namespace
+
 API int cuModuleLoadData(Module **module, const void *image) {
     ENTER("cuModuleLoadData");
     NEED_CONTEXT;
-    const std::string text = static_cast<const char *>(image);
-    NEED(text.find(".version") != std::string::npos, INVALID_IMAGE);
+    std::string text;
+    if (std::memcmp(image, "\177ELF", 4) == 0) {
+        const Elf elf = elf_at(static_cast<const u8 *>(image));
+        const bool runs = elf.capability / 10 == capability / 10 && elf.capability <= capability;
+        NEED(runs, NO_BINARY);
+        text.assign(static_cast<const char *>(image), elf.size);
+    } else {
+        text = static_cast<const char *>(image);
+        NEED(text.find(".version") != std::string::npos, INVALID_IMAGE);
+    }
     *module = new Module{stack.back(), text, {}};
     modules.insert(*module);
     return OK;
@@ -699,7 +723,10 @@ API int cuModuleUnload(Module *module) {
 API int cuModuleGetFunction(Function **function, Module *module, const char *name) {
     ENTER("cuModuleGetFunction");
     NEED(modules.count(module), INVALID_HANDLE);
-    NEED(module->text.find(".entry " + std::string(name) + "(") != std::string::npos, NOT_FOUND);
+    const std::string &text = module->text;
+    const std::string named(name, std::strlen(name) + 1);  // as a table of an ELF file has it
+    NEED(text.find(".entry " + std::string(name) + "(") != std::string::npos ||
+             (text[0] == '\177' && text.find('\0' + named) != std::string::npos), NOT_FOUND);
     for (int which = 0; which < 4; ++which)
         if (std::string(name) == KERNEL_NAMES[which]) {
             auto &made = module->functions[name];
@@ -759,6 +786,7 @@ API void fake_reset(int devices) {
     sticky = OK;
     thread_mode = 0;
     flip_after = -1;
+    capability = 90;
     total_bytes = 80ull << 30;
     pid_of_init = 0;
 }
@@ -772,6 +800,12 @@ API void fake_mode(int chosen, u64 seed) {
 API void fake_memory(u64 size) {
     std::lock_guard<std::recursive_mutex> held(lock);
     total_bytes = size;
+}
+
+// What all devices are, as ten times the major number and the minor one.
+API void fake_capability(int chosen) {
+    std::lock_guard<std::recursive_mutex> held(lock);
+    capability = chosen;
 }
 
 // The call fails with the code, ``times`` times after it went well ``skip`` times.

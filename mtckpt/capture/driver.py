@@ -95,6 +95,7 @@ _POINTER_MEMORY_TYPE = 2
 _POINTER_DEVICE_ORDINAL = 9
 _MEMORY_DEVICE = 2
 _MULTIPROCESSOR_COUNT = 16
+_COMPUTE_CAPABILITY = 75, 76
 
 
 class CudaError(Exception):
@@ -204,6 +205,13 @@ class Driver:
     def num_multiprocessors(self, ordinal: int) -> int:
         device = self._asked("cuDeviceGet", ordinal)
         return self._asked("cuDeviceGetAttribute", _MULTIPROCESSOR_COUNT, device)
+
+    def compute_capability(self, ordinal: int) -> tuple[int, int]:
+        """What generation a device is of, as major and minor number."""
+        device = self._asked("cuDeviceGet", ordinal)
+        major, minor = _COMPUTE_CAPABILITY
+        asked = "cuDeviceGetAttribute"
+        return self._asked(asked, major, device), self._asked(asked, minor, device)
 
     @contextlib.contextmanager
     def current(self, ordinal: int) -> Iterator[None]:
@@ -393,7 +401,7 @@ class Driver:
         self._do("cuMemcpyDtoDAsync_v2", target, source, size_bytes, stream)
 
     def load_module(self, image: bytes) -> int:
-        """Kernels from PTX text, compiled for the current context's device; kept on disk by it."""
+        """Kernels from a cubin, or from PTX text, which the driver compiles for the device."""
         return self._made("cuModuleLoadData", image)
 
     def unload(self, module: int) -> None:

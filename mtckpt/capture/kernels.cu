@@ -13,7 +13,7 @@
 // do on their own is written in EACH_LANE blocks, which the host runs 32 times; what they hold
 // across blocks is in Lanes<T>, one T on the device, 32 on the host.
 //
-// scripts/compile_kernels.py makes kernels.ptx of this file. Run it after every change.
+// scripts/compile_kernels.py compiles this file. Run it after every change.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -218,6 +218,7 @@ DEVICE u64 digest_to_16(u64 source, u64 size) {
 
 DEVICE u64 digest_to_128(u64 source, u64 size) {
     u64 hash = size * PRIME64_1;
+#pragma unroll 1
     for (int i = int(size - 1) / 32; i >= 0; --i) {
         hash += mix(source + 16 * i, 32 * i);
         hash += mix(source + size - 16 * (i + 1), 32 * i + 16);
@@ -229,8 +230,10 @@ DEVICE u64 digest_to_240(u64 source, u64 size) {
     if (size <= 16) return digest_to_16(source, size);
     if (size <= 128) return digest_to_128(source, size);
     u64 hash = size * PRIME64_1;
+#pragma unroll 1
     for (int i = 0; i < 8; ++i) hash += mix(source + 16 * i, 16 * i);
     hash = avalanche(hash);
+#pragma unroll 1
     for (int i = 8; i < int(size / 16); ++i) hash += mix(source + 16 * i, 16 * (i - 8) + 3);
     return avalanche(hash + mix(source + size - 16, 119));
 }
@@ -334,16 +337,18 @@ DEVICE Halves read_block(u64 block, int lane) {
 }
 
 // All blocks but the last, each with the scrambling that ends it. With STORES, the target is none or
-// aligned to 16 bytes, and gets what was read for the digest.
+// aligned to 16 bytes, and gets what was read for the digest. Byte by byte, code is large and one
+// block in flight is many reads.
 template <int UNIT, bool STORES>
 DEVICE void digest_blocks(Lanes<Digesting> &state, u64 source, u64 target, u32 num_blocks) {
-    Lanes<Halves> ahead[AHEAD];
+    constexpr u32 DEPTH = UNIT == 1 ? 1 : AHEAD;
+    Lanes<Halves> ahead[DEPTH];
 #pragma unroll
-    for (u32 i = 0; i < AHEAD; ++i)
+    for (u32 i = 0; i < DEPTH; ++i)
         if (i < num_blocks) EACH_LANE ahead[i][lane] = read_block<UNIT>(source + i * BLOCK, lane);
-    for (u32 group = 0; group < num_blocks; group += AHEAD) {
+    for (u32 group = 0; group < num_blocks; group += DEPTH) {
 #pragma unroll
-        for (u32 i = 0; i < AHEAD; ++i) {
+        for (u32 i = 0; i < DEPTH; ++i) {
             const u32 number = group + i;
             if (number >= num_blocks) break;
             const u64 at = u64(number) * BLOCK;
@@ -357,10 +362,10 @@ DEVICE void digest_blocks(Lanes<Digesting> &state, u64 source, u64 target, u32 n
                 partial[lane] = {0, 0};
                 accumulate(partial[lane], data.low, state[lane].low_key);
                 accumulate(partial[lane], data.high, state[lane].high_key);
-                if (number + AHEAD < num_blocks)
-                    ahead[i][lane] = read_block<UNIT>(source + at + AHEAD * BLOCK, lane);
+                if (number + DEPTH < num_blocks)
+                    ahead[i][lane] = read_block<UNIT>(source + at + DEPTH * BLOCK, lane);
             }
-            if (!STORES && target) copy(source + at, target + at, BLOCK);
+            if (!STORES && target) copy_some(source + at, target + at, BLOCK);
             add_partial(state, partial);
             EACH_LANE {
                 Digesting &own = state[lane];

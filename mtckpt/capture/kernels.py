@@ -6,14 +6,22 @@ they are, where tables lie, or when what was launched is done: that is the strea
 
 from __future__ import annotations
 
+import logging
+import re
 import struct
+import zlib
+from collections.abc import Iterable
 from importlib import resources
 from typing import TYPE_CHECKING
+
+from mtckpt.capture.driver import CudaError
 
 if TYPE_CHECKING:
     from mtckpt.capture.driver import Driver
 
-__all__ = ["ROW", "Kernels"]
+__all__ = ["ROW", "Kernels", "machine_code_for"]
+
+logger = logging.getLogger(__name__)
 
 ROW = struct.Struct("<4Q")
 """A row of a table: source address, target address or 0, size in bytes, index of the digest.
@@ -24,6 +32,17 @@ more bytes than a chunk is right, and slow.
 
 _THREADS = 128  # as THREADS in kernels.cu
 _ROWS_A_BLOCK = _THREADS // 32
+_MACHINE_CODE = re.compile(r"kernels\.sm_(\d+)(\d)\.cubin\.zlib")
+
+
+def machine_code_for(capability: tuple[int, int], files: Iterable[str]) -> str | None:
+    """The file that devices of a compute capability run: of the same major, the nearest minor."""
+    found = {}
+    for file in files:
+        if match := _MACHINE_CODE.fullmatch(file):
+            found[int(match[1]), int(match[2])] = file
+    fitting = [of for of in found if of[0] == capability[0] and of[1] <= capability[1]]
+    return found[max(fitting)] if fitting else None
 
 
 class Kernels:
@@ -35,16 +54,32 @@ class Kernels:
     """
 
     def __init__(self, driver: Driver, ordinal: int) -> None:
-        """Raises CudaError if the driver cannot compile them for the device."""
+        """Raises CudaError if the driver takes neither machine code nor PTX for the device."""
         self._driver = driver
         self._ordinal = ordinal
-        image = resources.files("mtckpt.capture").joinpath("kernels.ptx").read_bytes()
         with driver.current(ordinal):
-            self._module = driver.load_module(image)
+            self._module, self.image = self._load()
             self._digest_copy = driver.function(self._module, "mtckpt_digest_copy")
             self._gather = driver.function(self._module, "mtckpt_gather")
             self._verify = driver.function(self._module, "mtckpt_verify")
             self._place = driver.function(self._module, "mtckpt_place")
+
+    def _load(self) -> tuple[int, str]:
+        """The loaded module, and the name of the file that it comes from.
+
+        Machine code first: the driver may take half a second to compile PTX.
+        """
+        folder = resources.files("mtckpt.capture")
+        files = [file.name for file in folder.iterdir()]
+        file = machine_code_for(self._driver.compute_capability(self._ordinal), files)
+        if file is not None:
+            image = zlib.decompress(folder.joinpath(file).read_bytes())
+            try:
+                return self._driver.load_module(image), file
+            except CudaError as error:  # one that is not about the image, PTX meets again
+                logger.info("%s is not for this device or driver: %s", file, error)
+        file = "kernels.ptx"
+        return self._driver.load_module(folder.joinpath(file).read_bytes()), file
 
     def digest_copy(self, stream: int, rows: int, num_rows: int, digests: int) -> None:
         """``digests[index]`` (u64) = the XXH3-64 of the source of each row.

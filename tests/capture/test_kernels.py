@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import ctypes
-import hashlib
 import json
 import mmap
 import os
@@ -12,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,10 +23,9 @@ from xxhash import xxh3_64_intdigest
 
 from mtckpt._shard import CHUNK_BYTES
 from mtckpt.capture.driver import CudaError, Driver
-from mtckpt.capture.kernels import ROW, Kernels
-from scripts.compile_kernels import VERSION, Nvrtc, nvrtc_libraries, shipped
+from mtckpt.capture.kernels import ROW, Kernels, machine_code_for
+from scripts.compile_kernels import COMPILERS, PTX, TABLE, Nvrtc, file_of, line_of, nvrtc_libraries
 
-PTX = KERNELS.with_suffix(".ptx")
 SPACE_BYTES = 4 * CHUNK_BYTES
 UNTOUCHED = 0xEE
 EDGES = [CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES, 1023, 1024, 1025, 65536]
@@ -198,8 +197,56 @@ def test_no_rows_are_no_launch(scene: Scene) -> None:
     assert scene.fake.calls() == []
 
 
+@pytest.mark.parametrize(
+    ("capability", "wanted"),
+    [
+        ((7, 0), "kernels.ptx"),
+        ((7, 5), "kernels.ptx"),
+        ((8, 0), "kernels.sm_80.cubin.zlib"),
+        ((8, 6), "kernels.sm_86.cubin.zlib"),
+        ((8, 7), "kernels.sm_86.cubin.zlib"),
+        ((8, 9), "kernels.sm_89.cubin.zlib"),
+        ((9, 0), "kernels.sm_90.cubin.zlib"),
+        ((10, 0), "kernels.sm_100.cubin.zlib"),
+        ((10, 3), "kernels.sm_100.cubin.zlib"),
+        ((11, 0), "kernels.ptx"),
+        ((12, 1), "kernels.sm_120.cubin.zlib"),
+    ],
+)
+def test_a_device_gets_machine_code_if_there_is_some_for_it(
+    driver: Driver, fake_cuda: FakeCuda, capability: tuple[int, int], wanted: str
+) -> None:
+    """The fake takes a cubin that says it is for the device, and has all four kernels."""
+    fake_cuda.capability(*capability)
+    kernels = Kernels(driver, 0)
+    assert kernels.image == wanted
+    assert fake_cuda.counts().modules == 1
+    kernels.close()
+
+
+def test_machine_code_is_that_of_the_nearest_older_device_of_a_generation() -> None:
+    files = [f"kernels.sm_{number}.cubin.zlib" for number in (80, 86, 100, 103)]
+    files += ["kernels.sm_89.cubin", "kernels.sm_.cubin.zlib", "kernels.ptx"]
+    assert machine_code_for((8, 9), files) == "kernels.sm_86.cubin.zlib"
+    assert machine_code_for((8, 5), files) == "kernels.sm_80.cubin.zlib"
+    assert machine_code_for((10, 9), files) == "kernels.sm_103.cubin.zlib"
+    assert machine_code_for((1, 0), files) is None
+    assert machine_code_for((9, 0), files) is None
+
+
+@pytest.mark.parametrize("code", [200, 209, 300])
+def test_machine_code_that_the_driver_refuses_gives_way_to_ptx(
+    driver: Driver, fake_cuda: FakeCuda, code: int
+) -> None:
+    fake_cuda.fail("cuModuleLoadData", code)
+    kernels = Kernels(driver, 0)
+    assert kernels.image == "kernels.ptx"
+    kernels.close()
+    assert fake_cuda.counts().modules == 0
+
+
 def test_kernels_that_the_driver_refuses_are_an_error(driver: Driver, fake_cuda: FakeCuda) -> None:
-    fake_cuda.fail("cuModuleLoadData", 218)
+    fake_cuda.fail("cuModuleLoadData", 218, times=2)
     with pytest.raises(CudaError, match="cuModuleLoadData"):
         Kernels(driver, 0)
     assert fake_cuda.counts().current == 0
@@ -218,28 +265,33 @@ def test_the_benchmark_for_devices_runs_here_too(fake_cuda: FakeCuda) -> None:
 # ------------------------------------------------------------------------------ what is shipped
 
 
+def shipped(architecture: str) -> bytes:
+    held = file_of(architecture).read_bytes()
+    return held if architecture == PTX else zlib.decompress(held)
+
+
 def test_the_shipped_kernels_are_of_this_source() -> None:
-    digest = hashlib.sha256(KERNELS.read_bytes()).hexdigest()
-    head = PTX.read_text(encoding="ascii").partition("\n")[0]
-    assert digest in head, "kernels.cu was changed: run scripts/compile_kernels.py"
+    source = KERNELS.read_bytes()
+    lines = TABLE.read_text(encoding="ascii").splitlines()
+    wanted = [line_of(architecture, source) for architecture in COMPILERS]
+    assert lines == wanted, "kernels.cu was changed: run scripts/compile_kernels.py"
+    files = {file_of(architecture) for architecture in COMPILERS}
+    assert files == {*KERNELS.parent.glob("*.ptx"), *KERNELS.parent.glob("*.cubin*")}
 
 
-def old_nvrtc() -> Path | None:
+@pytest.mark.parametrize("architecture", COMPILERS)
+def test_the_shipped_kernels_are_what_the_compiler_makes(architecture: str) -> None:
     for path in nvrtc_libraries():
-        if Nvrtc(path).version == VERSION:
-            return path
-    return None
-
-
-def test_the_shipped_kernels_are_what_the_compiler_makes() -> None:
-    path = old_nvrtc()
-    if path is None:
-        pytest.skip("no NVRTC of the version that kernels.ptx is made with")
-    assert shipped(Nvrtc(path), KERNELS.read_bytes()) == PTX.read_bytes()
+        nvrtc = Nvrtc(path)
+        if nvrtc.version == COMPILERS[architecture]:
+            assert nvrtc.compile(KERNELS.read_bytes(), architecture) == shipped(architecture)
+            return
+    pytest.skip("no NVRTC of the version that compiles it")
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_the_shipped_kernels_assemble(tmp_path: Path, architecture: str) -> None:
-    command = ["ptxas", f"-arch={architecture}", str(PTX), "-o", str(tmp_path / "kernels.cubin")]
+    target = str(tmp_path / "kernels.cubin")
+    command = ["ptxas", f"-arch={architecture}", str(file_of(PTX)), "-o", target]
     subprocess.run(command, check=True, timeout=50)
