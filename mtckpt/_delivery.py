@@ -245,9 +245,13 @@ class Delivery:
             try:
                 if not place.mapped or self._size_of(wanted) <= _CHEAP_BYTES:
                     left = self._staged(place, wanted)
-                elif check or last:
+                elif check:
                     left = self._checked(place, wanted)
                     sound.append((place, sorted(set(wanted).difference(left))))
+                elif last:
+                    left = self._from_ram(place, wanted, whole=True)
+                    if left:  # then nothing was placed
+                        sound.append((place, sorted(set(wanted).difference(left))))
                 else:
                     left = self._from_ram(place, wanted)
             except (FormatError, TierError) as error:
@@ -286,16 +290,19 @@ class Delivery:
             bad = self._read(place, check, self._size_of(wanted))
         return sorted(wanted[i] for i in bad)
 
-    def _from_ram(self, place: Place, wanted: list[int]) -> list[int]:
-        """Check each chunk and place it while it is in the cache; what is not sound is left."""
+    def _from_ram(self, place: Place, wanted: list[int], *, whole: bool = False) -> list[int]:
+        """Check each chunk and place it while it is in the cache; what is not sound is left.
+
+        ``whole``: nothing is placed unless all is sound.
+        """
         size_bytes = self._size_of(wanted)
         spans, digests = self._spans(wanted), self._loaded.table.digests
         targets = [self._wants[i].address for i in wanted]
         with self._within(place.label, functools.partial(self._hold, place)) as held:
             place_all = functools.partial(
-                self._engine.fetch, held.fd, spans, targets, digests, self._count
+                self._engine.fetch, held.fd, spans, targets, digests, self._count, whole=whole
             )
-            self._attempt.touched = True
+            self._attempt.touched |= not whole
             try:
                 bad = self._read(place, place_all, size_bytes)
             except _Late as error:
@@ -306,6 +313,9 @@ class Delivery:
                     state="live state is undefined: the tier stopped answering in the middle",
                 ) from error
         left = sorted(wanted[i] for i in bad)
+        if whole and left:
+            return left
+        self._attempt.touched = True
         self._credit(place, size_bytes - self._size_of(left))
         return left
 

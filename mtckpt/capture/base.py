@@ -83,8 +83,12 @@ class Engine(Protocol):
         targets: Sequence[int],
         digests: memoryview,
         progress: Callable[[int], None],
+        *,
+        whole: bool = False,
     ) -> list[int]:
         """Read the spans of a file, check each chunk, and copy what is sound to its target.
+
+        ``whole``: copy nothing unless all of it is sound.
 
         ``targets`` holds an address a span; 0 only checks. Returns the indexes of spans with a
         chunk that does not match or is not there; no such chunk reaches a target. ``progress`` is

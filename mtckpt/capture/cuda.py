@@ -23,32 +23,20 @@ from mtckpt.capture.driver import CudaError, Driver
 from mtckpt.capture.gates import Gate
 from mtckpt.capture.kernels import Kernels
 from mtckpt.capture.landing import land
-from mtckpt.capture.windows import WINDOW_BYTES, Spread, arena_of, windows
+from mtckpt.capture.windows import WINDOW_BYTES, Spread, arena_of, room_bytes, windows
 from mtckpt.errors import CaptureFailed, RestoreFailed
 
 if TYPE_CHECKING:
     from mtckpt.capture.base import Mode, Move, Span
 
-__all__ = ["CudaCapture", "CudaEngine", "room_bytes"]
+__all__ = ["CudaCapture", "CudaEngine"]
 
 logger = logging.getLogger(__name__)
 
-_GIB = 1 << 30
 _FINISH_S = 600.0
 # Two of these, rows and digests are what a capture needs that has no arena of its own.
 _TURN_BYTES = 24 << 20
 _SMALL_TURN_BYTES = 4 << 20  # beside another one
-
-
-def room_bytes(mode: Mode, wanted_bytes: int, free_bytes: int, total_bytes: int) -> int:
-    """Device memory that a snapshot may take, so that the user's next allocation does not fail.
-
-    A twentieth of the device, and a GiB at least, is left alone. 0: all goes through a small ring.
-    """
-    if mode in ("blocking", "overlap"):
-        return 0
-    left = free_bytes - max(_GIB, total_bytes // 20)
-    return max(0, min(wanted_bytes, left))
 
 
 class _Arenas:
@@ -308,16 +296,25 @@ class CudaEngine:
         targets: Sequence[int],
         digests: memoryview,
         progress: Callable[[int], None],
+        *,
+        whole: bool,
     ) -> list[int]:
         """See ``base.Engine``, for those targets that are on devices. Raises RestoreFailed."""
         bad: list[int] = []
+        by_device = _by_device(targets, spans)
+        if whole and len(by_device) > 1:  # each has to wait for what the others say
+            nowhere = [type(target)(0) for target in targets]
+            bad = self.fetch(fd, spans, nowhere, digests, lambda _: None, whole=False)
+            if bad:
+                return bad
+            whole = False
         with _as_restore_failed():
-            for ordinal, chosen in _by_device(targets, spans).items():
+            for ordinal, chosen in by_device.items():
                 self._wait_for_streams(ordinal)
                 at = [targets[i] for i in chosen]
                 bad += land(
                     self._driver, ordinal, self._kernels_of(ordinal),
-                    fd, spans, chosen, at, digests, progress, self._later,
+                    fd, spans, chosen, at, digests, progress, self._later, whole=whole,
                 )  # fmt: skip
         return sorted(bad)
 

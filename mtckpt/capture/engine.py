@@ -118,14 +118,21 @@ class AnyEngine:
         targets: Sequence[int],
         digests: memoryview,
         progress: Callable[[int], None],
+        *,
+        whole: bool = False,
     ) -> list[int]:
         if not has_devices(targets):
-            return self._host.fetch(fd, spans, targets, digests, progress)
+            return self._host.fetch(fd, spans, targets, digests, progress, whole=whole)
         hosts = [i for i, target in enumerate(targets) if not isinstance(target, OnDevice)]
-        bad = self._host.fetch(
-            fd, [spans[i] for i in hosts], [targets[i] for i in hosts], digests, progress
-        )
-        there = self._devices().fetch(fd, spans, targets, digests, progress)
+        here, at = [spans[i] for i in hosts], [targets[i] for i in hosts]
+        bad: list[int] = []
+        if whole:  # the host's part goes last: it has been looked at first
+            bad = self._host.fetch(fd, here, [0] * len(here), digests, lambda _: None)
+            if bad:
+                targets = [type(target)(0) for target in targets]
+        there = self._devices().fetch(fd, spans, targets, digests, progress, whole=whole)
+        if not (whole and (bad or there)):
+            bad = self._host.fetch(fd, here, at, digests, progress)
         return sorted({*there, *(hosts[i] for i in bad)})
 
     def copy(self, moves: Sequence[Move]) -> None:

@@ -13,14 +13,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mtckpt.capture.buffers import DeviceMemory, PinnedMemory
 from mtckpt.capture.driver import CudaError
 from mtckpt.capture.memory import Mapping, map_file, view_at
-from mtckpt.capture.windows import ROW_WORDS, Spread, Window, windows
+from mtckpt.capture.windows import ROW_WORDS, Spread, Window, room_bytes, windows
 
 if TYPE_CHECKING:
     from mtckpt.capture.base import Span
@@ -35,6 +35,8 @@ _READ_BYTES = 4 << 20  # what a thread reads at a time
 _WINDOW_BYTES = 32 << 20  # what is copied from a mapping at a time
 _MAP_BYTES = 64 << 20  # what of it is made known to the driver at a time
 _NUM_THREADS = 8
+_READ_PLACES = 2  # of each thread
+_MAPPED_PLACES = 3
 _LAND_S = 600.0
 _POLL_S = 0.0002
 _PAGE_BYTES = 4096
@@ -51,14 +53,16 @@ class _Job:
         cut: Sequence[Window],
         num_places: int,
         digests: memoryview,
+        *,
+        waits: bool,
     ) -> None:
-        """Within ``current`` and ``relaxed``."""
+        """Within ``current`` and ``relaxed``. ``waits``: what is sound is placed at the end."""
+        self.waits = waits
         self.driver = driver
         self.kernels = kernels
         self.spread = spread
         self.cut = cut
-        turn = max((window.size_bytes for window in cut), default=0)
-        self.turn_bytes = -(-(turn + _ALIGN_BYTES) // _ALIGN_BYTES) * _ALIGN_BYTES
+        self.turn_bytes = _turn_bytes(cut)
         self.staging, self.rows = DeviceMemory(driver), DeviceMemory(driver)
         self.expected, self.flags = DeviceMemory(driver), DeviceMemory(driver)
         self.pinned = PinnedMemory(driver)
@@ -100,8 +104,13 @@ class _Job:
     def place(self, window: Window, stream: int) -> None:
         """Check what is staged, and bring what is sound to its targets."""
         rows = self.rows.address + window.first * _ROW_BYTES
-        count = window.stop - window.first
-        self.kernels.place(stream, rows, count, self.expected.address, self.flags.address)
+        check = self.kernels.verify if self.waits else self.kernels.place
+        check(stream, rows, window.stop - window.first, self.expected.address, self.flags.address)
+
+    def place_all(self) -> None:
+        """Bring all that waited to its targets."""
+        self.kernels.gather(self.stream, self.rows.address, len(self.spread))
+        self.driver.synchronize(self.stream)
 
     def bad(self) -> list[int]:
         """Which of the chosen spans have a chunk that did not match, once all is done."""
@@ -129,10 +138,14 @@ def land(
     digests: memoryview,
     progress: Callable[[int], None],
     later: Callable[[Callable[[], None]], None],
+    *,
+    whole: bool = False,
 ) -> list[int]:
     """Bring the chosen spans of a file to ``targets`` (one a chosen span) on one device.
 
-    ``later`` is told what is to be cleared away, which takes a third as long as all else.
+    ``later`` is told what is to be cleared away, which takes a third as long as all else. With
+    ``whole`` nothing is placed unless all of it is sound: it waits in free memory of the device,
+    or, where there is too little, it is read twice.
 
     Returns the indexes among ``spans`` of those with a bad or missing chunk; no such chunk reached
     its target. Raises OSError as reading does, CudaError as the device does.
@@ -141,22 +154,40 @@ def land(
     mapped = _has_large_pages(fd)
     cut = windows(spread, _WINDOW_BYTES if mapped else _READ_BYTES, alone=True)
     num_threads = 1 if mapped else min(_NUM_THREADS, max(1, (os.cpu_count() or 1) - 1), len(cut))
-    num_places = 3 if mapped else 2 * num_threads
+    num_places = _MAPPED_PLACES if mapped else _READ_PLACES * num_threads
     with driver.current(ordinal), driver.relaxed():
-        job = _Job(driver, kernels, spread, cut, num_places, digests)
+        if whole:
+            needed_bytes = len(cut) * _turn_bytes(cut)
+            if needed_bytes <= room_bytes("snapshot", needed_bytes, *driver.memory()):
+                num_places = len(cut)
+            else:
+                nowhere = [0] * len(targets)
+                more: Any = (fd, spans, chosen, nowhere, digests, lambda _: None, later)
+                if bad := land(driver, ordinal, kernels, *more):
+                    return bad
+                whole = False
+        job = _Job(driver, kernels, spread, cut, num_places, digests, waits=whole)
         try:
             missing: set[int] = set()
-            if mapped:
+            try:
+                if not mapped:
+                    raise _NotRegistered
                 job.aim(targets, [i % num_places for i in range(len(cut))])
-                try:
-                    _through_mapping(job, ordinal, fd, missing, progress, later)
-                    return sorted({*job.bad(), *missing})
-                except _NotRegistered:
-                    pass
-            _through_threads(job, ordinal, fd, targets, num_threads, missing, progress)
-            return sorted({*job.bad(), *missing})
+                _through_mapping(job, ordinal, fd, missing, progress, later)
+            except _NotRegistered:
+                _through_threads(job, ordinal, fd, targets, num_threads, missing, progress)
+            bad = sorted({*job.bad(), *missing})
+            if whole and not bad:
+                job.place_all()
+            return bad
         finally:
             job.close()
+
+
+def _turn_bytes(cut: Sequence[Window]) -> int:
+    """What a place takes, whichever window is in it."""
+    turn = max((window.size_bytes for window in cut), default=0)
+    return -(-(turn + _ALIGN_BYTES) // _ALIGN_BYTES) * _ALIGN_BYTES
 
 
 class _NotRegistered(Exception):
@@ -262,9 +293,10 @@ def _through_threads(
     progress: Callable[[int], None],
 ) -> None:
     """Each thread reads into pinned memory of its own while the piece before it is copied."""
-    # Windows go to threads in turn, so that each place belongs to one thread.
-    places = job.num_places // num_threads
-    turns = [(i % num_threads) * places + i // num_threads % places for i in range(len(job.cut))]
+    # Windows go to threads in turn; a place belongs to one thread, or to one window.
+    turns = list(range(len(job.cut)))
+    if not job.waits:
+        turns = [i % num_threads * _READ_PLACES + i // num_threads % _READ_PLACES for i in turns]
     job.aim(targets, turns)
     failures: list[BaseException] = []
 
@@ -299,7 +331,7 @@ def _read_share(
     failures: list[BaseException],
 ) -> None:
     driver = job.driver
-    places = job.num_places // num_threads
+    places = _READ_PLACES
     stream = driver.stream("highest")
     done = [driver.event() for _ in range(places)]
     pinned = PinnedMemory(driver)

@@ -19,13 +19,24 @@ import numpy as np
 from mtckpt._shard import CHUNK_BYTES
 
 if TYPE_CHECKING:
-    from mtckpt.capture.base import Span
+    from mtckpt.capture.base import Mode, Span
 
-__all__ = ["ROW_WORDS", "WINDOW_BYTES", "Arena", "Rows", "Spread", "Window", "arena_of", "windows"]
+__all__ = [
+    "ROW_WORDS",
+    "WINDOW_BYTES",
+    "Arena",
+    "Rows",
+    "Spread",
+    "Window",
+    "arena_of",
+    "room_bytes",
+    "windows",
+]
 
 ROW_WORDS = 4  # source, target, size, digest's number: what a kernel reads
 WINDOW_BYTES = 32 << 20
 _ALIGN_BYTES = 512
+_GIB = 1 << 30
 # Others' bytes between two rows of a window that are moved along: small arrays of the host's.
 _GAP_BYTES = CHUNK_BYTES
 
@@ -152,3 +163,14 @@ def _placed(window: Window) -> int:
     """What a window takes in the arena: it may begin anywhere in a block, and ends at its end."""
     needed = window.begin % _ALIGN_BYTES + window.size_bytes
     return -(-needed // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
+def room_bytes(mode: Mode, wanted_bytes: int, free_bytes: int, total_bytes: int) -> int:
+    """Device memory that a snapshot may take, so that the user's next allocation does not fail.
+
+    A twentieth of the device, and a GiB at least, is left alone. 0: all goes through a small ring.
+    """
+    if mode in ("blocking", "overlap"):
+        return 0
+    left = free_bytes - max(_GIB, total_bytes // 20)
+    return max(0, min(wanted_bytes, left))

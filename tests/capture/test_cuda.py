@@ -16,7 +16,7 @@ import xxhash
 from fake_cuda import FakeCuda, Mode
 
 from mtckpt._shard import CHUNK_BYTES
-from mtckpt.capture import cuda
+from mtckpt.capture import cuda, windows
 from mtckpt.capture.addresses import OnDevice, on_device
 from mtckpt.capture.base import Move, Span
 from mtckpt.capture.engine import AnyEngine
@@ -141,7 +141,7 @@ def test_a_device_without_room_is_gone_through_in_turns(scene: Scene) -> None:
     scene.fake.memory(3 << 30)
     for _ in range(5):
         scene.add(20 << 20)
-    assert cuda.room_bytes("auto", 1 << 30, 2 << 30, 3 << 30) == 1 << 30
+    assert windows.room_bytes("auto", 1 << 30, 2 << 30, 3 << 30) == 1 << 30
     values = scene.values()
     capture, digests = scene.capture("blocking")
     capture.finish(digests)
