@@ -9,13 +9,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 
-__all__ = ["OnDevice", "has_devices", "located", "on_device"]
+__all__ = ["OnDevice", "has_devices", "located", "must_be_awaited", "on_device"]
 
 
 class OnDevice(int):
-    """An address in the memory of CUDA device ``ordinal``, as this process counts them."""
+    """An address in the memory of CUDA device ``ordinal``, as this process counts them.
+
+    ``awaited``: whoever owns it lets nobody order his next work behind a read of it, so that the
+    host has to wait until it is read.
+    """
 
     ordinal = -1
+    awaited = False
 
     def __add__(self, offset: int) -> OnDevice:
         return type(self)(int.__add__(self, offset))
@@ -24,9 +29,10 @@ class OnDevice(int):
 
 
 @functools.cache
-def on_device(ordinal: int) -> type[OnDevice]:
+def on_device(ordinal: int, *, awaited: bool = False) -> type[OnDevice]:
     """The addresses of one device."""
-    return type(f"OnDevice{ordinal}", (OnDevice,), {"ordinal": ordinal})
+    name = f"{'Awaited' if awaited else ''}OnDevice{ordinal}"
+    return type(name, (OnDevice,), {"ordinal": ordinal, "awaited": awaited})
 
 
 def located(addresses: Sequence[int], ordinals: Sequence[int]) -> list[int]:
@@ -42,3 +48,8 @@ def located(addresses: Sequence[int], ordinals: Sequence[int]) -> list[int]:
 def has_devices(addresses: Iterable[int]) -> bool:
     """True if one of the addresses belongs to a device."""
     return not {int}.issuperset(map(type, addresses))
+
+
+def must_be_awaited(addresses: Iterable[int]) -> bool:
+    """True if one of the addresses is ``awaited``."""
+    return any(getattr(kind, "awaited", False) for kind in set(map(type, addresses)))

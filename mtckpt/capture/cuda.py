@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mtckpt.capture import gates
-from mtckpt.capture.addresses import OnDevice
+from mtckpt.capture.addresses import OnDevice, must_be_awaited
 from mtckpt.capture.bringing import bring
 from mtckpt.capture.draining import Draining, Lane
 from mtckpt.capture.driver import CudaError, Driver
@@ -196,7 +196,8 @@ class CudaEngine:
         """Take the values of those ``sources`` that ``by_device`` names, as of now.
 
         Returns what is to be finished, and the stretches of the shard that its copies cover: bytes
-        of others inside of them are overwritten until it has finished.
+        of others inside of them are overwritten until it has finished. Waits until the devices have
+        read everything, in bounded time, where a source is ``awaited``. Raises CaptureFailed.
         """
         parts: list[tuple[Draining, object]] = []
         covered: list[tuple[int, int]] = []
@@ -226,6 +227,10 @@ class CudaEngine:
                         continue
                     for stream in streams[ordinal]:
                         self._driver.wait(stream, device.lane.captured)
+            if must_be_awaited(sources):
+                for (draining, _), (_, share, _) in zip(parts, shares, strict=True):
+                    if must_be_awaited(sources[i] for i in share):
+                        draining.until_read(_FINISH_S)
         return CudaCapture(parts, passed), sorted(covered)
 
     def _start(
@@ -274,7 +279,7 @@ class CudaEngine:
         """
         torch = sys.modules.get("torch")
         if torch is None or not torch.cuda.is_initialized():
-            return []  # JAX's arrays have been waited for
+            return []  # JAX has none to ask for: its arrays have been computed, and are awaited
         current = torch.cuda.current_stream(ordinal).cuda_stream
         with self._driver.current(ordinal):
             if self._driver.capturing(current):

@@ -171,6 +171,15 @@ class Draining:
         self._kept = kept
         self._starts = starts
 
+    def until_read(self, timeout_s: float) -> None:
+        """Wait until live memory has been read, after which it may change.
+
+        Raises CaptureStuck if the device has not done it in time, CudaError if it cannot.
+        """
+        lane = self._lane
+        with lane.driver.current(lane.ordinal), lane.driver.relaxed():
+            self._until(lane.captured, time.monotonic() + timeout_s)
+
     def finish(self, digests: memoryview, bytes_per_s: float, timeout_s: float) -> None:
         """Copy the rest, wait for all, and note the digests. Blocks; not for the training thread.
 

@@ -1,9 +1,15 @@
+"""A fake driver, and devices for JAX in the processes that run these tests."""
+
 from __future__ import annotations
+
+import os
 
 import pytest
 from fake_cuda import WHY_NOT, FakeCuda
 
 from mtckpt.capture.driver import Driver
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 
 @pytest.fixture(scope="session")

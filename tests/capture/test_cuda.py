@@ -45,6 +45,7 @@ class Scene:
         self.sources: list[int] = []
         self.path = folder / "slot"
         self.mapping: Mapping | None = None
+        self.awaited = False
 
     def add(self, size_bytes: int, ordinal: int = 0) -> None:
         array = np.frombuffer(self.random.randbytes(size_bytes), np.uint8).copy()
@@ -61,7 +62,7 @@ class Scene:
         if ordinal < 0 or not array.nbytes:
             return array.ctypes.data if array.nbytes else 0
         self.fake.adopt(array.ctypes.data, array.nbytes, ordinal)
-        return on_device(ordinal)(array.ctypes.data)
+        return on_device(ordinal, awaited=self.awaited)(array.ctypes.data)
 
     @property
     def end(self) -> int:
@@ -134,6 +135,21 @@ def test_bytes_and_digests_are_those_at_the_call(
         scene.check(values, digests)
         for array in scene.arrays:
             array += 1
+
+
+@pytest.mark.parametrize("mode", ["auto", "blocking"])
+def test_what_is_awaited_may_change_at_once(scene: Scene, mode: CaptureMode) -> None:
+    """Beside other arrays of the same devices, whose frameworks have streams."""
+    fill(scene, [0, 1])
+    scene.awaited = True
+    for size_bytes in SIZES:
+        scene.add(size_bytes, 1)
+    values = scene.values()
+    capture, digests = scene.capture(mode)
+    for array in scene.arrays[-len(SIZES) :]:
+        array += 1
+    capture.finish(digests)
+    scene.check(values, digests)
 
 
 def test_a_device_without_room_is_gone_through_in_turns(scene: Scene) -> None:

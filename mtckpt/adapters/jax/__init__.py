@@ -56,7 +56,7 @@ class JaxAdapter:
     def addresses(
         self, values: Sequence[Any], paths: Sequence[str] = (), fingerprint: object = None
     ) -> tuple[list[int], object]:
-        """XLA's own memory for arrays on one CPU device, and copies for all others."""
+        """XLA's own memory for arrays on one CPU or CUDA device, and copies for all others."""
         columns = leaves.fingerprint(values) if fingerprint is None else fingerprint
         return leaves.addresses_of(values, paths, cast_type("list[list[Any]]", columns))
 
@@ -81,8 +81,8 @@ class JaxAdapter:
         return None
 
     def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int]:
-        """Host memory that becomes an array in ``finished`` or ``assign``."""
-        return leaves.new(spec, getattr(like, "casts_to", None))
+        """Memory that ``finished`` or ``assign`` make an array of: host's, or a CUDA device's."""
+        return leaves.new(spec, like)
 
     def finished(self, fresh: Any, spec: ArraySpec) -> Any:
         """An array on the default device."""

@@ -2,14 +2,16 @@
 
 Knows ``jax.Array`` of every type and sharding that this process can read, ``jax.random`` keys of
 both styles, and ``jax.ShapeDtypeStruct`` as a template. Does not know pytrees (``nodes``). Does not
-promise speed for other devices than the CPU: their bytes come through host memory of JAX's own.
+promise speed for other devices than the CPU and CUDA's: their bytes come through host memory of
+JAX's own.
 
-JAX's arrays never change, so nothing is ever written into one: bytes go into fresh host memory,
-aligned so that a CPU device adopts it as it is, and become new arrays.
+JAX's arrays never change, so nothing is ever written into one that somebody has seen: bytes go into
+fresh host memory, aligned so that a CPU device adopts it as it is, and become new arrays.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from jax.sharding import SingleDeviceSharding
 
 from mtckpt._state import ArraySpec, check_dtype
 from mtckpt.adapters.jax import casting
+from mtckpt.capture.addresses import on_device as addresses_on
+from mtckpt.capture.driver import Driver
 from mtckpt.errors import UnsupportedState
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PLAIN",
+    "Arriving",
     "Fresh",
     "addresses_of",
     "check",
@@ -40,6 +45,7 @@ __all__ = [
     "new",
     "number",
     "on_device",
+    "ordinal_of",
     "spec_of",
 ]
 
@@ -53,6 +59,8 @@ _PACKED_ON_DEVICE = frozenset(
     for name in ("int4", "uint4", "int2", "uint2", "float4_e2m1fn")
     if hasattr(ml_dtypes, name)
 )
+# What a sharding says of memory that is the device's, and not the host's beside it.
+_OWN_MEMORY = (None, "device")
 # XLA's CPU devices adopt memory that starts at a multiple of this.
 _ALIGN_BYTES = 64
 _dtype, _shape, _sharding = map(operator.attrgetter, ("dtype", "shape", "sharding"))
@@ -64,6 +72,13 @@ class Fresh:
 
     host: np.ndarray[Any, Any]
     spec: ArraySpec
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """An array on its device that nobody has seen, and that is waiting for bytes."""
+
+    array: Any
 
 
 def is_leaf(value: object) -> bool:
@@ -139,7 +154,9 @@ def fingerprint(values: Sequence[Any]) -> list[list[Any]]:
         [getattr(value, "weak_type", False) for value in values],
         [
             # Each array has a sharding of its own, and they are dear to compare.
-            sharding._device if type(sharding) is SingleDeviceSharding else sharding
+            sharding._device
+            if type(sharding) is SingleDeviceSharding and sharding._memory_kind in _OWN_MEMORY
+            else sharding
             for sharding in map(_sharding, values)
         ],
     ]
@@ -150,41 +167,70 @@ def addresses_of(
 ) -> tuple[list[int], list[np.ndarray[Any, Any]]]:
     """Where the bytes lie once they are computed, and the copies among them.
 
-    On a CPU device that is where XLA keeps them; from all others they are copied to host memory.
-    ``columns`` is the fingerprint of these very arrays.
+    On one CPU device or CUDA device that is where XLA keeps them; from all others they are copied
+    to host memory. ``columns`` is the fingerprint of these very arrays.
     """
     dtypes, shapes, _, placements = columns
     kinds = set(dtypes)
     keys = {kind for kind in kinds if not isinstance(kind, np.dtype)}
     apart = {kind for kind in kinds - keys if kind not in _PACKED_ON_DEVICE}
     _wait(values, paths, [i for i, kind in enumerate(dtypes) if kind in keys] if keys else [])
-    here = {placement for placement in set(placements) if _is_one_cpu(placement)}
-    addresses = []
+    here = {placement: _memory_of(placement) for placement in set(placements)}
+    addresses: list[int] = []
     others = []
     for value, dtype, shape, placement in zip(values, dtypes, shapes, placements, strict=True):
-        if placement in here and dtype in apart and (len(shape) < 2 or _is_in_c_order(value)):
-            addresses.append(value.unsafe_buffer_pointer())
+        memory = here[placement]
+        if memory and dtype in apart and (len(shape) < 2 or _is_in_c_order(value)):
+            addresses.append(memory(value.unsafe_buffer_pointer()))
         else:
             others.append((len(addresses), _one_of_many(value)))
             addresses.append(0)
-    for _, piece in others:
-        piece.copy_to_host_async()  # all devices at once; on a CPU there is nothing to do
-    copies: list[np.ndarray[Any, Any]] = []
+    copied = []
     for at, piece in others:
-        if _is_one_cpu(piece.sharding) and _is_dense(piece):
-            addresses[at] = piece.unsafe_buffer_pointer()
+        memory = _memory_of(piece.sharding)
+        if memory and _is_dense(piece):  # a part of an array, which keeps it
+            addresses[at] = memory(piece.unsafe_buffer_pointer())
         else:
-            copy = np.ascontiguousarray(np.asarray(piece))
-            addresses[at] = address_of(copy)
-            copies.append(copy)
+            piece.copy_to_host_async()  # all devices at once; on a CPU there is nothing to do
+            copied.append((at, piece))
+    copies: list[np.ndarray[Any, Any]] = []
+    for at, piece in copied:
+        copy = np.ascontiguousarray(np.asarray(piece))
+        addresses[at] = address_of(copy)
+        copies.append(copy)
     return addresses, copies
 
 
-def _is_one_cpu(placement: Any) -> bool:
-    """True for one device, or a sharding over one, whose memory is the host's."""
+def _memory_of(placement: Any) -> type[int] | None:
+    """The addresses of the memory of one device, or of a sharding over one; None out of reach.
+
+    XLA's own stream cannot be made to wait until such memory was read, and gives it to others as
+    soon as an array is donated or deleted.
+    """
     devices = getattr(placement, "device_set", None) or {placement}
-    one = next(iter(devices))
-    return len(devices) == 1 and bool(one.platform == "cpu")
+    if len(devices) != 1:
+        return None
+    (device,) = devices
+    if getattr(placement, "memory_kind", None) in _OWN_MEMORY:
+        ordinal = ordinal_of(device)
+        if ordinal >= 0:
+            return addresses_on(ordinal, awaited=True)
+    return int if device.platform == "cpu" else None
+
+
+@functools.cache
+def ordinal_of(device: Any) -> int:
+    """The CUDA device that one of JAX's is; below 0 for the host and other kinds of devices.
+
+    The driver tells it by an address: neither library has to count as the other does.
+    """
+    driver = None if device.platform == "cpu" else Driver.load()
+    if driver is None:
+        return -1
+    probe: Any = jax.device_put(np.zeros(1, np.uint8), device)
+    with driver.current(device.local_hardware_id):
+        ordinal = driver.ordinal_of(probe.unsafe_buffer_pointer())
+    return -1 if ordinal is None else ordinal
 
 
 def _one_of_many(value: Any) -> Any:
@@ -240,17 +286,74 @@ def identity(value: Any) -> object | None:
 # -- from bytes to arrays --------------------------------------------------------------------------
 
 
-def new(spec: ArraySpec, casts_to: np.dtype[Any] | None = None) -> tuple[Fresh, int]:
-    """Host memory for an array, which may become one of another type.
+def new(spec: ArraySpec, like: Any = None) -> tuple[Fresh | Arriving, int]:
+    """Memory for an array that is to stand in the place of ``like``: its device's, or host's.
 
     Raises UnsupportedState where JAX would not keep its type.
     """
+    casts_to = getattr(like, "casts_to", None)
     kept = spec if casts_to is None else spec._replace(dtype=casts_to.name)
     dtype = check(kept, "", state="live state unchanged")
     if casts_to is not None:
         dtype = casting.stored_type(spec)
+    if like is not None and casts_to in (None, dtype) and _is_dense_kind(spec, dtype):
+        arriving = _reserved(spec, dtype, like)
+        if arriving is not None:
+            return arriving
     host = _aligned(spec.size_bytes).view(dtype).reshape(spec.shape)
     return Fresh(host, spec), address_of(host)
+
+
+def _is_dense_kind(spec: ArraySpec, dtype: np.dtype[Any]) -> bool:
+    """True for what a device holds as the file does, and needs nothing done to it there."""
+    return spec.framework == PLAIN and dtype not in _PACKED_ON_DEVICE and spec.size_bytes > 0
+
+
+def _reserved(spec: ArraySpec, dtype: np.dtype[Any], like: Any) -> tuple[Arriving, int] | None:
+    """An array of no values yet where ``like`` is; None unless that is memory of a CUDA device."""
+    place = _place_of(like)
+    if place is None:
+        return None
+    device, sharding = place
+    ordinal = ordinal_of(device)
+    if ordinal < 0:
+        return None
+    array = empty(spec.shape, dtype, sharding)
+    if not _is_dense(array):
+        return None
+    # Until now XLA may still have used this memory for others.
+    array.block_until_ready()
+    return Arriving(array), addresses_on(ordinal)(array.unsafe_buffer_pointer())
+
+
+def _place_of(like: Any) -> tuple[Any, Sharding | None] | None:
+    """A device that holds all of ``like``, and what puts an array there; None if there is none.
+
+    Without a sharding it is put on the default device, and not committed to it.
+    """
+    sharding = like.sharding
+    if is_key(like):
+        return None
+    if sharding is None or not getattr(like, "committed", True):
+        config: Any = jax.config  # jax leaves its options untyped
+        default = config.jax_default_device
+        if default is None or isinstance(default, str):
+            default = jax.local_devices(backend=default)[0]
+        return default, None
+    if sharding.memory_kind not in _OWN_MEMORY or not sharding.is_fully_replicated:
+        return None
+    device = min(sharding.addressable_devices, key=operator.attrgetter("id"))
+    return device, SingleDeviceSharding(device)
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding | None) -> Any:
+    """An array of no values yet. Compiled once for each shape, type and place."""
+    return _emptier(shape, dtype, sharding)()
+
+
+@functools.lru_cache(maxsize=4096)
+def _emptier(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding | None) -> Any:
+    return jax.jit(lambda: jnp.empty(shape, dtype), out_shardings=sharding)
 
 
 def check(spec: ArraySpec, path: str, *, state: str) -> np.dtype[Any]:
@@ -297,18 +400,27 @@ def _check_impl(spec: ArraySpec, path: str, state: str) -> None:
         ) from error
 
 
-def made(fresh: Fresh, like: Any = None) -> Any:
-    """The array of filled host memory, placed as ``like`` is; on the default device without it."""
+def made(fresh: Fresh | Arriving, like: Any = None) -> Any:
+    """The array of filled memory, placed as ``like`` is; on the default device without it."""
     sharding = None if like is None else like.sharding
-    if sharding is None or not getattr(like, "committed", True):
-        return _put(fresh, like, None)
-    return _put(fresh, like, sharding)
+    if not getattr(like, "committed", True):
+        sharding = None
+    if isinstance(fresh, Fresh):
+        return _put(fresh, like, sharding)
+    array = fresh.array
+    if sharding is None or sharding.num_devices == 1:
+        return jax.device_put(array, sharding, may_alias=True)
+    arrays = [jax.device_put(array, device) for device in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, arrays)
 
 
-def on_device(fresh: Fresh, like: Any, device: Any) -> Any:
-    """What the host memory of one box becomes on one device of those that ``like`` is on."""
+def on_device(fresh: Fresh | Arriving, like: Any, device: Any) -> Any:
+    """What the memory of one box becomes on one device of those that ``like`` is on."""
     kind = like.sharding.memory_kind
-    return _put(fresh, like, jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
+    there = SingleDeviceSharding(device, memory_kind=kind)
+    if isinstance(fresh, Arriving):
+        return jax.device_put(fresh.array, there, may_alias=True)
+    return _put(fresh, like, there)
 
 
 def _put(fresh: Fresh, like: Any, where: Any) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
 from mtckpt._state import ArraySpec, Part
 from mtckpt.adapters.jax import leaves
@@ -26,10 +27,15 @@ _Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The place of one box in a template: bytes for it go into fresh host memory."""
+    """The place of one box in a template: bytes for it go into fresh memory.
+
+    ``sharding`` is that of the box on one of the devices that have it, ``dtype`` the template's.
+    """
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
+    sharding: Sharding
+    dtype: Any
     casts_to: Any = None
 
 
@@ -49,7 +55,11 @@ def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part]
     boxes = _boxes(value.sharding, tuple(value.shape), whole.shape)
     if template:
         casts_to = getattr(value, "casts_to", None)
-        arrays: dict[_Box, Any] = {box: Cell(*box, casts_to) for box in boxes.values()}
+        kind = value.sharding.memory_kind
+        arrays: dict[_Box, Any] = {
+            box: Cell(*box, SingleDeviceSharding(device, memory_kind=kind), value.dtype, casts_to)
+            for device, box in boxes.items()
+        }
     else:
         plain = jax.random.key_data(value) if leaves.is_key(value) else value
         arrays = {boxes[shard.device]: shard.data for shard in plain.addressable_shards}
@@ -65,7 +75,7 @@ def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part]
     ]
 
 
-def assembled(live: Any, freshes: Sequence[leaves.Fresh]) -> Any:
+def assembled(live: Any, freshes: Sequence[leaves.Fresh | leaves.Arriving]) -> Any:
     """A global array of filled boxes, each put on every device that has it."""
     parts = parts_of(live, "", template=True)
     assert parts is not None
