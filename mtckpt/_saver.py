@@ -116,6 +116,7 @@ class Saver:
             if writing.is_done:
                 writing.finish()
         except Exception as error:  # noqa: BLE001 - raised again, named
+            # Whatever went wrong, the slot goes back first.
             self._take_back(save, grant, error)
             _save.raise_capture_error(step, error)
         if writing.is_captured:
@@ -137,6 +138,7 @@ class Saver:
         try:
             writing.finish()
         except Exception as error:  # noqa: BLE001 - raised again, named
+            # Here, too; the error is then told of the save.
             self._take_back(save, grant, error)
             _save.raise_capture_error(save.step, error)
 

@@ -152,20 +152,23 @@ class CudaEngine:
         # By ordinal and whether it is for values that are taken during training.
         self._devices: dict[tuple[int, bool], _Device] = {}
         self._kernels: dict[int, Kernels] = {}
-        self._registered: dict[int, int] = {}
+        self._registered: dict[int, int] = {}  # by which device
         self._lock = threading.Lock()
         self._clearing: list[threading.Thread] = []
         self._refused = False
 
     # -- slots -----------------------------------------------------------------------------------
 
-    def register(self, address: int, size_bytes: int, ordinal: int = 0) -> bool:
+    def register(self, address: int, size_bytes: int, ordinal: int | None = None) -> bool:
         """Pin memory of a slot, so that devices copy straight to it; False where that is refused.
 
-        Slower then, and said once.
+        Slower then, and said once. It is done by way of a device that is used anyway: ``ordinal``,
+        or one that was captured from before; without any, it is left to the capture.
         """
-        if not size_bytes or self._registered.get(address) == size_bytes:
-            return bool(size_bytes)
+        if ordinal is None:
+            ordinal = next((known for known, _ in self._devices), None)
+        if address in self._registered or not size_bytes or ordinal is None:
+            return address in self._registered
         with self._driver.current(ordinal), self._driver.relaxed():
             try:
                 self._driver.register(address, size_bytes)
@@ -174,12 +177,13 @@ class CudaEngine:
                     self._refused = True
                     logger.warning("slots cannot be registered with the device (%s): slower", error)
                 return False
-        self._registered[address] = size_bytes
+        self._registered[address] = ordinal
         return True
 
-    def unregister(self, address: int, ordinal: int = 0) -> None:
+    def unregister(self, address: int) -> None:
         """Before the memory is unmapped. Nothing may be under way to it."""
-        if self._registered.pop(address, None) is not None:
+        ordinal = self._registered.pop(address, None)
+        if ordinal is not None:
             with self._driver.current(ordinal), self._driver.relaxed():
                 self._driver.unregister(address)
 

@@ -64,12 +64,12 @@ class AnyEngine:
         if not has_devices(sources):
             return self._host.capture(sources, spans, base, digests)
         cuda = self._devices()
-        if base in self._slots:
-            cuda.register(base, self._slots[base])
         if sources is not self._split_of[0] or spans is not self._split_of[1]:
             self._split_of = sources, spans
             self._split = _split(sources, spans)
         by_device, on_host = self._split
+        if base in self._slots:
+            cuda.register(base, self._slots[base], next(iter(by_device)))
         device, covered = cuda.capture(sources, spans, by_device, base, mode)
         begins = [begin for begin, _ in covered]
         inside: list[int] = []

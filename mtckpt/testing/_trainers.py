@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mtckpt import (
-    _holdings,
-    _manifest,
-    _restore,
-    _restorer,
-    _run,
-    _save,
-    _saver,
-    _session,
-)
+from mtckpt import _holdings, _manifest, _restore, _restorer, _run, _save, _saver, _session
 from mtckpt._handle import Restored, Save, stage_of_tier
 from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Record
@@ -52,11 +43,7 @@ from mtckpt.testing._devices import (
     table_of,
 )
 from mtckpt.testing._virtual import Time
-from mtckpt.testing.cluster import (
-    Node,
-    Process,
-    World,
-)
+from mtckpt.testing.cluster import Node, Process, World
 
 if TYPE_CHECKING:
     from mtckpt._choice import Candidate
