@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import mtckpt
 
-_MODES = ("", "snapshot", "overlap", "blocking")
+_MODES = ("", "snapshot", "snapshot-overlap", "overlap", "blocking")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 _USUAL_MIB = 512
 _LIMIT_S = 80.0  # for all modes together
@@ -46,7 +46,7 @@ def _mode(bench: Bench, name: str, mode: str, until_left_s: float) -> None:
     seed = bench.chosen.seed
     rounds, compared = 0, 0
     with opened(tier, "stress") as checkpointer:
-        scene = Scene(bench, random.Random(f"{seed} {mode}"), spares_model=mode == "overlap")
+        scene = Scene(bench, random.Random(f"{seed} {mode}"), spares_model="overlap" in mode)
         while rounds < 10 * bench.rounds and (bench.left_s() > until_left_s or not rounds):
             rounds += 1
             try:
