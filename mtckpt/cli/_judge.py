@@ -25,7 +25,7 @@ _SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 # A container may not mount: what lies outside of it has to.
 _MOUNT_OUTSIDE = {
     "docker": ("in a container: on the host, and docker run --ipc=host or -v /dev/shm:/dev/shm",),
-    "kubernetes": ("or the component huge-pages of deploy/, which mounts it on the node",),
+    "kubernetes": ("or deploy/overlays/daemonset-huge-pages, which mounts it on the node",),
 }
 _FEW_FILES = 4096
 _NETWORK_KINDS = (

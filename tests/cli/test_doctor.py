@@ -98,7 +98,7 @@ def test_a_good_machine_has_nothing_to_say() -> None:
         ({"ram_huge": False, "ram_huge_option": "deny"}, "huge pages", "note", "echo never >"),
         (
             {"ram_huge": False, "container": "kubernetes"},
-            *("huge pages", "note", "component huge-pages"),
+            *("huge pages", "note", "daemonset-huge-pages"),
         ),
         ({"gpus": (), "gpu_problem": "no device"}, "GPU", "note", "--gpus all"),
         ({"gpus": (), "gpu_driver": "", "gpu_problem": "no libcuda"}, "GPU", "note", "nvidia-smi"),
