@@ -132,10 +132,39 @@ def container() -> str:
     return container_of(os.environ, markers, read_text("/proc/self/cgroup"))
 
 
+def is_gvisor(version: str) -> bool:
+    """Whether /proc/version is that of gVisor, which calls itself an old Linux of one date."""
+    return "gvisor" in version or "Sun Jan 10 15:06:54 PST 2016" in version
+
+
+def cores() -> set[int]:
+    """Numbers of the cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return set(affinity(0)) if affinity else set(range(os.cpu_count() or 1))
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return len(cores())
+
+
+def core_list(text: str) -> set[int]:
+    """Numbers in a list as the kernel writes it: 0-3,8; what does not parse is left out."""
+    found: set[int] = set()
+    for match in re.finditer(r"(\d+)(?:-(\d+))?", text):
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return found
+
+
+def cores_of_numa_node(node: int) -> set[int]:
+    """Cores of a NUMA node; none where the kernel does not say."""
+    return core_list(read_text(f"/sys/devices/system/node/node{node}/cpulist"))
+
+
+def numa_node_of_pci(address: str) -> int | None:
+    """The NUMA node that a PCI device is at; None where the kernel does not say."""
+    text = read_text(f"/sys/bus/pci/devices/{address}/numa_node").strip()
+    return int(text) if text.isdecimal() else None
 
 
 def num_numa_nodes() -> int:
@@ -204,15 +233,25 @@ def tmpfs_bytes_per_s(directory: str, size_bytes: int = 32 * MIB) -> Written:
 
     Raises OSError where the directory cannot take it.
     """
+    started_s = time.perf_counter()
+    with filled_file(directory, size_bytes) as address:
+        elapsed_s = time.perf_counter() - started_s
+        pmd_bytes = pmd_mapped_bytes(read_text("/proc/self/smaps"), address)
+    return Written(size_bytes / elapsed_s, huge=(pmd_bytes or 0) >= _HUGE_PAGE_BYTES)
+
+
+@contextlib.contextmanager
+def filled_file(directory: str, size_bytes: int) -> Iterator[int]:
+    """The address of a mapped file that has no name, and all of its pages.
+
+    Raises OSError where the directory cannot take it.
+    """
     with _nameless(directory, 0) as fd:
-        started_s = time.perf_counter()
         os.posix_fallocate(fd, 0, size_bytes)
         with mmap.mmap(fd, size_bytes) as mapped:
             address = _address(mapped)
             ctypes.memset(address, 1, size_bytes)
-            elapsed_s = time.perf_counter() - started_s
-            pmd_bytes = pmd_mapped_bytes(read_text("/proc/self/smaps"), address)
-    return Written(size_bytes / elapsed_s, huge=(pmd_bytes or 0) >= _HUGE_PAGE_BYTES)
+            yield address
 
 
 def write_bytes_per_s(directory: str, size_bytes: int = 64 * MIB, limit_s: float = 1.5) -> Written:

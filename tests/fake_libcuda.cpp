@@ -369,10 +369,13 @@ API int cuDeviceGetName(char *name, int size, int device) {
     return OK;
 }
 
-API int cuDeviceGetAttribute(int *value, int attribute, int) {
+API int cuDeviceGetAttribute(int *value, int attribute, int device) {
     ENTER("cuDeviceGetAttribute");
-    NEED(attribute == 16 || attribute == 75 || attribute == 76, INVALID_VALUE);
-    *value = attribute == 16 ? 4 : attribute == 75 ? capability / 10 : capability % 10;
+    const std::map<int, int> values = {{16, 4}, {75, capability / 10}, {76, capability % 10},
+                                       {33, 0x1b}, {34, device - 70}, {50, 0}};
+    auto found = values.find(attribute);
+    NEED(found != values.end(), INVALID_VALUE);
+    *value = found->second;
     return OK;
 }
 

@@ -71,7 +71,7 @@ def is_target(manifest: Manifest, target: dict[str, str]) -> bool:
 
 
 def apply(manifest: Manifest, operation: Manifest) -> None:
-    """One operation of a JSON patch: add or replace."""
+    """One operation of a JSON patch: add or replace a field, or add an item before another."""
     assert set(operation) == {"op", "path", "value"}
     *path, last = (
         word.replace("~1", "/").replace("~0", "~") for word in operation["path"].split("/")[1:]
@@ -79,6 +79,11 @@ def apply(manifest: Manifest, operation: Manifest) -> None:
     at: Any = manifest
     for word in path:
         at = at[int(word)] if isinstance(at, list) else at[word]
+    if isinstance(at, list):
+        assert operation["op"] == "add"
+        assert 0 <= int(last) < len(at), f"{operation['path']} is no item"
+        at.insert(int(last), copy.deepcopy(operation["value"]))
+        return
     assert isinstance(at, dict), f"{operation['path']} is not a field of an object"
     is_there = last in at
     assert is_there == (operation["op"] == "replace"), f"{operation['path']}: {operation['op']}"

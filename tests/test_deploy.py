@@ -25,7 +25,13 @@ from mtckpt.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
-PLACES = ("overlays/daemonset", "overlays/sidecar", "examples/jobset", "examples/trainjob")
+PLACES = (
+    "overlays/daemonset",
+    "overlays/daemonset-huge-pages",
+    "overlays/sidecar",
+    "examples/jobset",
+    "examples/trainjob",
+)
 VERSIONS = ("1.33", "1.34", "1.35", "1.36", "1.37")
 # As their projects generate them; what is in a pod is checked against Kubernetes itself.
 CUSTOM: dict[str, Any] = {
@@ -151,8 +157,12 @@ def test_pods_have_no_rights(place: str, labels: Manifest, spec: Manifest) -> No
     assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
     for container in containers(spec):
         security = container["securityContext"]
-        assert security["allowPrivilegeEscalation"] is False  # NoNewPrivileges
         assert security["readOnlyRootFilesystem"]
+        if container["name"] == "huge-pages":  # the only one with rights, and only where asked for
+            assert place == "overlays/daemonset-huge-pages"
+            continue
+        assert "privileged" not in security
+        assert security["allowPrivilegeEscalation"] is False  # NoNewPrivileges
         assert security["capabilities"]["drop"] == ["ALL"]
         if container["name"] == "directories":
             assert security["runAsUser"] == 0
@@ -285,6 +295,22 @@ def source(spec: Manifest, name: str) -> Manifest:
 def mount(container: Manifest, name: str) -> str:
     (path,) = (m["mountPath"] for m in container["volumeMounts"] if m["name"] == name)
     return str(path)
+
+
+def test_large_pages_come_before_everything_at_the_same_place() -> None:
+    """What is mounted on the node is the directory that agents and trainers have as mtckpt-ram."""
+    (spec,) = (spec for place, _, spec in pods() if place == "overlays/daemonset-huge-pages")
+    first = spec["initContainers"][0]
+    assert first["name"] == "huge-pages"
+    assert first["securityContext"]["privileged"]
+    assert {c["image"] for c in containers(spec)} == {first["image"]}
+    (volume,) = first["volumeMounts"]
+    assert volume["mountPropagation"] == "Bidirectional"  # else it is mounted in the container only
+    (at,) = re.findall(r"^at=(\S+)$", first["command"][-1], re.MULTILINE)
+    on_node = at.replace(volume["mountPath"], source(spec, volume["name"])["hostPath"])
+    (slots,) = (m for m in spec["containers"][0]["volumeMounts"] if m["name"] == "mtckpt-ram")
+    parts = [source(spec, "mtckpt-ram")["hostPath"], slots.get("subPath")]
+    assert on_node == "/".join(filter(None, parts))
 
 
 # -- the image and the unit -----------------------------------------------------------------------

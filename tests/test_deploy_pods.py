@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,3 +105,38 @@ def test_memory_outlives_a_container_beside_its_sidecar(node: Node, tmp_path: Pa
         trainer.save(step, "local")
         pod.kill("trainer")
         trainer.close()
+
+
+def test_a_node_gets_a_tmpfs_of_large_pages_once(tmp_path: Path) -> None:
+    """The command itself, in a namespace of mounts: mounted, left alone, or refused."""
+    if subprocess.run([*unshared(), "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("namespaces cannot be made here")
+    container = named(spec_of("overlays/daemonset-huge-pages", "DaemonSet"), "huge-pages")
+    shell, options, script = container["command"]
+    script = script.replace("/host/shm", str(tmp_path.resolve()))
+    at = tmp_path.resolve() / "mtckpt"
+
+    def after(more: str) -> subprocess.CompletedProcess[str]:
+        command = [*unshared(), shell, options, f"({script}) && {more}"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+
+    for _ in range(2):  # without the directory, and with it
+        done = after(f"({script}) && grep ' {at} ' /proc/mounts")
+        if "wrong fs type" in done.stderr:
+            pytest.skip("a kernel without large pages")
+        assert done.returncode == 0, done.stderr
+        (mounted,) = done.stdout.splitlines()
+        assert "huge=within_size" in mounted
+        assert at.is_dir()
+    (at / "slot-0").touch()
+    done = after("true")
+    assert done.returncode == 1
+    assert "holds slots" in done.stderr
+    at.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "slot-0").unlink()
+    at.symlink_to("elsewhere")
+    assert "somebody else's" in after("true").stderr
+    at.unlink()
+    at.mkdir()
+    os.chown(at, 1000, 1000)
+    assert "somebody else's" in after("true").stderr

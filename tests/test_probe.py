@@ -165,3 +165,17 @@ def test_tier_label(tmp_path: Path) -> None:
     assert _probe.tier_label(str(tmp_path)) in ("disk", "ram")
     if Path("/dev/shm").is_dir():
         assert _probe.tier_label("/dev/shm/not/there") == "ram"
+
+
+def test_gvisor_is_known_by_its_kernel() -> None:
+    assert _probe.is_gvisor("Linux version 4.4.0 #1 SMP Sun Jan 10 15:06:54 PST 2016")
+    assert _probe.is_gvisor("Linux version 4.19.0-gvisor #1 SMP")
+    assert not _probe.is_gvisor("Linux version 6.8.0-139-generic (gcc) #1 SMP")
+
+
+def test_lists_of_cores() -> None:
+    assert _probe.core_list("0-3,8,10-11\n") == {0, 1, 2, 3, 8, 10, 11}
+    assert _probe.core_list("\n") == set()
+    assert _probe.numa_node_of_pci("not/there") is None
+    assert _probe.cores_of_numa_node(4096) == set()
+    assert len(_probe.cores()) == _probe.num_cores()

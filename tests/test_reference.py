@@ -14,6 +14,7 @@ import pytest
 
 from mtckpt import _dtypes, _manifest, _shard
 from mtckpt._handshake import PeerAddress
+from mtckpt.capture.base import MODES
 from mtckpt.tiers import LocalTier, ObjectStoreTier, Survives, Tier
 from mtckpt.tiers.peer import PeerTier
 
@@ -132,6 +133,24 @@ def test_every_variable_has_a_line() -> None:
     }
     rows = table(page("configuration.md"), "Environment")
     assert {row[0] for row in rows} == read
+
+
+# -------------------------------------------------------------------------------------------- GPUs
+
+
+def test_every_mode_of_capture_has_a_line() -> None:
+    rows = table(page("gpu.md"), "Modes")
+    assert [row[0].strip('"') for row in rows] == list(MODES)
+    who = " ".join(row[0] for row in table(page("gpu.md"), "Who may change what, and when"))
+    assert set(re.findall(r'"([\w-]+)"', who)) == set(MODES)
+
+
+def test_the_page_names_the_machine_code_that_ships() -> None:
+    text = re.split(r"^## On which devices$", page("gpu.md"), flags=re.MULTILINE)[1]
+    (listed,) = re.findall(r"compute capability ([\d., and]+?), and runs", text)
+    files = (ROOT / "mtckpt" / "capture").glob("*.cubin*")
+    there = {re.sub(r"kernels\.sm_(\d+)(\d)\..*", r"\1.\2", file.name) for file in files}
+    assert set(re.findall(r"\d+\.\d", listed)) == there
 
 
 # ------------------------------------------------------------------------------------- command line

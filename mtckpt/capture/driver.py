@@ -96,6 +96,7 @@ _POINTER_DEVICE_ORDINAL = 9
 _MEMORY_DEVICE = 2
 _MULTIPROCESSOR_COUNT = 16
 _COMPUTE_CAPABILITY = 75, 76
+_PCI_DOMAIN, _PCI_BUS, _PCI_SLOT = 50, 33, 34
 
 
 class CudaError(Exception):
@@ -203,15 +204,22 @@ class Driver:
         return name.value.decode("ascii", "replace")
 
     def num_multiprocessors(self, ordinal: int) -> int:
-        device = self._asked("cuDeviceGet", ordinal)
-        return self._asked("cuDeviceGetAttribute", _MULTIPROCESSOR_COUNT, device)
+        return self._attribute(ordinal, _MULTIPROCESSOR_COUNT)
 
     def compute_capability(self, ordinal: int) -> tuple[int, int]:
         """What generation a device is of, as major and minor number."""
-        device = self._asked("cuDeviceGet", ordinal)
         major, minor = _COMPUTE_CAPABILITY
-        asked = "cuDeviceGetAttribute"
-        return self._asked(asked, major, device), self._asked(asked, minor, device)
+        return self._attribute(ordinal, major), self._attribute(ordinal, minor)
+
+    def pci_address(self, ordinal: int) -> str:
+        """Where a device is, as the kernel names it: 0000:1b:00.0."""
+        places = (_PCI_DOMAIN, _PCI_BUS, _PCI_SLOT)
+        domain, bus, slot = (self._attribute(ordinal, place) for place in places)
+        return f"{domain:04x}:{bus:02x}:{slot:02x}.0"
+
+    def _attribute(self, ordinal: int, attribute: int) -> int:
+        device = self._asked("cuDeviceGet", ordinal)
+        return self._asked("cuDeviceGetAttribute", attribute, device)
 
     @contextlib.contextmanager
     def current(self, ordinal: int) -> Iterator[None]:

@@ -38,7 +38,8 @@ _MARKS = {"ok": "ok", "note": "note", "wrong": "WRONG"}
 def doctor(disk_path: str | None, as_json: bool) -> int:
     """Say what this machine gives to checkpoints, what falls back, and what to do about it.
 
-    Takes a few seconds: it measures copies and writes. Exit status 1 if something is wrong.
+    Takes a few seconds: it measures copies and writes. Where there is a CUDA driver, it takes some
+    hundred MiB of each device for a moment. Exit status 1 if something is wrong.
     """
     from mtckpt.cli._judge import judge
 
@@ -76,10 +77,12 @@ def _print_page(facts: Facts, findings: list[Finding]) -> None:
 def gather(disk_path: str | None = None) -> Facts:
     """Read and measure everything that the page needs."""
     from mtckpt import _probe
+    from mtckpt.cli._devices import device_facts
     from mtckpt.cli._judge import Facts
 
     is_linux = sys.platform.startswith("linux")
     limits = _probe.read_text("/proc/self/limits")
+    ram = _ram()
     return Facts(
         platform="linux" if is_linux else sys.platform,
         kernel=os.uname().release.partition("-")[0] if hasattr(os, "uname") else "",
@@ -91,8 +94,10 @@ def gather(disk_path: str | None = None) -> Facts:
         open_files=_probe.limit_of(limits, "Max open files"),
         peer_pidfd=_probe.has_peer_pidfd(),
         container=_probe.container(),
+        gvisor=_probe.is_gvisor(_probe.read_text("/proc/version")),
         **_memory(),
-        **_ram(),
+        **ram,
+        **device_facts(ram["ram_path"]),
         **_disk(disk_path or "checkpoints"),
         **_agent(),
     )
@@ -135,6 +140,7 @@ def _ram() -> dict[str, Any]:
     facts = {
         "ram_path": path,
         "ram_kind": mount.kind if mount else "",
+        "ram_mount": mount.path if mount else path,
         "ram_free_bytes": free_bytes,
         "ram_total_bytes": total_bytes,
         "ram_bytes_per_s": None,

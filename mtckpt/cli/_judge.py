@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mtckpt._handle import size_text
 
-__all__ = ["Facts", "Finding", "judge"]
+__all__ = ["Facts", "Finding", "Gpu", "judge"]
 
 Level = Literal["ok", "note", "wrong"]
 
@@ -20,6 +20,12 @@ _MORE_SHM = {
         "mount memory of the node, or an emptyDir with medium: Memory, and name it MTCKPT_RAM_DIR",
         "deploy/ has manifests for both: https://mtckpt.readthedocs.io/kubernetes",
     ),
+}
+_SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+# A container may not mount: what lies outside of it has to.
+_MOUNT_OUTSIDE = {
+    "docker": ("in a container: on the host, and docker run --ipc=host or -v /dev/shm:/dev/shm",),
+    "kubernetes": ("or deploy/overlays/daemonset-huge-pages, which mounts it on the node",),
 }
 _FEW_FILES = 4096
 _NETWORK_KINDS = (
@@ -34,6 +40,24 @@ _NETWORK_KINDS = (
     "9p",
     "virtiofs",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A CUDA device. Rates are those of copies between it and memory as slots have it.
+
+    ``is_near``: some core of this process is on its NUMA node. ``kernels``: the file they are from.
+    """
+
+    name: str
+    capability: str
+    numa_node: int | None = None
+    is_near: bool = True
+    memory_bytes: int | None = None
+    kernels: str = ""
+    to_host_bytes_per_s: float | None = None
+    to_device_bytes_per_s: float | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +78,7 @@ class Facts:
     peer_pidfd: bool
     ram_path: str
     ram_kind: str
+    ram_mount: str
     ram_free_bytes: int
     ram_total_bytes: int
     ram_bytes_per_s: float | None
@@ -67,6 +92,13 @@ class Facts:
     disk_direct: bool
     disk_problem: str
     container: str
+    gvisor: bool
+    gpu_driver: str  # the CUDA version it is for; "" without one
+    gpu_problem: str
+    gpu_nodes: bool  # whether devices show in /dev
+    gpus: tuple[Gpu, ...]
+    slot_bytes_per_s: float | None  # of registering memory with a device
+    slot_problem: str
     bounded_by: str
     agent: dict[str, Any] | None = None
     agent_problem: str = ""
@@ -91,6 +123,7 @@ def judge(facts: Facts) -> list[Finding]:
     return [
         _ram(facts),
         _huge_pages(facts),
+        *_gpus(facts),
         _memory(facts),
         _disk(facts),
         _machine(facts),
@@ -146,12 +179,78 @@ def _huge_pages(facts: Facts) -> Finding:
     if facts.ram_huge:
         return Finding("huge pages", "yes: 2 MiB pages back the RAM tier")
     option = facts.ram_huge_option or "never"
+    command = f"mount -o remount,huge=within_size {facts.ram_mount}"
+    if option == "deny":  # of the whole machine: no mount option changes it
+        command = f"echo never > {_SHMEM_ENABLED} && {command}"
     return Finding(
         "huge pages",
         f"no (tmpfs huge={option})",
         "note",
         "falls back to 4 KiB pages: slots are allocated and registered more slowly, once a start",
-        ("as root: mount -o remount,huge=within_size /dev/shm",),
+        (f"as root: {command}", *_MOUNT_OUTSIDE.get(facts.container, ())),
+    )
+
+
+def _gpus(facts: Facts) -> list[Finding]:
+    """A line for each device, one for slots; or one that says why there is no device."""
+    if not facts.gpus:
+        value = f"none: {facts.gpu_problem}"
+        if not facts.gpu_nodes and not facts.gpu_driver:
+            return [Finding("GPU", value)]
+        return [
+            Finding(
+                "GPU",
+                value,
+                "note",
+                "there seems to be one, and a save of arrays on it would fail",
+                (
+                    "docker run --gpus all, or a pod with nvidia.com/gpu in its limits",
+                    "look whether nvidia-smi works here",
+                ),
+            )
+        ]
+    return [*(_gpu(i, gpu) for i, gpu in enumerate(facts.gpus)), _gpu_slots(facts)]
+
+
+def _gpu(number: int, gpu: Gpu) -> Finding:
+    name = f"GPU {number}"
+    parts = [f"{gpu.name}, compute capability {gpu.capability}"]
+    if gpu.memory_bytes is not None:
+        parts.append(size_text(gpu.memory_bytes))
+    if gpu.numa_node is not None:
+        parts.append(f"NUMA node {gpu.numa_node}")
+    value = ", ".join(parts)
+    if gpu.problem:
+        return Finding(name, value, "note", f"could not be measured: {gpu.problem}")
+    if gpu.to_host_bytes_per_s is not None:
+        there, back = _rate(gpu.to_host_bytes_per_s), _rate(gpu.to_device_bytes_per_s)
+        value += f": to slots {there}, from slots {back}"
+    if not gpu.is_near:
+        why = "this process runs on cores of other NUMA nodes: copies cross between them"
+        action = f"numactl --cpunodebind={gpu.numa_node} --membind={gpu.numa_node} COMMAND"
+        return Finding(name, value, "note", why, (action,))
+    if gpu.kernels.endswith(".ptx"):
+        why = "the driver compiles the kernels of mtckpt for it, once a start: half a second"
+        return Finding(name, value, "note", why, ("keep ~/.nv/ComputeCache between starts",))
+    return Finding(name, value)
+
+
+def _gpu_slots(facts: Facts) -> Finding:
+    name = "GPU slots"
+    if facts.slot_bytes_per_s is not None:
+        return Finding(name, f"can be registered, {_rate(facts.slot_bytes_per_s)}")
+    if not facts.slot_problem:
+        why = f"{facts.ram_path} has no room for a file to try it with"
+        return Finding(name, "not tried", "note", why)
+    actions = ("docker run --ulimit memlock=-1, or ulimit -l unlimited",)
+    if facts.gvisor:
+        actions = ("this is gVisor: run the pod under another runtimeClassName",)
+    return Finding(
+        name,
+        "cannot be registered",
+        "note",
+        f"{facts.slot_problem}; saves and restores fall back to copies through the driver's memory",
+        actions,
     )
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from terminals import on_terminal
 
 from mtckpt.cli import main
-from mtckpt.cli._judge import GIB, MIB, Facts, judge
+from mtckpt.cli._judge import GIB, MIB, Facts, Gpu, judge
 
 GOOD = Facts(
     platform="linux",
@@ -34,6 +34,7 @@ GOOD = Facts(
     peer_pidfd=True,
     ram_path="/dev/shm",
     ram_kind="tmpfs",
+    ram_mount="/dev/shm",
     ram_free_bytes=60 * GIB,
     ram_total_bytes=64 * GIB,
     ram_bytes_per_s=5.0 * GIB,
@@ -47,8 +48,18 @@ GOOD = Facts(
     disk_direct=True,
     disk_problem="",
     container="",
+    gvisor=False,
+    gpu_driver="13.0",
+    gpu_problem="",
+    gpu_nodes=True,
+    gpus=(
+        Gpu("H100", "9.0", 1, True, 80 * GIB, "kernels.sm_90.cubin.zlib", 51.0 * GIB, 50.0 * GIB),
+    ),
+    slot_bytes_per_s=27.0 * GIB,
+    slot_problem="",
     bounded_by="",
 )
+(GPU,) = GOOD.gpus
 AGENT = {"pid": 5, "mode": "own", "mtckpt": "0.1.0", "uptime_s": 1.0, "num_runs": 0}
 
 
@@ -56,6 +67,9 @@ def test_a_good_machine_has_nothing_to_say() -> None:
     findings = judge(GOOD)
     assert [finding.level for finding in findings] == ["ok"] * len(findings)
     assert "2 NUMA nodes" in str(findings)
+    assert "H100, compute capability 9.0, 80.0 GiB, NUMA node 1: to slots 51.0 GiB/s" in str(
+        findings
+    )
     assert {finding.level for finding in judge(dataclasses.replace(GOOD, agent=AGENT))} == {"ok"}
 
 
@@ -77,6 +91,32 @@ def test_a_good_machine_has_nothing_to_say() -> None:
         ),
         ({"ram_free_bytes": GIB}, "RAM tier", "note", "mtckpt rm RUN"),
         ({"ram_huge": False, "ram_huge_option": ""}, "huge pages", "note", "huge=within_size"),
+        (
+            {"ram_huge": False, "ram_huge_option": "never", "ram_mount": "/mnt/huge"},
+            *("huge pages", "note", "mount -o remount,huge=within_size /mnt/huge"),
+        ),
+        ({"ram_huge": False, "ram_huge_option": "deny"}, "huge pages", "note", "echo never >"),
+        (
+            {"ram_huge": False, "container": "kubernetes"},
+            *("huge pages", "note", "daemonset-huge-pages"),
+        ),
+        ({"gpus": (), "gpu_problem": "no device"}, "GPU", "note", "--gpus all"),
+        ({"gpus": (), "gpu_driver": "", "gpu_problem": "no libcuda"}, "GPU", "note", "nvidia-smi"),
+        (
+            {"gpus": (GPU, dataclasses.replace(GPU, is_near=False))},
+            *("GPU 1", "note", "--cpunodebind=1"),
+        ),
+        ({"gpus": (Gpu("T4", "7.5", kernels="kernels.ptx"),)}, "GPU 0", "note", "compiles"),
+        ({"gpus": (Gpu("T4", "7.5", problem="no memory"),)}, "GPU 0", "note", "no memory"),
+        ({"slot_bytes_per_s": None}, "GPU slots", "note", "no room"),
+        (
+            {"slot_bytes_per_s": None, "slot_problem": "NOT_PERMITTED (800)"},
+            *("GPU slots", "note", "memlock=-1"),
+        ),
+        (
+            {"slot_bytes_per_s": None, "slot_problem": "NOT_PERMITTED (800)", "gvisor": True},
+            *("GPU slots", "note", "runtimeClassName"),
+        ),
         ({"memory_limit_bytes": 8 * GIB}, "memory", "note", "cgroup limit 8.0 GiB"),
         ({"disk_kind": "tmpfs"}, "disk tier", "wrong", "--disk PATH"),
         ({"disk_kind": "overlay"}, "disk tier", "note", "mount a volume"),
@@ -100,6 +140,15 @@ def test_what_falls_back_says_why_and_what_to_do(
     (finding,) = [finding for finding in findings if finding.level != "ok"]
     assert (finding.name, finding.level) == (name, level)
     assert text in f"{finding.value} {finding.why} {' '.join(finding.actions)}"
+
+
+def test_no_gpu_is_nothing_that_falls_back() -> None:
+    facts = dataclasses.replace(
+        GOOD, gpus=(), gpu_driver="", gpu_nodes=False, gpu_problem="libcuda.so.1: not there"
+    )
+    findings = judge(facts)
+    assert {finding.level for finding in findings} == {"ok"}
+    assert "none: libcuda.so.1: not there" in str(findings)
 
 
 def test_this_machine_fits_on_one_page(tmp_path: Path, runtime_dir: Path) -> None:
