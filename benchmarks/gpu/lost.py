@@ -151,8 +151,7 @@ def _dcp(bench: Bench, trainer: Trainer) -> None:
         save()  # pins its memory
         settle()
         pairs = min(3, bench.rounds)
-        lost, blocked, step_s = _pairs(bench, trainer, save, settle, pairs, _GOALS = {"": "value <= 0.008", "snapshot-overlap": "value <= 0.004", "overlap": ""}
-_DCP_STEPS)
+        lost, blocked, step_s = _pairs(bench, trainer, save, settle, pairs, _DCP_STEPS)
     finally:
         dist.destroy_process_group()
         shutil.rmtree(f"{ram_dir}/dcp", ignore_errors=True)
