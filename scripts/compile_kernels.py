@@ -10,7 +10,8 @@ It needs no GPU, only NVRTC, three versions of it, each in a folder of its own, 
 PTX is for every device since compute capability 7.0; every driver since 515 reads that of NVRTC
 11.7, and older drivers refuse what a newer one makes. Machine code spares the driver a compilation
 at every start: each by the oldest NVRTC that knows the device. kernels.txt names each image with
-its compiler and the SHA-256 of the source; tests/capture/test_kernels.py fails when they drift.
+its compiler and the SHA-256 of the source and of the image (uncompressed);
+tests/capture/test_kernels.py fails when they drift apart.
 """
 
 from __future__ import annotations
@@ -97,11 +98,11 @@ def file_of(architecture: str) -> Path:
     return SOURCE.with_suffix(f".{architecture}.cubin.zlib")
 
 
-def line_of(architecture: str, source: bytes) -> str:
-    """The line of kernels.txt about an image: its file, its compiler, its source."""
+def line_of(architecture: str, source: bytes, image: bytes) -> str:
+    """The line of kernels.txt about an image: file, compiler, digests of source and image."""
     version = ".".join(map(str, COMPILERS[architecture]))
-    digest = hashlib.sha256(source).hexdigest()
-    return f"{file_of(architecture).name} nvrtc-{version} {digest}"
+    digests = " ".join(hashlib.sha256(data).hexdigest() for data in (source, image))
+    return f"{file_of(architecture).name} nvrtc-{version} {digests}"
 
 
 def main() -> None:
@@ -116,12 +117,13 @@ def main() -> None:
     if missing := set(COMPILERS.values()) - set(found):
         raise SystemExit(f"NVRTC of versions {sorted(missing)} is not here: {__doc__}")
     source = SOURCE.read_bytes()
+    lines = []
     for architecture, version in COMPILERS.items():
         image = found[version].compile(source, architecture)
         file = file_of(architecture)
         file.write_bytes(image if architecture == PTX else zlib.compress(image, 9))
+        lines.append(line_of(architecture, source, image))
         print(f"{file.relative_to(ROOT)}: {file.stat().st_size:,} bytes")
-    lines = [line_of(architecture, source) for architecture in COMPILERS]
     TABLE.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
