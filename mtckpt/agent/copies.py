@@ -78,9 +78,9 @@ class Copies:
                 run.touch(save)
             return
         self._tell_placement(run, run.layout, tier.config.copies)
-        outlived = run.newest_replicated()
+        outlived = run.outlived()
         for save in [s for s in run.saves.values() if tier.label in s.ranks]:
-            if save.order < outlived:
+            if save in outlived:
                 # Its partners let go of it by the same rule.
                 run.drop_copy(save, tier.label)
             elif not save.held_by <= {node.address.boot_id for node in run.layout.nodes}:

@@ -226,8 +226,7 @@ class Guests:
 
     async def let_go(self, run: RunState) -> None:
         """Delete guests of saves that a newer one has outlived."""
-        outlived = run.newest_replicated()
-        for save in [s for s in run.saves.values() if s.guests and s.order < outlived]:
+        for save in [s for s in run.outlived() if s.guests]:
             if run.lock(save, _GUESTS).locked():
                 continue  # on their way in, or out
             async with run.lock(save, _GUESTS):

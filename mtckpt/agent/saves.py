@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mtckpt._manifest import on_line
 from mtckpt.agent.protocol import SaveChange, SlotGrant, TierConfig, WireError
 from mtckpt.agent.queue import SaveFacts, SlotState
 
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from mtckpt.agent.nodes import News
     from mtckpt.agent.work import SlotFiles, TierRef
 
-__all__ = ["RAM", "Plan", "SaveState", "Slot", "TierState", "new_id"]
+__all__ = ["RAM", "Line", "Plan", "SaveState", "Slot", "TierState", "new_id"]
 
 RAM = "ram"
+# Incarnations that the newest goes back to, each with the last step of it that counts.
+Line = list[tuple[int, int | None]]
 _STAGE_OF_KIND = {"disk": "local", "peers": "replicated", "store": "durable"}
 
 
@@ -200,7 +203,20 @@ class SaveState:
     def is_staged(self) -> bool:
         return RAM in self.ranks and self.is_complete(RAM) and not self.recycling
 
-    def facts(self, *, has_source: bool, owed: frozenset[str]) -> SaveFacts:
+    def is_on(self, line: Line) -> bool:
+        """Whether no restore of an older step has abandoned it."""
+        return not line or on_line(self.name, line)
+
+    def worth(self, line: Line) -> tuple[bool, tuple[int, int]]:
+        """See ``SaveFacts.worth``."""
+        return (self.is_on(line), self.order)
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether it outlives the loss of any one node."""
+        return not {"replicated", "durable"}.isdisjoint(self.stages)
+
+    def facts(self, *, has_source: bool, owed: frozenset[str], line: Line) -> SaveFacts:
         return SaveFacts(
             str(self.name),
             self.order,
@@ -208,7 +224,8 @@ class SaveState:
             owed,
             frozenset(self.writing),
             self.readers,
-            replicated=not {"replicated", "durable"}.isdisjoint(self.stages),
+            replicated=self.is_replicated,
+            on_line=self.is_on(line),
         )
 
     @property
