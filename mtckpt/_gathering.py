@@ -6,9 +6,13 @@ here. Does not choose among steps: every rank is told the same, so all choose al
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -33,6 +37,7 @@ __all__ = ["Gathered", "gather", "report_damage", "survey"]
 # A peer that is silent for so long is passed over.
 _PEER_TIMEOUT_S = 10.0
 _PEER_STREAMS = 4
+_MAX_AT_ONCE = 32
 
 
 class _Told(msgspec.Struct, frozen=True, array_like=True):
@@ -234,39 +239,78 @@ def _look_at_former(run: Run, found: Gathered) -> None:
     stores = {label: p for label, p in found.places.items() if stage_of_tier(label) == "durable"}
     for label in stores:
         del found.places[label]
-    told = _Told((), {})
     named = [each for nodes in former.values() for peers in nodes for each in peers.items()]
     places = {
         label: found.add_peer(run, label, peer)
         for label, peer in sorted(named, key=lambda each: each[1].label != "ram")
     }
     found.places.update(stores)  # which come last
-    for peers in former.get(run.members.rank, ()):
-        for label in peers:
-            inventories, silent = _restore.scan_places([places[label]], run.key, run.within)
-            more = tuple(map(holdings_of, inventories.values()))
-            told = _Told((*told.holdings, *more), {**told.silent, **silent})
-            if silent:
-                break  # its other places are read through the same agent
+    mine = former.get(run.members.rank, ())
+    told = _look_at_each(run, [[places[label] for label in peers] for peers in mine])
     answers = run.exchange("former", msgspec.to_builtins(told), patient=True)
     for each in (msgspec.convert(answer, _Told) for answer in answers):
         found.holdings += each.holdings
         found.absent.update(each.silent)
 
 
+def _look_at_each(run: Run, nodes: Sequence[Sequence[Place]]) -> _Told:
+    """What nodes have that may be gone: side by side, and all of them within ``timeout_s``, since
+    other ranks wait for the answer."""
+    queue: SimpleQueue[Sequence[Place]] = SimpleQueue()
+    for node in nodes:
+        queue.put(node)
+    answers: SimpleQueue[_Told] = SimpleQueue()
+
+    def look() -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                answers.put(_look_at_one(run, queue.get_nowait()))
+
+    for _ in range(min(len(nodes), _MAX_AT_ONCE)):
+        # Left behind where it waits for a node that is dark.
+        threading.Thread(target=look, name="mtckpt-former", daemon=True).start()
+    deadline_s = time.monotonic() + run.timeout_s
+    told: list[_Told] = []
+    with contextlib.suppress(Empty):
+        while len(told) < len(nodes):
+            told.append(answers.get(timeout=max(0.0, deadline_s - time.monotonic())))
+    heard = {label for each in told for label in (*each.silent, *(h.label for h in each.holdings))}
+    late = {
+        node[0].label: f"did not answer within {run.timeout_s:.1f} s"
+        for node in nodes
+        if heard.isdisjoint(place.label for place in node)
+    }
+    silent = {label: why for each in told for label, why in each.silent.items()}
+    return _Told(tuple(h for each in told for h in each.holdings), {**silent, **late})
+
+
+def _look_at_one(run: Run, places: Sequence[Place]) -> _Told:
+    told = _Told((), {})
+    for place in places:
+        inventories, silent = _restore.scan_places([place], run.key, run.within)
+        more = tuple(map(holdings_of, inventories.values()))
+        told = _Told((*told.holdings, *more), {**told.silent, **silent})
+        if silent:
+            break  # its other places are read through the same agent
+    return told
+
+
 def _former(run: Run) -> dict[int, list[dict[str, _Peer]]]:
-    """Places of nodes of an earlier job, node by node, by the rank that is to look."""
-    known = None
+    """Places of nodes of earlier starts of the job, node by node, by the rank that is to look."""
+    known: list[protocol.Others] = []
     if run.members.rank == run.members.node[0] and run.session.opened is not None:
         known = run.session.opened.others
     answers = run.exchange("former", msgspec.to_builtins(known))
     seen = [node.address for node in _nodes(run)]
     former: dict[int, list[dict[str, _Peer]]] = {}
-    for rank, answer in enumerate(answers):
-        others = msgspec.convert(answer, protocol.Others | None)
-        if others is None:
-            continue
-        for address in [node.address for node in others.nodes]:
+    told = [msgspec.convert(answer, list[protocol.Others]) for answer in answers]
+    # A node that was in several of them knows the secret of the last, which comes first.
+    for age in range(max(map(len, told))):
+        for rank, others, address in [
+            (rank, each[age], node.address)
+            for rank, each in enumerate(told)
+            for node in (each[age].nodes if age < len(each) else ())
+        ]:
             if not any(same_place(address, each) for each in seen):
                 seen.append(address)
                 name = f"peers-{_name_of(address)}-former{len(seen)}"

@@ -119,6 +119,7 @@ class Registry:
         self.set_tiers(run, config.tiers)
         extra = config.extra
         run.noted_guests = dict(extra.get("guests") or {})
+        run.noted_chosen = set(extra.get("chosen") or ())
         run.note_scan(RAM, scan)
         run.left_at = float(extra.get("left_at") or time.time())
         run.closing = bool(extra.get("closing"))

@@ -59,8 +59,10 @@ class RunState:
     plans: dict[str, tuple[Plan, int]] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     finished: list[str] = field(default_factory=list)
-    # What an agent before this one had noted: ranks whose shards are copies for other nodes.
+    # What an agent before this one had noted: ranks whose shards are copies for other nodes, and
+    # what the job was restored from.
     noted_guests: dict[str, list[int]] = field(default_factory=dict)
+    noted_chosen: set[str] = field(default_factory=set)
     token: str = ""
     closing: bool = False
     gone: bool = False
@@ -359,6 +361,7 @@ class RunState:
             save.incarnation_id = save.incarnation_id or entry.incarnation_id
             save.world_size = entry.world_size or save.world_size
             save.size_bytes = max(save.size_bytes, entry.size_bytes)
+            save.chosen |= entry.save in self.noted_chosen
             own = set(entry.ranks)
             if label == RAM:
                 save.guests = own.intersection(self.noted_guests.get(entry.save, ()))
@@ -461,6 +464,7 @@ class RunState:
                 "unseen": [o.holder for o in self.owners.values() if not o.seen],
                 "rank_here": min(self.layout.own) if self.layout else None,
                 "guests": {name: sorted(s.guests) for name, s in self.saves.items() if s.guests},
+                "chosen": sorted(name for name, save in self.saves.items() if save.chosen),
                 "fenced": msgspec.to_builtins([_noted(o) for o in self.fenced.values()]),
             },
         )

@@ -97,7 +97,7 @@ class Verbs:
             run.ram.path,
             finished,
             fenced_pid,
-            self._registry.peers.others(key),
+            self._registry.peers.others(run),
         )
 
     def _admit(self, run: RunState, caller: Caller, message: protocol.Open) -> None:

@@ -117,6 +117,17 @@ def test_the_slot_of_what_was_restored_from_outlasts_what_that_abandoned(run: Ru
     assert recycled == [20, 30]
 
 
+def test_what_was_restored_from_is_whole_for_the_next_agent_too(run: RunState) -> None:
+    """This node has a part of it; that others had theirs was known when the job was started."""
+    run.note_scan(RAM, work.RunScan("r", [found(10, [0])]))
+    assert not at(run, 10).is_complete(RAM)
+    at(run, 10).chosen = True
+    again = RunState("r", "r", run.ram)
+    again.noted_chosen = set(run.config().extra["chosen"])
+    again.note_scan(RAM, work.RunScan("r", [found(10, [0]), found(20, [0])]))
+    assert [at(again, step).is_complete(RAM) for step in (10, 20)] == [True, False]
+
+
 def test_copies_of_what_was_restored_from_outlast_what_that_abandoned(run: RunState) -> None:
     rolled_back(run)
     at(run, 30).stages.append("replicated")
