@@ -7,6 +7,7 @@ here. Does not choose among steps: every rank is told the same, so all choose al
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from mtckpt._handshake import same_place
 from mtckpt._holdings import Holdings, holdings_of
 from mtckpt.agent import protocol
 from mtckpt.agent.peer_client import PeerClient
+from mtckpt.errors import CheckpointError
 from mtckpt.tiers.peer import PeerTier
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Gathered", "gather", "report_damage", "survey"]
 
+
+logger = logging.getLogger(__name__)
 
 # A peer that is silent for so long is passed over.
 _PEER_TIMEOUT_S = 10.0
@@ -76,7 +80,7 @@ class Gathered:
     def add_peer(self, run: Run, label: str, peer: _Peer) -> Place:
         """A place of another node, called ``label`` here."""
         self.peers[label] = peer
-        tier = _peer_tier(run, peer)
+        tier = _peer_tier(run, peer, self.run_key)
         place = Place(label, tier, mapped=False, near=False, streams=_PEER_STREAMS)
         self.places[label] = place
         return place
@@ -128,7 +132,9 @@ def gather(
     if other is None:
         return found
     found = Gathered(other[1])
-    _take_in_shared(found, _look(run, found, other[0]))
+    # What a name stands for is on each node a part of it; a place that was named is one for all.
+    _take_in_nodes(run, found, _look(run, found, [p for p in other[0] if p in near], lend=True))
+    _take_in_shared(found, _look(run, found, [p for p in other[0] if p not in near]))
     return found
 
 
@@ -142,7 +148,7 @@ def survey(run: Run) -> list[Inventory]:
     for node in joined.nodes:
         if run.members.rank not in node.ranks:
             tiers = {
-                label: _peer_tier(run, _Peer(node.address, joined.secret, label))
+                label: _peer_tier(run, _Peer(node.address, joined.secret, label), run.key)
                 for label in _labels_of_nodes(run)
             }
             places = [Place(label, tier, mapped=False) for label, tier in tiers.items()]
@@ -158,8 +164,11 @@ def _labels_of_nodes(run: Run) -> list[str]:
     return ["ram", *(label for label in run.labels if stage_of_tier(label) != "durable")]
 
 
-def _look(run: Run, found: Gathered, places: Sequence[Place]) -> dict[int, _Told]:
-    """What the first rank of each node found, by that rank."""
+def _look(
+    run: Run, found: Gathered, places: Sequence[Place], *, lend: bool = False
+) -> dict[int, _Told]:
+    """What the first rank of each node found, by that rank. ``lend``: of another run, which other
+    nodes may read from then on."""
     found.places.update({place.label: place for place in places})
     told = None
     if run.members.rank == run.members.node[0]:
@@ -168,12 +177,22 @@ def _look(run: Run, found: Gathered, places: Sequence[Place]) -> dict[int, _Told
         told = _Told(tuple(map(holdings_of, inventories.values())), silent)
         if run.members.world_size == 1:
             return {0: told}
+        if lend and run.session.joined is not None and any(each.saves for each in told.holdings):
+            _lend(run, found.run_key)
     answers = run.exchange("holdings", msgspec.to_builtins(told), patient=True)
     return {
         rank: msgspec.convert(answer, _Told)
         for rank, answer in enumerate(answers)
         if answer is not None
     }
+
+
+def _lend(run: Run, run_key: str) -> None:
+    try:
+        run.session.call("lend", protocol.Lend(run.session.holder, run_key), protocol.Done)
+    except CheckpointError as error:
+        # They find out when they read: what they need may be elsewhere as well.
+        logger.warning("run %s: other nodes cannot read %s here: %s", run.key, run_key, error.what)
 
 
 def _take_in_shared(found: Gathered, told: Mapping[int, _Told]) -> None:
@@ -213,10 +232,11 @@ def _name_of(address: PeerAddress) -> str:
     return address.name or address.host
 
 
-def _peer_tier(run: Run, peer: _Peer) -> PeerTier:
+def _peer_tier(run: Run, peer: _Peer, reads: str) -> PeerTier:
     timeout_s = min(run.timeout_s, _PEER_TIMEOUT_S)
     secret = bytes.fromhex(peer.secret)
-    return PeerTier(peer.address, run.key, secret, place=peer.label, timeout_s=timeout_s)
+    where = peer.address
+    return PeerTier(where, run.key, secret, place=peer.label, reads=reads, timeout_s=timeout_s)
 
 
 def _nodes(run: Run) -> Sequence[protocol.NodeOfRun]:

@@ -79,9 +79,16 @@ class Cluster:
         return self.root / (label if label == "store" else f"{NAMES[node]}-{label}")
 
     def _peer(
-        self, address: PeerAddress, run_key: str, secret: bytes, *, place: str, timeout_s: float
+        self,
+        address: PeerAddress,
+        run_key: str,
+        secret: bytes,
+        *,
+        place: str,
+        reads: str,
+        timeout_s: float,
     ) -> Watched:
-        assert (run_key, secret) == ("run", b"\0")
+        assert (run_key, reads, secret) == ("run", "run", b"\0")
         directory = self.directory(NAMES.index(address.name), place)
         tier = Watched(directory, "peers")
         return self.over_network.setdefault((address.name, place), tier)
@@ -355,4 +362,6 @@ def test_a_node_that_may_be_gone_is_not_waited_for_longer_than_others_wait(
 
 
 def _peer_of(cluster: Cluster, name: str, place: str) -> Watched:
-    return cluster._peer(PeerAddress("h", 1, 2, name=name), "run", b"\0", place=place, timeout_s=1)
+    return cluster._peer(
+        PeerAddress("h", 1, 2, name=name), "run", b"\0", place=place, reads="run", timeout_s=1
+    )

@@ -68,6 +68,7 @@ class Peers:
         self._registry = registry
         self._tools = registry.tools
         self._kept: dict[str, _Kept] = {}
+        self._lent: dict[str, set[str]] = {}
         self._clients: dict[tuple[str, PeerAddress], PeerClient] = {}
         self._listener: PeerListener | None = None
         self._address: PeerAddress | None = None
@@ -117,6 +118,7 @@ class Peers:
         if known is not None and known.join.secret == message.secret:
             kept = msgspec.structs.replace(known, join=message, host=host)
         else:
+            self._lent.pop(run.key, None)
             kept = _Kept(message, host, run.incarnation, self.others(run)[:MAX_EARLIER])
         data = msgspec.json.encode(kept)
         await self._tools.call(work.WriteJoin(run.ram, run.key, data), work.Stored)
@@ -145,6 +147,13 @@ class Peers:
         except CheckpointError as error:
             logger.warning("run %s: its other nodes are not heard: %s", run.key, error)
 
+    async def lend(self, run: RunState, source_key: str) -> None:
+        """Let the run's other nodes read another run, in the places of this one, until the job is
+        started anew: it is restored from that."""
+        if run.key in self._kept:
+            self._lent.setdefault(run.key, set()).add(source_key)
+            await self.keep()
+
     def joined(self, run_key: str) -> protocol.Join | None:
         """Who the nodes of a run are; None for a run that is on this node alone."""
         kept = self._kept.get(run_key)
@@ -170,6 +179,7 @@ class Peers:
 
     def leave(self, run_key: str) -> None:
         """Forget a run that is gone from this node; nobody may read it any more."""
+        self._lent.pop(run_key, None)
         if self._kept.pop(run_key, None) is not None:
             self._forget_clients(run_key)
 
@@ -249,6 +259,7 @@ class Peers:
                 run.key,
                 self._kept[run.key].join.secret,
                 [run.ram, *(t.ref for t in run.tiers.values() if t.config.kind == "disk")],
+                sorted(self._lent.get(run.key, ())),
             )
             for run in runs
         ]

@@ -256,6 +256,13 @@ class Flush(msgspec.Struct, frozen=True):
     holder: str
 
 
+class Lend(msgspec.Struct, frozen=True):
+    """Other nodes of the run may read another one on this node, which all of them restore from."""
+
+    holder: str
+    run_key: str
+
+
 class Fetch(msgspec.Struct, frozen=True):
     """Bring a save from a store to this node; asked again until it is there."""
 
