@@ -212,7 +212,7 @@ class Links:
             link.told_by = message.address.agent_id
             await self.follow(run, message.node, message.address)
         heard = [save for news in message.saves if (save := self._take_in(run, message.node, news))]
-        run.discharge()
+        run.discharge(scanned=False)
         for save in sorted(heard, key=lambda s: s.order):
             if (save.name.incarnation, save.name.step) > (link.incarnation, link.last_step):
                 link.incarnation, link.last_step = save.order

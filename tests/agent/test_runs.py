@@ -117,6 +117,18 @@ def test_the_slot_of_what_was_restored_from_outlasts_what_that_abandoned(run: Ru
     assert recycled == [20, 30]
 
 
+def test_what_other_nodes_say_ends_no_backlog_that_a_store_still_gets(run: RunState) -> None:
+    """The store has the newer one, and is on its way to the older: its rules keep both."""
+    run.note_scan(RAM, work.RunScan("r", [found(10, [0, 1], "store")]))
+    run.note_scan("store", work.RunScan("r"))
+    run.note_scan(RAM, work.RunScan("r", [found(step, [0, 1]) for step in (10, 20)]))
+    at(run, 20).ranks["store"] = {0, 1}
+    run.discharge(scanned=False)
+    assert at(run, 10).owed == {"store"}
+    run.discharge()
+    assert at(run, 10).superseded == {"store"}
+
+
 def test_what_was_restored_from_is_whole_for_the_next_agent_too(run: RunState) -> None:
     """This node has a part of it; that others had theirs was known when the job was started."""
     run.note_scan(RAM, work.RunScan("r", [found(10, [0])]))
