@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -112,6 +113,23 @@ def test_only_who_knows_the_secret_is_answered(pair: list[Node], run: str) -> No
     client = PeerClient(address, run, _handshake.new_secret())
     with pytest.raises(AccessDenied, match="does not know this run's secret"):
         client.call("anything", Done(), Done, 5.0)
+
+
+def test_no_more_than_a_word_is_read_of_a_stranger(pair: list[Node], run: str) -> None:
+    two_nodes.joined(run, *pair)
+    address = pair[0].listen()
+    # Large for a stranger, small for a peer; larger than it looks; without a size.
+    words: list[tuple[dict[str, str], bytes | Iterator[bytes]]] = [
+        ({}, b" " * (_handshake.MAX_SMALL_BYTES + 1)),
+        ({"Content-Encoding": "gzip"}, b" " * 1000),
+        ({}, iter([b"{}"])),
+    ]
+    for head, body in words:
+        connection = http.client.HTTPConnection(address.host, address.control_port, timeout=10)
+        connection.request("POST", _handshake.HELLO_PATH, body, head)
+        answer = connection.getresponse()
+        assert (answer.status, b"not a word of a peer" in answer.read()) == (422, True)
+        connection.close()
 
 
 def test_a_proof_is_good_for_as_long_as_its_secret() -> None:
