@@ -158,6 +158,13 @@ class Worker:
         self.saves[step] = self.checkpointer.save(step, state_at(step, self.rank))
         return self.saves[step].skipped or ""
 
+    def save_flipped(self, step: int) -> str:
+        """One bit of what all ranks hold alike is wrong here."""
+        state = state_at(step, self.rank)
+        state["shared"].value.view(np.uint8)[12345] ^= 4
+        self.saves[step] = self.checkpointer.save(step, state)
+        return self.saves[step].skipped or ""
+
     def bad(self, step: int) -> None:
         """A state that cannot be saved: this rank declines."""
         self.checkpointer.save(step, {**state_at(step, self.rank), "more": object()})

@@ -41,6 +41,7 @@ BUGS = (
     *nodes.DECISIONS,
     *starts.LINE,
     *starts.GONE,
+    *starts.ALIKE,
     *tiers.LOCAL_TIER,
     *tiers.TRANSFER,
     *tiers.RETENTION,

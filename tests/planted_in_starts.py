@@ -1,4 +1,4 @@
-"""Bugs in what earlier starts of a job left, and in copies that are gone; see ``planted_bugs``."""
+"""Bugs in what earlier starts left, in copies that are gone, in replicas; see ``planted_bugs``."""
 
 from __future__ import annotations
 
@@ -110,5 +110,22 @@ GONE = (
             "adapters/test_dcp_files.py::test_a_view_that_has_bytes_twice_is_none_of_what_dcp"
             "_writes[sizes4-strides4-False]",
         ),
+    ),
+)
+
+ALIKE = (
+    Bug(
+        "any-save-counts-as-sound",
+        "_retention.py",
+        "[save for save in counted if not save.suspect]",
+        "list(counted)",
+        ("test_retention.py::test_the_newest_that_nobody_doubts_is_kept_too",),
+    ),
+    Bug(
+        "replicas-differ-and-are-equal",
+        "_twins.py",
+        "if len(groups) > 1:",
+        "if len(groups) > 2:",
+        ("test_replica_divergence.py::test_copies_are_grouped_by_what_they_are",),
     ),
 )

@@ -215,6 +215,7 @@ class Healer:
             on_line=save.is_on(line),
             verified=facts.get("verified", False),
             damaged=save.is_damaged(tier.label),
+            suspect=bool(save.diverged),
             busy=facts.get("busy", False),
             age_s=max(0.0, time.time() - save.seen_at),
             metrics=save.metrics,

@@ -63,6 +63,7 @@ class RunState:
     # what the job was restored from.
     noted_guests: dict[str, list[int]] = field(default_factory=dict)
     noted_chosen: set[str] = field(default_factory=set)
+    noted_diverged: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     token: str = ""
     closing: bool = False
     gone: bool = False
@@ -362,6 +363,7 @@ class RunState:
             save.world_size = entry.world_size or save.world_size
             save.size_bytes = max(save.size_bytes, entry.size_bytes)
             save.chosen |= entry.save in self.noted_chosen
+            save.diverged = save.diverged or self.noted_diverged.get(entry.save, {})
             own = set(entry.ranks)
             if label == RAM:
                 save.guests = own.intersection(self.noted_guests.get(entry.save, ()))
@@ -464,6 +466,7 @@ class RunState:
                 "unseen": [o.holder for o in self.owners.values() if not o.seen],
                 "rank_here": min(self.layout.own) if self.layout else None,
                 "guests": {name: sorted(s.guests) for name, s in self.saves.items() if s.guests},
+                "diverged": {name: s.diverged for name, s in self.saves.items() if s.diverged},
                 "chosen": sorted(name for name, save in self.saves.items() if save.chosen),
                 "fenced": msgspec.to_builtins([_noted(o) for o in self.fenced.values()]),
             },

@@ -17,6 +17,7 @@ from mtckpt.agent.queue import SaveFacts, SlotState
 
 if TYPE_CHECKING:
     from mtckpt._manifest import SaveName
+    from mtckpt._twins import Twins
     from mtckpt.agent.nodes import News
     from mtckpt.agent.work import SlotFiles, TierRef
 
@@ -121,6 +122,10 @@ class SaveState:
     disputed: bool = False  # ranks sealed parts of different plans
     remains: bool = False  # some ranks' slots were recycled before the agent started, others not
     found: bool = False  # by a scan: whether other nodes had it all is not for this one to say
+    # Of what ranks hold alike: what those of this node have stored, and which leaves differ.
+    twins: Twins = field(default_factory=dict)
+    compared: bool = False
+    diverged: dict[str, list[int]] = field(default_factory=dict)
     chosen: bool = False  # the job was restored from it, so all of it was there
     shard_bytes: dict[int, int] = field(default_factory=dict)  # by rank
     began_s: float = field(default_factory=lambda: time.monotonic())
@@ -202,6 +207,11 @@ class SaveState:
     @property
     def is_staged(self) -> bool:
         return RAM in self.ranks and self.is_complete(RAM) and not self.recycling
+
+    def note_twins(self, rank: int, twins: dict[str, str]) -> None:
+        """What a rank of this node has stored of what others hold too."""
+        for boxes, roots in twins.items():
+            self.twins.setdefault(boxes, {}).setdefault(roots, []).append(rank)
 
     def is_on(self, line: Line) -> bool:
         """Whether no restore of an older step has abandoned it."""

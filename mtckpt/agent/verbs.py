@@ -319,6 +319,7 @@ class Verbs:
         save = run.saves.get(name)
         if save is None:
             return protocol.Sealed(name, next_slot)
+        self._registry.replicas.look(run, save)
         return protocol.Sealed(
             name, next_slot, "staged" in save.stages, save.called_off, save.failures().get(RAM)
         )

@@ -31,6 +31,10 @@ OTHER_ID = "6ba7b811-9dad-51d1-80b4-00c04fd430c8"
 LIMITS = Limits(rank_s=10.0)
 
 
+def _nothing(*_: Any) -> None:
+    """Neither slots nor tiers nor replicas are looked at here."""
+
+
 class Slots:
     """In the place of the ring: which shards were given back."""
 
@@ -81,8 +85,9 @@ class Scene:
         address = PeerAddress("10.0.0.0", 1, 2, agent_id="a")
         peers = SimpleNamespace(verbs={}, address=address, joined=lambda _: None)
         tools = Tools(cast(Any, None), LIMITS, EventStream())
-        unused = cast(Any, SimpleNamespace(note_staged=lambda *_: None, look_again=lambda *_: None))
-        return Links(tools, unused, self.agreement, unused, cast(Any, peers))
+        names = ("note_staged", "look_again", "look")
+        unused = cast(Any, SimpleNamespace(**dict.fromkeys(names, _nothing)))
+        return Links(tools, unused, self.agreement, unused, unused, cast(Any, peers))
 
     def overdue(self) -> None:
         asyncio.run(self.agreement.overdue(self.run))
