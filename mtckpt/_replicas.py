@@ -30,7 +30,7 @@ def replicated(value: Any, ranks: Iterable[int] | None = None) -> Replicated:
 
     What is not the same on all of them comes back as one of them had it. Ranks of one node do not
     compare; where several nodes have stored it, a difference is told of and kept in mind, as
-    ``ReplicaDivergence`` in ``mtckpt show``. Modules in
-    ``DistributedDataParallel``, their optimizers, and DTensors need no wrapper. On a single rank it changes nothing.
+    ``ReplicaDivergence`` in ``mtckpt show``. Modules in ``DistributedDataParallel``, their
+    optimizers, and DTensors need no wrapper. On a single rank it changes nothing.
     """
     return Replicated(value, None if ranks is None else tuple(sorted(set(ranks))))
