@@ -6,14 +6,13 @@ here. Does not choose among steps: every rank is told the same, so all choose al
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -276,24 +275,24 @@ def _look_at_former(run: Run, found: Gathered) -> None:
 def _look_at_each(run: Run, nodes: Sequence[Sequence[Place]]) -> _Told:
     """What nodes have that may be gone: side by side, and all of them within ``timeout_s``, since
     other ranks wait for the answer."""
-    queue: SimpleQueue[Sequence[Place]] = SimpleQueue()
-    for node in nodes:
-        queue.put(node)
-    answers: SimpleQueue[_Told] = SimpleQueue()
+    answers: list[_Told] = []
+    num_threads = min(len(nodes), _MAX_AT_ONCE)
 
-    def look() -> None:
-        with contextlib.suppress(Empty):
-            while True:
-                answers.put(_look_at_one(run, queue.get_nowait()))
+    def look(number: int) -> None:
+        for node in nodes[number::num_threads]:
+            answers.append(_look_at_one(run, node))  # noqa: PERF401 - heard before the next
 
-    for _ in range(min(len(nodes), _MAX_AT_ONCE)):
-        # Left behind where it waits for a node that is dark.
-        threading.Thread(target=look, name="mtckpt-former", daemon=True).start()
+    # Left behind where they wait for a node that is dark.
+    threads = [
+        threading.Thread(target=functools.partial(look, number), name="mtckpt-former", daemon=True)
+        for number in range(num_threads)
+    ]
+    for thread in threads:
+        thread.start()
     deadline_s = time.monotonic() + run.timeout_s
-    told: list[_Told] = []
-    with contextlib.suppress(Empty):
-        while len(told) < len(nodes):
-            told.append(answers.get(timeout=max(0.0, deadline_s - time.monotonic())))
+    for thread in threads:
+        thread.join(max(0.0, deadline_s - time.monotonic()))
+    told = list(answers)
     heard = {label for each in told for label in (*each.silent, *(h.label for h in each.holdings))}
     late = {
         node[0].label: f"did not answer within {run.timeout_s:.1f} s"
