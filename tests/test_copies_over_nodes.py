@@ -196,8 +196,12 @@ def test_a_partner_without_room_says_so_and_saves_go_on(cluster: Make) -> None:
         assert 0 not in in_memory(job.nodes[1])[2]  # nothing is left of the try
         # Told once, as of any tier that failed; then training goes on, with two slots too.
         assert {told["error"] for told in job.all("save", 3)} == {"SaveFailed"}
-        job.save(4)
-        job.save(5)
+        step = 4
+        for _ in range(2):
+            while any(job.all("save", step)):
+                step += 1  # that one was told, in time, that the one before had no room either
+            assert all("staged" in reached for reached in job.all("wait", step, "staged"))
+            step += 1
     finally:
         job.close()
         subprocess.run(["umount", "-l", small], check=True)
