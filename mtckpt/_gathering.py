@@ -6,6 +6,10 @@ here. Does not choose among steps: every rank is told the same, so all choose al
 
 from __future__ import annotations
 
+import functools
+import logging
+import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +24,7 @@ from mtckpt._handshake import same_place
 from mtckpt._holdings import Holdings, holdings_of
 from mtckpt.agent import protocol
 from mtckpt.agent.peer_client import PeerClient
+from mtckpt.errors import CheckpointError
 from mtckpt.tiers.peer import PeerTier
 
 if TYPE_CHECKING:
@@ -30,9 +35,12 @@ if TYPE_CHECKING:
 __all__ = ["Gathered", "gather", "report_damage", "survey"]
 
 
+logger = logging.getLogger(__name__)
+
 # A peer that is silent for so long is passed over.
 _PEER_TIMEOUT_S = 10.0
 _PEER_STREAMS = 4
+_MAX_AT_ONCE = 32
 
 
 class _Told(msgspec.Struct, frozen=True, array_like=True):
@@ -71,7 +79,7 @@ class Gathered:
     def add_peer(self, run: Run, label: str, peer: _Peer) -> Place:
         """A place of another node, called ``label`` here."""
         self.peers[label] = peer
-        tier = _peer_tier(run, peer)
+        tier = _peer_tier(run, peer, self.run_key)
         place = Place(label, tier, mapped=False, near=False, streams=_PEER_STREAMS)
         self.places[label] = place
         return place
@@ -123,7 +131,9 @@ def gather(
     if other is None:
         return found
     found = Gathered(other[1])
-    _take_in_shared(found, _look(run, found, other[0]))
+    # What a name stands for is on each node a part of it; a place that was named is one for all.
+    _take_in_nodes(run, found, _look(run, found, [p for p in other[0] if p in near], lend=True))
+    _take_in_shared(found, _look(run, found, [p for p in other[0] if p not in near]))
     return found
 
 
@@ -137,7 +147,7 @@ def survey(run: Run) -> list[Inventory]:
     for node in joined.nodes:
         if run.members.rank not in node.ranks:
             tiers = {
-                label: _peer_tier(run, _Peer(node.address, joined.secret, label))
+                label: _peer_tier(run, _Peer(node.address, joined.secret, label), run.key)
                 for label in _labels_of_nodes(run)
             }
             places = [Place(label, tier, mapped=False) for label, tier in tiers.items()]
@@ -153,8 +163,11 @@ def _labels_of_nodes(run: Run) -> list[str]:
     return ["ram", *(label for label in run.labels if stage_of_tier(label) != "durable")]
 
 
-def _look(run: Run, found: Gathered, places: Sequence[Place]) -> dict[int, _Told]:
-    """What the first rank of each node found, by that rank."""
+def _look(
+    run: Run, found: Gathered, places: Sequence[Place], *, lend: bool = False
+) -> dict[int, _Told]:
+    """What the first rank of each node found, by that rank. ``lend``: of another run, which other
+    nodes may read from then on."""
     found.places.update({place.label: place for place in places})
     told = None
     if run.members.rank == run.members.node[0]:
@@ -163,12 +176,22 @@ def _look(run: Run, found: Gathered, places: Sequence[Place]) -> dict[int, _Told
         told = _Told(tuple(map(holdings_of, inventories.values())), silent)
         if run.members.world_size == 1:
             return {0: told}
+        if lend and run.session.joined is not None and any(each.saves for each in told.holdings):
+            _lend(run, found.run_key)
     answers = run.exchange("holdings", msgspec.to_builtins(told), patient=True)
     return {
         rank: msgspec.convert(answer, _Told)
         for rank, answer in enumerate(answers)
         if answer is not None
     }
+
+
+def _lend(run: Run, run_key: str) -> None:
+    try:
+        run.session.call("lend", protocol.Lend(run.session.holder, run_key), protocol.Done)
+    except CheckpointError as error:
+        # They find out when they read: what they need may be elsewhere as well.
+        logger.warning("run %s: other nodes cannot read %s here: %s", run.key, run_key, error.what)
 
 
 def _take_in_shared(found: Gathered, told: Mapping[int, _Told]) -> None:
@@ -208,10 +231,11 @@ def _name_of(address: PeerAddress) -> str:
     return address.name or address.host
 
 
-def _peer_tier(run: Run, peer: _Peer) -> PeerTier:
+def _peer_tier(run: Run, peer: _Peer, reads: str) -> PeerTier:
     timeout_s = min(run.timeout_s, _PEER_TIMEOUT_S)
     secret = bytes.fromhex(peer.secret)
-    return PeerTier(peer.address, run.key, secret, place=peer.label, timeout_s=timeout_s)
+    where = peer.address
+    return PeerTier(where, run.key, secret, place=peer.label, reads=reads, timeout_s=timeout_s)
 
 
 def _nodes(run: Run) -> Sequence[protocol.NodeOfRun]:
@@ -234,39 +258,78 @@ def _look_at_former(run: Run, found: Gathered) -> None:
     stores = {label: p for label, p in found.places.items() if stage_of_tier(label) == "durable"}
     for label in stores:
         del found.places[label]
-    told = _Told((), {})
     named = [each for nodes in former.values() for peers in nodes for each in peers.items()]
     places = {
         label: found.add_peer(run, label, peer)
         for label, peer in sorted(named, key=lambda each: each[1].label != "ram")
     }
     found.places.update(stores)  # which come last
-    for peers in former.get(run.members.rank, ()):
-        for label in peers:
-            inventories, silent = _restore.scan_places([places[label]], run.key, run.within)
-            more = tuple(map(holdings_of, inventories.values()))
-            told = _Told((*told.holdings, *more), {**told.silent, **silent})
-            if silent:
-                break  # its other places are read through the same agent
+    mine = former.get(run.members.rank, ())
+    told = _look_at_each(run, [[places[label] for label in peers] for peers in mine])
     answers = run.exchange("former", msgspec.to_builtins(told), patient=True)
     for each in (msgspec.convert(answer, _Told) for answer in answers):
         found.holdings += each.holdings
         found.absent.update(each.silent)
 
 
+def _look_at_each(run: Run, nodes: Sequence[Sequence[Place]]) -> _Told:
+    """What nodes have that may be gone: side by side, and all of them within ``timeout_s``, since
+    other ranks wait for the answer."""
+    answers: list[_Told] = []
+    num_threads = min(len(nodes), _MAX_AT_ONCE)
+
+    def look(number: int) -> None:
+        for node in nodes[number::num_threads]:
+            answers.append(_look_at_one(run, node))  # noqa: PERF401 - heard before the next
+
+    # Left behind where they wait for a node that is dark.
+    threads = [
+        threading.Thread(target=functools.partial(look, number), name="mtckpt-former", daemon=True)
+        for number in range(num_threads)
+    ]
+    for thread in threads:
+        thread.start()
+    deadline_s = time.monotonic() + run.timeout_s
+    for thread in threads:
+        thread.join(max(0.0, deadline_s - time.monotonic()))
+    told = list(answers)
+    heard = {label for each in told for label in (*each.silent, *(h.label for h in each.holdings))}
+    late = {
+        node[0].label: f"did not answer within {run.timeout_s:.1f} s"
+        for node in nodes
+        if heard.isdisjoint(place.label for place in node)
+    }
+    silent = {label: why for each in told for label, why in each.silent.items()}
+    return _Told(tuple(h for each in told for h in each.holdings), {**silent, **late})
+
+
+def _look_at_one(run: Run, places: Sequence[Place]) -> _Told:
+    told = _Told((), {})
+    for place in places:
+        inventories, silent = _restore.scan_places([place], run.key, run.within)
+        more = tuple(map(holdings_of, inventories.values()))
+        told = _Told((*told.holdings, *more), {**told.silent, **silent})
+        if silent:
+            break  # its other places are read through the same agent
+    return told
+
+
 def _former(run: Run) -> dict[int, list[dict[str, _Peer]]]:
-    """Places of nodes of an earlier job, node by node, by the rank that is to look."""
-    known = None
+    """Places of nodes of earlier starts of the job, node by node, by the rank that is to look."""
+    known: list[protocol.Others] = []
     if run.members.rank == run.members.node[0] and run.session.opened is not None:
         known = run.session.opened.others
     answers = run.exchange("former", msgspec.to_builtins(known))
     seen = [node.address for node in _nodes(run)]
     former: dict[int, list[dict[str, _Peer]]] = {}
-    for rank, answer in enumerate(answers):
-        others = msgspec.convert(answer, protocol.Others | None)
-        if others is None:
-            continue
-        for address in [node.address for node in others.nodes]:
+    told = [msgspec.convert(answer, list[protocol.Others]) for answer in answers]
+    # A node that was in several of them knows the secret of the last, which comes first.
+    for age in range(max(map(len, told))):
+        for rank, others, address in [
+            (rank, each[age], node.address)
+            for rank, each in enumerate(told)
+            for node in (each[age].nodes if age < len(each) else ())
+        ]:
             if not any(same_place(address, each) for each in seen):
                 seen.append(address)
                 name = f"peers-{_name_of(address)}-former{len(seen)}"

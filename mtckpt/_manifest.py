@@ -57,6 +57,9 @@ class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True, gc=False):
 
     ``ranks`` are those that a global array is spread over; None stands for all of the save. Under
     one path there may be an array for each of several groups of ranks.
+
+    ``alike`` is there if other ranks hold the same box: the same for all of those, and of no other
+    meaning. Where several of them store it, it has to be the same bytes.
     """
 
     path: str
@@ -67,6 +70,7 @@ class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True, gc=False):
     global_shape: tuple[int, ...] | None = None
     same_as: int | None = None
     ranks: tuple[int, ...] | None = None
+    alike: str = ""
 
 
 class ShardEntry(msgspec.Struct, frozen=True):

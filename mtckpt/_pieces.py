@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 
 from mtckpt._boxes import Box, share_of, spread_of, whole
 from mtckpt._dtypes import size_bytes_of
@@ -60,6 +60,13 @@ class Piece(NamedTuple):
     held: ArraySpec | None = None
     holders: tuple[int, ...] = ()
     ranks: tuple[int, ...] | None = None
+
+    @property
+    def alike(self) -> str:
+        """The same for all ranks that hold the part; empty for one that this rank holds alone."""
+        if len(self.holders) < 2:
+            return ""
+        return xxh3_64_hexdigest(msgspec.json.encode(sorted(self.holders)))[:8]
 
 
 # Values of ``Piece.part`` that name no part: a leaf of this rank's own, and one that is replicated.

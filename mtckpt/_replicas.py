@@ -28,8 +28,9 @@ def replicated(value: Any, ranks: Iterable[int] | None = None) -> Replicated:
             loaded, where that could not be put into what was there.
         ranks: the ranks that hold it; by default every rank of the job.
 
-    What is not the same on all of them comes back as one of them had it: nothing is compared when
-    it is saved. Modules in ``DistributedDataParallel``, their optimizers, and DTensors need no
-    wrapper. On a single rank it changes nothing.
+    What is not the same on all of them comes back as one of them had it. Ranks of one node do not
+    compare; where several nodes have stored it, a difference is told of and kept in mind, as
+    ``ReplicaDivergence`` in ``mtckpt show``. Modules in ``DistributedDataParallel``, their
+    optimizers, and DTensors need no wrapper. On a single rank it changes nothing.
     """
     return Replicated(value, None if ranks is None else tuple(sorted(set(ranks))))

@@ -124,13 +124,17 @@ def keep_from_wire(wire: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One save of one tier, as far as a rule may look at it. ``age_s`` is since it was written."""
+    """One save of one tier, as far as a rule may look at it. ``age_s`` is since it was written.
+
+    ``suspect``: what ranks hold alike was not alike in it, so one of them holds wrong bytes.
+    """
 
     name: SaveName
     complete: bool = True
     on_line: bool = True
     verified: bool = False
     damaged: bool = False
+    suspect: bool = False
     busy: bool = False
     age_s: float = 0.0
     metrics: Mapping[str, float] | None = None
@@ -206,6 +210,9 @@ def _wanted(counted: Sequence[Held], rules: Sequence[Rule]) -> dict[SaveName, st
     wanted: dict[SaveName, str] = {}
     if counted:
         wanted[counted[-1].name] = "the newest"
+        sound = [save for save in counted if not save.suspect]
+        if sound:
+            wanted.setdefault(sound[-1].name, "the newest whose replicas are equal")
     for rule in rules:
         for save in _kept_by(rule, counted):
             wanted.setdefault(save.name, f"kept by {rule}")

@@ -188,6 +188,7 @@ def make_plan(
             global_shape=piece.spec.global_shape,
             same_as=same_as.get(i),
             ranks=piece.ranks,
+            alike=piece.alike,
         )
         for i, piece in enumerate(recipe.pieces)
     ]

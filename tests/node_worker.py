@@ -89,9 +89,17 @@ def memory_bytes(what: str) -> int:
 class Worker:
     """The verbs, one method each."""
 
-    def __init__(self, rank: int, world_size: int, board: str, disk: str, **settings: Any) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        board: str,
+        disk: str,
+        run: str = "run",
+        **settings: Any,
+    ) -> None:
         self.rank = rank
-        group = StoreGroup(Board(Path(board)), rank, world_size, "run")
+        group = StoreGroup(Board(Path(board)), rank, world_size, run)
         slots = settings.pop("slots", "auto")
         keep = settings.pop("keep", 2)
         every = settings.pop("every", 1)
@@ -103,12 +111,12 @@ class Worker:
             *([mtckpt.Peers(copies=copies)] if copies else []),
         ]
         options = {"timeout_s": 20.0, "max_stall_s": 5.0, **settings}
-        self.checkpointer = mtckpt.Checkpointer("run", tiers, group=group, **options)
+        self.checkpointer = mtckpt.Checkpointer(run, tiers, group=group, **options)
         self.saves: dict[int, mtckpt.Save] = {}
 
-    def restore(self) -> Any:
+    def restore(self, source: str | None = None) -> Any:
         live = state_at(0, self.rank)
-        restored = self.checkpointer.restore(live)
+        restored = self.checkpointer.restore(live, source=source)
         if restored.step is None:
             return None
         wanted = state_at(restored.step, self.rank)
@@ -149,6 +157,13 @@ class Worker:
 
     def save(self, step: int) -> Any:
         self.saves[step] = self.checkpointer.save(step, state_at(step, self.rank))
+        return self.saves[step].skipped or ""
+
+    def save_flipped(self, step: int) -> str:
+        """One bit of what all ranks hold alike is wrong here."""
+        state = state_at(step, self.rank)
+        state["shared"].value.view(np.uint8)[12345] ^= 4
+        self.saves[step] = self.checkpointer.save(step, state)
         return self.saves[step].skipped or ""
 
     def bad(self, step: int) -> None:

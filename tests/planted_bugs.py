@@ -12,6 +12,7 @@ import planted_in_format as format_
 import planted_in_nodes as nodes
 import planted_in_peers as peers
 import planted_in_ranks as ranks
+import planted_in_starts as starts
 import planted_in_stores as stores
 import planted_in_tiers as tiers
 from planted_bug import Bug
@@ -38,6 +39,9 @@ BUGS = (
     *peers.STRANGERS,
     *nodes.SAVES,
     *nodes.DECISIONS,
+    *starts.LINE,
+    *starts.GONE,
+    *starts.ALIKE,
     *tiers.LOCAL_TIER,
     *tiers.TRANSFER,
     *tiers.RETENTION,

@@ -96,7 +96,7 @@ STRANGERS = (
     Bug(
         "a-secret-opens-all-runs",
         "agent/peer_server.py",
-        'if not rest.startswith(f"{self.run_key}/"):',
+        "if not self._server.lets_read(self.run_key, rest):",
         'if not rest.startswith(""):',
         ("agent/test_hostile_peers.py::test_a_secret_is_good_for_its_own_run_and_port",),
     ),

@@ -16,6 +16,8 @@ from node_scene import Cluster, Node
 
 from mtckpt import _inventory, _transfer
 from mtckpt._source import Place
+from mtckpt.agent import protocol
+from mtckpt.agent.client import AgentClient
 from mtckpt.tiers import LocalTier, Survives
 
 pytestmark = pytest.mark.timeout(120)
@@ -52,6 +54,16 @@ def in_memory(node: Node) -> dict[int, list[int]]:
     finally:
         tier.close()
     return found
+
+
+def spoil(node: Node, rank: int) -> None:
+    """One bit of the only shard of a rank in a node's memory."""
+    (path,) = node.places.ram.glob(f"*/run/step-*/rank-{rank:05}.safetensors")
+    with path.open("r+b") as file:
+        file.seek(100_000)
+        byte = file.read(1)
+        file.seek(100_000)
+        file.write(bytes([byte[0] ^ 1]))
 
 
 def slots(node: Node) -> int:
@@ -145,15 +157,27 @@ def test_damage_is_mended_from_the_other_node(cluster: Make) -> None:
     job.save(1, "replicated")
     node = job.nodes[0]
     for rank in (0, 1):  # its own part, and the one that it holds for the other node
-        (path,) = node.places.ram.glob(f"*/run/step-*/rank-0000{rank}.safetensors")
-        with path.open("r+b") as file:
-            file.seek(100_000)
-            byte = file.read(1)
-            file.seek(100_000)
-            file.write(bytes([byte[0] ^ 1]))
+        spoil(node, rank)
     until(lambda: node.status().counters.get("healed", 0) >= 2)
     assert in_memory(node)[1] == [0, 1]
     job.save(2, "replicated")
+
+
+def test_a_copy_that_could_not_be_mended_is_made_anew_once_its_source_is(cluster: Make) -> None:
+    """Both copies in memory are damaged, and the partner looks first: it has none from then on."""
+    job = cluster(2, every=1)
+    job.save(1, "replicated")
+    assert all("local" in reached for reached in job.all("wait", 1, "local"))
+    own, partner = job.nodes
+    for node in (own, partner):
+        spoil(node, 0)
+    (path,) = partner.places.ram.glob("*/run/step-*/rank-00000.safetensors")
+    key = f"run/{path.parent.name}/{path.name}"
+    with AgentClient(str(partner.places.runtime / protocol.SOCKET_NAME), 20.0) as client:
+        client.call("/v1/runs/run/damage", protocol.Damage("ram", key, "bad"), protocol.Done)
+        until(lambda: partner.status().counters.get("damaged", 0))
+    until(lambda: in_memory(own)[1] == [0, 1])  # from its disk
+    until(lambda: in_memory(partner)[1] == [0, 1])
 
 
 @pytest.mark.root

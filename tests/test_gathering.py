@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -63,7 +64,8 @@ class Cluster:
         self.over_network: dict[tuple[str, str], Watched] = {}
         monkeypatch.setattr(_gathering, "PeerTier", self._peer)
         self.own: dict[tuple[int, str], Watched] = {}
-        self.others: Others | None = None
+        self.others: list[Others] = []
+        self.timeout_s = 20.0
         for label in ("ram", "disk", "store"):
             for node in range(num_nodes):
                 (self.directory(node, label)).mkdir(parents=True, exist_ok=True)
@@ -77,9 +79,16 @@ class Cluster:
         return self.root / (label if label == "store" else f"{NAMES[node]}-{label}")
 
     def _peer(
-        self, address: PeerAddress, run_key: str, secret: bytes, *, place: str, timeout_s: float
+        self,
+        address: PeerAddress,
+        run_key: str,
+        secret: bytes,
+        *,
+        place: str,
+        reads: str,
+        timeout_s: float,
     ) -> Watched:
-        assert (run_key, secret) == ("run", b"\0")
+        assert (run_key, reads, secret) == ("run", "run", b"\0")
         directory = self.directory(NAMES.index(address.name), place)
         tier = Watched(directory, "peers")
         return self.over_network.setdefault((address.name, place), tier)
@@ -122,7 +131,7 @@ class _Run:
         self.name = self.key = "run"
         self.tiers: list[Any] = []
         self.labels = ["disk", "store"]
-        self.timeout_s = 20.0
+        self.timeout_s = cluster.timeout_s
         self.group = group
         self._cluster = cluster
         node = rank // 2
@@ -152,7 +161,8 @@ class _Run:
         return work()
 
     def exchange(self, stage: str, value: object, *, patient: bool = False) -> list[Any]:
-        return _coordination.exchange(self.group, stage, value, self.timeout_s)
+        timeout_s = self.timeout_s * (20 if patient else 1)
+        return _coordination.exchange(self.group, stage, value, timeout_s)
 
     def together(
         self, stage: str, foreign: Callable[[int, str, str], CheckpointError], _: float = 0
@@ -280,7 +290,7 @@ def test_a_node_that_the_job_no_longer_has_gives_what_it_has(
     for step, where in ((1, {"a-ram": (0, 1), "a-disk": (2, 3)}), (2, {"a-ram": (0, 1)})):
         one.save(step, where, world_size=4)
     one.save(2, {"b-ram": (2, 3)}, world_size=4)
-    one.others = Others([NodeOfRun(PeerAddress("h", 1, 2, name="b"), [2, 3])], "00")
+    one.others = [Others([NodeOfRun(PeerAddress("h", 1, 2, name="b"), [2, 3])], "00")]
     assert [each.step for each in one.restore()] == [2, 2]
     assert [each.sources for each in one.restore()] == [{"ram": 8000}] * 2
     # It is not asked while this node has all of the newest step, and may be gone for good.
@@ -294,5 +304,64 @@ def test_a_node_that_the_job_no_longer_has_gives_what_it_has(
     assert not _peer_of(one, "b", "ram").asked
 
 
+def with_former_nodes(one: Cluster, *names: str) -> None:
+    """Step 1 of four ranks is on this node, and on others that the job no longer has, the first of
+    them of its last start."""
+    one.save(1, {"a-ram": (0, 1), f"{names[-1]}-ram": (2, 3)}, world_size=4)
+    for name in names:
+        for label in ("ram", "disk"):
+            (one.root / f"{name}-{label}").mkdir(exist_ok=True)
+        node = NodeOfRun(PeerAddress("h", NAMES.index(name) + 1, 2, name=name), [2, 3])
+        one.others.append(Others([node], "00"))
+
+
+def test_nodes_of_starts_before_the_last_are_asked_too(
+    cluster: Callable[[int], Cluster],
+) -> None:
+    one = cluster(1)
+    with_former_nodes(one, "b", "c")
+    assert [each.step for each in one.restore()] == [1, 1]
+
+
+def test_nodes_that_may_be_gone_are_asked_side_by_side(
+    cluster: Callable[[int], Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither answers before the other was asked."""
+    one = cluster(1)
+    with_former_nodes(one, "b", "c")
+    asked = threading.Barrier(2, timeout=20.0)
+    first = {name: _peer_of(one, name, "ram") for name in "bc"}
+
+    def answer(tier: Watched) -> None:
+        if tier in first.values() and tier.asked == ["list"]:
+            asked.wait()
+
+    monkeypatch.setattr(Watched, "_answer", answer)
+    assert [each.step for each in one.restore()] == [1, 1]
+
+
+def test_a_node_that_may_be_gone_is_not_waited_for_longer_than_others_wait(
+    cluster: Callable[[int], Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = cluster(1)
+    one.timeout_s = 1.0
+    with_former_nodes(one, "b", "c")
+    dark, over = _peer_of(one, "b", "ram"), threading.Event()
+
+    def answer(tier: Watched) -> None:
+        if tier is dark:
+            over.wait()
+
+    monkeypatch.setattr(Watched, "_answer", answer)
+    try:
+        for restored in one.restore():
+            assert restored.step == 1
+            assert restored.skipped["tier peers-b-former1-ram"] == "did not answer within 1.0 s"
+    finally:
+        over.set()
+
+
 def _peer_of(cluster: Cluster, name: str, place: str) -> Watched:
-    return cluster._peer(PeerAddress("h", 1, 2, name=name), "run", b"\0", place=place, timeout_s=1)
+    return cluster._peer(
+        PeerAddress("h", 1, 2, name=name), "run", b"\0", place=place, reads="run", timeout_s=1
+    )

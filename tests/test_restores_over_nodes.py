@@ -83,6 +83,28 @@ def test_ranks_that_come_back_on_other_nodes_read_from_peers(
     job.save(2)
 
 
+@pytest.mark.parametrize("where", ["in memory", "on disk"])
+def test_another_run_is_restored_from_the_parts_of_all_nodes(
+    cluster: Callable[..., Cluster], where: str
+) -> None:
+    job = cluster(2)
+    if where == "in memory":
+        job.save(1)
+    else:
+        job.save(1, "local")
+        job.all("close")
+    job.start(run="tuned")
+    tier = "ram" if where == "in memory" else "disk"
+    assert job.all("restore") == [None, None]
+    assert job.all("restore", "run") == [[1, {tier: 2 * ARRAY_BYTES}]] * 2
+    job.nodes.reverse()
+    job.start(run="tuned-again")
+    assert job.all("restore") == [None, None]
+    for step, sources in job.all("restore", "run"):
+        assert step == 1
+        assert sources["peers"] >= ARRAY_BYTES
+
+
 def test_more_ranks_on_the_same_nodes(cluster: Callable[..., Cluster]) -> None:
     job = cluster(2)
     job.save(1)

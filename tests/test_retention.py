@@ -68,6 +68,14 @@ def test_damaged_and_incomplete_saves_do_not_count_as_newer() -> None:
     assert kept(saves, 2) == [1, 2, 3, 4]
 
 
+def test_the_newest_that_nobody_doubts_is_kept_too() -> None:
+    """Suspect ones may be the only ones from some step on: then they go by the rules."""
+    saves = [held(1), held(2), *(held(step, suspect=True) for step in (3, 4, 5, 6))]
+    assert kept(saves, 2) == [2, 5, 6]
+    assert kept([*saves, held(7)], 2) == [6, 7]
+    assert kept(saves[2:], 2) == [5, 6]
+
+
 def branch(step: int, incarnation: int, **facts: object) -> Held:
     name = SaveName(step, incarnation, "0" * 12)
     return Held(name, verified=True, **facts)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mtckpt import _inventory, _transfer
+from mtckpt import _inventory, _transfer, _twins
 from mtckpt._manifest import SaveName
 from mtckpt._room import check_room
 from mtckpt._slots import Slot, SlotFinding, Slots
@@ -63,6 +63,7 @@ class Carrier:
             work.Ping: lambda _: work.Pong(os.getpid()),
             work.Allocate: self._allocate,
             work.SealSlot: self._seal,
+            work.ReadRoots: self._roots,
             work.Recycle: self._recycle,
             work.Free: self._free,
             work.Scan: self._scan,
@@ -172,7 +173,13 @@ class Carrier:
             aborted=record.aborted,
             plan_digest=record.plan_digest,
             again=again,
+            twins=_twins.twins_of(record) if record.world_size > 1 else {},
         )
+
+    def _roots(self, command: work.ReadRoots) -> work.Roots:
+        tier, name = self._place(command.tier).tier, _save_name(command.save)
+        record = _inventory.read_record(tier, command.run_key, name, command.rank)
+        return work.Roots(_twins.roots_of(record, command.boxes))
 
     def _recycle(self, command: work.Recycle) -> work.Recycled:
         name = _save_name(command.save)

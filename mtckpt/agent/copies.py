@@ -17,9 +17,10 @@ import msgspec
 
 from mtckpt import _placement
 from mtckpt._survival import Node
-from mtckpt.agent.guests import Offer, Taken
+from mtckpt.agent.guests import Lost, Offer, Taken
+from mtckpt.agent.protocol import Done
 from mtckpt.agent.saves import RAM
-from mtckpt.errors import AccessDenied, AgentUnavailable, FormatError, TierUnavailable
+from mtckpt.errors import AccessDenied, AgentUnavailable, Damaged, FormatError, TierUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,6 +69,7 @@ class Copies:
         self._peers = peers
         self._threads = ThreadPoolExecutor(MAX_CALLS, "mtckpt-copies")
         self._told: dict[str, str] = {}
+        peers.verbs["lost"] = (Lost, self.lost)
 
     def look(self, run: RunState, tier: TierState) -> None:
         """What has changed for the copies since: who holds them, or that none are needed."""
@@ -78,17 +80,29 @@ class Copies:
                 run.touch(save)
             return
         self._tell_placement(run, run.layout, tier.config.copies)
-        outlived = run.newest_replicated()
+        outlived = run.outlived()
         for save in [s for s in run.saves.values() if tier.label in s.ranks]:
-            if save.order < outlived:
+            if save in outlived:
                 # Its partners let go of it by the same rule.
                 run.drop_copy(save, tier.label)
             elif not save.held_by <= {node.address.boot_id for node in run.layout.nodes}:
-                logger.warning("run %s: copies of %s are gone", run.key, save.name)
-                self._tools.events.emit("copies.lost", run=run.run, step=save.name.step)
-                run.drop_copy(save, tier.label)
-                save.due.add(tier.label)
-                run.touch(save)
+                self._gone(run, tier, save)
+
+    async def lost(self, run: RunState, message: Lost) -> Done:
+        """A partner found a copy damaged, and could not have it again: it is offered anew."""
+        save = run.saves.get(message.save)
+        for tier in run.tiers.values():
+            if save and tier.is_peers and save.ranks.get(tier.label, set()) & {*message.ranks}:
+                self._gone(run, tier, save)
+        return Done()
+
+    def _gone(self, run: RunState, tier: TierState, save: SaveState) -> None:
+        """What was acknowledged is there no more: owed again."""
+        logger.warning("run %s: copies of %s are gone", run.key, save.name)
+        self._tools.events.emit("copies.lost", run=run.run, step=save.name.step)
+        run.drop_copy(save, tier.label)
+        save.due.add(tier.label)
+        run.touch(save)
 
     def _tell_placement(self, run: RunState, layout: Layout, copies: int) -> None:
         """Once a start of the job, by the lead: what the copies survive, and what they do not."""
@@ -167,6 +181,8 @@ class Copies:
             return await asyncio.get_running_loop().run_in_executor(
                 self._threads, client.call, "pull", offer, Taken, CALL_S
             )
+        except Damaged:
+            raise  # what is here, as far as the partner can tell: it is healed before it goes again
         except (AgentUnavailable, AccessDenied, FormatError) as error:
             # Its next agent, or the next start of the job there, may know more.
             raise TierUnavailable(error.what, tier="peers", step=save.name.step) from error

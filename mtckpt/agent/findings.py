@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from mtckpt._manifest import SaveEntry
     from mtckpt._slots import SlotFinding
 
-__all__ = ["RunScan", "SaveScan", "SlotScan", "save_scan", "slot_scan"]
+__all__ = ["Roots", "RunScan", "SaveScan", "SlotScan", "save_scan", "slot_scan"]
+
+
+class Roots(msgspec.Struct, frozen=True, tag=True):
+    """Paths and root digests, in one order on all ranks; none if that is not what is there."""
+
+    leaves: list[tuple[str, str]] = []
 
 
 class SaveScan(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ import msgspec
 from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import SaveName, Uuid
 from mtckpt.agent import work
+from mtckpt.agent.protocol import Done
+from mtckpt.agent.queue import backoff_s
 from mtckpt.agent.saves import RAM, SaveState
 from mtckpt.errors import AgentUnavailable, CheckpointError, FormatError, TierFull
 
@@ -28,13 +31,14 @@ if TYPE_CHECKING:
     from mtckpt.agent.runs import RunState
     from mtckpt.agent.tools import Tools
 
-__all__ = ["PULLING", "Guests", "Offer", "Taken"]
+__all__ = ["PULLING", "Guests", "Lost", "Offer", "Taken"]
 
 logger = logging.getLogger(__name__)
 
 # The data process that receives: one that waits for a network holds up nothing else.
 PULLING = work.TierRef("peers", "pull", label="peers")
 MAX_WAIT_S = 10.0
+CALL_S = 5.0
 MAX_RANKS = 4096
 _GUESTS = "guests"
 
@@ -52,6 +56,13 @@ class Offer(msgspec.Struct, frozen=True):
     save_id: Uuid
     ranks: list[int]
     wait_s: float = 0.0
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """From an agent that held copies to the one whose shards they are of: they are gone."""
+
+    save: str
+    ranks: list[int]
 
 
 class Taken(msgspec.Struct, frozen=True):
@@ -95,6 +106,7 @@ class Guests:
         write_config: Callable[[RunState], Awaitable[None]],
     ) -> None:
         self._tools = tools
+        self._peers = peers
         self._boot_id = boot_id
         self._follow = follow
         self._write_config = write_config
@@ -220,14 +232,39 @@ class Guests:
                 if await self._delete(run, save, [rank]):
                     save.guests.discard(rank)
                     await self._write_config(run)
+                    self._lost(run, save, rank)
         run.touch(save)
+
+    def _lost(self, run: RunState, save: SaveState, rank: int) -> None:
+        """A copy that was acknowledged is there no more: its owner is to offer it anew."""
+        self._tools.events.emit("copies.lost", run=run.run, step=save.name.step, rank=rank)
+        owner = run.layout.node_of(rank) if run.layout else None
+        if run.layout is not None and owner not in (None, run.layout.here):
+            what = f"telling node {owner} of a copy"
+            self._tools.start(self._tell_lost(run, save, rank, owner), what)
+
+    async def _tell_lost(self, run: RunState, save: SaveState, rank: int, owner: int) -> None:
+        """Told again until the owner has heard it, or has offered it, or the job is another."""
+        secret, attempt = run.secret, 0
+        message = Lost(str(save.name), [rank])
+        while not run.gone and (layout := run.layout) and run.secret == secret:
+            where = msgspec.structs.replace(layout.nodes[owner].address, agent_id="")
+            try:
+                client = self._peers.client(run.key, where)
+                await asyncio.to_thread(client.call, "lost", message, Done, CALL_S)
+                return
+            except CheckpointError as error:
+                attempt += 1
+                logger.info("run %s: node %d is told later: %s", run.key, owner, error.what)
+                await asyncio.sleep(backoff_s(attempt, random.random()))
+            if rank in save.guests:
+                return
 
     # -- letting go ------------------------------------------------------------------------------
 
     async def let_go(self, run: RunState) -> None:
         """Delete guests of saves that a newer one has outlived."""
-        outlived = run.newest_replicated()
-        for save in [s for s in run.saves.values() if s.guests and s.order < outlived]:
+        for save in [s for s in run.outlived() if s.guests]:
             if run.lock(save, _GUESTS).locked():
                 continue  # on their way in, or out
             async with run.lock(save, _GUESTS):

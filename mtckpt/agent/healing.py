@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mtckpt._inventory import line_of
-from mtckpt._manifest import SaveName, on_line, parse_record_file
+from mtckpt._manifest import SaveName, parse_record_file
 from mtckpt._retention import Held, KeepBest, decide, keep_from_wire, kept
 from mtckpt.agent import queue, work
 from mtckpt.agent.copies import partners_of
 from mtckpt.agent.guests import PULLING
-from mtckpt.agent.saves import RAM, SaveState, TierState
+from mtckpt.agent.saves import RAM, Line, SaveState, TierState
 from mtckpt.errors import CheckpointError, Damaged, TierUnavailable
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Healer", "shard_named"]
 
 logger = logging.getLogger(__name__)
-
-Line = list[tuple[int, int | None]]
 
 
 class Healer:
@@ -164,7 +161,7 @@ class Healer:
 
         ``as_if``: what they would be, had this save been read back.
         """
-        line = _line(run)
+        line = run.line()
         waiting = self._waiting_for_a_store(run) if not tier.is_store else set()
         held = [
             self._held(
@@ -183,7 +180,7 @@ class Healer:
 
     def wanted(self, run: RunState, tier: TierState) -> set[str]:
         """Saves that a store keeps once it has them; everything where it has no rules."""
-        line = _line(run)
+        line = run.line()
         held = [
             self._held(line, tier, save, complete=True)
             for save in run.saves.values()
@@ -193,7 +190,7 @@ class Healer:
 
     def best(self, run: RunState, tier: TierState) -> set[str]:
         """Saves that its rules keep for a metric, of all that lie anywhere."""
-        line = _line(run)
+        line = run.line()
         rules = [rule for rule in keep_from_wire(tier.config.keep) if isinstance(rule, KeepBest)]
         held = [
             self._held(line, tier, save, complete=any(map(save.is_complete, save.ranks)))
@@ -215,9 +212,10 @@ class Healer:
         return Held(
             save.name,
             complete=facts.get("complete", save.is_complete(tier.label)),
-            on_line=not line or on_line(save.name, line),
+            on_line=save.is_on(line),
             verified=facts.get("verified", False),
             damaged=save.is_damaged(tier.label),
+            suspect=bool(save.diverged),
             busy=facts.get("busy", False),
             age_s=max(0.0, time.time() - save.seen_at),
             metrics=save.metrics,
@@ -239,10 +237,6 @@ def shard_named(key: str) -> tuple[str, int] | None:
     name = SaveName.parse(parts[1]) if len(parts) == 3 else None
     rank = parse_record_file(parts[-1].rpartition(".")[0] + ".json")
     return None if name is None or rank is None else (str(name), rank)
-
-
-def _line(run: RunState) -> Line:
-    return line_of([save.name for save in run.saves.values()], run.incarnations.values())
 
 
 def _held(run: RunState, save: SaveState, *labels: str) -> AbstractContextManager[None]:

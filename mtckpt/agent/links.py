@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mtckpt.agent.agreement import Agreement
     from mtckpt.agent.flushing import Flusher
     from mtckpt.agent.peers import Peers
+    from mtckpt.agent.replicas import Replicas
     from mtckpt.agent.ring import Ring
     from mtckpt.agent.runs import RunState
     from mtckpt.agent.tools import Tools
@@ -76,12 +77,19 @@ class Links:
     """See the module. One for the agent, the state is the run's."""
 
     def __init__(
-        self, tools: Tools, ring: Ring, agreement: Agreement, flusher: Flusher, peers: Peers
+        self,
+        tools: Tools,
+        ring: Ring,
+        agreement: Agreement,
+        flusher: Flusher,
+        replicas: Replicas,
+        peers: Peers,
     ) -> None:
         self._tools = tools
         self._ring = ring
         self._agreement = agreement
         self._flusher = flusher
+        self._replicas = replicas
         self._peers = peers
         self._threads = ThreadPoolExecutor(MAX_CALLS, "mtckpt-links")
         peers.verbs["tell"] = (Tell, self.hear)
@@ -212,12 +220,13 @@ class Links:
             link.told_by = message.address.agent_id
             await self.follow(run, message.node, message.address)
         heard = [save for news in message.saves if (save := self._take_in(run, message.node, news))]
-        run.discharge()
+        run.discharge(scanned=False)
         for save in sorted(heard, key=lambda s: s.order):
             if (save.name.incarnation, save.name.step) > (link.incarnation, link.last_step):
                 link.incarnation, link.last_step = save.order
             await self._agreement.heard(run, save, save.told[message.node])
             self._settle(run, save)
+            self._replicas.look(run, save)
         run.discharge(scanned=False)
         run.touch()
         for label in {label for save in heard for label in save.ranks if label in run.tiers}:
@@ -251,6 +260,7 @@ class Links:
         if "staged" not in save.stages:  # what has had it since then may have let it go
             save.due |= set(news.due) & run.tiers.keys()
         save.told[number] = news
+        save.diverged = news.diverged or save.diverged
         return save
 
     def _settle(self, run: RunState, save: SaveState) -> None:

@@ -45,7 +45,9 @@ class News(msgspec.Struct, frozen=True, omit_defaults=True):
     ``parts`` are the ranks whose records a node has, by tier, once it has those of all its ranks;
     ``whole`` the tiers in which, as the lead knows, all nodes have theirs. ``read_back`` and
     ``damaged`` are tiers where that much was read and found good, and where something was not.
-    ``due`` travels too: a tier may be due by the clock of rank 0.
+    ``due`` travels too: a tier may be due by the clock of rank 0. ``twins`` are what a node's ranks
+    have stored of what others hold too; ``diverged`` the leaves of which copies differ, as the lead
+    has found out.
     """
 
     save: str
@@ -61,6 +63,8 @@ class News(msgspec.Struct, frozen=True, omit_defaults=True):
     superseded: list[str] = []
     failed: dict[str, WireError] = {}
     called_off: str = ""
+    twins: dict[str, dict[str, list[int]]] = {}
+    diverged: dict[str, list[int]] = {}
 
 
 class Tell(msgspec.Struct, frozen=True):
@@ -168,6 +172,7 @@ def news_for_lead(save: SaveState, layout: Layout, incarnation: int) -> News | N
         superseded=sorted(save.superseded),
         failed=failed,
         called_off=save.called_off,
+        twins=save.twins if RAM in parts else {},
     )
 
 
@@ -190,6 +195,7 @@ def news_for_nodes(save: SaveState) -> News | None:
         superseded=sorted(superseded),
         failed=failed,
         called_off=save.called_off,
+        diverged=save.diverged,
     )
 
 

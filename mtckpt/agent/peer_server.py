@@ -113,6 +113,11 @@ class PeerServer:
         run = self._runs.get(run_key)
         return None if run is None else bytes.fromhex(run.secret)
 
+    def lets_read(self, run_key: str, key: str) -> bool:
+        """Whether who is of a run may read a key, or list what begins like it."""
+        run = self._runs.get(run_key)
+        return run is not None and any(key.startswith(f"{each}/") for each in (run_key, *run.lent))
+
     def place(self, run_key: str, label: str) -> _Place:
         """A place of a run. Raises ObjectNotFound: the table is all there is."""
         run = self._runs.get(run_key)
@@ -310,7 +315,7 @@ class _Connection:
         self.deadline_s = time.monotonic() + ANSWER_S
         verb, label, rest = peer_requests.split_path(head.path)
         place = self._server.place(self.run_key, label)
-        if not rest.startswith(f"{self.run_key}/"):
+        if not self._server.lets_read(self.run_key, rest):
             raise AccessDenied("that is of another run", state="nothing was sent")
         with place.using() as tier:
             if verb == "objects":

@@ -19,6 +19,7 @@ from mtckpt._handshake import SECRET_BYTES, PeerAddress, same_place
 from mtckpt._run_files import RunFiles
 from mtckpt.agent import protocol, work
 from mtckpt.agent.interfaces import choose_host, fixed_ports
+from mtckpt.agent.nodes import moved
 from mtckpt.agent.peer_client import PeerClient
 from mtckpt.agent.peer_listener import PeerListener, PeerVerb
 from mtckpt.errors import (
@@ -38,15 +39,23 @@ __all__ = ["SERVING", "Peers", "others_kept"]
 
 logger = logging.getLogger(__name__)
 
+# Starts of a job that may fail one after another, and the nodes before them are still known.
+MAX_EARLIER = 8
 # The data process that other nodes read from.
 SERVING = work.TierRef("peers", "", label="peers")
 
 
 class _Kept(msgspec.Struct, frozen=True):
-    """What the next agent has to know of a run's nodes. ``host``: where this one listens."""
+    """What the next agent has to know of a run's nodes. ``host``: where this one listens.
+
+    ``earlier`` are the other nodes of starts before, the last first, as long as this one has saved
+    nothing whole: that is, nothing in an incarnation after number ``since``.
+    """
 
     join: protocol.Join
     host: str = ""
+    since: int = 0
+    earlier: list[protocol.Others] = []
 
 
 class Peers:
@@ -58,7 +67,8 @@ class Peers:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._tools = registry.tools
-        self._joins: dict[str, protocol.Join] = {}
+        self._kept: dict[str, _Kept] = {}
+        self._lent: dict[str, set[str]] = {}
         self._clients: dict[tuple[str, PeerAddress], PeerClient] = {}
         self._listener: PeerListener | None = None
         self._address: PeerAddress | None = None
@@ -94,7 +104,7 @@ class Peers:
     async def join(self, run: RunState, message: protocol.Join) -> protocol.Done:
         """Take over who the nodes of a run are, and let them read it. Idempotent."""
         check_join(message)
-        known = self._joins.get(run.key)
+        known = self.joined(run.key)
         # Said again by each rank, and to another agent: that may know later addresses by then.
         if known is None or known.secret != message.secret:
             await self.replace(run, message)
@@ -103,10 +113,16 @@ class Peers:
 
     async def replace(self, run: RunState, message: protocol.Join) -> None:
         """Take over other nodes, or other addresses, and keep them for the next agent."""
-        kept = _Kept(message, self._address.host if self._address else "")
+        known = self._kept.get(run.key)
+        host = self._address.host if self._address else ""
+        if known is not None and known.join.secret == message.secret:
+            kept = msgspec.structs.replace(known, join=message, host=host)
+        else:
+            self._lent.pop(run.key, None)
+            kept = _Kept(message, host, run.incarnation, self.others(run)[:MAX_EARLIER])
         data = msgspec.json.encode(kept)
         await self._tools.call(work.WriteJoin(run.ram, run.key, data), work.Stored)
-        self._joins[run.key] = message
+        self._kept[run.key] = kept
         self._forget_clients(run.key)
 
     async def adopt(self, run: RunState, data: bytes, rank: int | None = None) -> None:
@@ -118,40 +134,53 @@ class Peers:
         try:
             kept = protocol.decode(data, _Kept)
             check_join(kept.join)
-            self._joins[run.key] = kept.join
+            self._kept[run.key] = kept
             if kept.host:
-                nodes = kept.join.nodes
-                before = next((node.address for node in nodes if rank in node.ranks), None)
-                await self.listen(protocol.Listen("", kept.host), before)
+                addresses = [
+                    node.address if rank in node.ranks else None for node in kept.join.nodes
+                ]
+                here = next((n for n, address in enumerate(addresses) if address), None)
+                before = None if here is None else addresses[here]
+                own = await self.listen(protocol.Listen("", kept.host), before)
+                if here is not None:
+                    await self.replace(run, moved(kept.join, here, own))
         except CheckpointError as error:
             logger.warning("run %s: its other nodes are not heard: %s", run.key, error)
 
+    async def lend(self, run: RunState, source_key: str) -> None:
+        """Let the run's other nodes read another run, in the places of this one, until the job is
+        started anew: it is restored from that."""
+        if run.key in self._kept:
+            self._lent.setdefault(run.key, set()).add(source_key)
+            await self.keep()
+
     def joined(self, run_key: str) -> protocol.Join | None:
         """Who the nodes of a run are; None for a run that is on this node alone."""
-        return self._joins.get(run_key)
+        kept = self._kept.get(run_key)
+        return None if kept is None else kept.join
 
-    def others(self, run_key: str) -> protocol.Others | None:
-        """The run's nodes besides this one, for who comes back without some of them."""
-        message = self._joins.get(run_key)
-        if message is None:
-            return None
-        own = self._address
-        nodes = [
-            node
-            for node in message.nodes
-            if node.address.agent_id != self._registry.agent_id
-            and (own is None or not same_place(node.address, own))
-        ]
-        return protocol.Others(nodes, message.secret) if nodes else None
+    def others(self, run: RunState) -> list[protocol.Others]:
+        """The run's nodes besides this one, for who comes back without some of them; the nodes of
+        earlier starts too, if none after them has saved anything whole. The last start first."""
+        kept = self._kept.get(run.key)
+        if kept is None:
+            return []
+        went_on = any(
+            save.name.incarnation > kept.since and "staged" in save.stages
+            for save in run.saves.values()
+        )
+        last = _besides(self._registry.agent_id, kept.join, self._address)
+        return [*last, *([] if went_on else kept.earlier)]
 
     def secret_of(self, run_key: str) -> bytes | None:
         """What the nodes of a run share."""
-        message = self._joins.get(run_key)
-        return None if message is None else bytes.fromhex(message.secret)
+        join = self.joined(run_key)
+        return None if join is None else bytes.fromhex(join.secret)
 
     def leave(self, run_key: str) -> None:
         """Forget a run that is gone from this node; nobody may read it any more."""
-        if self._joins.pop(run_key, None) is not None:
+        self._lent.pop(run_key, None)
+        if self._kept.pop(run_key, None) is not None:
             self._forget_clients(run_key)
 
     def client(self, run_key: str, address: PeerAddress) -> PeerClient:
@@ -211,7 +240,7 @@ class Peers:
         if self._listener is None or self._address is None:
             return
         self._listener.close_idle()
-        for key in self._joins.keys() - self._registry.runs.keys():
+        for key in self._kept.keys() - self._registry.runs.keys():
             self.leave(key)
         port = await self._serve(self._address.host, self._address.data_port)
         if port != self._address.data_port:
@@ -224,12 +253,13 @@ class Peers:
 
     def _served(self) -> list[work.ServedRun]:
         """Everything that is on this node: what a store has, the others read there."""
-        runs = [self._registry.runs[key] for key in self._joins if key in self._registry.runs]
+        runs = [self._registry.runs[key] for key in self._kept if key in self._registry.runs]
         return [
             work.ServedRun(
                 run.key,
-                self._joins[run.key].secret,
+                self._kept[run.key].join.secret,
                 [run.ram, *(t.ref for t in run.tiers.values() if t.config.kind == "disk")],
+                sorted(self._lent.get(run.key, ())),
             )
             for run in runs
         ]
@@ -244,10 +274,11 @@ class Peers:
             self._listener = self._address = None
 
 
-def others_kept(ram_root: str, run_key: str, agent_id: str) -> protocol.Others | None:
-    """What the agent of this id keeps in its RAM root of the run's other nodes.
+def others_kept(ram_root: str, run_key: str, agent_id: str) -> list[protocol.Others]:
+    """What the agent of this id keeps in its RAM root of the run's other nodes, of earlier starts
+    too.
 
-    None where there are none, or where another user is to know: the file is its user's alone.
+    None where another user is to know: the file is its user's alone.
     """
     tier = LocalTier(ram_root, name="ram", sync=False, read_only=True)
     try:
@@ -257,11 +288,22 @@ def others_kept(ram_root: str, run_key: str, agent_id: str) -> protocol.Others |
         finally:
             files.close()
     except (CheckpointError, OSError):
-        return None
+        return []
     finally:
         tier.close()
-    nodes = [node for node in kept.join.nodes if node.address.agent_id != agent_id]
-    return protocol.Others(nodes, kept.join.secret) if nodes else None
+    return [*_besides(agent_id, kept.join), *kept.earlier]
+
+
+def _besides(
+    agent_id: str, join: protocol.Join, own: PeerAddress | None = None
+) -> list[protocol.Others]:
+    """The nodes without the one of this agent; none if it is the only one."""
+    nodes = [
+        node
+        for node in join.nodes
+        if node.address.agent_id != agent_id and (own is None or not same_place(node.address, own))
+    ]
+    return [protocol.Others(nodes, join.secret)] if nodes else []
 
 
 def check_join(message: protocol.Join) -> None:

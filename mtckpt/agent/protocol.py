@@ -111,7 +111,7 @@ class NodeOfRun(msgspec.Struct, frozen=True):
 
 
 class Others(msgspec.Struct, frozen=True):
-    """The nodes besides this one that had the run when its ranks last joined, and the secret by
+    """The nodes besides this one that had the run when its ranks once joined, and the secret by
     which they let it in."""
 
     nodes: list[NodeOfRun]
@@ -122,7 +122,8 @@ class Others(msgspec.Struct, frozen=True):
 
 
 class Opened(msgspec.Struct, frozen=True):
-    """``finished`` names the saves that the agent sealed for an owner that died."""
+    """``finished`` names the saves that the agent sealed for an owner that died. ``others`` has the
+    nodes of starts of the job before this one, the last first."""
 
     protocol: int
     agent_id: str
@@ -131,7 +132,7 @@ class Opened(msgspec.Struct, frozen=True):
     ram_root: str
     finished: list[str] = []
     fenced_pid: int = 0
-    others: Others | None = None
+    others: list[Others] = []
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -253,6 +254,13 @@ class Flush(msgspec.Struct, frozen=True):
     """Make the newest staged save due in every tier."""
 
     holder: str
+
+
+class Lend(msgspec.Struct, frozen=True):
+    """Other nodes of the run may read another one on this node, which all of them restore from."""
+
+    holder: str
+    run_key: str
 
 
 class Fetch(msgspec.Struct, frozen=True):

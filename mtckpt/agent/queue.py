@@ -43,7 +43,8 @@ class SlotState(enum.Enum):
 class SaveFacts:
     """A save in RAM. ``order`` sorts saves: (incarnation, step). ``owed`` are the labels that it is
     due at and that neither have it nor gave up; ``writing`` those being written to just now.
-    ``copied``: other nodes have copies of what is here; ``replicated``: of all there is of it."""
+    ``copied``: other nodes have copies of what is here; ``replicated``: of all there is of it.
+    ``on_line``: no restore of an older step has abandoned it."""
 
     name: str
     order: tuple[int, int]
@@ -53,6 +54,12 @@ class SaveFacts:
     readers: int = 0
     copied: bool = False
     replicated: bool = False
+    on_line: bool = True
+
+    @property
+    def worth(self) -> tuple[bool, tuple[int, int]]:
+        """What is abandoned is older than anything on the line, whatever its step."""
+        return (self.on_line, self.order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,7 @@ def pick_flush(label: str, saves: Iterable[SaveFacts], wanted: Collection[str] =
     kept = backlog(label, saves, wanted)
     if not kept:
         return None
-    owed = sorted((s for s in saves if s.staged and label in s.owed), key=lambda s: s.order)
+    owed = sorted((s for s in saves if s.staged and label in s.owed), key=lambda s: s.worth)
     return Pick(kept[0], tuple(s.name for s in owed if s.name not in kept))
 
 
@@ -84,14 +91,14 @@ def backlog(label: str, saves: Iterable[SaveFacts], wanted: Collection[str]) -> 
 
     However long it does not answer, that is no more than MAX_BACKLOG saves.
     """
-    owed = sorted((s for s in saves if s.staged and label in s.owed), key=lambda s: s.order)
+    owed = sorted((s for s in saves if s.staged and label in s.owed), key=lambda s: s.worth)
     newest_first = [s.name for s in reversed(owed)]
     return [*newest_first[:1], *(n for n in newest_first[1:] if n in wanted)][:MAX_BACKLOG]
 
 
 def blocks_recycling(save: SaveFacts, saves: Sequence[SaveFacts]) -> str:
     """Why the slot of a save may not be recycled, in words; empty if it may."""
-    newer = [s for s in saves if s.order > save.order and s.staged]
+    newer = [s for s in saves if s.worth > save.worth and s.staged]
     if not newer:
         return "is the newest in RAM"
     if save.writing:
@@ -109,7 +116,7 @@ def blocks_recycling(save: SaveFacts, saves: Sequence[SaveFacts]) -> str:
 
 def pick_recycle(saves: Sequence[SaveFacts], busy: frozenset[str] = frozenset()) -> str | None:
     """The save whose slot is recycled next: the oldest that may be. ``busy`` were found leased."""
-    for save in sorted(saves, key=lambda s: s.order):
+    for save in sorted(saves, key=lambda s: s.worth):
         if save.name not in busy and not blocks_recycling(save, saves):
             return save.name
     return None

@@ -29,6 +29,7 @@ from mtckpt.agent.links import Links
 from mtckpt.agent.owners import Owner, boot_id
 from mtckpt.agent.peers import Peers
 from mtckpt.agent.queue import SlotState
+from mtckpt.agent.replicas import Replicas
 from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, Slot, TierState, new_id
@@ -69,7 +70,10 @@ class Registry:
         self.peers = Peers(self)
         self.copies = Copies(tools, self.ring, self.peers)
         self.flusher = Flusher(tools, self.ring, self.healer, self.copies)
-        self.links = Links(tools, self.ring, self.agreement, self.flusher, self.peers)
+        self.replicas = Replicas(tools, self.peers, self.write_config)
+        self.links = Links(
+            tools, self.ring, self.agreement, self.flusher, self.replicas, self.peers
+        )
         follow, write_config = self.links.follow, self.write_config
         self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config)
         self._roots_path = os.path.join(directory, ROOTS_NAME)
@@ -119,6 +123,8 @@ class Registry:
         self.set_tiers(run, config.tiers)
         extra = config.extra
         run.noted_guests = dict(extra.get("guests") or {})
+        run.noted_diverged = dict(extra.get("diverged") or {})
+        run.noted_chosen = set(extra.get("chosen") or ())
         run.note_scan(RAM, scan)
         run.left_at = float(extra.get("left_at") or time.time())
         run.closing = bool(extra.get("closing"))

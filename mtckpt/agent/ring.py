@@ -302,6 +302,7 @@ class Ring:
         save.metrics.update(sealed.metrics)
         save.plan_digest = save.plan_digest or sealed.plan_digest
         save.disputed |= sealed.plan_digest != save.plan_digest
+        save.note_twins(sealed.rank, sealed.twins)
         save.due |= set(sealed.due) & run.tiers.keys()
         save.ranks.setdefault(RAM, set()).add(sealed.rank)
         slot.state, slot.save, slot.rank, slot.holder = SlotState.SEALED, name, sealed.rank, ""

@@ -57,11 +57,15 @@ class RunConfig(msgspec.Struct, frozen=True):
 
 
 class ServedRun(msgspec.Struct, frozen=True):
-    """What other nodes may read of a run if they know its secret (hexadecimal): these places."""
+    """What other nodes may read of a run if they know its secret (hexadecimal): these places.
+
+    ``lent`` are other runs there that they may read too: their user asked for that on this node.
+    """
 
     run_key: str
     secret: str
     places: list[TierRef] = []
+    lent: list[str] = []
 
     def __repr__(self) -> str:
         return f"ServedRun({self.run_key!r}, ...)"

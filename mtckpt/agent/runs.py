@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mtckpt._inventory import line_of
 from mtckpt._manifest import Incarnation, SaveName
 from mtckpt.agent import protocol, work
 from mtckpt.agent.queue import SaveFacts, SlotState
-from mtckpt.agent.saves import RAM, Plan, SaveState, Slot, TierState
+from mtckpt.agent.saves import RAM, Line, Plan, SaveState, Slot, TierState
 from mtckpt.errors import AgentUnavailable, CheckpointError, RunLocked
 
 if TYPE_CHECKING:
@@ -58,8 +59,11 @@ class RunState:
     plans: dict[str, tuple[Plan, int]] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     finished: list[str] = field(default_factory=list)
-    # What an agent before this one had noted: ranks whose shards are copies for other nodes.
+    # What an agent before this one had noted: ranks whose shards are copies for other nodes, and
+    # what the job was restored from.
     noted_guests: dict[str, list[int]] = field(default_factory=dict)
+    noted_chosen: set[str] = field(default_factory=set)
+    noted_diverged: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     token: str = ""
     closing: bool = False
     gone: bool = False
@@ -177,9 +181,10 @@ class RunState:
 
     def facts(self) -> list[SaveFacts]:
         """Saves that are in RAM, whole or in part, and what their slots are needed for."""
-        return [self.slot_facts(save) for save in self.saves.values() if save.ranks.get(RAM)]
+        line = self.line()
+        return [self.slot_facts(save, line) for save in self.saves.values() if save.ranks.get(RAM)]
 
-    def slot_facts(self, save: SaveState) -> SaveFacts:
+    def slot_facts(self, save: SaveState, line: Line | None = None) -> SaveFacts:
         """Of one save: a store that can have it from a disk does not need its slot. From a disk
         that only waits for it that is not sure: a newer save may take its place there."""
         owed = frozenset(
@@ -187,7 +192,8 @@ class RunState:
             for label in save.owed
             if not save.remains and not (self.tiers[label].is_store and self._disks_with(save))
         )
-        facts = save.facts(has_source=save.is_staged, owed=owed)
+        line = self.line() if line is None else line
+        facts = save.facts(has_source=save.is_staged, owed=owed, line=line)
         return replace(facts, copied=self._is_copied(save))
 
     def _is_copied(self, save: SaveState) -> bool:
@@ -204,15 +210,21 @@ class RunState:
             for tier in self.tiers.values()
         )
 
-    def newest_replicated(self) -> tuple[int, int]:
-        """The order of the newest save that outlives any one node; what is older need not."""
-        held = [s.order for s in self.saves.values() if {"replicated", "durable"} & {*s.stages}]
-        return max(held, default=(-1, -1))
+    def outlived(self) -> list[SaveState]:
+        """Saves older than the newest that outlives any one node: they need not do so."""
+        line = self.line()
+        held = [save.worth(line) for save in self.saves.values() if save.is_replicated]
+        return [s for s in self.saves.values() if held and s.worth(line) < max(held)]
 
     def flushable(self, tier: TierState) -> list[SaveFacts]:
         """Saves as the tier looks at them: those that it can be given now, and the others."""
+        line = self.line()
         return [
-            save.facts(has_source=self.source_for(save, tier.label) is not None, owed=save.owed)
+            save.facts(
+                has_source=self.source_for(save, tier.label) is not None,
+                owed=save.owed,
+                line=line,
+            )
             for save in self.saves.values()
             if save.ranks
         ]
@@ -242,8 +254,14 @@ class RunState:
         ]
 
     def newest_staged(self) -> SaveState | None:
+        """Of those on the line; one that is abandoned only where RAM has nothing else."""
+        line = self.line()
         staged = [s for s in self.saves.values() if s.is_complete(RAM)]
-        return max(staged, key=lambda s: s.order, default=None)
+        return max(staged, key=lambda s: s.worth(line), default=None)
+
+    def line(self) -> Line:
+        """Which saves count, back from the newest incarnation; empty while none is known."""
+        return line_of([save.name for save in self.saves.values()], self.incarnations.values())
 
     def save_at(self, incarnation: int, step: int) -> SaveState | None:
         for save in self.saves.values():
@@ -344,6 +362,8 @@ class RunState:
             save.incarnation_id = save.incarnation_id or entry.incarnation_id
             save.world_size = entry.world_size or save.world_size
             save.size_bytes = max(save.size_bytes, entry.size_bytes)
+            save.chosen |= entry.save in self.noted_chosen
+            save.diverged = save.diverged or self.noted_diverged.get(entry.save, {})
             own = set(entry.ranks)
             if label == RAM:
                 save.guests = own.intersection(self.noted_guests.get(entry.save, ()))
@@ -377,13 +397,13 @@ class RunState:
                 self.drop_copy(save, label)
         if label != RAM:
             self.tiers[label].scanned = True
-        self.discharge()
         for incarnation in scan.incarnations:
             known = self.incarnations.get(incarnation.number)
             if known is None or known.id < incarnation.id:
                 self.incarnations[incarnation.number] = incarnation
             if label == RAM:
                 self.begun[incarnation.number] = incarnation
+        self.discharge()
         self.touch()
 
     def discharge(self, *, scanned: bool = True) -> None:
@@ -416,13 +436,13 @@ class RunState:
 
     def _discharge(self, label: str, *, scanned: bool) -> None:
         """What a tier does not have and has a newer save than, it had or left out on purpose."""
-        held = [save.order for save in self.saves.values() if save.is_complete(label)]
+        line = self.line()
+        held = [s.worth(line) for s in self.saves.values() if s.is_complete(label)]
         for save in self.saves.values():
             if save.is_complete(label):
                 save.due.discard(label)
             elif label in save.owed and (
-                (scanned and save.order < max(held, default=save.order))
-                or self._is_lost(save, label)
+                (scanned and held and save.worth(line) < max(held)) or self._is_lost(save, label)
             ):
                 save.superseded.add(label)
                 save.seq = self.seq + 1  # whoever waits for it has to hear that it is in vain
@@ -446,6 +466,8 @@ class RunState:
                 "unseen": [o.holder for o in self.owners.values() if not o.seen],
                 "rank_here": min(self.layout.own) if self.layout else None,
                 "guests": {name: sorted(s.guests) for name, s in self.saves.items() if s.guests},
+                "diverged": {name: s.diverged for name, s in self.saves.items() if s.diverged},
+                "chosen": sorted(name for name, save in self.saves.items() if save.chosen),
                 "fenced": msgspec.to_builtins([_noted(o) for o in self.fenced.values()]),
             },
         )

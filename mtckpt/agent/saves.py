@@ -11,17 +11,21 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mtckpt._manifest import on_line
 from mtckpt.agent.protocol import SaveChange, SlotGrant, TierConfig, WireError
 from mtckpt.agent.queue import SaveFacts, SlotState
 
 if TYPE_CHECKING:
     from mtckpt._manifest import SaveName
+    from mtckpt._twins import Twins
     from mtckpt.agent.nodes import News
     from mtckpt.agent.work import SlotFiles, TierRef
 
-__all__ = ["RAM", "Plan", "SaveState", "Slot", "TierState", "new_id"]
+__all__ = ["RAM", "Line", "Plan", "SaveState", "Slot", "TierState", "new_id"]
 
 RAM = "ram"
+# Incarnations that the newest goes back to, each with the last step of it that counts.
+Line = list[tuple[int, int | None]]
 _STAGE_OF_KIND = {"disk": "local", "peers": "replicated", "store": "durable"}
 
 
@@ -118,6 +122,10 @@ class SaveState:
     disputed: bool = False  # ranks sealed parts of different plans
     remains: bool = False  # some ranks' slots were recycled before the agent started, others not
     found: bool = False  # by a scan: whether other nodes had it all is not for this one to say
+    # Of what ranks hold alike: what those of this node have stored, and which leaves differ.
+    twins: Twins = field(default_factory=dict)
+    compared: bool = False
+    diverged: dict[str, list[int]] = field(default_factory=dict)
     chosen: bool = False  # the job was restored from it, so all of it was there
     shard_bytes: dict[int, int] = field(default_factory=dict)  # by rank
     began_s: float = field(default_factory=lambda: time.monotonic())
@@ -200,7 +208,25 @@ class SaveState:
     def is_staged(self) -> bool:
         return RAM in self.ranks and self.is_complete(RAM) and not self.recycling
 
-    def facts(self, *, has_source: bool, owed: frozenset[str]) -> SaveFacts:
+    def note_twins(self, rank: int, twins: dict[str, str]) -> None:
+        """What a rank of this node has stored of what others hold too."""
+        for boxes, roots in twins.items():
+            self.twins.setdefault(boxes, {}).setdefault(roots, []).append(rank)
+
+    def is_on(self, line: Line) -> bool:
+        """Whether no restore of an older step has abandoned it."""
+        return not line or on_line(self.name, line)
+
+    def worth(self, line: Line) -> tuple[bool, tuple[int, int]]:
+        """See ``SaveFacts.worth``."""
+        return (self.is_on(line), self.order)
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether it outlives the loss of any one node."""
+        return not {"replicated", "durable"}.isdisjoint(self.stages)
+
+    def facts(self, *, has_source: bool, owed: frozenset[str], line: Line) -> SaveFacts:
         return SaveFacts(
             str(self.name),
             self.order,
@@ -208,7 +234,8 @@ class SaveState:
             owed,
             frozenset(self.writing),
             self.readers,
-            replicated=not {"replicated", "durable"}.isdisjoint(self.stages),
+            replicated=self.is_replicated,
+            on_line=self.is_on(line),
         )
 
     @property

@@ -65,6 +65,7 @@ class AgentServer(HttpServer):
             "rm": (protocol.Remove, verbs.remove),
             "listen": (protocol.Listen, verbs.listen),
             "join": (protocol.Join, verbs.join),
+            "lend": (protocol.Lend, verbs.lend),
         }
 
     # -- life ------------------------------------------------------------------------------------

@@ -247,6 +247,7 @@ _HELP = {
     "save_called_off": "Saves that a rank took no part in, so that nobody saved them.",
     "saves_superseded": "Saves that a busy tier left out for a newer one.",
     "save_deleted": "Saves that retention deleted.",
+    "replicas_diverged": "Leaves that ranks hold alike, of which their copies were not equal.",
     "save_damaged": "Copies that did not match their digests.",
     "save_healed": "Damaged copies replaced by good ones.",
     "bytes": "Bytes written to a tier.",

@@ -32,6 +32,7 @@ from mtckpt.errors import (
     TierUnavailable,
     UsageError,
 )
+from mtckpt.tiers.base import check_key
 
 if TYPE_CHECKING:
     from mtckpt.agent.registry import Registry
@@ -97,7 +98,7 @@ class Verbs:
             run.ram.path,
             finished,
             fenced_pid,
-            self._registry.peers.others(key),
+            self._registry.peers.others(run),
         )
 
     def _admit(self, run: RunState, caller: Caller, message: protocol.Open) -> None:
@@ -292,6 +293,18 @@ class Verbs:
         await self._registry.write_config(run)
         return done
 
+    async def lend(self, run: RunState, message: protocol.Lend) -> protocol.Done:
+        """Who may not open a run here does not have it read by others either."""
+        owner = run.owner_of(message.holder)
+        source = self._registry.runs.get(message.run_key)
+        allowed = (owner.uid, 0) if source is None else (source.creator_uid, 0)
+        if self._registry.service and (source is None or owner.uid not in allowed):
+            raise AccessDenied(
+                "this run belongs to another user", state="nothing was lent", run=message.run_key
+            )
+        await self._registry.peers.lend(run, check_key(message.run_key))
+        return protocol.Done()
+
     # -- saves -----------------------------------------------------------------------------------
 
     async def want_slots(self, run: RunState, message: protocol.WantSlots) -> protocol.Slots:
@@ -306,6 +319,7 @@ class Verbs:
         save = run.saves.get(name)
         if save is None:
             return protocol.Sealed(name, next_slot)
+        self._registry.replicas.look(run, save)
         return protocol.Sealed(
             name, next_slot, "staged" in save.stages, save.called_off, save.failures().get(RAM)
         )

@@ -17,7 +17,7 @@ import msgspec
 
 from mtckpt import errors
 from mtckpt._handshake import PeerAddress
-from mtckpt.agent.findings import RunScan, SaveScan, SlotScan
+from mtckpt.agent.findings import Roots, RunScan, SaveScan, SlotScan
 from mtckpt.agent.protocol import WireError
 from mtckpt.agent.run_config import RUN_CONFIG_VERSION, Owner, RunConfig, ServedRun, TierRef
 
@@ -29,6 +29,7 @@ __all__ = [
     "Reply",
     "Request",
     "Result",
+    "Roots",
     "RunConfig",
     "RunScan",
     "SaveScan",
@@ -62,6 +63,16 @@ class Allocate(msgspec.Struct, frozen=True, tag=True):
     slot_id: str
     shard_bytes: int
     table_bytes: int
+
+
+class ReadRoots(msgspec.Struct, frozen=True, tag=True):
+    """-> Roots: of what a rank has stored and others hold too, ``boxes`` as in ``_twins``."""
+
+    tier: TierRef
+    run_key: str
+    save: str
+    rank: int
+    boxes: str
 
 
 class SealSlot(msgspec.Struct, frozen=True, tag=True):
@@ -256,6 +267,7 @@ Command: TypeAlias = (
     Ping
     | Allocate
     | SealSlot
+    | ReadRoots
     | Recycle
     | Free
     | Scan
@@ -309,7 +321,7 @@ class SlotFiles(msgspec.Struct, frozen=True, tag=True):
 
 
 class SealedSlot(msgspec.Struct, frozen=True, tag=True):
-    """What the record says. ``again``: it was sealed before."""
+    """What the record says. ``again``: it was sealed before. ``twins`` as in ``_twins``."""
 
     save: str
     save_id: str
@@ -324,6 +336,7 @@ class SealedSlot(msgspec.Struct, frozen=True, tag=True):
     aborted: str = ""
     plan_digest: str = ""
     again: bool = False
+    twins: dict[str, str] = {}
 
 
 class Recycled(msgspec.Struct, frozen=True, tag=True):
@@ -424,6 +437,7 @@ Result: TypeAlias = (
     | Stored
     | RunConfigs
     | Serving
+    | Roots
 )
 
 

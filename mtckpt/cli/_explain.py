@@ -28,6 +28,7 @@ from mtckpt.errors import (
 if TYPE_CHECKING:
     from mtckpt._choice import Candidate
     from mtckpt._delivery import Place
+    from mtckpt._handshake import PeerAddress
     from mtckpt._inventory import Inventory
     from mtckpt._manifest import SaveName
     from mtckpt.cli._target import Found
@@ -123,14 +124,19 @@ def _peers(looked: Looked, own: Sequence[Place]) -> Iterator[Place]:
         return
     run = next((run for run in status.runs if run.run == looked.run), None)
     path = next((tier.path for tier in run.tiers if tier.label == "ram"), None) if run else None
-    others = others_kept(path, looked.run_key, status.agent_id) if path else None
+    known = others_kept(path, looked.run_key, status.agent_id) if path else []
+    # A node that was in several starts of the job knows the secret of the last.
+    others: dict[tuple[str, int], tuple[PeerAddress, str]] = {}
+    for each in known:
+        for node in each.nodes:
+            where = node.address.host, node.address.control_port
+            others.setdefault(where, (node.address, each.secret))
     for label in [place.label for place in own]:
-        for number, node in enumerate(others.nodes if others else (), 1):
-            address = node.address
+        for number, (address, secret) in enumerate(others.values(), 1):
             tier = PeerTier(
                 address,
                 looked.run_key,
-                bytes.fromhex(others.secret if others else ""),
+                bytes.fromhex(secret),
                 place=label,
                 timeout_s=_PEER_TIMEOUT_S,
             )

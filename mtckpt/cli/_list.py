@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ls", "show"]
 
 _MAX_VALUE_CHARS = 70
+_MAX_DIVERGENCES = 20
 
 
 @click.command(short_help="List the steps of a run.")
@@ -129,6 +130,7 @@ def show(target: str, step: str | None, as_json: bool) -> int:
         with checkpoint:
             facts = _facts(checkpoint, tiers)
             places = [place for places in found.runs.values() for place in places]
+            facts["divergences"] = _divergences(places, checkpoint.record.name)
             facts["reused_bytes"] = _reused_bytes(places, checkpoint.record.name)
     if as_json:
         print_json({**facts, "notes": found.notes})
@@ -224,6 +226,23 @@ def _facts(checkpoint: Checkpoint, tiers: list[str]) -> dict[str, Any]:
     }
 
 
+def _divergences(places: list[Place], name: SaveName) -> list[dict[str, Any]]:
+    """Leaves whose copies of several ranks differ, as far as their records are here."""
+    from mtckpt import _twins
+
+    records = {
+        rank: record
+        for place in reversed(places)
+        for save in place.scan().saves.values()
+        if save.name == name
+        for rank, record in save.records.items()
+    }
+    return [
+        {"leaf": found.leaf, "ranks": found.ranks, "groups": found.groups, "text": str(found)}
+        for found in _twins.divergences(records)
+    ]
+
+
 def _reused_bytes(places: list[Place], name: SaveName) -> int:
     """What a store copied itself for a save. Only manifests say so, which may be missing."""
     from mtckpt import _inventory
@@ -259,6 +278,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
     ]:
         if value != "":
             print_line(f"{name:<12}{value}")
+    for divergence in facts["divergences"][:_MAX_DIVERGENCES]:
+        print_line(f"ReplicaDivergence: {divergence['text']}")
     arrays = facts["arrays"]
     print_line(f"\n{len(arrays)} array(s)")
     rows = [

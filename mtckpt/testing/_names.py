@@ -88,7 +88,7 @@ def names_of(world: World) -> Names:
         return process.spawn(target)
 
     threads = Threads(world.loop, spawn)
-    for module in (_session, _handle, _run, _progress):
+    for module in (_session, _handle, _run, _progress, _gathering):
         names.put(module, "threading", threads)
     names.put(_session, "queue", threads)
     names.put(_session, "AgentClient", functools.partial(AgentClient, world))

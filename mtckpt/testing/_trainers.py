@@ -282,9 +282,10 @@ class PeerPlace:
         secret: bytes,
         *,
         place: str,
+        reads: str,
         timeout_s: float,
     ) -> None:
-        del timeout_s
+        del timeout_s, reads
         self.name = "peers"
         self._address = address
         self._key = run_key

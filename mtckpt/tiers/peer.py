@@ -66,7 +66,8 @@ class PeerTier:
 
     Args:
         address: where that node's agent listens.
-        run_key: the only run that can be read.
+        run_key: the run that both nodes are of.
+        reads: the only run that can be read; that one, if not given.
         secret: what the nodes of the run share.
         place: the label of the peer's tier: "ram", "disk", ...
         timeout_s: how long the peer may be silent. A call may take that long, and the time that
@@ -80,6 +81,7 @@ class PeerTier:
         secret: bytes,
         *,
         place: str = "ram",
+        reads: str = "",
         timeout_s: float = 10.0,
     ) -> None:
         self.name = "peers"
@@ -87,6 +89,7 @@ class PeerTier:
         self.address = address
         self.place = place
         self._run_key = check_key(run_key)
+        self._reads = check_key(reads or run_key)
         self._secret = secret
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
@@ -134,7 +137,7 @@ class PeerTier:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects of the run in order; see ``Tier.list``."""
-        own = f"{self._run_key}/"
+        own = f"{self._reads}/"
         if not prefix.startswith(own):
             if not own.startswith(prefix):
                 return iter(())

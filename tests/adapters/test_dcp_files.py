@@ -248,6 +248,32 @@ def test_metadata_that_lies_is_an_error(
         dcp_files.read_step(tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "strides", "lies"),
+    [
+        ((4, 5), (5, 1), True),
+        ((5, 4), (1, 5), True),
+        ((4, 4), (5, 1), True),
+        ((4, 6), (5, 1), False),
+        # One element, a thousand million times: it would be written out.
+        ((2**15, 2**15), (0, 0), False),
+        ((7, 3), (1, 1), False),
+    ],
+)
+def test_a_view_that_has_bytes_twice_is_none_of_what_dcp_writes(
+    tmp_path: Path, sizes: tuple[int, ...], strides: tuple[int, ...], lies: bool
+) -> None:
+    (tmp_path / "data").write_bytes(bytes(range(20)))
+    chunk = dcp_files._Chunk((0, 0), sizes, strides, 0, "data", 0, 20)
+    tensor = dcp_files._Tensor("uint8", sizes, [chunk])
+    reader = dcp_files._Reader(tmp_path, dcp_files.Item())
+    if lies:
+        reader._check(chunk, tensor, "w")
+    else:
+        with pytest.raises(Damaged, match="does not lie in its file"):
+            reader._check(chunk, tensor, "w")
+
+
 def test_no_link_is_followed_and_no_pipe_waited_for(written: Path, tmp_path: Path) -> None:
     for make in (lambda path: path.symlink_to(written / path.name), os.mkfifo):
         shutil.copytree(written, tmp_path / "c")

@@ -17,11 +17,11 @@ from mtckpt.agent.agreement import Agreement
 from mtckpt.agent.links import Link, Links
 from mtckpt.agent.nodes import News, Tell, layout_of
 from mtckpt.agent.owners import Owner
-from mtckpt.agent.protocol import CallOff, Join, NodeOfRun, Seal
+from mtckpt.agent.protocol import CallOff, Join, NodeOfRun, Seal, TierConfig
 from mtckpt.agent.queue import Limits, SlotState
 from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RunState
-from mtckpt.agent.saves import RAM, SaveState, Slot
+from mtckpt.agent.saves import RAM, SaveState, Slot, TierState
 from mtckpt.agent.tools import Tools
 from mtckpt.agent.work import SealedSlot, TierRef
 from mtckpt.errors import AgentUnavailable
@@ -29,6 +29,10 @@ from mtckpt.errors import AgentUnavailable
 ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
 OTHER_ID = "6ba7b811-9dad-51d1-80b4-00c04fd430c8"
 LIMITS = Limits(rank_s=10.0)
+
+
+def _nothing(*_: Any) -> None:
+    """Neither slots nor tiers nor replicas are looked at here."""
 
 
 class Slots:
@@ -76,6 +80,14 @@ class Scene:
         link = self.run.links[node]
         link.incarnation, link.last_step = save.order
         asyncio.run(self.agreement.heard(self.run, save, news))
+
+    def links(self) -> Links:
+        address = PeerAddress("10.0.0.0", 1, 2, agent_id="a")
+        peers = SimpleNamespace(verbs={}, address=address, joined=lambda _: None)
+        tools = Tools(cast(Any, None), LIMITS, EventStream())
+        names = ("note_staged", "look_again", "look")
+        unused = cast(Any, SimpleNamespace(**dict.fromkeys(names, _nothing)))
+        return Links(tools, unused, self.agreement, unused, unused, cast(Any, peers))
 
     def overdue(self) -> None:
         asyncio.run(self.agreement.overdue(self.run))
@@ -203,10 +215,7 @@ def test_the_word_of_another_than_the_lead_is_not_taken() -> None:
     scene = Scene(1)
     save = scene.save(1)
     address = PeerAddress("10.0.0.2", 1, 2, agent_id="c")
-    peers = SimpleNamespace(verbs={}, address=address, joined=lambda _: None)
-    tools = Tools(cast(Any, None), LIMITS, EventStream())
-    unused = cast(Any, SimpleNamespace(note_staged=lambda *_: None))
-    links = Links(tools, unused, scene.agreement, unused, cast(Any, peers))
+    links = scene.links()
     whole = News(str(save.name), ID, world_size=3, whole=[RAM])
     for word in (whole, msgspec.structs.replace(whole, whole=[], called_off="by nobody")):
         with pytest.raises(AgentUnavailable):
@@ -215,6 +224,43 @@ def test_the_word_of_another_than_the_lead_is_not_taken() -> None:
     assert not save.called_off
     asyncio.run(links.hear(scene.run, Tell(0, address, [whole])))
     assert save.is_complete(RAM)
+
+
+@pytest.mark.parametrize("where", ["on several nodes", "with guests", "alone"])
+def test_what_the_job_was_restored_from_was_whole(where: str) -> None:
+    """Its other parts may be copies for a node that the job no longer has, and be read as such."""
+    scene = Scene(0)
+    save = scene.save(1)
+    if where != "on several nodes":
+        scene.run.layout = None
+    if where == "with guests":
+        save.guests = {1, 2}
+    asyncio.run(scene.agreement.begun(scene.run, 2, (1, 1)))
+    assert save.is_complete(RAM) is (where != "alone")
+    assert bool(save.called_off) is (where == "alone")
+    assert bool(scene.slots.given_back) is (where == "alone")
+
+
+def test_news_of_a_newer_save_ends_no_backlog() -> None:
+    """The store is on its way to the older one, which its rules keep: it was no scan that told."""
+    scene = Scene(0)
+    run = scene.run
+    store = TierRef("store", "file:///nowhere", label="store")
+    run.tiers["store"] = TierState("store", TierConfig("store", "store", store.path), store)
+    run.tiers["store"].scanned = True
+    older, newer = scene.save(1), scene.save(2)
+    older.due = {"store"}
+    newer.ranks["store"] = {0}
+    parts = {RAM: [1], "store": [1, 2]}
+    news = [
+        News(str(older.name), ID, world_size=3, parts={RAM: [1]}),
+        News(str(newer.name), ID, world_size=3, parts=parts),
+    ]
+    links = scene.links()
+    asyncio.run(links.hear(run, Tell(1, PeerAddress("10.0.0.1", 1, 2, agent_id="b"), news)))
+    assert newer.is_complete("store")
+    assert older.owed == {"store"}
+    assert not older.superseded
 
 
 def test_what_others_told_stands_when_a_rank_seals_after_its_agent_restarted() -> None:

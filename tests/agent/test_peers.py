@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import two_nodes
+from agent_checks import kill_agent
 from fake_trainer import body_of
 from two_nodes import Node
 
@@ -19,6 +22,7 @@ from mtckpt._source import Place
 from mtckpt.agent import protocol
 from mtckpt.agent.interfaces import fixed_ports
 from mtckpt.agent.peer_client import PeerClient
+from mtckpt.agent.peers import others_kept
 from mtckpt.agent.protocol import Done
 from mtckpt.errors import (
     AccessDenied,
@@ -111,6 +115,23 @@ def test_only_who_knows_the_secret_is_answered(pair: list[Node], run: str) -> No
         client.call("anything", Done(), Done, 5.0)
 
 
+def test_no_more_than_a_word_is_read_of_a_stranger(pair: list[Node], run: str) -> None:
+    two_nodes.joined(run, *pair)
+    address = pair[0].listen()
+    # Large for a stranger, small for a peer; larger than it looks; without a size.
+    words: list[tuple[dict[str, str], bytes | Iterator[bytes]]] = [
+        ({}, b" " * (_handshake.MAX_SMALL_BYTES + 1)),
+        ({"Content-Encoding": "gzip"}, b" " * 1000),
+        ({}, iter([b"{}"])),
+    ]
+    for head, body in words:
+        connection = http.client.HTTPConnection(address.host, address.control_port, timeout=10)
+        connection.request("POST", _handshake.HELLO_PATH, body, head)
+        answer = connection.getresponse()
+        assert (answer.status, b"not a word of a peer" in answer.read()) == (422, True)
+        connection.close()
+
+
 def test_a_proof_is_good_for_as_long_as_its_secret() -> None:
     secrets = {"run": _handshake.new_secret()}
     client = _handshake.Challenger("run", "control", secrets["run"])
@@ -146,6 +167,64 @@ def test_the_secret_is_kept_for_the_next_agent_and_for_nobody_else(
     assert not any(secret.hex().encode() in path.read_bytes() for path in others)
     log = node.places.runtime / protocol.LOG_NAME
     assert secret.hex() not in log.read_text()
+
+
+def test_nodes_of_earlier_starts_are_known_until_something_is_whole(
+    pair: list[Node], run: str
+) -> None:
+    """The job came back on other nodes, and that start ended before it had saved anything."""
+    here, there = pair
+    first = two_nodes.joined(run, here, there)
+    addresses = [here.listen(), there.listen()]
+    # Nobody is there: it was lost as well.
+    lost = protocol.PeerAddress(two_nodes.HOST, 9, 9, name="lost")
+    second = _handshake.new_secret()
+    here.join(second, addresses[0], lost)
+
+    def others() -> list[tuple[str, list[protocol.PeerAddress]]]:
+        with here.here():
+            opened = here.trainer.open()
+        return [(each.secret, [node.address for node in each.nodes]) for each in opened.others]
+
+    known = [(second.hex(), [lost]), (first.hex(), [addresses[1]])]
+    assert others() == known
+    here.join(second, addresses[0], lost)
+    with here.here():
+        kill_agent()
+    assert others() == known
+    here.trainer.begin(2)
+    assert others() == known
+    here.trainer.next_slot = None
+    here.trainer.save(20)
+    assert others() == known[:1]
+    here.join(_handshake.new_secret(), here.listen(), there.listen())
+    assert first.hex() not in [secret for secret, _ in others()]
+
+
+def test_an_agent_that_was_started_again_does_not_count_as_another_node(
+    pair: list[Node], run: str
+) -> None:
+    two_nodes.joined(run, *pair)
+    here, there = pair
+    before = here.listen()
+    with here.here():
+        kill_agent()
+        with _taken(before.control_port):
+            opened = here.trainer.open()
+    address = here.listen()
+    assert address.control_port != before.control_port
+    (others,) = others_kept(opened.ram_root, run, opened.agent_id)
+    assert [node.address for node in others.nodes] == [there.listen()]
+    assert opened.others == [others]
+
+
+@contextlib.contextmanager
+def _taken(port: int) -> Iterator[None]:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((two_nodes.HOST, port))
+        sock.listen()
+        yield
 
 
 def test_ports_that_were_named_are_the_ports(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ def facts(
     staged: bool = True,
     readers: int = 0,
     incarnation: int = 1,
+    on_line: bool = True,
 ) -> SaveFacts:
     return SaveFacts(
         f"s{step}",
@@ -26,7 +27,13 @@ def facts(
         frozenset(owed.split()),
         frozenset(writing.split()),
         readers,
+        on_line=on_line,
     )
+
+
+def off(step: int, owed: str = "") -> SaveFacts:
+    """Abandoned: the job was restored from an older step."""
+    return facts(step, owed, on_line=False)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +51,7 @@ def facts(
         ([facts(1, "disk", "other"), facts(2, "disk")], Pick("s2", ("s1",))),
         # A newer incarnation is newer, whatever its step: a roll-back.
         ([facts(1000, "disk"), facts(510, "disk", incarnation=2)], Pick("s510", ("s1000",))),
+        ([facts(1, "disk"), off(2, "disk")], Pick("s1", ("s2",))),
     ],
 )
 def test_a_tier_takes_the_newest_save_that_it_is_owed(
@@ -67,6 +75,11 @@ def test_a_tier_takes_the_newest_save_that_it_is_owed(
         ([facts(1, "disk"), facts(2, "disk")], "s1"),  # superseded
         ([facts(1, "disk store"), facts(2, "disk")], None),
         ([facts(1, incarnation=2), facts(900, incarnation=1)], "s900"),
+        # What was restored from is newer than what that abandoned.
+        ([facts(5), off(6), off(7)], "s6"),
+        ([facts(5), off(6)], "s6"),
+        ([facts(5), off(6, "disk")], None),
+        ([off(6), off(7)], "s6"),
     ],
 )
 def test_a_slot_is_recycled_only_when_nothing_needs_it(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtckpt._manifest import SaveName
+from mtckpt._manifest import FORMAT_VERSION, Incarnation, SaveName
 from mtckpt.agent import queue, work
 from mtckpt.agent.protocol import TierConfig
 from mtckpt.agent.registry import _adopt_slots
@@ -98,3 +98,62 @@ def test_a_slot_waits_for_the_store_until_a_disk_has_the_save(run: RunState) -> 
     assert queue.pick_recycle(run.facts()) == str(at(run, 10).name)
     at(run, 10).damaged.add("disk")
     assert queue.pick_recycle(run.facts()) is None
+
+
+def rolled_back(run: RunState) -> None:
+    """Steps 10 to 30 in RAM, and a start of the job that was restored from step 10."""
+    run.note_scan(RAM, work.RunScan("r", [found(step, [0, 1]) for step in (10, 20, 30)]))
+    for number, parent in ((1, None), (2, (1, 10))):
+        run.incarnations[number] = Incarnation(FORMAT_VERSION, "r", number, "x", parent)
+
+
+def test_the_slot_of_what_was_restored_from_outlasts_what_that_abandoned(run: RunState) -> None:
+    rolled_back(run)
+    assert run.newest_staged() is at(run, 10)
+    recycled = []
+    while name := queue.pick_recycle(run.facts()):
+        recycled.append(run.saves[name].name.step)
+        run.drop_copy(run.saves[name], RAM)
+    assert recycled == [20, 30]
+
+
+def test_what_other_nodes_say_ends_no_backlog_that_a_store_still_gets(run: RunState) -> None:
+    """The store has the newer one, and is on its way to the older: its rules keep both."""
+    run.note_scan(RAM, work.RunScan("r", [found(10, [0, 1], "store")]))
+    run.note_scan("store", work.RunScan("r"))
+    run.note_scan(RAM, work.RunScan("r", [found(step, [0, 1]) for step in (10, 20)]))
+    at(run, 20).ranks["store"] = {0, 1}
+    run.discharge(scanned=False)
+    assert at(run, 10).owed == {"store"}
+    run.discharge()
+    assert at(run, 10).superseded == {"store"}
+
+
+def test_what_was_restored_from_is_whole_for_the_next_agent_too(run: RunState) -> None:
+    """This node has a part of it; that others had theirs was known when the job was started."""
+    run.note_scan(RAM, work.RunScan("r", [found(10, [0])]))
+    assert not at(run, 10).is_complete(RAM)
+    at(run, 10).chosen = True
+    again = RunState("r", "r", run.ram)
+    again.noted_chosen = set(run.config().extra["chosen"])
+    again.note_scan(RAM, work.RunScan("r", [found(10, [0]), found(20, [0])]))
+    assert [at(again, step).is_complete(RAM) for step in (10, 20)] == [True, False]
+
+
+def test_copies_of_what_was_restored_from_outlast_what_that_abandoned(run: RunState) -> None:
+    rolled_back(run)
+    at(run, 30).stages.append("replicated")
+    assert at(run, 10) not in run.outlived()
+    at(run, 10).stages.append("replicated")
+    assert [save.name.step for save in run.outlived()] == [20, 30]
+
+
+def test_a_disk_is_owed_what_was_restored_from_whatever_it_has_of_what_is_abandoned(
+    run: RunState,
+) -> None:
+    rolled_back(run)
+    at(run, 10).due.add("disk")
+    run.note_scan("disk", work.RunScan("r", [found(30, [0, 1])]))
+    assert at(run, 10).owed == {"disk"}
+    run.note_scan("disk", work.RunScan("r", [found(30, [0, 1]), found(40, [0, 1], "", 2)]))
+    assert at(run, 10).superseded == {"disk"}

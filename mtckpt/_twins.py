@@ -1,0 +1,120 @@
+"""What several ranks hold alike and each has stored: whether the bytes are the same. Pure.
+
+Knows records only: a record says which of its arrays other ranks hold too, and has a root digest of
+each. Records of ranks that stored the same boxes of such arrays are compared by two digests a
+group of holders; array by array only where those differ. Boxes that ranks have cut differently, as
+nodes with different numbers of ranks do, are not compared. Does not know which copy is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+from xxhash import xxh3_64_hexdigest
+
+from mtckpt import _shard
+from mtckpt._reading import stored_name
+
+if TYPE_CHECKING:
+    from mtckpt._manifest import ArrayEntry, Record
+
+__all__ = ["Divergence", "Twins", "by_ranks", "compare", "divergences", "roots_of", "twins_of"]
+
+_ROOT_BYTES = 16
+# Boxes that somebody else has stored too -> the roots of them -> who has those. By digests.
+Twins = dict[str, dict[str, list[int]]]
+
+
+class Divergence(NamedTuple):
+    """Copies of ``leaf`` that are to be equal and are not. ``groups`` of ranks have equal ones."""
+
+    leaf: str
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted(rank for group in self.groups for rank in group)
+
+    def __str__(self) -> str:
+        said = [f"rank {g[0]}" if len(g) == 1 else f"ranks {', '.join(map(str, g[:8]))}"
+                for g in self.groups]  # fmt: skip
+        return f"copies of {self.leaf} differ: those of {' and of '.join(said)}"
+
+
+def _stored(record: Record) -> dict[str, list[tuple[ArrayEntry, bytes]]]:
+    """The arrays that other ranks hold too, with their roots, by the group that holds them."""
+    if b'"alike"' not in bytes(record.arrays):
+        return {}
+    entries = [entry for entry in record.array_entries() if entry.same_as is None]
+    layout = _shard.plan_layout((stored_name(e), e.dtype, e.shape) for e in entries)
+    roots = record.root_bytes()
+    root_of = {
+        tensor.name: roots[_ROOT_BYTES * i : _ROOT_BYTES * (i + 1)]
+        for i, tensor in enumerate(layout.tensors)
+    }
+    groups: dict[str, list[tuple[ArrayEntry, bytes]]] = {}
+    for entry in sorted(entries, key=stored_name):
+        if entry.alike and 0 not in entry.shape:
+            groups.setdefault(entry.alike, []).append((entry, root_of[stored_name(entry)]))
+    return groups
+
+
+def _boxes(group: str, stored: Iterable[tuple[ArrayEntry, bytes]]) -> str:
+    named = [[e.path, e.dtype, e.offsets, e.shape, e.global_shape] for e, _ in stored]
+    return xxh3_64_hexdigest(msgspec.json.encode([group, named]))
+
+
+def twins_of(record: Record) -> dict[str, str]:
+    """What one rank has stored of what others hold too: boxes -> roots, by digests of them.
+
+    Raises Damaged, UnsupportedState for a record that does not describe a shard.
+    """
+    return {
+        _boxes(group, stored): xxh3_64_hexdigest(b"".join(root for _, root in stored))
+        for group, stored in _stored(record).items()
+    }
+
+
+def roots_of(record: Record, boxes: str) -> list[tuple[str, str]]:
+    """Paths and roots of the arrays behind one key of ``twins_of``; the same paths on all ranks."""
+    for group, stored in _stored(record).items():
+        if _boxes(group, stored) == boxes:
+            return [(entry.path, root.hex()) for entry, root in stored]
+    return []
+
+
+def by_ranks(found: Iterable[tuple[int, Mapping[str, str]]]) -> Twins:
+    """What ranks have stored, put together."""
+    twins: Twins = {}
+    for rank, boxes in found:
+        for key, roots in boxes.items():
+            twins.setdefault(key, {}).setdefault(roots, []).append(rank)
+    return twins
+
+
+def compare(held: Iterable[tuple[tuple[int, ...], list[tuple[str, str]]]]) -> list[Divergence]:
+    """Where ranks differ that have stored the same boxes; ranks of one entry have the same."""
+    held = [each for each in held if each[1]]
+    found: dict[str, Divergence] = {}
+    for rows in zip(*(roots for _, roots in held), strict=False):
+        leaf = rows[0][0]
+        groups: dict[str, list[int]] = {}
+        for (ranks, _), (_, root) in zip(held, rows, strict=True):
+            groups.setdefault(root, []).extend(ranks)
+        if len(groups) > 1:
+            differing = tuple(tuple(sorted(group)) for group in groups.values())
+            found.setdefault(leaf, Divergence(leaf, differing))
+    return list(found.values())
+
+
+def divergences(records: Mapping[int, Record]) -> list[Divergence]:
+    """All of a save, from the records of its ranks."""
+    twins = by_ranks((rank, twins_of(record)) for rank, record in sorted(records.items()))
+    found: list[Divergence] = []
+    for boxes, roots in twins.items():
+        if len(roots) > 1:
+            ranks = [tuple(each) for each in roots.values()]
+            found += compare((each, roots_of(records[each[0]], boxes)) for each in ranks)
+    return found

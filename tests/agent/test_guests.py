@@ -1,0 +1,112 @@
+"""What a node acknowledges of other nodes' parts: what it has, and what it was offered now."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from mtckpt._events import EventStream
+from mtckpt._handshake import PeerAddress
+from mtckpt._manifest import save_name
+from mtckpt.agent import work
+from mtckpt.agent.guests import Guests, Offer, Taken
+from mtckpt.agent.nodes import layout_of
+from mtckpt.agent.protocol import Join, NodeOfRun
+from mtckpt.agent.queue import Limits
+from mtckpt.agent.runs import RunState
+from mtckpt.agent.saves import RAM
+from mtckpt.agent.tools import Tools
+from mtckpt.errors import AgentUnavailable, TierUnavailable
+
+ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
+ADDRESSES = [PeerAddress(f"10.0.0.{n}", 1, 2, name="ab"[n]) for n in range(2)]
+
+
+class Scene:
+    """The node of rank 0, to which that of ranks 1 and 2 offers its parts of a save."""
+
+    def __init__(self) -> None:
+        nodes = [NodeOfRun(ADDRESSES[0], [0]), NodeOfRun(ADDRESSES[1], [1, 2])]
+        self.run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+        self.run.layout = layout_of(Join("h", "00" * 32, 3, nodes), 0)
+        self.run.secret = "now"
+        self.pulled: list[tuple[int, str]] = []
+        self.lets_through = asyncio.Event()
+        self.refused = ""
+        tools = Tools(cast(Any, self), Limits(), EventStream())
+        peers = cast(Any, SimpleNamespace(verbs={}))
+        self.guests = Guests(tools, peers, "boot", self._nothing, self._nothing)
+        self.offer = Offer(1, ADDRESSES[1], str(save_name(1, 1, ID)), ID, [1])
+
+    async def _nothing(self, *_: Any) -> None:
+        """No node has moved; nothing is written."""
+
+    async def call(self, command: work.Command, **_: Any) -> Any:
+        """In the place of the data processes."""
+        if isinstance(command, work.Pull):
+            await self.lets_through.wait()
+            if self.refused == command.secret:
+                raise TierUnavailable("its secret is another by now", tier="peers")
+            self.pulled.append((command.rank, command.secret))
+            return work.Flushed(100, 0.1, True)
+        assert isinstance(command, work.Delete)
+        return work.Deleted()
+
+    async def arrives(self) -> None:
+        """What was offered so far is taken, or refused, before anybody asks again."""
+        self.lets_through.set()
+        await asyncio.gather(*self.guests._tools.tasks, return_exceptions=True)
+
+    async def ask(self, *ranks: int, wait_s: float = 5.0) -> Taken:
+        offer = msgspec.structs.replace(self.offer, ranks=list(ranks), wait_s=wait_s)
+        return await self.guests.offered(self.run, offer)
+
+
+def test_a_copy_is_acknowledged_once_it_is_there() -> None:
+    async def story() -> None:
+        scene = Scene()
+        assert (await scene.ask(1, wait_s=0.0)).boot_id == ""
+        scene.lets_through.set()
+        assert (await scene.ask(1)).boot_id == "boot"
+
+    asyncio.run(story())
+
+
+def test_a_copy_that_is_gone_when_it_is_asked_for_is_not_acknowledged() -> None:
+    """Taken, and removed by hand before its owner asked again."""
+
+    async def story() -> None:
+        scene = Scene()
+        await scene.ask(1, wait_s=0.0)
+        await scene.arrives()
+        scene.run.saves[scene.offer.save].guests.clear()
+        with pytest.raises(AgentUnavailable, match="is gone again"):
+            await scene.ask(1)
+        assert (await scene.ask(1)).boot_id == "boot"
+        assert scene.pulled == [(1, "now"), (1, "now")]
+
+    asyncio.run(story())
+
+
+def test_what_was_offered_before_does_not_stand_for_what_is_offered_now() -> None:
+    async def more_ranks() -> None:
+        scene = Scene()
+        await scene.ask(1, wait_s=0.0)
+        await scene.arrives()
+        assert (await scene.ask(1, 2)).boot_id == "boot"
+        assert {rank for rank, _ in scene.pulled} == {1, 2}
+
+    async def another_start() -> None:
+        scene = Scene()
+        scene.run.secret = scene.refused = "before"
+        await scene.ask(1, wait_s=0.0)
+        await scene.arrives()
+        scene.run.secret = "now"
+        assert (await scene.ask(1)).boot_id == "boot"
+
+    asyncio.run(more_ranks())
+    asyncio.run(another_start())
