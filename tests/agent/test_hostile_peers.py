@@ -455,18 +455,21 @@ def test_the_control_port_is_no_softer(tmp_path: Path) -> None:
     with two_nodes.nodes(2) as pair:
         secret = two_nodes.joined(RUN, *pair)
         address = pair[0].listen()
-        stranger = Talk(address.control_port)
         hello = Challenger(RUN, "control", _handshake.new_secret()).hello()
-        assert stranger.post("/v1/hello", hello) is not None
         for path, message, status in (
             ("/v1/prove", Proof("00" * 32), 403),
             ("/v1/prove", Proof("00" * 32), 403),
             (f"/v1/runs/{RUN}/tell", Done(), 403),
             (f"/v1/runs/{RUN}/pull", Done(), 403),
         ):
+            stranger = Talk(address.control_port)
+            assert stranger.post("/v1/hello", hello) is not None
             answer = stranger.post(path, message)
             assert answer is not None
             assert answer[0] == status
+            assert stranger.is_closed()
+            stranger.close()
+        stranger = Talk(address.control_port)
         stranger.send(
             b"POST /v1/hello HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n" + b"x" * 9999
         )
