@@ -40,9 +40,10 @@ from mtckpt.errors import (
     TierUnavailable,
     UsageError,
 )
+from mtckpt.tiers._peer_http import MIN_BYTES_PER_S
 from mtckpt.tiers.base import check_key
 from mtckpt.tiers.local import LocalTier
-from mtckpt.tiers.peer import MAX_LISTED, MAX_RANGE_BYTES, MIN_BYTES_PER_S, Listing, Stat
+from mtckpt.tiers.peer import MAX_LISTED, MAX_RANGE_BYTES, Listing, Stat
 
 __all__ = ["PeerServer"]
 

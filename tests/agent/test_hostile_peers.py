@@ -343,8 +343,15 @@ def test_a_peer_that_falls_silent_is_named_in_time(scene: Scene, at: int) -> Non
 class Liar:
     """A server that proves itself, and then answers every request with the same bytes."""
 
-    def __init__(self, answer: bytes, endless: bytes = b"") -> None:
-        self._answer, self._endless = answer, endless
+    def __init__(
+        self,
+        answer: bytes,
+        endless: bytes = b"",
+        role: _handshake.Role = "data",
+        pause_s: float = 0,
+    ) -> None:
+        self._answer, self._endless, self._role, self._pause_s = answer, endless, role, pause_s
+        self.num_asked = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
 
@@ -364,7 +371,7 @@ class Liar:
                 threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
-        answerer = Answerer(AGENT, "data", SECRETS.get)
+        answerer = Answerer(AGENT, self._role, SECRETS.get)
         with sock, sock.makefile("rb") as file, contextlib.suppress(OSError):
             while line := file.readline():
                 length = 0
@@ -378,9 +385,11 @@ class Liar:
                 elif b"/v1/prove" in line:
                     self._send(sock, b"{}")
                 else:
+                    self.num_asked += 1
                     sock.sendall(self._answer)
                     while self._endless:
                         sock.sendall(self._endless)
+                        time.sleep(self._pause_s)
 
     def _send(self, sock: socket.socket, body: bytes) -> None:
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
@@ -416,6 +425,39 @@ def test_what_a_liar_answers_to_a_range_is_an_error_of_the_tier(
         assert len(str(caught.value)) < 2000
         assert out[0] == out[11] == ord(".")  # nothing beside what was asked for
         tier.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "drop"),
+    [
+        (b"HTTP/1.1 206 P\r\nX: ", b"x"),
+        (b"HTTP/1.1 206 P\r\n", b"A: b\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (RANGE.replace(b"0-9/10", b"0-999999/9999999") % (1_000_000, b""), b"x"),
+        (b"HTTP/1.1 404 N\r\nContent-Length: 3000\r\n\r\n", b"x"),
+    ],
+    ids=["field", "fields", "continue", "body", "refusal"],
+)
+def test_what_comes_a_drop_at_a_time_is_not_waited_for(
+    scene: Scene, answer: bytes, drop: bytes
+) -> None:
+    """The deadline is one for the whole answer, and not as much again for each drop."""
+    with Liar(answer, drop, pause_s=0.05) as liar:
+        tier = scene.tier(liar.port, timeout_s=0.5)
+        with pytest.raises(TierUnavailable, match="did not answer in time"):
+            tier.read_into(f"{RUN}/x", memoryview(bytearray(1_000_000)))
+        assert liar.num_asked == 1  # nor is whoever was as slow as that asked again
+        tier.close()
+
+
+def test_a_word_that_comes_a_drop_at_a_time_is_not_waited_for() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\nX: "
+    with Liar(head, b"x", "control", 0.05) as liar:
+        address = PeerAddress("127.0.0.1", liar.port, 1, agent_id=AGENT)
+        client = PeerClient(address, RUN, SECRETS[RUN])
+        with pytest.raises(AgentUnavailable, match="did not answer in time"):
+            client.call("tell", Done(), Done, 0.5)
+        client.close()
 
 
 @pytest.mark.parametrize(
