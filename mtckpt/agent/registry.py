@@ -124,6 +124,7 @@ class Registry:
         run.closing = bool(extra.get("closing"))
         run.token = str(extra.get("token") or "")
         run.creator_uid = int(extra.get("uid", -1))
+        run.admitted = set(extra.get("admitted") or ())
         for noted in config.owners:
             owner = self._owner_from_config(run, noted)
             if noted.holder in (extra.get("unseen") or ()):

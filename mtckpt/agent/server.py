@@ -124,6 +124,13 @@ class AgentServer(HttpServer):
                 actions=["open the run again"],
                 run=request.match_info["key"][:200],
             )
+        if not self._verbs.may_speak(run, _uid_of(request)):
+            raise AccessDenied(
+                "this run belongs to another user",
+                state="nothing was done",
+                actions=["open it first, with its token in MTCKPT_TOKEN"],
+                run=run.run,
+            )
         return run
 
     async def _post_open(self, request: web.Request) -> web.Response:
@@ -238,13 +245,17 @@ class AgentServer(HttpServer):
 
     async def _post_stop(self, request: web.Request) -> web.Response:
         message: protocol.Stop = await self.message(request, protocol.Stop)
-        assert request.transport is not None
-        uid = address.peer_of(request.transport.get_extra_info("socket")).uid
-        if uid not in (0, os.geteuid()):
+        if _uid_of(request) not in (0, os.geteuid()):
             raise AccessDenied("only the agent's own user may stop it", state="it goes on")
         left = await self._registry.drain(message.timeout_s) if message.drain else 0
         asyncio.get_running_loop().call_later(0.05, self.stopped.set)
         return reply(protocol.Done(f"{left} saves are still owed" if left else ""))
+
+
+def _uid_of(request: web.Request) -> int:
+    if request.transport is None:
+        raise AccessDenied("whoever asked is gone", state="nothing was done")
+    return address.peer_of(request.transport.get_extra_info("socket")).uid
 
 
 def _line(event: Event) -> bytes:

@@ -106,7 +106,7 @@ class Verbs:
         if run.creator_uid < 0:
             run.creator_uid, run.token = caller.uid, digest
             return
-        if not self._registry.service or caller.uid in (run.creator_uid, 0):
+        if self.may_speak(run, caller.uid):
             return
         if not run.token or not compare_digest(run.token, digest):
             raise AccessDenied(
@@ -116,6 +116,12 @@ class Verbs:
                 tier=RAM,
                 run=run.run,
             )
+        run.admitted.add(caller.uid)
+
+    def may_speak(self, run: RunState, uid: int) -> bool:
+        """Whether a user may say anything about a run, or hear of it."""
+        ours = (run.creator_uid, 0, os.geteuid())
+        return not self._registry.service or uid in ours or uid in run.admitted
 
     async def _claim(self, run: RunState, caller: Caller, message: protocol.Open) -> int:
         """Make the caller the owner of its rank; the pid of another owner that was fenced, or 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -175,6 +176,92 @@ def test_a_run_is_its_creators_or_whoever_has_the_token(
     bob = trainers(BOB, "r", token="of this run")
     bob.do("open")
     bob.do("begin", 2)
+
+
+REPLACE = """
+import os, sys
+run = sys.argv[1]
+with open(run + "/.mine", "w") as file:
+    file.write('{"run": "r", "run_key": "r", "extra": {"uid": %d}}' % os.getuid())
+refused = 0
+for path in (run + "/.run.json", run + "/.slots"):
+    for try_ in (lambda: os.rename(run + "/.mine", path), lambda: os.unlink(path),
+                 lambda: os.rename(path, run + "/.old"), lambda: open(path, "r+")):
+        try:
+            try_()
+        except (PermissionError, IsADirectoryError):
+            refused += 1
+try:
+    os.rename(run, run + ".old")
+except PermissionError:
+    refused += 1
+print(refused)
+"""
+
+
+def test_nobody_of_the_group_says_what_another_run_is(
+    service: Path, trainers: Callable[..., TrainerProcess]
+) -> None:
+    alice = trainers(ALICE, "r")
+    alice.do("open")
+    alice.do("begin", 1)
+    alice.do("save", 1, [])
+    run = service / f"mtckpt-{SERVICE_UID}/r"
+    done = subprocess.run(
+        [*as_user(BOB), "-c", REPLACE, str(run)], env=environment(), capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("9\n", "")
+    config = run / ".run.json"
+    assert (config.stat().st_uid, config.stat().st_mode & 0o777) == (SERVICE_UID, 0o600)
+    with pytest.raises(AccessDenied):
+        trainers(BOB, "r").do("open")
+
+
+SAY = """
+import sys
+from mtckpt.agent import protocol
+from mtckpt.agent.client import AgentClient
+from mtckpt.errors import AccessDenied, CheckpointError
+
+refused = 0
+with AgentClient(sys.argv[1], 20.0) as client:
+    for path, message, answer in (
+        ("rm", protocol.Remove(), protocol.Removed),
+        ("flush", protocol.Flush(sys.argv[2]), protocol.Done),
+        ("close", protocol.Close(sys.argv[2], free_ram=True), protocol.Done),
+        ("changes?since=0&timeout_s=0", None, protocol.Changes),
+    ):
+        try:
+            client.call(f"/v1/runs/r/{path}", message, answer)
+        except AccessDenied:
+            refused += 1
+        except CheckpointError:
+            pass  # an answer
+print(refused)
+"""
+
+
+def test_nobody_of_the_group_speaks_for_another_run(
+    service: Path, trainers: Callable[..., TrainerProcess]
+) -> None:
+    alice = trainers(ALICE, "r", token="of this run")
+    alice.do("open")
+    alice.do("begin", 1)
+    alice.do("save", 1, [])
+    holder = json.loads((service / f"mtckpt-{SERVICE_UID}/r/.run.json").read_text())["owners"][0]
+
+    def refused(uid: int) -> int:
+        command = [*as_user(uid), "-c", SAY, os.environ["MTCKPT_AGENT_SOCKET"], holder["holder"]]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert not done.stderr
+        return int(done.stdout)
+
+    assert refused(BOB) == 4
+    alice.kill()
+    bob = trainers(BOB, "r", token="of this run")
+    bob.do("open")
+    bob.do("close")
+    assert refused(BOB) == 0
 
 
 def test_a_record_that_its_owner_keeps_to_itself_costs_only_that_save(
