@@ -72,6 +72,7 @@ class Registry:
         self.links = Links(tools, self.ring, self.agreement, self.flusher, self.peers)
         follow, write_config = self.links.follow, self.write_config
         self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config)
+        self.directory = directory
         self._roots_path = os.path.join(directory, ROOTS_NAME)
         self._roots: list[str] = []
         self._loading = asyncio.Lock()

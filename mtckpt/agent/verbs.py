@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mtckpt import _inventory, _manifest
 from mtckpt._manifest import Incarnation
-from mtckpt.agent import owners, protocol, work
+from mtckpt.agent import known_runs, owners, protocol, work
 from mtckpt.agent.flushing import metrics_file
 from mtckpt.agent.healing import shard_named
 from mtckpt.agent.owners import Claim, Owner, Verdict
@@ -84,6 +84,9 @@ class Verbs:
             run.closing = False
             self._registry.set_tiers(run, message.tiers)
             await self._registry.write_config(run)
+            known_runs.note(
+                self._registry.directory, run.run, [t.config for t in run.tiers.values()]
+            )
             self._registry.flusher.start(run)
             finished, run.finished = run.finished, []
         self._tools.events.emit(
@@ -415,6 +418,8 @@ class Verbs:
                     (kept if why else removed).append(f"{label}: {save.name}{why}")
         if message.step is None and RAM in labels and not kept:
             await self._registry.wipe(run)
+            if set(labels) == set(own):
+                known_runs.forget(self._registry.directory, run.run)
         return protocol.Removed(removed, kept)
 
     async def _remove_one(self, run: RunState, save: SaveState, label: str, ref: TierRef) -> str:
