@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from mtckpt.agent.address import trusted_uids
+
 if TYPE_CHECKING:
     from mtckpt.agent.protocol import TierConfig
 
@@ -39,12 +41,15 @@ class KnownRun(msgspec.Struct, frozen=True):
 
 
 def read(directory: str) -> list[KnownRun]:
-    """The runs that were opened last, in order; none where nothing is known."""
+    """The runs that were opened last, in order; none where nothing is known, or what is there was
+    written by somebody whose agent would not be talked to."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with open(os.open(os.path.join(directory, FILE), flags), "rb") as file:
+        path = os.path.join(directory, FILE)
+        with open(os.open(path, flags), "rb") as file:
             info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode) or info.st_mode & 0o022:
+            is_safe = stat.S_ISREG(info.st_mode) and not info.st_mode & 0o022
+            if not is_safe or info.st_uid not in trusted_uids(path):
                 return []
             return msgspec.json.decode(file.read(MAX_BYTES), type=list[KnownRun])
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):

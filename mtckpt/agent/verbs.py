@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from hmac import compare_digest
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from mtckpt import _inventory, _manifest
 from mtckpt._manifest import Incarnation
 from mtckpt.agent import known_runs, owners, protocol, work
+from mtckpt.agent.borrowing import lent
 from mtckpt.agent.flushing import metrics_file
 from mtckpt.agent.healing import shard_named
 from mtckpt.agent.owners import Claim, Owner, Verdict
@@ -76,6 +79,8 @@ class Verbs:
             )
         if _manifest.run_key(message.run) != key:
             raise UsageError("the run's name and its key differ", state="nothing was done", key=key)
+        if self._registry.service and caller.uid not in (0, os.geteuid()):
+            message = msgspec.structs.replace(message, tiers=[*map(lent, message.tiers)])
         run = await self._registry.run_for(key, message)
         async with run.opening:
             self._admit(run, caller, message)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_checks import until
 from fake_trainer import TrainerProcess, disk
 
+from mtckpt._access import Access
 from mtckpt.agent import address, protocol
 from mtckpt.agent.client import AgentClient
-from mtckpt.errors import AccessDenied
+from mtckpt.errors import AccessDenied, UsageError
 
 pytestmark = pytest.mark.root
 
@@ -262,6 +264,33 @@ def test_nobody_of_the_group_speaks_for_another_run(
     bob.do("open")
     bob.do("close")
     assert refused(BOB) == 0
+
+
+def test_a_service_runs_no_command_of_another_user(
+    service: Path, trainers: Callable[..., TrainerProcess]
+) -> None:
+    """A configuration of AWS names a command that gives keys: not with the service's rights."""
+    place = service / "aws"  # below directories that the service's user may enter
+    place.mkdir()
+    place.chmod(0o777)
+    config = place / "config"
+    config.write_text(f"[default]\ncredential_process = touch {place}/ran\nregion = x\n")
+    access = Access(environment=(("AWS_CONFIG_FILE", str(config)),))
+    store = protocol.TierConfig("store", "store", "s3://bucket-of-nobody/x", access=access)
+    alice = trainers(ALICE, "r", [store])
+    alice.do("open")
+    alice.do("begin", 1)
+    alice.do("save", 1, ["store"])
+    with AgentClient(os.environ["MTCKPT_AGENT_SOCKET"], 20.0) as client:
+
+        def has_tried() -> bool:
+            (run,) = client.call("/status", None, protocol.AgentStatus).runs
+            return any(tier.problem for tier in run.tiers if tier.label == "store")
+
+        until(lambda: has_tried() or (place / "ran").exists(), 30.0)
+    assert not (place / "ran").exists()
+    with pytest.raises(UsageError, match="reaches no store"):
+        trainers(BOB, "s", [protocol.TierConfig("store", "store", "file:///etc/x")]).do("open")
 
 
 def test_a_record_that_its_owner_keeps_to_itself_costs_only_that_save(
