@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from mtckpt.agent import address, owners, protocol, status
-from mtckpt.agent.serving import HttpServer, reply
+from mtckpt.agent.serving import MAX_CONNECTIONS, HttpServer, reply
 from mtckpt.agent.verbs import Caller, Verbs
 from mtckpt.errors import (
     AccessDenied,
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 60.0
 MAX_POLL_S = 60.0
 MAX_QUEUED_EVENTS = 1000
+# Of a service: one user of its group keeps no other out.
+MAX_CONNECTIONS_OF_ONE = MAX_CONNECTIONS // 2
 HEARTBEAT_S = 2.0
 
 
@@ -101,10 +103,16 @@ class AgentServer(HttpServer):
     def may_connect(self, transport: asyncio.BaseTransport) -> bool:
         """Whether the user at the other end may."""
         uid = address.peer_of(transport.get_extra_info("socket")).uid
-        # A service's socket is its group's: the kernel has checked that.
-        if self._registry.service or uid in (0, os.geteuid()):
+        if uid in (0, os.geteuid()):
             return True
-        logger.warning("refused a connection of user %d", uid)
+        # A service's socket is its group's: the kernel has checked that.
+        if not self._registry.service:
+            logger.warning("refused a connection of user %d", uid)
+            return False
+        sockets = [each.get_extra_info("socket") for each in self.transports()]
+        if sum(address.peer_of(each).uid == uid for each in sockets) < MAX_CONNECTIONS_OF_ONE:
+            return True
+        logger.warning("refused a connection of user %d, who has %d", uid, MAX_CONNECTIONS_OF_ONE)
         return False
 
     # -- requests --------------------------------------------------------------------------------

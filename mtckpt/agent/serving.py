@@ -116,6 +116,13 @@ class HttpServer(abc.ABC):
         """Whether whoever is at the other end may go on after a request that was refused."""
         return True
 
+    def transports(self) -> list[asyncio.Transport]:
+        """Of the connections that are open."""
+        assert self._runner is not None
+        assert self._runner.server is not None
+        handlers = self._runner.server.connections
+        return [each.transport for each in handlers if each.transport is not None]
+
     def connection(self) -> asyncio.Protocol:
         """What a listening socket makes of a new connection."""
         return _Gate(self, self.handler)

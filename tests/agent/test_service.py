@@ -293,6 +293,37 @@ def test_a_service_runs_no_command_of_another_user(
         trainers(BOB, "s", [protocol.TierConfig("store", "store", "file:///etc/x")]).do("open")
 
 
+HOLD = """
+import socket, sys
+held = []
+for _ in range(600):
+    held.append(socket.socket(socket.AF_UNIX))
+    held[-1].connect(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_user_does_not_keep_the_others_out(
+    service: Path, trainers: Callable[..., TrainerProcess]
+) -> None:
+    holding = subprocess.Popen(
+        [*as_user(BOB), "-c", HOLD, os.environ["MTCKPT_AGENT_SOCKET"]],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holding.stdout is not None
+        assert holding.stdout.readline() == b"held\n"
+        alice = trainers(ALICE, "r")
+        alice.do("open")
+        alice.do("begin", 1)
+        alice.do("save", 1, [])
+    finally:
+        holding.communicate(timeout=20)
+
+
 def test_a_record_that_its_owner_keeps_to_itself_costs_only_that_save(
     trainers: Callable[..., TrainerProcess], service: Path
 ) -> None:
