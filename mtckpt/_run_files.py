@@ -40,8 +40,9 @@ class RunFiles:
         self._root = Root(
             self.path, tier=tier.name, sync=False, group_access=group_access, read_only=False
         )
-        with self._root.using() as root_fd:
-            _keep_names(root_fd)
+        if tier.name == "ram":
+            with self._root.using() as root_fd:
+                _close_to_others(root_fd)
 
     def close(self) -> None:
         """Release the root. Idempotent."""
@@ -118,7 +119,7 @@ class RunFiles:
     def _replace(self, run_key: str, name: str, data: bytes) -> None:
         temporary = temporary_name()
         with self.directory(run_key, create=True) as run_fd:
-            _keep_names(run_fd)
+            _close_to_others(run_fd)
             fd = self.create(temporary, run_fd, 0o600)
             try:
                 with os.fdopen(fd, "wb") as file:
@@ -195,12 +196,13 @@ class RunFiles:
             return file.read(size_bytes)
 
 
-def _keep_names(dir_fd: int) -> None:
-    """Of a directory that a group writes to: whatever is in it is its owner's to rename or delete,
-    and ours. Else one of the group could put another file in the place of what is ours."""
+def _close_to_others(dir_fd: int) -> None:
+    """A directory that a service's group may enter, and nobody but us writes to: trainers write
+    below ``RUN/.slots`` only. Else one of them could put a run, or what is noted of one, in the
+    place of another's."""
     info = os.fstat(dir_fd)
-    if info.st_mode & 0o020 and not info.st_mode & stat.S_ISVTX and info.st_uid == os.geteuid():
-        os.fchmod(dir_fd, stat.S_IMODE(info.st_mode) | stat.S_ISVTX)
+    if info.st_mode & 0o020 and info.st_uid == os.geteuid():
+        os.fchmod(dir_fd, stat.S_IMODE(info.st_mode) & ~0o020)
 
 
 def is_there(name: str, dir_fd: int) -> bool:

@@ -183,20 +183,23 @@ def test_a_run_is_its_creators_or_whoever_has_the_token(
 REPLACE = """
 import os, sys
 run = sys.argv[1]
-with open(run + "/.mine", "w") as file:
+mine = os.path.join(os.path.dirname(run), "../mine")
+with open(mine, "w") as file:
     file.write('{"run": "r", "run_key": "r", "extra": {"uid": %d}}' % os.getuid())
 refused = 0
 for path in (run + "/.run.json", run + "/.slots"):
-    for try_ in (lambda: os.rename(run + "/.mine", path), lambda: os.unlink(path),
+    for try_ in (lambda: os.rename(mine, path), lambda: os.unlink(path),
                  lambda: os.rename(path, run + "/.old"), lambda: open(path, "r+")):
         try:
             try_()
         except (PermissionError, IsADirectoryError):
             refused += 1
-try:
-    os.rename(run, run + ".old")
-except PermissionError:
-    refused += 1
+for try_ in (lambda: os.rename(run, run + ".old"), lambda: os.mkdir(run + "-next"),
+             lambda: open(run + "/.mine", "w")):
+    try:
+        try_()
+    except PermissionError:
+        refused += 1
 print(refused)
 """
 
@@ -209,10 +212,11 @@ def test_nobody_of_the_group_says_what_another_run_is(
     alice.do("begin", 1)
     alice.do("save", 1, [])
     run = service / f"mtckpt-{SERVICE_UID}/r"
+    service.chmod(0o777)  # of the same file system, so that a rename could do
     done = subprocess.run(
         [*as_user(BOB), "-c", REPLACE, str(run)], env=environment(), capture_output=True, text=True
     )
-    assert (done.stdout, done.stderr) == ("9\n", "")
+    assert (done.stdout, done.stderr) == ("11\n", "")
     config = run / ".run.json"
     assert (config.stat().st_uid, config.stat().st_mode & 0o777) == (SERVICE_UID, 0o600)
     with pytest.raises(AccessDenied):

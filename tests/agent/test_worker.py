@@ -173,9 +173,9 @@ def test_a_configuration_that_somebody_else_may_have_written_is_not_used(
         carry(work.WriteJoin(ram, name, b"{}"))
     of = {name: Path(ram.path) / name for name in names}
     assert (of["sound"] / ".run.json").stat().st_mode & 0o7777 == 0o600
-    # Nobody but its owner renames or deletes what is in there.
-    assert of["sound"].stat().st_mode & 0o7777 == 0o3770
-    assert Path(ram.path).stat().st_mode & 0o7777 == 0o3770
+    # Nobody else puts, renames or deletes anything in there.
+    assert of["sound"].stat().st_mode & 0o7777 == 0o2750
+    assert Path(ram.path).stat().st_mode & 0o7777 == 0o2750
     for file in (".run.json", ".join.json"):
         (of["link"] / file).rename(tmp_path / file)
         (of["link"] / file).symlink_to(tmp_path / file)
