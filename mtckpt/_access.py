@@ -20,11 +20,19 @@ if TYPE_CHECKING:
 
     from mtckpt.tiers import Tier
 
-__all__ = ["Access", "access_of", "check_url", "environment_for", "open_store", "scheme_of"]
+__all__ = [
+    "ALL_KINDS",
+    "Access",
+    "access_of",
+    "check_url",
+    "environment_for",
+    "open_store",
+    "scheme_of",
+]
 
 Engine = Literal["auto", "obstore", "fsspec"]
 # Of every kind: how to get out of the house, and whom to trust there.
-_ALL_KINDS = (
+ALL_KINDS = (
     "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
     "http_proxy", "https_proxy", "all_proxy", "no_proxy",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
@@ -84,7 +92,7 @@ def environment_for(url: str, environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name in _ALL_KINDS or name.startswith(prefixes)
+        if name in ALL_KINDS or name.startswith(prefixes)
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from mtckpt import _manifest, _restorer, _retention
 from mtckpt._gathering import survey
-from mtckpt._handle import Restored, Save, Status, Step, stage_of_tier
+from mtckpt._handle import Restored, Save, Status, Step, check_seconds, stage_of_tier
 from mtckpt._places import refuse_one_directory
 from mtckpt._progress import progress
 from mtckpt._run import Run
@@ -100,8 +100,10 @@ class Checkpointer:
             raise UsageError(f"on_failure={on_failure!r}: must be 'raise' or 'warn'")
         self.run = run
         self._run_key = _manifest.run_key(run)
-        insists = any(isinstance(tier, Ram) for tier in tiers or ())
+        check_seconds("timeout_s", timeout_s)
+        check_seconds("max_stall_s", max_stall_s)
         self._ram, self._slow = split_tiers(tiers)
+        insists = any(isinstance(tier, Ram) for tier in tiers or ())
         for tier in self._slow:
             _retention.parse_keep(tier.keep)
         self._timeout_s = timeout_s
@@ -288,6 +290,7 @@ class Checkpointer:
         Raises:
             CloseFailed: what did not get there within ``timeout_s``, error by error.
         """
+        check_seconds("timeout_s", timeout_s)
         if self._closed or self._pid != os.getpid():
             return
         self._closed = True

@@ -12,12 +12,22 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mtckpt.errors import CheckpointError, SaveFailed, StageNotPlanned, WaitTimeout
+from mtckpt.errors import CheckpointError, SaveFailed, StageNotPlanned, UsageError, WaitTimeout
 
-__all__ = ["Restored", "Save", "Stage", "Status", "Step", "stage_of_tier", "stages_together"]
+__all__ = [
+    "Restored",
+    "Save",
+    "Stage",
+    "Status",
+    "Step",
+    "check_seconds",
+    "stage_of_tier",
+    "stages_together",
+]
 
 Stage = Literal["captured", "staged", "local", "replicated", "durable"]
 
+MAX_SECONDS = 1e9
 # A stage is reached with any of these: the diamond of staged < local, replicated < durable.
 _AT_OR_ABOVE: dict[str, frozenset[str]] = {
     "captured": frozenset({"captured", "staged", "local", "replicated", "durable"}),
@@ -27,6 +37,18 @@ _AT_OR_ABOVE: dict[str, frozenset[str]] = {
     "durable": frozenset({"durable"}),
 }
 _STAGE_OF_KIND = {"ram": "staged", "disk": "local", "peers": "replicated", "store": "durable"}
+
+
+def check_seconds(name: str, value: float) -> float:
+    """A time that somebody waits at most. Raises UsageError: none is negative, nor without end."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= MAX_SECONDS:
+        raise UsageError(
+            f"{name}={value!r}: must be a number of seconds",
+            state="nothing was done",
+            actions=(f"for a long time, {name}=86400",),
+        )
+    return value
 
 
 def stage_of_tier(label: str) -> str:
@@ -80,11 +102,12 @@ class Save:
             StageNotPlanned: at once, when no tier due at this step gives it.
             SaveFailed: it cannot be reached; the tier's error is the cause.
             WaitTimeout: not reached within ``timeout_s``; the work goes on.
+            UsageError: ``timeout_s`` is no number of seconds: no wait is without an end.
         """
         wanted = _AT_OR_ABOVE.get(stage)
         if wanted is None:
             raise StageNotPlanned(f"no such stage: {stage!r}", stage=stage, step=self.step)
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + check_seconds("timeout_s", timeout_s)
         with self._condition:
             while not (self._reached & wanted):
                 self._raise_if_hopeless(stage, wanted)

@@ -22,10 +22,15 @@ from xxhash import xxh3_64_hexdigest, xxh3_128
 from mtckpt.errors import Damaged, FormatTooNew, UsageError
 
 __all__ = [
+    "Bytes",
     "Incarnation",
+    "IncarnationNumber",
     "Manifest",
+    "Rank",
     "Record",
     "SaveName",
+    "Step",
+    "WorldSize",
     "decode_sealed",
     "encode_sealed",
     "newest_line",
@@ -41,11 +46,11 @@ MAX_INCARNATION = 10**9 - 1
 MAX_WORLD_SIZE = 100_000
 
 # Checked while decoding, so that nothing further on meets a number or an id that cannot be.
-_Step = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
-_IncarnationNumber = Annotated[int, msgspec.Meta(ge=0, le=MAX_INCARNATION)]
-_Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_WORLD_SIZE)]
-_WorldSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_WORLD_SIZE)]
-_Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**46)]
+Step = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
+IncarnationNumber = Annotated[int, msgspec.Meta(ge=0, le=MAX_INCARNATION)]
+Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_WORLD_SIZE)]
+WorldSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_WORLD_SIZE)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**46)]
 # With \Z: a $ would let a newline through.
 Uuid = Annotated[
     str, msgspec.Meta(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\\Z")
@@ -76,8 +81,8 @@ class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True, gc=False):
 class ShardEntry(msgspec.Struct, frozen=True):
     """The shard file that a record belongs to; ``table_digest`` is the XXH3-128 of its table."""
 
-    size_bytes: _Bytes
-    data_start: _Bytes
+    size_bytes: Bytes
+    data_start: Bytes
     header_digest: str
     table_digest: str
     chunk_bytes: int
@@ -95,12 +100,12 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
 
     version: int
     run: str
-    step: _Step
-    incarnation: _IncarnationNumber
+    step: Step
+    incarnation: IncarnationNumber
     incarnation_id: str
     save_id: Uuid
-    rank: _Rank
-    world_size: _WorldSize
+    rank: Rank
+    world_size: WorldSize
     plan_digest: str
     shard: ShardEntry
     roots: str
@@ -140,8 +145,8 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
 class ManifestEntry(msgspec.Struct, frozen=True):
     """One shard of a complete save."""
 
-    rank: _Rank
-    size_bytes: _Bytes
+    rank: Rank
+    size_bytes: Bytes
     record_digest: str
 
 
@@ -153,13 +158,13 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
 
     version: int
     run: str
-    step: _Step
-    incarnation: _IncarnationNumber
+    step: Step
+    incarnation: IncarnationNumber
     save_id: Uuid
-    world_size: _WorldSize
+    world_size: WorldSize
     shards: list[ManifestEntry]
     metrics: dict[str, float] = {}
-    reused_bytes: _Bytes = 0
+    reused_bytes: Bytes = 0
 
 
 class Commit(msgspec.Struct, frozen=True):
@@ -167,8 +172,8 @@ class Commit(msgspec.Struct, frozen=True):
 
     version: int
     run: str
-    step: _Step
-    incarnation: _IncarnationNumber
+    step: Step
+    incarnation: IncarnationNumber
     save_id: Uuid
     manifest_digest: str
 
@@ -182,9 +187,9 @@ class Incarnation(msgspec.Struct, frozen=True, omit_defaults=True):
 
     version: int
     run: str
-    number: _IncarnationNumber
+    number: IncarnationNumber
     id: Uuid
-    parent: tuple[_IncarnationNumber, _Step] | None = None
+    parent: tuple[IncarnationNumber, Step] | None = None
     host: str = ""
     pid: int = 0
 
@@ -193,7 +198,7 @@ class Metrics(msgspec.Struct, frozen=True):
     """Metrics reported after the save."""
 
     version: int
-    step: _Step
+    step: Step
     save_id: str
     metrics: dict[str, float]
 

@@ -69,6 +69,12 @@ def rename_tree(
     UsageError if two leaves land on one path, or a leaf where a container has to be, or too deep.
     """
     del plain_paths  # the walk knows them
+    if not callable(rename):
+        raise UsageError(
+            f"rename is a {type(rename).__name__}: it has to be a function of a path",
+            state="live state unchanged",
+            actions=("for a dict of paths: rename=lambda path: paths.get(path, path)",),
+        )
     stored = list(arrays)
     draft = _Draft()
     codecs, top = _unwrapped(root)
@@ -76,6 +82,12 @@ def rename_tree(
     moved = []
     for path, steps, leaf in _leaves(top, "", ()):
         new = rename(path)
+        if not isinstance(new, str | None):
+            raise UsageError(
+                f"rename gives a {type(new).__name__}: it has to be a path, or None to drop it",
+                path=path[:200],
+                state="live state unchanged",
+            )
         if new == path:
             _insert(draft, steps, leaf, path)
         elif new is not None:

@@ -1,13 +1,15 @@
 """The files of runs in a RAM root that are no objects of its tier: hidden ones, and whole runs.
 
-It knows how to open what a trainer wrote without being led astray, a run's configuration
-(``RUN/.run.json``, for the next agent), what only its user may read (``RUN/.join.json``), and how a
-run is wiped. It does not know what a slot is or what those files say.
+It knows how to open what a trainer wrote without being led astray, what the agent notes for the
+next one (a run's configuration, ``RUN/.run.json``, and its secret, ``RUN/.join.json``), and how a
+run is wiped. Both are their user's alone, in a service too: nobody of the group may say them in its
+place. It does not know what a slot is or what those files say.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -38,6 +40,9 @@ class RunFiles:
         self._root = Root(
             self.path, tier=tier.name, sync=False, group_access=group_access, read_only=False
         )
+        if tier.name == "ram":
+            with self._root.using() as root_fd:
+                _close_to_others(root_fd)
 
     def close(self) -> None:
         """Release the root. Idempotent."""
@@ -74,32 +79,48 @@ class RunFiles:
 
     def write_config(self, run_key: str, data: bytes) -> None:
         """Replace the run's configuration, whole or not at all."""
-        self._replace(run_key, CONFIG_FILE, data, self._mode)
+        self._replace(run_key, CONFIG_FILE, data)
 
     def read_config(self, run_key: str) -> bytes:
-        """The run's configuration. Raises ObjectNotFound."""
-        with self.directory(run_key) as run_fd:
-            return self.read(run_fd, CONFIG_FILE, _manifest.MAX_SMALL_BYTES)
+        """The run's configuration. Raises ObjectNotFound; Damaged if somebody else may have
+        written it, or could have."""
+        return self._read_own(run_key, CONFIG_FILE)
 
     def write_secret(self, run_key: str, data: bytes) -> None:
         """Replace what only the agent's own user may read of the run, whole or not at all."""
-        self._replace(run_key, SECRET_FILE, data, 0o600)
+        self._replace(run_key, SECRET_FILE, data)
 
     def read_secret(self, run_key: str) -> bytes:
         """What ``write_secret`` wrote. Raises ObjectNotFound; Damaged if others could read it."""
+        return self._read_own(run_key, SECRET_FILE)
+
+    def _read_own(self, run_key: str, name: str) -> bytes:
         with self.directory(run_key) as run_fd:
-            fd = os.open(SECRET_FILE, os.O_RDONLY | FILE_FLAGS, dir_fd=run_fd)
-            with os.fdopen(fd, "rb") as file:
+            try:
+                fd = os.open(name, os.O_RDONLY | FILE_FLAGS, dir_fd=run_fd)
+            except PermissionError as error:
+                raise Damaged(f"{name} is another user's: it is not used") from error
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                raise Damaged(f"{name} is a symbolic link: it is not used") from error
+            try:
                 info = os.fstat(fd)
                 private = stat.S_ISREG(info.st_mode) and not info.st_mode & 0o077
                 if not private or info.st_uid != os.geteuid():
-                    raise Damaged(f"{SECRET_FILE} is not this user's alone: it is not used")
-                return file.read(_manifest.MAX_SMALL_BYTES)
+                    raise Damaged(f"{name} is not this user's alone: it is not used")
+                if info.st_size > _manifest.MAX_SMALL_BYTES:
+                    raise Damaged(f"{name} is larger than any can be", got_bytes=info.st_size)
+                with os.fdopen(fd, "rb", closefd=False) as file:
+                    return file.read(_manifest.MAX_SMALL_BYTES)
+            finally:
+                os.close(fd)
 
-    def _replace(self, run_key: str, name: str, data: bytes, mode: int) -> None:
+    def _replace(self, run_key: str, name: str, data: bytes) -> None:
         temporary = temporary_name()
         with self.directory(run_key, create=True) as run_fd:
-            fd = self.create(temporary, run_fd, mode)
+            _close_to_others(run_fd)
+            fd = self.create(temporary, run_fd, 0o600)
             try:
                 with os.fdopen(fd, "wb") as file:
                     file.write(data)
@@ -173,6 +194,15 @@ class RunFiles:
             if (size_bytes := os.fstat(fd).st_size) > max_bytes:
                 raise Damaged(f"{name} is larger than any can be", got_bytes=size_bytes)
             return file.read(size_bytes)
+
+
+def _close_to_others(dir_fd: int) -> None:
+    """A directory that a service's group may enter, and nobody but us writes to: trainers write
+    below ``RUN/.slots`` only. Else one of them could put a run, or what is noted of one, in the
+    place of another's."""
+    info = os.fstat(dir_fd)
+    if info.st_mode & 0o020 and info.st_uid == os.geteuid():
+        os.fchmod(dir_fd, stat.S_IMODE(info.st_mode) & ~0o020)
 
 
 def is_there(name: str, dir_fd: int) -> bool:

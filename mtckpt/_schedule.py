@@ -410,6 +410,12 @@ def split_tiers(tiers: Sequence[TierSettings] | None) -> tuple[Ram, list[SlowTie
     """
     if tiers is None:
         return Ram(), [Disk("checkpoints")]
+    if not isinstance(tiers, Sequence):
+        raise UsageError(
+            f"tiers={tiers!r}: must be a list",
+            state="nothing was done",
+            actions=("put it into one: tiers=[Ram(), Disk(...)]",),
+        )
     rams = [tier for tier in tiers if isinstance(tier, Ram)]
     slow = [tier for tier in tiers if isinstance(tier, SlowTier)]
     peers = sum(isinstance(tier, Peers) for tier in slow)

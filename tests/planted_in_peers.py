@@ -113,7 +113,7 @@ STRANGERS = (
         "            _check_range(response, offset)\n",
         "            _check_range(response, 5)\n",
         (
-            "agent/test_hostile_peers.py::"
+            "agent/test_lying_peers.py::"
             "test_what_a_liar_answers_to_a_range_is_an_error_of_the_tier[1]",
         ),
     ),

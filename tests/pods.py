@@ -39,7 +39,10 @@ class Node:
         """What a hostPath is here; made as the kubelet makes it."""
         base = self.memory if path.startswith("/dev/shm") else self._home / "host"
         found = base / path.lstrip("/")
-        found.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if not found.is_symlink():
+            found.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if path == "/dev/shm":
+            found.chmod(0o1777)
         return found
 
     def pod(self, spec: Manifest) -> Pod:
@@ -81,7 +84,7 @@ class Pod:
         """A path of the manifest, or text that holds one, as it is below the root."""
         for prefix in MOVED:
             if text.startswith(prefix) or f"={prefix}" in text:
-                return text.replace(prefix, f"{self._node.root}{prefix}")
+                return text.replace(prefix, f"{self._node.root}{prefix}", 1)
         return text
 
     def wrap(self, container: Manifest) -> list[str]:
@@ -92,6 +95,12 @@ class Pod:
                 target = Path(self.moved(mount["mountPath"]))
                 target.mkdir(parents=True, exist_ok=True)
                 source = self._volumes[mount["name"]]
+                if "subPath" in mount:  # as the kubelet makes it
+                    source /= mount["subPath"]
+                    assert not source.is_symlink()
+                    if not source.exists():
+                        source.mkdir()
+                        source.chmod(source.parent.stat().st_mode & 0o7777)
                 steps.append(f"mount --bind {shlex.quote(str(source))} {shlex.quote(str(target))}")
         assert container["securityContext"]["readOnlyRootFilesystem"]
         steps.append("mount -o remount,bind,ro /")

@@ -175,6 +175,25 @@ def test_pods_have_no_rights(place: str, labels: Manifest, spec: Manifest) -> No
     assert labels["mtckpt/trainer" if place.startswith("examples") else "mtckpt/agent"] == "true"
 
 
+EVERYBODYS = ("/dev/shm", "/tmp", "/var/tmp")
+
+
+@pytest.mark.parametrize(("place", "labels", "spec"), pods())
+def test_nothing_of_the_node_is_named_below_what_everybody_writes_to(
+    place: str, labels: Manifest, spec: Manifest
+) -> None:
+    """Somebody may have put a link there, which the kubelet follows as root."""
+    for volume in spec["volumes"]:
+        path = volume.get("hostPath", {}).get("path", "/")
+        assert not path.startswith(tuple(f"{each}/" for each in EVERYBODYS))
+        if path not in EVERYBODYS:
+            continue
+        for container in containers(spec):
+            for mount in container["volumeMounts"]:
+                if mount["name"] == volume["name"]:
+                    assert "subPath" in mount or container["name"] == "directories"
+
+
 def agents() -> list[tuple[str, Manifest, Manifest]]:
     """Every container that runs an agent, with its pod."""
     return [
@@ -293,7 +312,9 @@ def source(spec: Manifest, name: str) -> Manifest:
 
 
 def mount(container: Manifest, name: str) -> str:
-    (path,) = (m["mountPath"] for m in container["volumeMounts"] if m["name"] == name)
+    (path,) = (
+        (m["mountPath"], m.get("subPath")) for m in container["volumeMounts"] if m["name"] == name
+    )
     return str(path)
 
 

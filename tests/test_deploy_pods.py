@@ -88,7 +88,29 @@ def test_memory_outlives_a_training_pod(node: Node, tmp_path: Path) -> None:
         trainer.close()
     records = list(node.of_the_host("/var/lib/mtckpt").rglob("rank-00000.json"))
     assert {record.stat().st_uid for record in records} == {10001}
-    assert list(node.of_the_host("/dev/shm/mtckpt").rglob("rank-00000.safetensors"))
+    assert list((node.of_the_host("/dev/shm") / "mtckpt").rglob("rank-00000.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["a link", "a directory", "a file"])
+def test_what_somebody_planted_in_the_nodes_memory_is_not_given_away(node: Node, kind: str) -> None:
+    spec = spec_of("overlays/daemonset", "DaemonSet")
+    directories = named(spec, "directories")
+    pod = node.pod(spec)
+    planted = node.of_the_host("/dev/shm") / "mtckpt"
+    victim = node.of_the_host("/etc")
+    if kind == "a link":
+        planted.symlink_to(victim)
+    elif kind == "a directory":
+        planted.mkdir()
+    else:
+        planted.touch()
+    os.chown(planted, 12002, 12002, follow_symlinks=False)
+    before = victim.stat(), planted.lstat()
+    done = pod.run(directories, directories["command"])
+    assert done.returncode == 1
+    assert "somebody else's" in done.stderr
+    for was, now in zip(before, (victim.stat(), planted.lstat()), strict=True):
+        assert (was.st_uid, was.st_mode) == (now.st_uid, now.st_mode)
 
 
 def test_memory_outlives_a_container_beside_its_sidecar(node: Node, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ MAY_IMPORT_BY_NAME = frozenset({"mtckpt/__init__.py", "mtckpt/adapters/__init__.
 FOREIGN_PICKLES = {
     "mtckpt/adapters/torch/dcp.py": {"calls torch.save"},  # into memory, for DCP to read back
     "mtckpt/adapters/torch/dcp_export.py": {"calls torch.save", "imports pickle"},  # writes them
-    "mtckpt/adapters/dcp_unpickling.py": {"imports pickle"},  # in a process that can call nothing
+    "mtckpt/adapters/dcp_stand_ins.py": {"imports pickle"},  # in a process that can call nothing
 }
 
 

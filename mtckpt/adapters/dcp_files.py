@@ -8,6 +8,7 @@ mtckpt's tiers.
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import os
 import re
@@ -315,7 +316,7 @@ class _Reader:
 
 
 def _bands(directory: Path, tensor: _Tensor) -> Iterator[memoryview]:
-    """The bytes of an array in C order, some rows at a time."""
+    """The bytes of an array in C order, a block of at most BAND_BYTES at a time."""
     import numpy as np
 
     item_bytes = DTYPES[tensor.dtype].item_bytes
@@ -325,22 +326,40 @@ def _bands(directory: Path, tensor: _Tensor) -> Iterator[memoryview]:
         return
     kind = np.dtype(f"V{item_bytes}")
     views = [(chunk, _mapped(directory, chunk, kind)) for chunk in tensor.chunks]
-    row_bytes = math.prod(shape[1:]) * item_bytes
-    height = max(1, BAND_BYTES // row_bytes)
-    for first in range(0, shape[0], height):
-        stop = min(first + height, shape[0])
-        band = np.empty((stop - first, *shape[1:]), kind)
+    for first, sizes in _blocks(shape, BAND_BYTES // item_bytes):
+        block = np.empty(sizes, kind)
         for chunk, view in views:
-            offsets, sizes = chunk.offsets or (0,), chunk.sizes or (1,)
-            begin, end = max(first, offsets[0]), min(stop, offsets[0] + sizes[0])
-            if begin >= end or not math.prod(sizes):
+            if not view.size:
                 continue
-            target = (
-                slice(begin - first, end - first),
-                *(slice(o, o + n) for o, n in zip(offsets[1:], sizes[1:], strict=True)),
-            )
-            band[target] = view[begin - offsets[0] : end - offsets[0]]
-        yield band.reshape(-1).view(np.uint8).data
+            begins = [*map(max, first, chunk.offsets or (0,))]
+            ends = [
+                min(at + size, offset + length)
+                for at, size, offset, length in zip(
+                    first, sizes, chunk.offsets or (0,), chunk.sizes or (1,), strict=True
+                )
+            ]
+            if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+                continue
+            block[_slices(begins, ends, first)] = view[_slices(begins, ends, chunk.offsets or (0,))]
+        yield block.reshape(-1).view(np.uint8).data
+
+
+def _blocks(shape: Sequence[int], most: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Boxes that make up an array, one after the other in C order: where each begins, its sizes.
+
+    Each has ``most`` elements at most, and is whole along every axis behind the one that is cut.
+    """
+    axis = next(i for i in range(len(shape)) if math.prod(shape[i + 1 :]) <= max(1, most))
+    height = max(1, most // math.prod(shape[axis + 1 :]))
+    behind = len(shape) - axis - 1
+    for outer in itertools.product(*map(range, shape[:axis])):
+        for first in range(0, shape[axis], height):
+            size = min(height, shape[axis] - first)
+            yield (*outer, first, *[0] * behind), (*[1] * axis, size, *shape[axis + 1 :])
+
+
+def _slices(begins: Sequence[int], ends: Sequence[int], base: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(b - o, e - o) for b, e, o in zip(begins, ends, base, strict=True))
 
 
 def _mapped(directory: Path, chunk: _Chunk, kind: Any) -> Any:
@@ -351,8 +370,12 @@ def _mapped(directory: Path, chunk: _Chunk, kind: Any) -> Any:
     if not math.prod(sizes):
         return np.empty(sizes, kind)
     count = chunk.size_bytes // kind.itemsize
-    flat = np.memmap(
-        directory / chunk.file, dtype=kind, mode="r", offset=chunk.start, shape=(count,)
-    )
+    try:
+        # What was a file when it was looked at may be a link now, or shorter.
+        fd = os.open(directory / chunk.file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            flat = np.memmap(file, dtype=kind, mode="r", offset=chunk.start, shape=(count,))
+    except (OSError, ValueError) as error:
+        raise Damaged(f"a file cannot be read: {error}", path=chunk.file) from error
     strides = [stride * kind.itemsize for stride in chunk.strides] or [kind.itemsize]
     return np.lib.stride_tricks.as_strided(flat[chunk.first :], sizes, strides, writeable=False)

@@ -3,9 +3,8 @@
     python -I -S dcp_unpickling.py DIRECTORY
 
 Its metadata is a pickle, and so is every value that is no tensor: reading one calls what its bytes
-say. Here they can say nothing but the names in ``_KNOWN``, and each of those is a stand-in of this
-file that notes what it is given: no class of PyTorch's or of anybody's is ever called, or even
-there. Memory, time and files are limited first. Of tensors it tells where their bytes lie.
+say. Here they can say nothing but a few names, of which each is a stand-in (``dcp_stand_ins``).
+Memory, time and files are limited first. Of tensors it tells where their bytes lie.
 """
 
 from __future__ import annotations
@@ -16,12 +15,49 @@ import io
 import json
 import math
 import os
-import pickle
 import resource
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING or __name__ != "__main__":
+    from mtckpt.adapters.dcp_stand_ins import (
+        ARRAY_KINDS,
+        METADATA_NAMES,
+        VALUE_NAMES,
+        Array,
+        ArrayKind,
+        BytesMetadata,
+        Index,
+        Info,
+        Metadata,
+        Refused,
+        Storage,
+        Tensor,
+        TensorMetadata,
+        Unpickler,
+    )
+else:  # a program without packages: nothing but the file beside it, and that for a moment
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from dcp_stand_ins import (
+        ARRAY_KINDS,
+        METADATA_NAMES,
+        VALUE_NAMES,
+        Array,
+        ArrayKind,
+        BytesMetadata,
+        Index,
+        Info,
+        Metadata,
+        Refused,
+        Storage,
+        Tensor,
+        TensorMetadata,
+        Unpickler,
+    )
+
+    del sys.path[0]
 
 MAX_MEMORY_BYTES = 4 * 1024**3
 MAX_TIME_S = 600
@@ -30,210 +66,6 @@ MAX_DEPTH = 64
 MAX_VALUES = 1_000_000  # a pickle of a few bytes can name one value any number of times
 MAX_PICKLE_BYTES = 256 * 1024 * 1024
 METADATA = ".metadata"
-
-
-class Refused(Exception):
-    """Nothing that can be told: ``args`` say why."""
-
-
-# -- stand-ins -------------------------------------------------------------------------------------
-
-
-class _Noted:
-    """An object of any class: ``state`` is what it was pickled with."""
-
-    def __init__(self, *args: Any) -> None:
-        self.state: Any = {}
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def get(self, name: str) -> Any:
-        """One of its fields, None without."""
-        state = getattr(self, "state", None)
-        return state.get(name) if isinstance(state, dict) else None
-
-
-def _noted(name: str) -> type[_Noted]:
-    return type(name, (_Noted,), {})
-
-
-_Metadata = _noted("_Metadata")
-_TensorMetadata = _noted("_TensorMetadata")
-_BytesMetadata = _noted("_BytesMetadata")
-_Chunk = _noted("_Chunk")
-_Index = _noted("_Index")
-_Info = _noted("_Info")
-_ArrayKind = _noted("_ArrayKind")
-
-
-class _Size(tuple[Any, ...]):
-    __slots__ = ()
-
-
-class _Dict(dict[Any, Any]):
-    pass
-
-
-class _Dtype:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class _StorageKind(_Dtype):
-    """The type of a storage; its elements have one too."""
-
-
-class _Storage:
-    def __init__(self, dtype: str, key: str) -> None:
-        self.dtype = dtype
-        self.key = key
-
-
-class _Tensor:
-    """A view of a storage, in elements."""
-
-    def __init__(self, storage: Any, first: Any, shape: Any, strides: Any, dtype: str) -> None:
-        self.storage = storage
-        self.first = first
-        self.shape = tuple(shape)
-        self.strides = tuple(strides)
-        self.dtype = dtype
-
-
-class _Array(_Noted):
-    """An array of NumPy's, or a scalar."""
-
-
-def _tensor_v2(storage: Any, first: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-    # rest: requires_grad, hooks, and bits that negate or conjugate
-    if not isinstance(storage, _Storage) or (len(rest) > 2 and rest[2]):
-        raise Refused("a tensor that is not its bytes")
-    return _Tensor(storage, first, shape, strides, storage.dtype)
-
-
-def _tensor_v3(storage: Any, first: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-    # rest: requires_grad, hooks, type, and bits as above
-    if not isinstance(storage, _Storage) or len(rest) < 3 or (len(rest) > 3 and rest[3]):
-        raise Refused("a tensor that is not its bytes")
-    if not isinstance(rest[2], _Dtype):
-        raise Refused("a tensor without a type")
-    return _Tensor(storage, first, shape, strides, rest[2].name)
-
-
-def _parameter(tensor: Any, *rest: Any) -> Any:
-    del rest
-    return tensor
-
-
-def _encode(text: Any, codec: Any) -> bytes:
-    if not isinstance(text, str) or codec != "latin1":
-        raise Refused(f"bytes in {codec!r}")
-    return text.encode("latin1")
-
-
-def _reconstruct(*args: Any) -> _Array:
-    del args
-    return _Array()
-
-
-def _scalar(kind: Any, data: Any = b"") -> _Array:
-    made = _Array("scalar")
-    made.state = (1, (), kind, False, data)
-    return made
-
-
-_DTYPES = (
-    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
-    *("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128"),
-    *("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"),
-    "float4_e2m1fn_x2",
-)
-_STORAGES = {
-    "FloatStorage": "float32",
-    "DoubleStorage": "float64",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-}
-_ARRAY_KINDS = {
-    "b1": "bool",
-    **{f"{kind}{size}": f"{name}{8 * size}" for size in (1, 2, 4, 8)
-       for kind, name in (("i", "int"), ("u", "uint"))},
-    **{f"f{size}": f"float{8 * size}" for size in (2, 4, 8)},
-    "c8": "complex64",
-    "c16": "complex128",
-}  # fmt: skip
-
-_DCP = "torch.distributed.checkpoint"
-_METADATA_NAMES: dict[tuple[str, str], Any] = {
-    (f"{_DCP}.metadata", "Metadata"): _Metadata,
-    (f"{_DCP}.metadata", "TensorStorageMetadata"): _TensorMetadata,
-    (f"{_DCP}.metadata", "BytesStorageMetadata"): _BytesMetadata,
-    (f"{_DCP}.metadata", "ChunkStorageMetadata"): _Chunk,
-    (f"{_DCP}.metadata", "MetadataIndex"): _Index,
-    (f"{_DCP}.metadata", "TensorProperties"): _Noted,
-    (f"{_DCP}.metadata", "StorageMeta"): _Noted,
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): _Noted,
-    (f"{_DCP}.filesystem", "_StorageInfo"): _Info,
-    ("torch.serialization", "_get_layout"): _Noted,
-    **{
-        (module, name): _Noted
-        for module in ("pathlib", "pathlib._local")
-        for name in ("Path", "PosixPath", "PurePath", "PurePosixPath", "WindowsPath")
-    },
-}
-_KNOWN: dict[tuple[str, str], Any] = {
-    **{("torch", name): _Dtype(name) for name in _DTYPES},
-    ("torch", "Size"): _Size,
-    ("collections", "OrderedDict"): _Dict,
-}
-_VALUE_NAMES: dict[tuple[str, str], Any] = {
-    **{("torch", name): _StorageKind(dtype) for name, dtype in _STORAGES.items()},
-    ("torch.storage", "UntypedStorage"): _StorageKind("uint8"),
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("_codecs", "encode"): _encode,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _ArrayKind,
-    **{
-        (module, name): made
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-        for name, made in (("_reconstruct", _reconstruct), ("scalar", _scalar))
-    },
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows exact names, of which each is a stand-in."""
-
-    def __init__(self, file: BinaryIO, names: dict[tuple[str, str], Any]) -> None:
-        super().__init__(file)
-        self._names = {**_KNOWN, **names}
-
-    def find_class(self, module: str, name: str) -> Any:
-        """A stand-in. Raises Refused for every other name."""
-        found = self._names.get((module, name))
-        if found is None:
-            raise Refused(f"{module}.{name}"[:200])
-        return found
-
-    def persistent_load(self, pid: Any) -> Any:
-        """A storage that lies beside the pickle."""
-        if not isinstance(pid, tuple) or len(pid) < 3 or pid[0] != "storage":
-            raise Refused("a reference that is none to a storage")
-        if not isinstance(pid[1], _StorageKind) or not isinstance(pid[2], str):
-            raise Refused("a storage without a type")
-        return _Storage(pid[1].name, pid[2])
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -315,9 +147,9 @@ class _Entry:
             if order != b"little":
                 raise Refused("numbers that are big-endian")
         data = self._small(f"{self._prefix}data.pkl", MAX_PICKLE_BYTES)
-        return _Unpickler(io.BytesIO(data), _VALUE_NAMES).load()
+        return Unpickler(io.BytesIO(data), VALUE_NAMES).load()
 
-    def place(self, storage: _Storage) -> dict[str, Any]:
+    def place(self, storage: Storage) -> dict[str, Any]:
         """Where the bytes of a storage lie."""
         info = self._zip.getinfo(f"{self._prefix}data/{storage.key}")
         if info.compress_type != zipfile.ZIP_STORED:
@@ -362,10 +194,10 @@ def _told(value: Any, entry: _Entry, depth: int = 0) -> list[Any]:
         raise Refused("values that are nested too deeply, or too many")
     if value is None or type(value) in (bool, int, float, str, bytes):
         return ["plain", _plain(value)]
-    if isinstance(value, _Tensor):
+    if isinstance(value, Tensor):
         chunk = _chunk(value, entry, [0] * len(value.shape))
         return ["tensor", {"dtype": value.dtype, "shape": value.shape, "chunks": [chunk]}]
-    if isinstance(value, _Array):
+    if isinstance(value, Array):
         return ["array", _array(value)]
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
@@ -380,7 +212,7 @@ def _told(value: Any, entry: _Entry, depth: int = 0) -> list[Any]:
     raise Refused(f"a value of a type without a form here ({type(value).__name__.strip('_')})")
 
 
-def _chunk(tensor: _Tensor, entry: _Entry, offsets: Any) -> dict[str, Any]:
+def _chunk(tensor: Tensor, entry: _Entry, offsets: Any) -> dict[str, Any]:
     return {
         "offsets": list(offsets),
         "sizes": list(tensor.shape),
@@ -390,13 +222,13 @@ def _chunk(tensor: _Tensor, entry: _Entry, offsets: Any) -> dict[str, Any]:
     }
 
 
-def _array(value: _Array) -> dict[str, Any]:
+def _array(value: Array) -> dict[str, Any]:
     state = value.state
-    if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], _ArrayKind):
+    if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], ArrayKind):
         raise Refused("an array of NumPy's in an unknown form")
     _, shape, kind, is_fortran, data = state
     order = kind.state[1] if isinstance(kind.state, tuple) and len(kind.state) > 1 else "|"
-    name = _ARRAY_KINDS.get(str(kind.args[0])) if kind.args else None
+    name = ARRAY_KINDS.get(str(kind.args[0])) if kind.args else None
     if name is None or order not in ("<", "|") or is_fortran or not isinstance(data, bytes):
         raise Refused("an array of NumPy's of a type or order without a form here")
     return {
@@ -413,12 +245,12 @@ def _entries(directory: str) -> Iterator[tuple[str, Callable[[], list[Any]]]]:
     if os.path.getsize(path) > MAX_PICKLE_BYTES:
         raise Refused("metadata that is too large")
     with open(path, "rb") as file:
-        metadata = _Unpickler(file, _METADATA_NAMES).load()
-    if not isinstance(metadata, _Metadata):
+        metadata = Unpickler(file, METADATA_NAMES).load()
+    if not isinstance(metadata, Metadata):
         raise Refused("a pickle of something else")
     infos: dict[tuple[str, Any], Any] = {}
     for index, info in (metadata.get("storage_data") or {}).items():
-        if not isinstance(index, _Index) or not isinstance(info, _Info):
+        if not isinstance(index, Index) or not isinstance(info, Info):
             raise Refused("metadata of another storage than files")
         offset = index.get("offset")
         infos[index.get("fqn"), None if offset is None else tuple(offset)] = info
@@ -444,7 +276,7 @@ def _teller(name: str, kind: Any, infos: Any, files: _Files) -> Callable[[], lis
                 info = infos.get((name, None))
             entry = _Entry(*files.view(info))
             tensor = entry.value()
-            if not isinstance(tensor, _Tensor) or tensor.shape != tuple(chunk.get("sizes")):
+            if not isinstance(tensor, Tensor) or tensor.shape != tuple(chunk.get("sizes")):
                 raise Refused("a chunk of another shape than the metadata says")
             if dtype not in ("", tensor.dtype):
                 raise Refused("chunks of several types")
@@ -454,9 +286,9 @@ def _teller(name: str, kind: Any, infos: Any, files: _Files) -> Callable[[], lis
             raise Refused("a tensor without chunks")
         return ["tensor", {"dtype": dtype, "shape": list(kind.get("size")), "chunks": chunks}]
 
-    if isinstance(kind, _BytesMetadata):
+    if isinstance(kind, BytesMetadata):
         return tell_value
-    if isinstance(kind, _TensorMetadata):
+    if isinstance(kind, TensorMetadata):
         return tell_tensor
     raise Refused("an entry of an unknown kind")
 

@@ -241,9 +241,15 @@ def peer_of(connection: socket.socket) -> Peer:
 
 
 def trusted_uids(path: str) -> set[int]:
-    """Users whose agent we talk to: ourselves, root, and the owner of a directory that only its
-    owner can write, which is the user that a service runs as."""
+    """Users whose agent we talk to: ourselves, root, and, where the directory was chosen or is that
+    of services, its owner if nobody else can write to it: the user that a service runs as.
+
+    The directory of an own agent may lie in /tmp, where anybody can make it before us.
+    """
     uids = {os.geteuid(), 0}
+    chosen = os.environ.get("MTCKPT_AGENT_SOCKET") or os.environ.get("MTCKPT_RUNTIME_DIR")
+    if not chosen and os.path.dirname(path) != SERVICE_DIRECTORY:
+        return uids
     try:
         info = os.lstat(os.path.dirname(path))
     except OSError:

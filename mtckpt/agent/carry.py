@@ -25,6 +25,7 @@ from mtckpt.agent import work
 from mtckpt.agent.findings import save_scan, slot_scan
 from mtckpt.agent.places import close_place, open_place, without_cap
 from mtckpt.errors import (
+    AccessDenied,
     AlreadyExists,
     CheckpointError,
     Damaged,
@@ -213,6 +214,15 @@ class Carrier:
             if command.run_key is None
             else [check_key(command.run_key)]
         )
+        runs: list[work.RunScan] = []
+        for key in keys:
+            try:
+                runs.append(self._scan_run(command, place, key))
+            except AccessDenied as error:
+                if command.run_key is not None:
+                    raise
+                # What somebody planted in one run must not keep the others from being found.
+                logger.warning("a run is left alone: %s", error.what)
         try:
             usage = os.statvfs(command.tier.path)
         except OSError as error:
@@ -220,7 +230,7 @@ class Carrier:
                 f"{command.tier.path} went away: {error.strerror}", tier=command.tier.label
             ) from error
         return work.Scanned(
-            runs=[self._scan_run(command, place, key) for key in keys],
+            runs=runs,
             swept=swept,
             quarantined=[item.key for item in place.local.quarantined()],
             free_bytes=usage.f_bavail * usage.f_frsize,
@@ -390,18 +400,21 @@ class Carrier:
                 joins[key] = files.read_secret(key)
             except ObjectNotFound:
                 pass  # its ranks are all on this node
-            except Damaged as error:
-                problems.append(f"{key}: {error}")
+            except (Damaged, AccessDenied) as error:
+                problems.append(f"{key}: {error.what}")
             try:
                 config = msgspec.json.decode(files.read_config(key), type=work.RunConfig)
+            except ObjectNotFound:
+                continue
+            except (Damaged, AccessDenied, FormatError) as error:
+                problems.append(f"{key}: {error.what}")
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                problems.append(f"{key}: {error}")
+            else:
                 if config.run_key != key or config.version > work.RUN_CONFIG_VERSION:
                     problems.append(f"{key}: not a configuration that this version can use")
                 else:
                     configs.append(config)
-            except ObjectNotFound:
-                continue
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, FormatError) as error:
-                problems.append(f"{key}: {error}")
         return work.RunConfigs(configs, problems, joins)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mtckpt._handshake import PeerAddress
-from mtckpt._manifest import SaveName, Uuid
+from mtckpt._manifest import Rank, SaveName, Uuid
 from mtckpt.agent import work
 from mtckpt.agent.protocol import Done
 from mtckpt.agent.queue import backoff_s
@@ -54,7 +54,7 @@ class Offer(msgspec.Struct, frozen=True):
     address: PeerAddress
     save: str
     save_id: Uuid
-    ranks: list[int]
+    ranks: list[Rank]
     wait_s: float = 0.0
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mtckpt._handshake import PeerAddress
-from mtckpt._manifest import Uuid
+from mtckpt._manifest import Rank, Uuid, WorldSize
 from mtckpt.agent.protocol import WireError
 from mtckpt.agent.saves import RAM
 from mtckpt.errors import UsageError
@@ -53,10 +53,10 @@ class News(msgspec.Struct, frozen=True, omit_defaults=True):
     save: str
     save_id: Uuid
     incarnation_id: str = ""
-    world_size: int = 1
+    world_size: WorldSize = 1
     plan_digest: str = ""
     due: list[str] = []
-    parts: dict[str, list[int]] = {}
+    parts: dict[str, list[Rank]] = {}
     whole: list[str] = []
     read_back: list[str] = []
     damaged: list[str] = []

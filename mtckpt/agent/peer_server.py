@@ -29,6 +29,7 @@ from mtckpt._peer_tls import Tls, server_tls
 from mtckpt.agent import peer_requests, work
 from mtckpt.agent.peer_requests import MAX_HEAD_BYTES, Head
 from mtckpt.agent.protocol import error_to_wire
+from mtckpt.agent.strangers import source_of, who_goes
 from mtckpt.errors import (
     AccessDenied,
     AgentUnavailable,
@@ -39,17 +40,19 @@ from mtckpt.errors import (
     TierUnavailable,
     UsageError,
 )
+from mtckpt.tiers._peer_http import MIN_BYTES_PER_S
 from mtckpt.tiers.base import check_key
 from mtckpt.tiers.local import LocalTier
-from mtckpt.tiers.peer import MAX_LISTED, MAX_RANGE_BYTES, MIN_BYTES_PER_S, Listing, Stat
+from mtckpt.tiers.peer import MAX_LISTED, MAX_RANGE_BYTES, Listing, Stat
 
 __all__ = ["PeerServer"]
 
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 256
-# Of those, such as have not proved anything yet; one more ends the oldest.
-MAX_STRANGERS = 32
+# Of those, such as have not proved anything yet; and those from one place.
+MAX_STRANGERS = 64
+MAX_STRANGERS_OF_ONE = 32
 # Requests that one place answers at a time; one that hangs takes no more threads than these.
 MAX_PER_PLACE = 32
 PROVE_S = 5.0
@@ -155,10 +158,11 @@ class PeerServer:
                 continue
             connection = _Connection(self, sock, str(peer[0]), tls)
             with self._lock:
-                strangers = [c for c in self._connections.values() if not c.run_key]
+                strangers = [c for c in self._connections.values() if c.is_stranger]
                 self._connections[id(connection)] = connection
-            if len(strangers) >= MAX_STRANGERS:
-                min(strangers, key=lambda c: c.deadline_s).end("others want to prove themselves")
+            last = who_goes(strangers, connection.source, MAX_STRANGERS, MAX_STRANGERS_OF_ONE)
+            if last is not None:
+                last.end("others want to prove themselves")
             threading.Thread(target=self._run, args=(connection,), daemon=True).start()
 
     def _wait_for_room(self) -> bool:
@@ -230,6 +234,9 @@ class _Connection:
         self._server = server
         self._sock = sock
         self._peer = peer
+        self.source = source_of(peer)
+        self.since_s = time.monotonic()
+        self._is_ended = False
         self._buffer = bytearray()
         self._tls = tls
         binding = tls.binding if tls else ""
@@ -242,9 +249,15 @@ class _Connection:
         """The run whose secret the other end has proved to know; empty before."""
         return self._answerer.run_key
 
+    @property
+    def is_stranger(self) -> bool:
+        """Whether it is there and has not proved that it knows a run's secret."""
+        return not self._is_ended and not self.run_key
+
     def end(self, why: str) -> None:
         """Wake whatever waits for the other end, from any thread."""
         logger.info("connection of %s is ended: %s", self._peer, why)
+        self._is_ended = True
         with contextlib.suppress(OSError):
             # Of the socket below TLS, whose own is not for two threads.
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)

@@ -315,7 +315,9 @@ def check_join(message: protocol.Join) -> None:
         raise FormatError("the secret of a run is not one") from error
     if len(secret) != SECRET_BYTES:
         raise FormatError("the secret of a run is not one")
-    if ranks != list(range(message.world_size)) or not 0 <= message.lead < len(message.nodes):
+    # By their number first: what is said may be any, and is not to be counted up to.
+    are_all = len(ranks) == message.world_size and ranks == list(range(message.world_size))
+    if not are_all or not 0 <= message.lead < len(message.nodes):
         raise FormatError(
             "the nodes of a run do not have its ranks, each once",
             state="nothing was changed",

@@ -26,14 +26,14 @@ says which one it speaks. Payload bytes never travel here; they lie in slot file
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 
 from mtckpt import errors
 from mtckpt._access import Access
 from mtckpt._handshake import PeerAddress
-from mtckpt._manifest import Uuid
+from mtckpt._manifest import Bytes, IncarnationNumber, Rank, Step, Uuid, WorldSize
 from mtckpt._schedule import ObjectStore, Peers
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ __all__ = [
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+MAX_SLOTS = 1024
 SOCKET_NAME = "agent.sock"
 PID_NAME = "agent.pid"
 LOG_NAME = "agent.log"
@@ -91,14 +92,14 @@ class Open(msgspec.Struct, frozen=True):
     protocol: int
     run: str
     holder: str
-    rank: int
-    world_size: int
+    rank: Rank
+    world_size: WorldSize
     pid: int
     start_ticks: int
     parent_pid: int
     ram_path: str
     tiers: list[TierConfig]
-    incarnation: int = 0
+    incarnation: IncarnationNumber = 0
     held: dict[str, int] = {}
     token: str = ""
 
@@ -107,7 +108,7 @@ class NodeOfRun(msgspec.Struct, frozen=True):
     """One node of a run, and the ranks that are on it."""
 
     address: PeerAddress
-    ranks: list[int]
+    ranks: list[Rank]
 
 
 class Others(msgspec.Struct, frozen=True):
@@ -140,7 +141,7 @@ class Begin(msgspec.Struct, frozen=True):
     ``pid`` are rank 0's: agents of several nodes write the same file."""
 
     holder: str
-    number: int
+    number: IncarnationNumber
     id: Uuid
     parent: tuple[int, int] | None = None
     host: str = ""
@@ -161,9 +162,9 @@ class WantSlots(msgspec.Struct, frozen=True):
     """
 
     holder: str
-    shard_bytes: int
-    table_bytes: int
-    count: int
+    shard_bytes: Bytes
+    table_bytes: Bytes
+    count: Annotated[int, msgspec.Meta(ge=0, le=MAX_SLOTS)]
     wait_s: float = 0.0
     held: list[str] | None = None
 
@@ -192,7 +193,7 @@ class Seal(msgspec.Struct, frozen=True):
     slot_id: str
     inode: int
     save_id: Uuid
-    step: int
+    step: Step
     due: list[str] = []
 
 
@@ -232,13 +233,13 @@ class CallOff(msgspec.Struct, frozen=True):
 
     holder: str
     save_id: Uuid
-    step: int
+    step: Step
     reason: str
 
 
 class Report(msgspec.Struct, frozen=True):
     holder: str
-    step: int
+    step: Step
     metrics: dict[str, float]
 
 
@@ -318,7 +319,7 @@ class Join(msgspec.Struct, frozen=True):
 
     holder: str
     secret: str
-    world_size: int
+    world_size: WorldSize
     nodes: list[NodeOfRun]
     lead: int = 0
 

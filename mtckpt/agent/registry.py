@@ -76,6 +76,7 @@ class Registry:
         )
         follow, write_config = self.links.follow, self.write_config
         self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config)
+        self.directory = directory
         self._roots_path = os.path.join(directory, ROOTS_NAME)
         self._roots: list[str] = []
         self._loading = asyncio.Lock()
@@ -130,6 +131,7 @@ class Registry:
         run.closing = bool(extra.get("closing"))
         run.token = str(extra.get("token") or "")
         run.creator_uid = int(extra.get("uid", -1))
+        run.admitted = set(extra.get("admitted") or ())
         for noted in config.owners:
             owner = self._owner_from_config(run, noted)
             if noted.holder in (extra.get("unseen") or ()):

@@ -68,6 +68,7 @@ class RunState:
     closing: bool = False
     gone: bool = False
     creator_uid: int = -1
+    admitted: set[int] = field(default_factory=set)  # users who knew its token
     settling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     unsettled: list[Owner] = field(default_factory=list)  # dead, and their slots are still theirs
     left_at: float = field(default_factory=lambda: time.time())
@@ -463,6 +464,7 @@ class RunState:
                 "closing": self.closing,
                 "token": self.token,
                 "uid": self.creator_uid,
+                "admitted": sorted(self.admitted),
                 "unseen": [o.holder for o in self.owners.values() if not o.seen],
                 "rank_here": min(self.layout.own) if self.layout else None,
                 "guests": {name: sorted(s.guests) for name, s in self.saves.items() if s.guests},

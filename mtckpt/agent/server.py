@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from mtckpt.agent import address, owners, protocol, status
-from mtckpt.agent.serving import HttpServer, reply
+from mtckpt.agent.serving import MAX_CONNECTIONS, HttpServer, reply
 from mtckpt.agent.verbs import Caller, Verbs
 from mtckpt.errors import (
     AccessDenied,
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 60.0
 MAX_POLL_S = 60.0
 MAX_QUEUED_EVENTS = 1000
+# Of a service: one user of its group keeps no other out.
+MAX_CONNECTIONS_OF_ONE = MAX_CONNECTIONS // 2
 HEARTBEAT_S = 2.0
 
 
@@ -102,10 +104,16 @@ class AgentServer(HttpServer):
     def may_connect(self, transport: asyncio.BaseTransport) -> bool:
         """Whether the user at the other end may."""
         uid = address.peer_of(transport.get_extra_info("socket")).uid
-        # A service's socket is its group's: the kernel has checked that.
-        if self._registry.service or uid in (0, os.geteuid()):
+        if uid in (0, os.geteuid()):
             return True
-        logger.warning("refused a connection of user %d", uid)
+        # A service's socket is its group's: the kernel has checked that.
+        if not self._registry.service:
+            logger.warning("refused a connection of user %d", uid)
+            return False
+        sockets = [each.get_extra_info("socket") for each in self.transports()]
+        if sum(address.peer_of(each).uid == uid for each in sockets) < MAX_CONNECTIONS_OF_ONE:
+            return True
+        logger.warning("refused a connection of user %d, who has %d", uid, MAX_CONNECTIONS_OF_ONE)
         return False
 
     # -- requests --------------------------------------------------------------------------------
@@ -124,6 +132,13 @@ class AgentServer(HttpServer):
                 "this agent does not know the run",
                 actions=["open the run again"],
                 run=request.match_info["key"][:200],
+            )
+        if not self._verbs.may_speak(run, _uid_of(request)):
+            raise AccessDenied(
+                "this run belongs to another user",
+                state="nothing was done",
+                actions=["open it first, with its token in MTCKPT_TOKEN"],
+                run=run.run,
             )
         return run
 
@@ -239,13 +254,17 @@ class AgentServer(HttpServer):
 
     async def _post_stop(self, request: web.Request) -> web.Response:
         message: protocol.Stop = await self.message(request, protocol.Stop)
-        assert request.transport is not None
-        uid = address.peer_of(request.transport.get_extra_info("socket")).uid
-        if uid not in (0, os.geteuid()):
+        if _uid_of(request) not in (0, os.geteuid()):
             raise AccessDenied("only the agent's own user may stop it", state="it goes on")
         left = await self._registry.drain(message.timeout_s) if message.drain else 0
         asyncio.get_running_loop().call_later(0.05, self.stopped.set)
         return reply(protocol.Done(f"{left} saves are still owed" if left else ""))
+
+
+def _uid_of(request: web.Request) -> int:
+    if request.transport is None:
+        raise AccessDenied("whoever asked is gone", state="nothing was done")
+    return address.peer_of(request.transport.get_extra_info("socket")).uid
 
 
 def _line(event: Event) -> bytes:

@@ -61,7 +61,7 @@ def http_status(error: CheckpointError) -> int:
 class _Gate(asyncio.Protocol):
     """One connection before HTTP has seen it: handed on only if its user may connect."""
 
-    def __init__(self, server: HttpServer, make_handler: web.Server) -> None:
+    def __init__(self, server: HttpServer, make_handler: Callable[[], web.RequestHandler]) -> None:
         self._server = server
         self._make_handler = make_handler
 
@@ -112,15 +112,26 @@ class HttpServer(abc.ABC):
     def may_connect(self, transport: asyncio.BaseTransport) -> bool:
         """Whether whoever is at the other end may."""
 
-    def patience_s(self, connection: web.RequestHandler) -> float:
-        """How long a connection may say nothing, or half a request."""
-        return IDLE_TIMEOUT_S
+    def is_trusted(self, connection: web.RequestHandler) -> bool:
+        """Whether whoever is at the other end may go on after a request that was refused."""
+        return True
+
+    def transports(self) -> list[asyncio.Transport]:
+        """Of the connections that are open."""
+        assert self._runner is not None
+        assert self._runner.server is not None
+        handlers = self._runner.server.connections
+        return [each.transport for each in handlers if each.transport is not None]
 
     def connection(self) -> asyncio.Protocol:
         """What a listening socket makes of a new connection."""
+        return _Gate(self, self.handler)
+
+    def handler(self) -> web.RequestHandler:
+        """What speaks HTTP on one connection."""
         assert self._runner is not None
         assert self._runner.server is not None
-        return _Gate(self, self._runner.server)
+        return self._runner.server()
 
     async def stop(self) -> None:
         """Close everything. Answers under way are cut off."""
@@ -143,8 +154,9 @@ class HttpServer(abc.ABC):
         for connection, since_s in list(self.idle_since.items()):
             if connection.transport is None:
                 del self.idle_since[connection]  # the other end has closed it
-            elif now_s - since_s > self.patience_s(connection):
-                connection.transport.close()
+            elif now_s - since_s > IDLE_TIMEOUT_S:
+                # Not closed: that would wait for it to take what it was answered.
+                connection.transport.abort()
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -158,6 +170,22 @@ class HttpServer(abc.ABC):
         self.idle_since.pop(connection, None)
         self.in_flight += 1
         try:
+            response = await self._answer(request, handler)
+        finally:
+            self.in_flight -= 1
+            self.asked_s = time.monotonic()
+            if request.transport is not None:
+                self.idle_since[connection] = time.monotonic()
+        if response.status >= 400 and not self.is_trusted(connection):
+            response.force_close()  # who cannot prove or spell is not asked again
+        return response
+
+    async def _answer(
+        self,
+        request: web.Request,
+        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        try:
             return await handler(request)
         except CheckpointError as error:
             return reply(protocol.error_to_wire(error), http_status(error))
@@ -168,11 +196,6 @@ class HttpServer(abc.ABC):
             # One request that meets a bug must not end the agent of all runs.
             logger.exception("%s %s failed", request.method, request.path)
             return reply(protocol.error_to_wire(error), 500)
-        finally:
-            self.in_flight -= 1
-            self.asked_s = time.monotonic()
-            if request.transport is not None:
-                self.idle_since[connection] = time.monotonic()
 
     async def message(self, request: web.Request, type_: type[Any]) -> Any:
         """The request's body, typed. Raises FormatError."""

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from hmac import compare_digest
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from mtckpt import _inventory, _manifest
 from mtckpt._manifest import Incarnation
-from mtckpt.agent import owners, protocol, work
+from mtckpt.agent import known_runs, owners, protocol, work
+from mtckpt.agent.borrowing import lent
 from mtckpt.agent.flushing import metrics_file
 from mtckpt.agent.healing import shard_named
 from mtckpt.agent.owners import Claim, Owner, Verdict
@@ -77,6 +80,8 @@ class Verbs:
             )
         if _manifest.run_key(message.run) != key:
             raise UsageError("the run's name and its key differ", state="nothing was done", key=key)
+        if self._registry.service and caller.uid not in (0, os.geteuid()):
+            message = msgspec.structs.replace(message, tiers=[*map(lent, message.tiers)])
         run = await self._registry.run_for(key, message)
         async with run.opening:
             self._admit(run, caller, message)
@@ -85,6 +90,9 @@ class Verbs:
             run.closing = False
             self._registry.set_tiers(run, message.tiers)
             await self._registry.write_config(run)
+            known_runs.note(
+                self._registry.directory, run.run, [t.config for t in run.tiers.values()]
+            )
             self._registry.flusher.start(run)
             finished, run.finished = run.finished, []
         self._tools.events.emit(
@@ -107,7 +115,7 @@ class Verbs:
         if run.creator_uid < 0:
             run.creator_uid, run.token = caller.uid, digest
             return
-        if not self._registry.service or caller.uid in (run.creator_uid, 0):
+        if self.may_speak(run, caller.uid):
             return
         if not run.token or not compare_digest(run.token, digest):
             raise AccessDenied(
@@ -117,6 +125,12 @@ class Verbs:
                 tier=RAM,
                 run=run.run,
             )
+        run.admitted.add(caller.uid)
+
+    def may_speak(self, run: RunState, uid: int) -> bool:
+        """Whether a user may say anything about a run, or hear of it."""
+        ours = (run.creator_uid, 0, os.geteuid())
+        return not self._registry.service or uid in ours or uid in run.admitted
 
     async def _claim(self, run: RunState, caller: Caller, message: protocol.Open) -> int:
         """Make the caller the owner of its rank; the pid of another owner that was fenced, or 0."""
@@ -423,6 +437,8 @@ class Verbs:
                     (kept if why else removed).append(f"{label}: {save.name}{why}")
         if message.step is None and RAM in labels and not kept:
             await self._registry.wipe(run)
+            if set(labels) == set(own):
+                known_runs.forget(self._registry.directory, run.run)
         return protocol.Removed(removed, kept)
 
     async def _remove_one(self, run: RunState, save: SaveState, label: str, ref: TierRef) -> str:

@@ -11,7 +11,7 @@ import click
 
 from mtckpt.cli import _output
 from mtckpt.cli._output import json_option, print_json, print_line, print_table, reporting
-from mtckpt.cli._target import agent_status
+from mtckpt.cli._target import agent_status, closed_run
 from mtckpt.errors import AgentUnavailable, StepNotFound, UsageError
 
 if TYPE_CHECKING:
@@ -53,10 +53,24 @@ def status(run: str | None, watch: bool, as_json: bool) -> int:
 
 def _runs(found: AgentStatus | None, run: str | None) -> list[RunStatus]:
     """The runs asked for. Raises StepNotFound for a name that the agent does not know."""
+    from mtckpt._manifest import run_key
+
     runs = list(found.runs) if found is not None else []
     if run is None:
         return runs
     named = [known for known in runs if known.run == run]
+    if not named and (closed := closed_run(run)):
+        places = [f"{tier.path.rstrip('/')}/{run_key(run)}" for tier in closed[0].tiers]
+        raise StepNotFound(
+            f"{run} is closed: no agent holds it any more",
+            state="nothing was done",
+            actions=[
+                f"see what is left of it: mtckpt ls {run}",
+                f"let its older steps go: mtckpt prune {run} --keep 3",
+                *(f"or delete all of it: {_deletion(place)}" for place in places),
+            ],
+            run=run,
+        )
     if not named:
         why = "the agent of this node does not know it" if found else "no agent runs on this node"
         raise StepNotFound(
@@ -69,6 +83,10 @@ def _runs(found: AgentStatus | None, run: str | None) -> list[RunStatus]:
             run=run,
         )
     return named
+
+
+def _deletion(place: str) -> str:
+    return f"{place}, with the store's own tools" if "://" in place else f"rm -r {place}"
 
 
 def _status_object(found: AgentStatus | None, runs: list[RunStatus]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ from mtckpt.errors import AgentUnavailable, StepNotFound, TierError, UsageError
 if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
     from mtckpt._places import Place
-    from mtckpt.agent.protocol import AgentStatus
+    from mtckpt.agent.known_runs import KnownRun
+    from mtckpt.agent.protocol import AgentStatus, RunStatus
 
-__all__ = ["Found", "agent_status", "find", "parse_step"]
+__all__ = ["Found", "agent_status", "closed_run", "find", "parse_step"]
 
 STATUS_TIMEOUT_S = 5.0
 
@@ -72,25 +73,49 @@ def _of_run(run: str | None, found: Found, *, writable: bool) -> None:
     from mtckpt._manifest import run_key
 
     status = agent_status()
+    known: Sequence[RunStatus | KnownRun] = status.runs if status is not None else ()
     if status is None:
         _without_agent(run, found)
-        return
-    for known in status.runs:
-        if run is None or run in (known.run, run_key(known.run)):
-            for tier in known.tiers:
-                where = f"{tier.path.rstrip('/')}/{run_key(known.run)}"
-                _add(where, tier.label, known.run, found, writable=writable)
+    if run is not None and not any(run in (each.run, run_key(each.run)) for each in known):
+        known = closed_run(run)
+        if known:
+            found.notes.append(f"{run} is closed: looked where its tiers were")
+    for each in known:
+        if run is None or run in (each.run, run_key(each.run)):
+            for tier in each.tiers:
+                where = f"{tier.path.rstrip('/')}/{run_key(each.run)}"
+                _add(where, tier.label, each.run, found, writable=writable)
                 found.keep[tier.label] = tier.keep
     if run is not None and not found.runs:
-        raise StepNotFound(
-            f"the agent of this node does not know a run {run!r}",
-            state="nothing was read",
-            actions=(
-                f"runs that it knows: {', '.join(r.run for r in status.runs) or 'none'}",
-                "to look into a directory, give a path with a /",
-            ),
-            run=run,
+        raise _unknown(run, status)
+
+
+def closed_run(run: str) -> list[KnownRun]:
+    """Where a run was that no agent holds any more, if that was noted on this node."""
+    from mtckpt._manifest import run_key
+    from mtckpt.agent import known_runs
+    from mtckpt.agent.address import find as find_agent
+
+    noted = known_runs.read(find_agent().directory)
+    return [each for each in noted if run in (each.run, run_key(each.run))]
+
+
+def _unknown(run: str, status: AgentStatus | None) -> StepNotFound:
+    from mtckpt.agent.protocol import ram_base
+
+    actions = ["its directory can be named, a path with a /: mtckpt ls checkpoints/RUN"]
+    if status is None:
+        what = f"no agent runs on this node, and RAM has nothing of a run {run!r}"
+        return StepNotFound(
+            what, state="nothing was read", actions=actions, run=run, path=ram_base()
         )
+    names = ", ".join(each.run for each in status.runs) or "none"
+    return StepNotFound(
+        f"the agent of this node does not know a run {run!r}",
+        state="nothing was read",
+        actions=[f"runs that it knows: {names}", *actions],
+        run=run,
+    )
 
 
 def _without_agent(run: str | None, found: Found) -> None:
@@ -106,14 +131,6 @@ def _without_agent(run: str | None, found: Found) -> None:
     elif os.path.isdir(base):
         for place in open_places(base, "ram"):
             found.add(place)
-    if run is not None and not found.runs:
-        raise StepNotFound(
-            f"no agent runs on this node, and RAM has nothing of a run {run!r}",
-            state="nothing was read",
-            actions=("give its directory on disk instead, a path with a /",),
-            run=run,
-            path=base,
-        )
 
 
 def _add(path: str, label: str, run: str, found: Found, *, writable: bool = False) -> None:

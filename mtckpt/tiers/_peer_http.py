@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import http.client
+import io
 import select
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -20,16 +22,50 @@ from mtckpt._handshake import Challenger, PeerAddress, Refusal, Role, Welcome
 from mtckpt._peer_tls import Tls, binding_of, client_tls
 from mtckpt.errors import AccessDenied, AgentUnavailable, CheckpointError, FormatError
 
-__all__ = ["PeerConnection", "read_small", "refusal_text"]
+__all__ = ["MIN_BYTES_PER_S", "PeerConnection", "read_small", "refusal_text"]
 
 READ_BYTES = 1 << 16
+# What is slower than this is as good as not there.
+MIN_BYTES_PER_S = 1024 * 1024
+
+
+class _Bounded(io.RawIOBase):
+    """What arrives at a socket, each piece of it in time; ``limit`` sets how long it may take.
+
+    Without it, each of the pieces of a head or a body could take as long as all of them may.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        limit: Callable[[socket.socket], None],
+        got: Callable[[int], None],
+    ) -> None:
+        self._sock = sock
+        self._raw = sock.makefile("rb", buffering=0)  # it keeps the socket open until it is closed
+        self._limit = limit
+        self._got = got
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._limit(self._sock)
+        size_bytes = self._raw.readinto(buffer)
+        self._got(size_bytes or 0)
+        return size_bytes
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 class PeerConnection(http.client.HTTPConnection):
     """A connection for one role and run. Not for two threads at a time.
 
-    ``limit`` before whatever blocks: nothing goes on after ``deadline_s`` (of ``time.monotonic``),
-    nor is silent for longer than ``silence_s``.
+    Nothing of an answer, its head included, is waited for after ``deadline_s`` (of
+    ``time.monotonic``), nor longer than ``silence_s`` after what came before it; and where silence
+    has an end, an answer has to come at ``MIN_BYTES_PER_S`` on the whole.
     """
 
     auto_open = 0  # only ``open`` opens it: what is not proved is not used
@@ -40,7 +76,10 @@ class PeerConnection(http.client.HTTPConnection):
         self._begin = functools.partial(Challenger, run_key, role, secret, address.agent_id)
         self.deadline_s = 0.0
         self.silence_s = float("inf")
+        self._asked_s = 0.0
+        self._got_bytes = 0
         self._answer: http.client.HTTPResponse | None = None
+        self.response_class = self._response  # type: ignore[assignment]  # a class, for typing
 
     def close(self) -> None:
         """Close it, with an answer that was not read to its end. Idempotent."""
@@ -49,13 +88,23 @@ class PeerConnection(http.client.HTTPConnection):
         if answer is not None:  # one without a length has the socket for itself
             answer.close()
 
-    def limit(self) -> None:
-        """Let the next blocking call end by the deadline. Raises TimeoutError."""
-        left_s = min(self.deadline_s - time.monotonic(), self.silence_s)
+    def _response(self, sock: socket.socket, *args: Any, **more: Any) -> http.client.HTTPResponse:
+        response = http.client.HTTPResponse(sock, *args, **more)
+        response.fp.close()
+        response.fp = io.BufferedReader(_Bounded(sock, self._limit, self._count))
+        return response
+
+    def _count(self, size_bytes: int) -> None:
+        self._got_bytes += size_bytes
+
+    def _limit(self, sock: socket.socket) -> None:
+        """Let the next blocking call end in time. Raises TimeoutError."""
+        now_s = time.monotonic()
+        pace_s = self._asked_s + self.silence_s + self._got_bytes / MIN_BYTES_PER_S
+        left_s = min(self.deadline_s - now_s, self.silence_s, pace_s - now_s)
         if left_s <= 0:
-            raise TimeoutError("the deadline has passed")
-        if self.sock is not None:
-            self.sock.settimeout(left_s)
+            raise TimeoutError("the deadline has passed, or it is too slow")
+        sock.settimeout(None if left_s == float("inf") else left_s)
 
     def open(self, deadline_s: float) -> None:
         """Connect, and prove on both sides.
@@ -113,9 +162,10 @@ class PeerConnection(http.client.HTTPConnection):
         headers: dict[str, str] | None = None,
     ) -> http.client.HTTPResponse:
         """Send a request and read the head of its answer."""
-        self.limit()
+        self._asked_s, self._got_bytes = time.monotonic(), 0
+        if self.sock is not None:
+            self._limit(self.sock)
         self.request(method, path, body=body, headers=headers or {})
-        self.limit()
         self._answer = response = self.getresponse()
         return response
 
@@ -138,7 +188,6 @@ def read_small(
     pieces: list[bytes] = []
     left_bytes = max_bytes
     while True:
-        connection.limit()
         piece = response.read1(min(left_bytes + 1, READ_BYTES))
         if not piece:
             break

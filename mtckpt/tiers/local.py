@@ -364,8 +364,14 @@ class LocalTier:
         return True
 
     def _walk(self, parts: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], _Entries]]:
-        """Every directory that could hold objects, with what is in it."""
-        entries = self._scan(parts)
+        """Every directory that could hold objects, with what is in it; not what is not ours."""
+        try:
+            entries = self._scan(parts)
+        except AccessDenied as error:
+            if not parts:
+                raise
+            logger.warning("left alone: %s", error.what)  # somebody's; the others are looked at
+            return
         yield parts, entries
         for name, info in entries:
             if stat.S_ISDIR(info.st_mode) and _is_key("/".join((*parts, name))):

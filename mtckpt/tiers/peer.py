@@ -29,7 +29,12 @@ from mtckpt.errors import (
     TierUnavailable,
     UsageError,
 )
-from mtckpt.tiers._peer_http import PeerConnection, read_small, refusal_text
+from mtckpt.tiers._peer_http import (
+    MIN_BYTES_PER_S,
+    PeerConnection,
+    read_small,
+    refusal_text,
+)
 from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives, check_key
 
 if TYPE_CHECKING:
@@ -41,8 +46,6 @@ __all__ = ["MAX_RANGE_BYTES", "Listing", "PeerTier", "Stat"]
 MAX_RANGE_BYTES = 32 * 1024 * 1024
 MAX_LISTED = 5000
 MAX_LISTING_BYTES = MAX_LISTED * 600
-# What is slower than this is as good as not there.
-MIN_BYTES_PER_S = 1024 * 1024
 MAX_IDLE = 8
 # Connections that break one after the other, each before a piece of what was asked for came.
 MAX_BREAKS = 3
@@ -70,8 +73,8 @@ class PeerTier:
         reads: the only run that can be read; that one, if not given.
         secret: what the nodes of the run share.
         place: the label of the peer's tier: "ram", "disk", ...
-        timeout_s: how long the peer may be silent. A call may take that long, and the time that
-            its bytes need at 1 MiB/s.
+        timeout_s: how long the peer may be silent. A call may take that long for each 32 MiB that
+            are asked for, and the time that its bytes need at 1 MiB/s; what comes slower is ended.
     """
 
     def __init__(
@@ -120,14 +123,8 @@ class PeerTier:
             if offset > (size_bytes := self.stat(key).size_bytes):
                 raise self._short(key, offset, 0, size_bytes - offset)
             return
-        deadline_s = self._deadline_s(len(view))
-        done_bytes = breaks = 0
-        while done_bytes < len(view):
-            piece = view[done_bytes : done_bytes + MAX_RANGE_BYTES]
-            goes_on = breaks < MAX_BREAKS
-            got_bytes = self._read_range(key, piece, offset + done_bytes, deadline_s, goes_on)
-            breaks = 0 if got_bytes else breaks + 1
-            done_bytes += got_bytes
+        for first in range(0, len(view), MAX_RANGE_BYTES):
+            self._read_whole(key, view[first : first + MAX_RANGE_BYTES], offset + first)
 
     def stat(self, key: str) -> ObjectInfo:
         """Size of the object; see ``Tier.stat``."""
@@ -180,6 +177,17 @@ class PeerTier:
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise http.client.HTTPException(f"answer does not parse: {error}") from error
 
+    def _read_whole(self, key: str, view: memoryview, offset: int) -> None:
+        """Fill ``view``, which is no more than one range, over as many connections as it takes."""
+        deadline_s = self._deadline_s(len(view))
+        done_bytes = breaks = 0
+        while done_bytes < len(view):
+            goes_on = breaks < MAX_BREAKS
+            rest = view[done_bytes:]
+            got_bytes = self._read_range(key, rest, offset + done_bytes, deadline_s, goes_on)
+            breaks = 0 if got_bytes else breaks + 1
+            done_bytes += got_bytes
+
     def _read_range(
         self, key: str, view: memoryview, offset: int, deadline_s: float, goes_on: bool
     ) -> int:
@@ -187,7 +195,7 @@ class PeerTier:
         be nothing, if it ``goes_on``."""
         path = f"/v1/objects/{self.place}/{key}"
         headers = {"Range": f"bytes={offset}-{offset + len(view) - 1}"}
-        got_bytes = 0
+        got_bytes, began_s = 0, time.monotonic()
         with self._connection(key, deadline_s) as connection:
             response = connection.ask("GET", path, headers=headers)
             if response.status != 206:
@@ -204,14 +212,18 @@ class PeerTier:
                 raise self._short(key, offset, len(view), response.length)
             try:
                 while got_bytes < len(view):
-                    connection.limit()
                     piece = view[got_bytes : got_bytes + _PIECE_BYTES]
                     if not (size_bytes := response.readinto(piece)):
                         raise http.client.IncompleteRead(b"", len(view) - got_bytes)
                     got_bytes += size_bytes
             except (OSError, http.client.HTTPException) as error:
-                broke = goes_on and not isinstance(error, TimeoutError)
-                if not (got_bytes or broke) or time.monotonic() >= deadline_s:
+                now_s = time.monotonic()
+                if isinstance(error, TimeoutError):
+                    # Who sends a little and then nothing would be gone on with for ever.
+                    may_go_on = got_bytes >= MIN_BYTES_PER_S * (now_s - began_s)
+                else:
+                    may_go_on = bool(got_bytes) or goes_on
+                if not may_go_on or now_s >= deadline_s:
                     raise
                 connection.close()  # gone on with by the next request, on another connection
             response.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import io
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 import mtckpt
-from mtckpt.adapters import dcp_files, dcp_unpickling
+from mtckpt.adapters import dcp_files, dcp_stand_ins
 from mtckpt.cli import main
 from mtckpt.errors import CheckpointError, Damaged, FormatError, UnsupportedState
 
@@ -117,6 +118,56 @@ def test_an_array_comes_in_bands(written: Path, monkeypatch: pytest.MonkeyPatch)
             assert b"".join(pieces) == bits(wanted[array.path])[2]
 
 
+@pytest.mark.parametrize(
+    ("shape", "most"),
+    [((1, 1000), 30), ((2, 3, 7), 10), ((2, 3, 7), 7), ((2, 3, 7), 1), ((5,), 2), ((1, 1, 9), 4)],
+)
+def test_an_array_is_cut_wherever_it_is_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], most: int
+) -> None:
+    wanted = torch.arange(float(np.prod(shape))).reshape(shape)
+    dcp.save({"w": wanted, "turned": wanted.t() if len(shape) == 2 else 0}, checkpoint_id=tmp_path)
+    monkeypatch.setattr(dcp_files, "BAND_BYTES", 4 * most)
+    for array in dcp_files.read_step(tmp_path).arrays:
+        pieces = [bytes(piece) for piece in array.pieces()]
+        assert max(map(len, pieces)) <= 4 * most
+        assert len(pieces) <= 2 * -(-wanted.numel() // most)
+        whole = wanted if array.path == "w" else wanted.t()
+        assert b"".join(pieces) == bits(whole)[2]
+
+
+def test_blocks_are_few_and_in_order() -> None:
+    for shape in ((4, 6, 5), (1, 6, 1, 5), (120,)):
+        seen = np.zeros(shape, int)
+        last = -1
+        for first, sizes in dcp_files._blocks(shape, 12):
+            at = tuple(slice(f, f + n) for f, n in zip(first, sizes, strict=True))
+            index = int(np.ravel_multi_index(first, shape))
+            assert index > last
+            last = index
+            seen[at] += 1
+            assert np.prod(sizes) <= 12
+        assert (seen == 1).all()
+
+
+def test_a_file_that_changes_after_it_was_looked_at_is_an_error(
+    written: Path, tmp_path: Path
+) -> None:
+    for change in ("link", "short"):
+        shutil.copytree(written, tmp_path / "c")
+        item = dcp_files.read_step(tmp_path / "c")
+        file = tmp_path / "c" / "__0_0.distcp"
+        if change == "link":
+            file.rename(tmp_path / "moved")
+            file.symlink_to(tmp_path / "moved")
+        else:
+            os.truncate(file, 10)
+        (array,) = (each for each in item.arrays if each.path == "model/w")
+        with pytest.raises(Damaged):
+            list(array.pieces())
+        shutil.rmtree(tmp_path / "c")
+
+
 # -- pickles that want something ------------------------------------------------------------------
 
 
@@ -190,6 +241,47 @@ def test_what_has_no_form_is_named(tmp_path: Path, value: Any, why: str) -> None
     dcp.save({"n": {"odd": value} if why != "sparse" else [1, (value,)]}, checkpoint_id=tmp_path)
     with pytest.raises(UnsupportedState, match=why):
         dcp_files.read_step(tmp_path)
+
+
+def named(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+INDEX = named("torch.distributed.checkpoint.metadata", "MetadataIndex")
+STATE = pickle.MARK + pickle.UNICODE + b"name\n" + pickle.UNICODE + b"int8\n" + pickle.DICT
+
+
+@pytest.mark.parametrize(
+    "built",
+    [
+        named("torch", "float32"),
+        named("torch", "FloatStorage"),
+        named("torch._utils", "_rebuild_tensor_v2"),
+        named("torch", "Size"),
+        named("collections", "OrderedDict"),
+        INDEX,
+        named("torch", "Size") + pickle.EMPTY_TUPLE + pickle.REDUCE,
+        INDEX + pickle.EMPTY_TUPLE + pickle.REDUCE + STATE + pickle.BUILD,
+        named("collections", "OrderedDict") + b")R" + STATE + pickle.BUILD,
+    ],
+    ids=["dtype", "storage", "function", "tuple", "dict", "class", "size", "twice", "dict-twice"],
+)
+def test_a_pickle_changes_nothing_that_is_there_already(built: bytes) -> None:
+    """BUILD sets attributes of whatever it is given, that of every later value's type, too."""
+    names = {**dcp_stand_ins.METADATA_NAMES, **dcp_stand_ins.VALUE_NAMES}
+    data = pickle.PROTO + b"\x02" + built + STATE + pickle.BUILD + pickle.STOP
+    with pytest.raises((dcp_stand_ins.Refused, TypeError)):
+        dcp_stand_ins.Unpickler(io.BytesIO(data), names).load()
+    assert dcp_stand_ins._KNOWN["torch", "float32"].name == "float32"
+
+
+def test_attributes_of_a_state_dict_are_left_out(tmp_path: Path) -> None:
+    state = torch.nn.Linear(2, 2).state_dict()
+    assert state._metadata
+    wrapped = {"values": (state, 1)}  # in a tuple, it is one value for DCP
+    dcp.save(wrapped, checkpoint_id=tmp_path)
+    item = dcp_files.read_step(tmp_path)
+    assert sorted(array.path for array in item.arrays) == ["values/0/bias", "values/0/weight"]
 
 
 def test_a_pickle_of_endless_values_ends(tmp_path: Path) -> None:
@@ -309,8 +401,8 @@ def test_changed_bytes_are_an_error_or_another_value(
 
 
 def test_the_child_knows_the_types_that_torch_has() -> None:
-    for name in dcp_unpickling._DTYPES:
+    for name in dcp_stand_ins._DTYPES:
         assert isinstance(getattr(torch, name, torch.float32), torch.dtype)
-    for name, dtype in dcp_unpickling._STORAGES.items():
+    for name, dtype in dcp_stand_ins._STORAGES.items():
         assert getattr(torch, name) in torch._storage_classes
         assert hasattr(torch, dtype)

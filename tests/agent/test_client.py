@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mtckpt.agent import address, protocol
+from mtckpt.agent import address, known_runs, protocol
 from mtckpt.agent.client import AgentClient, agent_client
 from mtckpt.agent.protocol import AgentStatus, Done, WireError
 from mtckpt.agent.spawn import ensure_agent
@@ -268,7 +268,7 @@ print("got", c.recv(100), flush=True)
 
 
 @pytest.mark.root
-def test_nothing_is_sent_to_a_stranger(runtime_dir: Path) -> None:
+def test_nothing_is_sent_to_a_stranger(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = runtime_dir / "shared"
     home.mkdir()
     home.chmod(0o777)
@@ -293,3 +293,10 @@ def test_nothing_is_sent_to_a_stranger(runtime_dir: Path) -> None:
     os.chown(home, 65534, 65534)
     home.chmod(0o755)
     assert 65534 in address.trusted_uids(str(home / "agent.sock"))
+    # Not where this user's own agent would be: in /tmp, anybody can make that directory first.
+    monkeypatch.delenv("MTCKPT_RUNTIME_DIR")
+    assert 65534 not in address.trusted_uids(str(home / "agent.sock"))
+    (home / "runs.json").write_text('[{"run": "r", "tiers": []}]')
+    assert [each.run for each in known_runs.read(str(home))] == ["r"]
+    os.chown(home / "runs.json", 65534, 65534)
+    assert known_runs.read(str(home)) == []

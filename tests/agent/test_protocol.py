@@ -11,6 +11,8 @@ from hypothesis import given
 
 from mtckpt import errors
 from mtckpt.agent import protocol
+from mtckpt.agent.guests import Offer
+from mtckpt.agent.nodes import News
 from mtckpt.agent.protocol import TierConfig, decode, encode, error_from_wire, error_to_wire
 
 MESSAGES = [
@@ -20,6 +22,23 @@ MESSAGES = [
 ]
 
 OPEN = protocol.Open(1, "run", "h", 0, 1, 12, 34, 1, "/dev/shm/x", [TierConfig("d", "disk", "/d")])
+SOMEWHERE = {"host": "h", "control_port": 1, "data_port": 2}
+UUID = "0" * 8 + "-0000-0000-0000-" + "0" * 12
+EXAMPLES: dict[type, dict[str, object]] = {
+    protocol.Open: msgspec.to_builtins(OPEN),
+    protocol.Join: {"holder": "h", "secret": "", "world_size": 1, "nodes": []},
+    protocol.NodeOfRun: {"address": SOMEWHERE, "ranks": [0]},
+    protocol.Begin: {"holder": "h", "number": 1, "id": UUID},
+    protocol.WantSlots: {"holder": "h", "shard_bytes": 1, "table_bytes": 1, "count": 1},
+    protocol.Seal: {"holder": "h", "slot_id": "a", "inode": 1, "save_id": UUID, "step": 1},
+    News: {"save": "s", "save_id": UUID},
+    Offer: {"node": 0, "address": SOMEWHERE, "save": "s", "save_id": UUID, "ranks": [0]},
+}
+
+
+@pytest.mark.parametrize("type_", EXAMPLES)
+def test_the_examples_are_messages(type_: type[msgspec.Struct]) -> None:
+    assert isinstance(decode(encode(EXAMPLES[type_]), type_), type_)
 
 
 def test_a_message_is_the_same_after_the_wire() -> None:
@@ -48,6 +67,33 @@ def test_deep_and_huge_input_is_refused() -> None:
         decode(b"[" * 1_000_000, protocol.Open)
     with pytest.raises(errors.FormatError, match="larger"):
         decode(b" " * (protocol.MAX_MESSAGE_BYTES + 1), protocol.Flush)
+
+
+@pytest.mark.parametrize(
+    ("type_", "given"),
+    [
+        (protocol.Open, {"world_size": 10**12}),
+        (protocol.Open, {"world_size": 0}),
+        (protocol.Open, {"rank": -1}),
+        (protocol.Open, {"incarnation": 10**12}),
+        (protocol.Join, {"world_size": 10**9}),
+        (protocol.NodeOfRun, {"ranks": [10**9]}),
+        (protocol.Begin, {"number": 10**12}),
+        (protocol.WantSlots, {"shard_bytes": -1}),
+        (protocol.WantSlots, {"shard_bytes": 2**60}),
+        (protocol.WantSlots, {"count": 10**6}),
+        (protocol.Seal, {"step": -1}),
+        (News, {"world_size": 10**9}),
+        (News, {"parts": {"ram": [10**9]}}),
+        (Offer, {"ranks": [-1]}),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(
+    type_: type[msgspec.Struct], given: dict[str, object]
+) -> None:
+    """Before anybody counts up to them."""
+    with pytest.raises(errors.FormatError, match=rf"\$\.{next(iter(given))}"):
+        decode(encode({**EXAMPLES[type_], **given}), type_)
 
 
 @pytest.mark.parametrize("name", errors.__all__)

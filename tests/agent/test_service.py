@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_checks import until
 from fake_trainer import TrainerProcess, disk
 
+from mtckpt._access import Access
 from mtckpt.agent import address, protocol
 from mtckpt.agent.client import AgentClient
-from mtckpt.errors import AccessDenied
+from mtckpt.errors import AccessDenied, UsageError
 
 pytestmark = pytest.mark.root
 
@@ -175,6 +178,154 @@ def test_a_run_is_its_creators_or_whoever_has_the_token(
     bob = trainers(BOB, "r", token="of this run")
     bob.do("open")
     bob.do("begin", 2)
+
+
+REPLACE = """
+import os, sys
+run = sys.argv[1]
+mine = os.path.join(os.path.dirname(run), "../mine")
+with open(mine, "w") as file:
+    file.write('{"run": "r", "run_key": "r", "extra": {"uid": %d}}' % os.getuid())
+refused = 0
+for path in (run + "/.run.json", run + "/.slots"):
+    for try_ in (lambda: os.rename(mine, path), lambda: os.unlink(path),
+                 lambda: os.rename(path, run + "/.old"), lambda: open(path, "r+")):
+        try:
+            try_()
+        except (PermissionError, IsADirectoryError):
+            refused += 1
+for try_ in (lambda: os.rename(run, run + ".old"), lambda: os.mkdir(run + "-next"),
+             lambda: open(run + "/.mine", "w")):
+    try:
+        try_()
+    except PermissionError:
+        refused += 1
+print(refused)
+"""
+
+
+def test_nobody_of_the_group_says_what_another_run_is(
+    service: Path, trainers: Callable[..., TrainerProcess]
+) -> None:
+    alice = trainers(ALICE, "r")
+    alice.do("open")
+    alice.do("begin", 1)
+    alice.do("save", 1, [])
+    run = service / f"mtckpt-{SERVICE_UID}/r"
+    service.chmod(0o777)  # of the same file system, so that a rename could do
+    done = subprocess.run(
+        [*as_user(BOB), "-c", REPLACE, str(run)], env=environment(), capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("11\n", "")
+    config = run / ".run.json"
+    assert (config.stat().st_uid, config.stat().st_mode & 0o777) == (SERVICE_UID, 0o600)
+    with pytest.raises(AccessDenied):
+        trainers(BOB, "r").do("open")
+
+
+SAY = """
+import sys
+from mtckpt.agent import protocol
+from mtckpt.agent.client import AgentClient
+from mtckpt.errors import AccessDenied, CheckpointError
+
+refused = 0
+with AgentClient(sys.argv[1], 20.0) as client:
+    for path, message, answer in (
+        ("rm", protocol.Remove(), protocol.Removed),
+        ("flush", protocol.Flush(sys.argv[2]), protocol.Done),
+        ("close", protocol.Close(sys.argv[2], free_ram=True), protocol.Done),
+        ("changes?since=0&timeout_s=0", None, protocol.Changes),
+    ):
+        try:
+            client.call(f"/v1/runs/r/{path}", message, answer)
+        except AccessDenied:
+            refused += 1
+        except CheckpointError:
+            pass  # an answer
+print(refused)
+"""
+
+
+def test_nobody_of_the_group_speaks_for_another_run(
+    service: Path, trainers: Callable[..., TrainerProcess]
+) -> None:
+    alice = trainers(ALICE, "r", token="of this run")
+    alice.do("open")
+    alice.do("begin", 1)
+    alice.do("save", 1, [])
+    holder = json.loads((service / f"mtckpt-{SERVICE_UID}/r/.run.json").read_text())["owners"][0]
+
+    def refused(uid: int) -> int:
+        command = [*as_user(uid), "-c", SAY, os.environ["MTCKPT_AGENT_SOCKET"], holder["holder"]]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert not done.stderr
+        return int(done.stdout)
+
+    assert refused(BOB) == 4
+    alice.kill()
+    bob = trainers(BOB, "r", token="of this run")
+    bob.do("open")
+    bob.do("close")
+    assert refused(BOB) == 0
+
+
+def test_a_service_runs_no_command_of_another_user(
+    service: Path, trainers: Callable[..., TrainerProcess]
+) -> None:
+    """A configuration of AWS names a command that gives keys: not with the service's rights."""
+    place = service / "aws"  # below directories that the service's user may enter
+    place.mkdir()
+    place.chmod(0o777)
+    config = place / "config"
+    config.write_text(f"[default]\ncredential_process = touch {place}/ran\nregion = x\n")
+    access = Access(environment=(("AWS_CONFIG_FILE", str(config)),))
+    store = protocol.TierConfig("store", "store", "s3://bucket-of-nobody/x", access=access)
+    alice = trainers(ALICE, "r", [store])
+    alice.do("open")
+    alice.do("begin", 1)
+    alice.do("save", 1, ["store"])
+    with AgentClient(os.environ["MTCKPT_AGENT_SOCKET"], 20.0) as client:
+
+        def has_tried() -> bool:
+            (run,) = client.call("/status", None, protocol.AgentStatus).runs
+            return any(tier.problem for tier in run.tiers if tier.label == "store")
+
+        until(lambda: has_tried() or (place / "ran").exists(), 30.0)
+    assert not (place / "ran").exists()
+    with pytest.raises(UsageError, match="reaches no store"):
+        trainers(BOB, "s", [protocol.TierConfig("store", "store", "file:///etc/x")]).do("open")
+
+
+HOLD = """
+import socket, sys
+held = []
+for _ in range(600):
+    held.append(socket.socket(socket.AF_UNIX))
+    held[-1].connect(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_user_does_not_keep_the_others_out(
+    service: Path, trainers: Callable[..., TrainerProcess]
+) -> None:
+    holding = subprocess.Popen(
+        [*as_user(BOB), "-c", HOLD, os.environ["MTCKPT_AGENT_SOCKET"]],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holding.stdout is not None
+        assert holding.stdout.readline() == b"held\n"
+        alice = trainers(ALICE, "r")
+        alice.do("open")
+        alice.do("begin", 1)
+        alice.do("save", 1, [])
+    finally:
+        holding.communicate(timeout=20)
 
 
 def test_a_record_that_its_owner_keeps_to_itself_costs_only_that_save(

@@ -22,6 +22,7 @@ from mtckpt.agent.carry import Carrier
 from mtckpt.agent.pool import Pool, Worker
 from mtckpt.agent.protocol import TierConfig
 from mtckpt.errors import (
+    AccessDenied,
     AlreadyExists,
     CheckpointError,
     Damaged,
@@ -159,6 +160,49 @@ def test_run_configurations_outlive_the_process(ram: work.TierRef) -> None:
     assert isinstance(result, work.RunConfigs)
     assert [config.run for config in result.configs] == ["other"]
     assert result.problems[0].startswith("run: ")
+
+
+def test_a_configuration_that_somebody_else_may_have_written_is_not_used(
+    tmp_path: Path,
+) -> None:
+    """In a service, whose directories its group writes to."""
+    ram = work.TierRef("ram", str(tmp_path / "group"), group_access=True, label="ram")
+    names = ("link", "loose", "pipe", "directory", "sound")
+    for name in names:
+        carry(work.WriteRunConfig(ram, work.RunConfig(name, name)))
+        carry(work.WriteJoin(ram, name, b"{}"))
+    of = {name: Path(ram.path) / name for name in names}
+    assert (of["sound"] / ".run.json").stat().st_mode & 0o7777 == 0o600
+    # Nobody else puts, renames or deletes anything in there.
+    assert of["sound"].stat().st_mode & 0o7777 == 0o2750
+    assert Path(ram.path).stat().st_mode & 0o7777 == 0o2750
+    for file in (".run.json", ".join.json"):
+        (of["link"] / file).rename(tmp_path / file)
+        (of["link"] / file).symlink_to(tmp_path / file)
+        (of["loose"] / file).chmod(0o660)
+        for name in ("pipe", "directory"):
+            (of[name] / file).unlink()
+        os.mkfifo(of["pipe"] / file, 0o600)
+        (of["directory"] / file).mkdir()
+    result = carry(work.ReadRunConfigs(ram))
+    assert isinstance(result, work.RunConfigs)
+    assert [config.run for config in result.configs] == ["sound"]
+    assert list(result.joins) == ["sound"]
+    assert sorted(p.partition(":")[0] for p in result.problems) == sorted([*names[:4]] * 2)
+
+
+def test_a_run_that_is_not_plainly_ours_does_not_hide_the_others(ram: work.TierRef) -> None:
+    for name in ("open-to-all", "sound"):
+        carry(work.WriteRunConfig(ram, work.RunConfig(name, name)))
+    (Path(ram.path) / "open-to-all").chmod(0o777)
+    result = carry(work.ReadRunConfigs(ram))
+    assert isinstance(result, work.RunConfigs)
+    assert [config.run for config in result.configs] == ["sound"]
+    scanned = carry(work.Scan(ram))
+    assert isinstance(scanned, work.Scanned)
+    assert [run.run_key for run in scanned.runs] == ["sound"]
+    with pytest.raises(AccessDenied):
+        carry(work.Scan(ram, "open-to-all"))
 
 
 def test_wipe_takes_one_run_and_no_other(ram: work.TierRef, shard: Shard) -> None:

@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from agent_checks import until
 from builders import build_save
 from click.testing import CliRunner, Result
 
+from mtckpt import Checkpointer, Disk, Ram
+from mtckpt._manifest import run_key
 from mtckpt.agent.protocol import SOCKET_NAME, AgentStatus, RunStatus, TierStatus, ram_base
 from mtckpt.agent.spawn import ensure_agent
 from mtckpt.cli import _agent, main
@@ -127,6 +130,7 @@ def test_what_a_dead_run_left_is_seen_without_an_agent_and_removed_by_a_new_one(
     assert as_json("rm", "My Run", "--yes")["kept"] == []
     assert list(Path(ram_base()).rglob("*.safetensors")) == []
     assert list((tmp_path / "disk").rglob("*.safetensors")) == []
+    assert as_json("ls", "My Run", code=1)["error"]["type"] == "StepNotFound"
     mtckpt("agent", "stop")
 
 
@@ -239,3 +243,23 @@ def test_watch_goes_on_until_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) 
     assert result.output.count("no agent runs") == 3
     assert result.exit_code == 130
     assert mtckpt("status", "--watch", "--json").exit_code == 2
+
+
+@pytest.mark.usefixtures("runtime_dir", "ram_dir")
+def test_a_run_that_was_closed_is_found_by_its_name(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with Checkpointer("My Run", [Ram(every=1), Disk(disk)]) as checkpointer:
+        checkpointer.save(1, {"w": np.ones(3)})
+    until(lambda: not as_json("status")["runs"])
+    for agent in ("idle", "gone"):
+        (listed,) = as_json("ls", "My Run")["runs"]
+        assert [(step["step"], step["tiers"]) for step in listed["steps"]] == [(1, ["disk"])]
+        assert as_json("show", "My Run")["step"] == 1
+        assert as_json("verify", "My Run")["ok"]
+        assert "is closed" in mtckpt("ls", "My Run").output
+        error = as_json("rm", "My Run", "--yes", code=1)["error"]
+        assert "is closed" in error["what"]
+        assert f"rm -r {disk}/{run_key('My Run')}" in "".join(error["actions"])
+        if agent == "idle":
+            assert mtckpt("agent", "stop").exit_code == 0
+    assert as_json("ls", "Other Run", code=1)["error"]["type"] == "StepNotFound"

@@ -7,9 +7,12 @@ in memory as a whole, and no pytree has to be there at all. Does not know mtckpt
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mtckpt import _state
 from mtckpt._building import Pieced
 from mtckpt._dtypes import DTYPES
+from mtckpt._node import MAX_DEPTH
 from mtckpt._state import ArraySpec, Node, escape
 from mtckpt.errors import Damaged, FormatError, UnsupportedState, UsageError
 
@@ -123,8 +127,12 @@ def _read_tree(directory: Path, prefix: tuple[str, ...], item: Item) -> Node:
             )
             for entry in entries
         ]
-    except (AttributeError, KeyError, TypeError) as error:
+        for keys, _ in leaves:
+            "".join(name for _, name in keys).encode()  # JSON can say what is no text
+    except (AttributeError, KeyError, TypeError, UnicodeEncodeError) as error:
         raise FormatError(f"{_METADATA} is not what Orbax writes", path=str(directory)) from error
+    if any(len(keys) > MAX_DEPTH for keys, _ in leaves):
+        raise FormatError("a path is nested too deeply", path=str(directory))
     reader = _Reader(directory, metadata)
     top = _Draft()
     for keys, kind in leaves:
@@ -191,9 +199,14 @@ class _Reader:
         if kind == "None":
             return None
         if kind == "string":
-            return str(self._strings.get(".".join(names), ""))
-        value = self._open(names).read().result()
-        return value.item()
+            text = self._strings.get(".".join(names), "") if type(self._strings) is dict else None
+            if not isinstance(text, str) or not _is_text(text):
+                raise FormatError(f"{_STRINGS} is not what Orbax writes", path=str(self._directory))
+            return text
+        store = self._open(names)
+        if store.rank:
+            raise Damaged("a number has a shape", leaf=".".join(names)[:200])
+        return _read(store).item()
 
     def array(
         self, names: list[str], path: str, framework: str
@@ -209,6 +222,7 @@ class _Reader:
             )
         impl = self._impls.get(".".join(names))
         framework = framework if impl is None else f"jax.key.{impl}"
+        _check_memory(store, path)
         return ArraySpec(dtype, tuple(store.shape), framework), lambda: _bands(self._open(names))
 
     def _open(self, names: list[str]) -> Any:
@@ -235,19 +249,64 @@ def _bands(store: Any) -> Iterator[memoryview]:
     shape = tuple(store.shape)
     if not math.prod(shape):
         return
-    rows = shape[0] if shape else 1
-    height = rows
-    if shape:
-        row_bytes = math.prod(shape[1:]) * store.dtype.numpy_dtype.itemsize
-        chunk = max(1, min(rows, store.chunk_layout.read_chunk.shape[0] or rows))
-        height = chunk * max(1, BAND_BYTES // (row_bytes * chunk))
-    for first in range(0, rows, height):
-        part = store[first : min(first + height, rows)] if shape else store
-        try:
-            band = np.ascontiguousarray(part.read().result())
-        except (ValueError, KeyError, OSError) as error:
-            raise Damaged(f"an array cannot be read: {error}") from error
-        yield band.reshape(-1).view(np.uint8).data
+    axis, height = _cut(store)
+    for outer in itertools.product(*map(range, shape[:axis])):
+        part = store[outer] if outer else store
+        for first in range(0, shape[axis] if shape else 1, height):
+            rows = part[first : min(first + height, shape[axis])] if shape else part
+            yield np.ascontiguousarray(_read(rows)).reshape(-1).view(np.uint8).data
+
+
+def _cut(store: Any) -> tuple[int, int]:
+    """The axis along which an array is cut, and how many rows of it are read at a time.
+
+    The first one, or the next if it has one row a chunk and those are too large: chunks are read
+    whole, and none of them twice.
+    """
+    shape, chunk = tuple(store.shape), _chunk_of(store)
+    axis, rows_bytes = 0, 0
+    for axis in range(len(shape)):
+        rows_bytes = chunk[axis] * math.prod(shape[axis + 1 :]) * store.dtype.numpy_dtype.itemsize
+        if rows_bytes <= BAND_BYTES or chunk[axis] > 1:
+            break
+    return axis, chunk[axis] * max(1, BAND_BYTES // max(1, rows_bytes)) if shape else 1
+
+
+def _chunk_of(store: Any) -> tuple[int, ...]:
+    chunk = store.chunk_layout.read_chunk.shape or store.shape
+    return tuple(max(1, min(n, c or n)) for n, c in zip(store.shape, chunk, strict=True))
+
+
+def _check_memory(store: Any, path: str) -> None:
+    """Raise FormatError where no read can be made: a few bytes of metadata can claim any chunk, and
+    TensorStore ends the process that has no memory for one."""
+    shape, item_bytes = tuple(store.shape), store.dtype.numpy_dtype.itemsize
+    if not math.prod(shape):
+        return
+    axis, height = _cut(store)
+    rows_bytes = min(height, shape[axis]) * math.prod(shape[axis + 1 :]) if shape else 1
+    needed_bytes = max(rows_bytes, math.prod(_chunk_of(store))) * item_bytes
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed_bytes > memory_bytes // 2:
+        raise FormatError(
+            f"its chunks need {needed_bytes:,} bytes of memory at a time, of {memory_bytes:,}",
+            path=path[:200],
+            actions=("import it where there is more memory, if that can be right",),
+        )
+
+
+def _read(part: Any) -> Any:
+    try:
+        return part.read().result()
+    except (ValueError, KeyError, OSError) as error:
+        raise Damaged(f"an array cannot be read: {error}") from error
+
+
+def _is_text(text: str) -> bool:
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
 
 
 def _kvstore(directory: Path, name: str, *, is_ocdbt: bool) -> dict[str, Any]:
@@ -286,9 +345,12 @@ def _plain_tree(value: Any, item: Item, depth: int = 0) -> Node:
 
 
 def _read_json(path: Path) -> Any:
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        if path.stat().st_size > MAX_METADATA_BYTES:
-            raise FormatError("file is larger than metadata can be", path=str(path))
-        return json.loads(path.read_bytes())
+        with open(os.open(path, flags), "rb") as file:
+            info = os.fstat(file.fileno())
+            if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_METADATA_BYTES:
+                raise FormatError("not a file, or larger than metadata can be", path=str(path))
+            return json.loads(file.read(MAX_METADATA_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"cannot be read: {error}", path=str(path)) from error

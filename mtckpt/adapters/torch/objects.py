@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from mtckpt import _state
 from mtckpt._placing import settle
 from mtckpt._state import escape
 from mtckpt.adapters.torch import guards, leaves, replicas, sharded, wrappers
+from mtckpt.adapters.torch.loading import OWN_NAMES, PLAIN_LOADS, check_taken_back
 
 if TYPE_CHECKING:
     from mtckpt._placing import Placing
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["place_object", "plain_state", "state_of"]
 
-# Loading hooks of torch itself that only fill in what an old file lacks; ours lack nothing.
-_PLAIN_LOADS = (Module._load_from_state_dict, _NormBase._load_from_state_dict)
-_OWN_NAMES = frozenset(
-    {"state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict"}
-)
 # State of torch.optim that has one element for each element of its parameter.
 _ELEMENTWISE = frozenset(
     {
@@ -51,7 +46,7 @@ def state_of(value: Any) -> Any:
         return replicas.state_of_module(value, state_of(value.module))
     if isinstance(value, Module):
         plain = plain_state(value)
-        return _bare_state(value.state_dict()) if plain is None else plain
+        return _own_state(value) if plain is None else plain
     if isinstance(value, Optimizer):
         guards.note(value)
         return replicas.state_of_optimizer(value, value.state_dict())
@@ -105,10 +100,12 @@ def _collect(module: Module, prefix: str, found: dict[str, torch.Tensor]) -> boo
     return True
 
 
-def _bare_state(state: Any) -> Any:
+def _own_state(module: Module) -> Any:
     """A ``state_dict()`` without what compiling has added to its names."""
+    state = module.state_dict()
     if not isinstance(state, Mapping):
         return state
+    check_taken_back(module, state)
     names = wrappers.bare_names(state)
     return state if all(map(operator.is_, names, state)) else {n: state[names[n]] for n in names}
 
@@ -118,7 +115,7 @@ def _is_plain(module: Module) -> bool:
     kind = type(module)
     return (
         kind._save_to_state_dict is Module._save_to_state_dict
-        and kind._load_from_state_dict in _PLAIN_LOADS
+        and kind._load_from_state_dict in PLAIN_LOADS
         and kind.state_dict is Module.state_dict
         and kind.load_state_dict is Module.load_state_dict
         and kind.get_extra_state is Module.get_extra_state
@@ -127,7 +124,7 @@ def _is_plain(module: Module) -> bool:
         and not module._state_dict_pre_hooks
         and not module._load_state_dict_pre_hooks
         and not module._load_state_dict_post_hooks
-        and _OWN_NAMES.isdisjoint(module.__dict__)
+        and OWN_NAMES.isdisjoint(module.__dict__)
         and not isinstance(module, torch.jit.ScriptModule)
     )
 
@@ -135,10 +132,10 @@ def _is_plain(module: Module) -> bool:
 def _may_rename(module: Module) -> bool:
     """True if loading may accept other names or shapes than the module has now."""
     return any(
-        type(part)._load_from_state_dict not in _PLAIN_LOADS
+        type(part)._load_from_state_dict not in PLAIN_LOADS
         or type(part).load_state_dict is not Module.load_state_dict
         or part._load_state_dict_pre_hooks
-        or not _OWN_NAMES.isdisjoint(part.__dict__)
+        or not OWN_NAMES.isdisjoint(part.__dict__)
         for part in module.modules()
     )
 
@@ -148,7 +145,7 @@ def _free_shapes(module: Module) -> set[str]:
     return {
         wrappers.bare_name(name)
         for name, part in module.named_modules(remove_duplicate=False)
-        if type(part)._load_from_state_dict not in _PLAIN_LOADS
+        if type(part)._load_from_state_dict not in PLAIN_LOADS
     }
 
 

@@ -1,0 +1,65 @@
+"""Modules that save what their own loading refuses: said at the save, where it can be known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from state_harness import restore, save
+from torch import nn
+
+from mtckpt.errors import UnsupportedState
+
+
+class SavesMore(nn.Linear):
+    """As quantised layers: what describes the weight is saved beside it, and loaded by others."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight.absmax"] = torch.ones(2)
+        destination[f"{prefix}weight.quant_state.nf4"] = torch.zeros(3, dtype=torch.uint8)
+
+
+class SavesExtra(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"a": 1}
+
+
+@pytest.mark.parametrize("kind", [SavesMore, SavesExtra])
+def test_what_no_load_takes_back_is_said_when_it_is_saved(kind: type[nn.Linear]) -> None:
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Sequential(kind(2, 3)))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(UnsupportedState, match="does not take back") as caught:
+            save({"m": model})
+        assert kind.__qualname__ in str(caught.value)
+        assert str(caught.value.details["path"]).startswith("1.0.")
+
+
+def drop_more(state: Any, prefix: str, *_: Any) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
+        del state[name]
+
+
+def drop_later(_: Any, keys: Any = None) -> None:
+    if keys is not None:
+        keys.unexpected_keys.clear()
+
+
+@pytest.mark.parametrize("where", ["part", "outside", "post", "whole"])
+def test_whoever_loads_itself_may_save_what_it_likes(where: str) -> None:
+    model: Any = nn.Sequential(nn.Sequential(SavesMore(2, 3)))
+    if where == "part":
+        model[0][0].register_load_state_dict_pre_hook(lambda _, *more: drop_more(*more))
+    elif where == "outside":
+        model[0].register_load_state_dict_pre_hook(
+            lambda _, state, prefix, *more: drop_more(state, f"{prefix}0.", *more)
+        )
+    elif where == "post":
+        model.register_load_state_dict_post_hook(drop_later)
+    else:
+        setattr(model, "load_state_dict", drop_later)  # noqa: B010 - as a user would, untyped
+    model.load_state_dict(model.state_dict())
+    restore(save({"m": model}), {"m": model})

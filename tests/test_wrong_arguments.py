@@ -1,0 +1,61 @@
+"""What a user may give by mistake: an error of ours that says so, and not whatever breaks on it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mtckpt
+from mtckpt._handle import Save
+from mtckpt.errors import CheckpointError, UsageError
+
+pytestmark = pytest.mark.usefixtures("runtime_dir", "ram_dir")
+NO_SECONDS: list[Any] = [None, "60", -1, math.nan, math.inf, 1e300, True]
+
+
+@pytest.mark.parametrize("value", NO_SECONDS, ids=repr)
+@pytest.mark.parametrize("name", ["timeout_s", "max_stall_s"])
+def test_times_of_a_checkpointer(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"{name}=.*must be a number of seconds"):
+        mtckpt.Checkpointer("r", [mtckpt.Disk(tmp_path)], **{name: value})
+
+
+def test_times_of_waits(tmp_path: Path) -> None:
+    save = Save(1, planned={"ram": "staged"})
+    with mtckpt.Checkpointer("r", [mtckpt.Disk(tmp_path / "d")]) as checkpointer:
+        for value in NO_SECONDS:
+            for wait in (save.wait, checkpointer.close):
+                with pytest.raises(UsageError, match="must be a number of seconds"):
+                    wait(timeout_s=value)
+        checkpointer.save(1, {"w": np.ones(3)})  # it is open still
+
+
+@pytest.mark.parametrize("make", [lambda path: mtckpt.Disk(path), lambda path: iter([path])])
+def test_tiers_that_are_no_list(tmp_path: Path, make: Any) -> None:
+    with pytest.raises(UsageError, match="must be a list") as caught:
+        mtckpt.Checkpointer("r", make(tmp_path))
+    assert "tiers=[Ram(), Disk(...)]" in str(caught.value)
+
+
+@pytest.mark.parametrize("rename", [lambda path: 5, lambda path: path.encode(), lambda path: True])
+def test_a_rename_that_gives_no_path(tmp_path: Path, rename: Any) -> None:
+    state = {"w": np.ones(3)}
+    with mtckpt.Checkpointer("r", [mtckpt.Disk(tmp_path / "d")]) as checkpointer:
+        checkpointer.save(1, state).wait("local")
+    with mtckpt.Checkpointer("r", [mtckpt.Disk(tmp_path / "d")]) as checkpointer:
+        live = {"w": np.zeros(3)}
+        with pytest.raises(UsageError, match="rename gives a"):
+            checkpointer.restore(live, rename=rename)
+        assert not live["w"].any()
+
+
+def test_a_rename_that_cannot_be_called(tmp_path: Path) -> None:
+    state = {"w": np.ones(3)}
+    with mtckpt.Checkpointer("r", [mtckpt.Disk(tmp_path / "d")]) as checkpointer:
+        checkpointer.save(1, state).wait("local")
+        with pytest.raises(CheckpointError, match="rename"):
+            checkpointer.restore(state, rename={"w": "v"})  # type: ignore[arg-type]
