@@ -8,14 +8,17 @@ nodes with different numbers of ranks do, are not compared. Does not know which 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-from xxhash import xxh3_64_hexdigest
+from xxhash import xxh3_64_hexdigest, xxh3_128_digest
 
 from mtckpt import _shard
+from mtckpt._dtypes import DTYPES
 from mtckpt._reading import stored_name
+from mtckpt.errors import Damaged, FormatTooNew
 
 if TYPE_CHECKING:
     from mtckpt._manifest import ArrayEntry, Record
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["Divergence", "Twins", "by_ranks", "compare", "divergences", "roots_of", "twins_of"]
 
 _ROOT_BYTES = 16
+# By the digest of a record's arrays: of each rank of a node, for a plan or two.
+_KNOWN: dict[bytes, dict[str, array[int]]] = {}
+_MAX_KNOWN = 64
 # Boxes that somebody else has stored too -> the roots of them -> who has those. By digests.
 Twins = dict[str, dict[str, list[int]]]
 
@@ -43,46 +49,63 @@ class Divergence(NamedTuple):
         return f"copies of {self.leaf} differ: those of {' and of '.join(said)}"
 
 
-def _stored(record: Record) -> dict[str, list[tuple[ArrayEntry, bytes]]]:
-    """The arrays that other ranks hold too, with their roots, by the group that holds them."""
-    if b'"alike"' not in bytes(record.arrays):
-        return {}
+def _stored(record: Record) -> dict[str, tuple[list[str], array[int]]]:
+    """The arrays that other ranks hold too: their paths, and where their roots are in the record's;
+    by the digest of what they are and of the group that holds them."""
     entries = [entry for entry in record.array_entries() if entry.same_as is None]
+    if not {entry.dtype for entry in entries} <= DTYPES.keys():
+        raise FormatTooNew("a leaf of unknown type", step=record.step)
     layout = _shard.plan_layout((stored_name(e), e.dtype, e.shape) for e in entries)
-    roots = record.root_bytes()
-    root_of = {
-        tensor.name: roots[_ROOT_BYTES * i : _ROOT_BYTES * (i + 1)]
-        for i, tensor in enumerate(layout.tensors)
-    }
-    groups: dict[str, list[tuple[ArrayEntry, bytes]]] = {}
+    index_of = {tensor.name: i for i, tensor in enumerate(layout.tensors)}
+    groups: dict[str, list[ArrayEntry]] = {}
     for entry in sorted(entries, key=stored_name):
         if entry.alike and 0 not in entry.shape:
-            groups.setdefault(entry.alike, []).append((entry, root_of[stored_name(entry)]))
-    return groups
+            groups.setdefault(entry.alike, []).append(entry)
+    found = {}
+    for group, held in groups.items():
+        named = [[e.path, e.dtype, e.offsets, e.shape, e.global_shape] for e in held]
+        boxes = xxh3_64_hexdigest(msgspec.json.encode([group, named]))
+        found[boxes] = [e.path for e in held], array("L", [index_of[stored_name(e)] for e in held])
+    return found
 
 
-def _boxes(group: str, stored: Iterable[tuple[ArrayEntry, bytes]]) -> str:
-    named = [[e.path, e.dtype, e.offsets, e.shape, e.global_shape] for e, _ in stored]
-    return xxh3_64_hexdigest(msgspec.json.encode([group, named]))
+def _places(record: Record) -> dict[str, array[int]]:
+    """Where the roots are. One save after the other has the same arrays, so that is kept."""
+    key = xxh3_128_digest(record.arrays)
+    found = _KNOWN.get(key)
+    if found is None:
+        is_alone = b'"alike"' not in bytes(record.arrays)
+        found = {} if is_alone else {boxes: at for boxes, (_, at) in _stored(record).items()}
+        if len(_KNOWN) >= _MAX_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = found
+    return found
+
+
+def _roots(record: Record, places: array[int]) -> list[bytes]:
+    roots = record.root_bytes()
+    if places and len(roots) < _ROOT_BYTES * (max(places) + 1):
+        raise Damaged("the record has fewer roots than arrays", step=record.step)
+    return [roots[_ROOT_BYTES * i : _ROOT_BYTES * (i + 1)] for i in places]
 
 
 def twins_of(record: Record) -> dict[str, str]:
     """What one rank has stored of what others hold too: boxes -> roots, by digests of them.
 
-    Raises Damaged, UnsupportedState for a record that does not describe a shard.
+    Raises Damaged, FormatTooNew, UnsupportedState for a record that does not describe a shard.
     """
     return {
-        _boxes(group, stored): xxh3_64_hexdigest(b"".join(root for _, root in stored))
-        for group, stored in _stored(record).items()
+        boxes: xxh3_64_hexdigest(b"".join(_roots(record, places)))
+        for boxes, places in _places(record).items()
     }
 
 
 def roots_of(record: Record, boxes: str) -> list[tuple[str, str]]:
     """Paths and roots of the arrays behind one key of ``twins_of``; the same paths on all ranks."""
-    for group, stored in _stored(record).items():
-        if _boxes(group, stored) == boxes:
-            return [(entry.path, root.hex()) for entry, root in stored]
-    return []
+    if boxes not in _places(record):
+        return []
+    paths, places = _stored(record)[boxes]
+    return [(path, root.hex()) for path, root in zip(paths, _roots(record, places), strict=True)]
 
 
 def by_ranks(found: Iterable[tuple[int, Mapping[str, str]]]) -> Twins:

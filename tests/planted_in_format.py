@@ -243,8 +243,8 @@ CAPTURE = (
     ),
     Bug(
         "word-of-the-last-capture-kept",
-        "_save.py",
-        "    table[generation_at : generation_at + 8] = bytes(8)\n",
+        "_writing.py",
+        "        table[generation_at : generation_at + 8] = bytes(8)\n",
         "",
         ("test_guards.py::test_a_capture_cut_short_is_no_finished_one",),
     ),

@@ -107,10 +107,10 @@ DECISIONS = (
     ),
     Bug(
         "header-of-another-rank-kept-in-a-slot",
-        "_save.py",
-        "    slot.data.view[: layout.data_start] = layout.header\n",
-        "    if not any(slot.data.view[:8]):\n"
+        "_writing.py",
         "        slot.data.view[: layout.data_start] = layout.header\n",
+        "        if not any(slot.data.view[:8]):\n"
+        "            slot.data.view[: layout.data_start] = layout.header\n",
         ("test_guards.py::test_a_slot_that_another_rank_had_meanwhile_gets_its_header_again",),
         quick=False,
     ),

@@ -212,8 +212,8 @@ RESTORE = (
     Bug(
         "only-copy-placed-before-all-of-it-was-read",
         "_delivery.py",
-        "                elif check or last:\n",
-        "                elif check:\n",
+        "                elif last:\n",
+        "                elif False:\n",
         (
             "test_delivery.py::"
             "test_the_only_copy_of_the_only_step_is_checked_before_anything_changes",

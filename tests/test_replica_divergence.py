@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from node_scene import Cluster, Node
 from node_worker import SIZE
 
 from mtckpt import _inventory, _twins
-from mtckpt._manifest import Record
+from mtckpt._manifest import ArrayEntry, Record, ShardEntry
 from mtckpt.agent import protocol
 from mtckpt.agent.client import AgentClient
 from mtckpt.cli import main
+from mtckpt.errors import CheckpointError
 from mtckpt.tiers import LocalTier
 
 pytestmark = pytest.mark.timeout(120)
@@ -105,6 +107,21 @@ def assert_only_what_is_alike_is_compared(records: dict[int, Record]) -> None:
     assert _twins.roots_of(records[0], "0" * 16) == []
     assert _twins.divergences({1: records[1], 2: records[2]}) == []
     assert records[0].shard.size_bytes > SIZE * 8
+
+
+def test_a_record_that_lies_is_an_error() -> None:
+    def record(dtype: str, roots: bytes, path: str = "w") -> Record:
+        entry = ArrayEntry(path, dtype, (2, 2), "numpy", (0, 0), (2, 2), alike="12345678")
+        arrays, none = msgspec.Raw(msgspec.json.encode([entry])), msgspec.Raw(b"[]")
+        shard = ShardEntry(1, 0, "", "", 1)
+        id_ = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
+        text = base64.b64encode(roots).decode()
+        return Record(1, "r", 1, 1, id_, id_, 0, 2, "", shard, text, arrays, none, none)
+
+    assert len(_twins.twins_of(record("int8", bytes(16)))) == 1
+    for lie in (record("int9", bytes(16)), record("int8", bytes(8)), record("int8", b"", "\0")):
+        with pytest.raises(CheckpointError):
+            _twins.twins_of(lie)
 
 
 def test_copies_are_grouped_by_what_they_are() -> None:

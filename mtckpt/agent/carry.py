@@ -38,6 +38,7 @@ from mtckpt.tiers.base import BytesSource, check_key, read_all
 from mtckpt.tiers.object_store import ObjectStoreTier
 
 if TYPE_CHECKING:
+    from mtckpt._manifest import Record
     from mtckpt._run_files import RunFiles
     from mtckpt._source import Place
     from mtckpt.agent.peer_server import PeerServer
@@ -174,7 +175,7 @@ class Carrier:
             aborted=record.aborted,
             plan_digest=record.plan_digest,
             again=again,
-            twins=_twins.twins_of(record) if record.world_size > 1 else {},
+            twins=_twins_of(record),
         )
 
     def _roots(self, command: work.ReadRoots) -> work.Roots:
@@ -450,6 +451,19 @@ def _end_old_uploads(place: Place, run_key: str) -> None:
         except CheckpointError as error:
             # Not everybody has the right to; saves do not need it.
             logger.info("%s: unfinished uploads are not looked at: %s", place.tier.name, error.what)
+
+
+def _twins_of(record: Record) -> dict[str, str]:
+    """To be compared with those of other ranks, if there are any and it can be told."""
+    if record.world_size == 1:
+        return {}
+    try:
+        return _twins.twins_of(record)
+    except CheckpointError as error:
+        # The shard is as its record says; that what others hold cannot be read from it changes
+        # nothing of that.
+        logger.warning("%s: its replicas are not compared: %s", record.name, error.what)
+        return {}
 
 
 def _save_name(text: str) -> SaveName:
