@@ -205,8 +205,8 @@ SECURITY = (
     Bug(
         "agent-serves-other-users",
         "agent/server.py",
-        "if self._registry.service or uid in (0, os.geteuid()):",
-        "if self._registry.service or uid >= 0:",
+        "        if uid in (0, os.geteuid()):\n            return True\n",
+        "        if uid >= 0:\n            return True\n",
         ("agent/test_server.py::test_another_user_is_refused",),
     ),
     Bug(
