@@ -110,7 +110,7 @@ def place(
         )
     ring, levels = _ring_of(nodes)
     parts = _parts(ring, held)
-    healthy = [node.failures < LEMON_FAILURES for node in ring]
+    healthy = [node.failures < LEMON_FAILURES and not node.leaving for node in ring]
     scene = _Scene(ring, levels, parts, min(copies, max(0, len(ring) - 1)), healthy)
     chosen = scene.placed(scene.fresh())
     if before and 2 * sum(node.ranks in before for node in ring) >= len(ring):
@@ -328,7 +328,7 @@ def _warnings(scene: _Scene, placed: _Placed, copies: int) -> list[str]:
     lemons = sorted(scene.ring[seat].name for seat in holding if not scene.healthy[seat])
     if lemons:
         warnings.append(
-            f"copies are on {', '.join(lemons)}, where others did not verify: too few other nodes"
+            f"copies are on {', '.join(lemons)}, which should be avoided: too few other nodes"
         )
     return warnings
 
@@ -338,10 +338,16 @@ def _notes(scene: _Scene) -> list[str]:
         f"{kind} is not used: {name} has no label for it" for kind, name in scene.levels.unlabelled
     ]
     return notes + [
-        f"{node.name} is avoided: {node.failures} copies did not verify there"
+        f"{node.name} is avoided: {_why_avoided(node)}"
         for node, is_healthy in zip(scene.ring, scene.healthy, strict=True)
         if not is_healthy
     ]
+
+
+def _why_avoided(node: Node) -> str:
+    if node.leaving:
+        return "it is about to go"
+    return f"{node.failures} copies did not verify there"
 
 
 # -- memory ---------------------------------------------------------------------------------------

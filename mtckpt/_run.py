@@ -95,7 +95,7 @@ class Run:
         self.timeout_s = timeout_s
         self.group: Group = Single()
         self._given = group
-        self._entered = False
+        self._entered = self._joined = False
         self.members = ALONE
         self.incarnation: Incarnation | None = None
         self.parent: tuple[int, int] | None = None
@@ -123,12 +123,20 @@ class Run:
         """Learn which ranks are on this node, and let the agents of several nodes know each other;
         all ranks do, before the first restore or save.
 
-        Raises GroupMissing where their agents cannot be joined, RankTimeout, UsageError.
+        Raises GroupMissing where their agents cannot be joined, RankTimeout, UsageError, and
+        PlacementImpossible where copies are insisted on that these nodes cannot hold.
         """
         self.enter()
-        group = self.group
-        if self.members.world_size == group.world_size:
+        if self._joined:
             return
+        if self.group.world_size == 1:
+            self._check_placement([protocol.NodeOfRun(_nowhere(""), [0])])
+        else:
+            self._join_ranks()
+        self._joined = True
+
+    def _join_ranks(self) -> None:
+        group = self.group
         opened = self.session.open()
         told = self.exchange("join", [_node_of(opened), opened.agent_id])
         nodes = [str(node) for node, _ in told]
@@ -142,6 +150,8 @@ class Run:
                     actions=("give Ram() the same path on all ranks of a node",),
                 )
             self._join_nodes(nodes)
+        else:
+            self._check_placement([protocol.NodeOfRun(_nowhere(opened.boot_id), list(here))])
         self.members = Members(group.rank, group.world_size, here)
 
     def _join_nodes(self, nodes: Sequence[str]) -> None:
@@ -170,9 +180,24 @@ class Run:
                     rank=rank,
                     state="nothing was done",
                 )
-        self.session.join(_joined(nodes, told))
+        joined = _joined(nodes, told)
+        self._check_placement(joined.nodes)
+        self.session.join(joined)
         # No agent is spoken to by one that has not been told of it.
         self.exchange("joined", None)
+
+    def _check_placement(self, nodes: Sequence[protocol.NodeOfRun]) -> None:
+        """Say what copies on these nodes cannot survive; all ranks find the same.
+
+        Raises PlacementImpossible where a tier insists.
+        """
+        for tier in self.tiers:
+            if isinstance(tier, Peers):
+                from mtckpt.agent.partners import placement_of
+
+                placed = placement_of(nodes, tier.copies, strict=tier.strict_placement)
+                for warning in placed.warnings if self.group.rank == 0 else ():
+                    logger.warning("run %s: %s", self.name, warning)
 
     def exchange(self, stage: str, value: object, *, patient: bool = False) -> list[Any]:
         """What every rank gave; ``patient`` where some may wait for their tiers meanwhile.
@@ -416,6 +441,11 @@ def _joined(nodes: Sequence[str], told: list[Any]) -> protocol.Join:
         len(nodes),
         [protocol.NodeOfRun(addresses[there[0]], there) for there in ranks.values()],
     )
+
+
+def _nowhere(boot_id: str) -> protocol.PeerAddress:
+    """This node, of which no other one hears."""
+    return protocol.PeerAddress("", 0, 0, boot_id, name=socket.gethostname())
 
 
 def _node_of(opened: protocol.Opened) -> list[Any]:

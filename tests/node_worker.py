@@ -95,11 +95,11 @@ class Worker:
         slots = settings.pop("slots", "auto")
         keep = settings.pop("keep", 2)
         every = settings.pop("every", 1)
-        copies = settings.pop("copies", 0)
+        copies, strict = settings.pop("copies", 0), settings.pop("strict", False)
         tiers = [
             mtckpt.Ram(every=1, slots=slots),
             mtckpt.Disk(disk, every=every, keep=keep),
-            *([mtckpt.Peers(copies=copies)] if copies else []),
+            *([mtckpt.Peers(copies=copies, strict_placement=strict)] if copies else []),
         ]
         options = {"timeout_s": 20.0, "max_stall_s": 5.0, **settings}
         self.checkpointer = mtckpt.Checkpointer("run", tiers, group=group, **options)

@@ -49,6 +49,11 @@ class RunState:
     layout: Layout | None = None  # of a job on several nodes
     secret: str = ""
     links: dict[int, Link] = field(default_factory=dict)
+    draining: str = ""  # why nothing new is taken here
+    # How often something in this node's memory did not verify, and so with other nodes, by number.
+    failures: int = 0
+    troubles: Counter[int] = field(default_factory=Counter)
+    leaving: set[int] = field(default_factory=set)  # other nodes that are about to go
     fenced: dict[str, Owner] = field(default_factory=dict)
     slots: dict[str, Slot] = field(default_factory=dict)
     saves: dict[str, SaveState] = field(default_factory=dict)
@@ -203,6 +208,20 @@ class RunState:
             and now_s - (tier.owed_since_s or now_s) < PARTNER_PATIENCE_S
             for tier in self.tiers.values()
         )
+
+    def want_everywhere(self, save: SaveState) -> None:
+        """Every tier is to get it; one that refused it before tries again."""
+        for label in self.tiers:
+            save.due.add(label)
+            save.superseded.discard(label)
+            save.failed.pop(label, None)
+        self.touch(save)
+
+    def note_leaving(self, number: int, leaving: bool) -> None:
+        """Another node is about to go, or is not: what it holds is to be elsewhere then."""
+        if leaving != (number in self.leaving):
+            self.leaving ^= {number}
+            self.touch()
 
     def newest_replicated(self) -> tuple[int, int]:
         """The order of the newest save that outlives any one node; what is older need not."""
@@ -445,6 +464,7 @@ class RunState:
                 "uid": self.creator_uid,
                 "unseen": [o.holder for o in self.owners.values() if not o.seen],
                 "rank_here": min(self.layout.own) if self.layout else None,
+                "failures": self.failures,
                 "guests": {name: sorted(s.guests) for name, s in self.saves.items() if s.guests},
                 "fenced": msgspec.to_builtins([_noted(o) for o in self.fenced.values()]),
             },
