@@ -160,7 +160,7 @@ class Run:
         failure: CheckpointError | None = None
         address: protocol.PeerAddress | None = None
         try:
-            address = self.session.listen()
+            address = self.session.listen(_coordination.host_of(self.group))
         except CheckpointError as error:
             failure = error
         told = self.exchange(

@@ -33,8 +33,8 @@ MESH = (5_000, 4_000)
 class Board:
     """A key-value store in a directory: what joins the ranks of these tests."""
 
-    def __init__(self, root: Path) -> None:
-        self.place = str(root)
+    def __init__(self, root: Path, place: str) -> None:
+        self.place = place or str(root)
         self._root = root
 
     def put(self, key: str, value: bytes) -> None:
@@ -91,7 +91,7 @@ class Worker:
 
     def __init__(self, rank: int, world_size: int, board: str, disk: str, **settings: Any) -> None:
         self.rank = rank
-        group = StoreGroup(Board(Path(board)), rank, world_size, "run")
+        group = StoreGroup(Board(Path(board), settings.pop("place", "")), rank, world_size, "run")
         slots = settings.pop("slots", "auto")
         keep = settings.pop("keep", 2)
         every = settings.pop("every", 1)
