@@ -60,7 +60,7 @@ COPIES = (
     ),
     Bug(
         "strict-placement-that-is-not",
-        "_run.py",
+        "_joining.py",
         "strict=tier.strict_placement",
         "strict=False",
         ("test_errors_raised.py::test_it_is_raised[PlacementImpossible]",),
