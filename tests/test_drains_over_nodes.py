@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ def cluster(tmp_path: Path) -> Iterator[Make]:
 
     def make(count: int, **settings: Any) -> Cluster:
         made.append(Cluster(tmp_path, [Node(tmp_path, name) for name in "abcd"[:count]]))
+        for node in made[-1].nodes:
+            node.environment["MTCKPT_GRACE_S"] = "8"
         made[-1].start(every=1000, **settings)
         return made[-1]
 
@@ -103,3 +106,23 @@ def test_nodes_that_all_go_do_not_wait_for_each_other(cluster: Make) -> None:
     for pid in pids:
         until(lambda: not _isolation._is_alive(pid))  # noqa: B023
     assert all(2 in node.steps_on_disk() for node in job.nodes)
+
+
+def test_a_silent_partner_does_not_outlast_the_grace_period(cluster: Make) -> None:
+    job = cluster(2, copies=1)
+    job.saved("replicated")
+    job.save(2)
+    for rank in job.ranks:
+        rank.kill()
+    first, second = job.nodes
+    pid = first.agent_pid
+    second.signal_all(signal.SIGSTOP)
+    try:
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: not _isolation._is_alive(pid), 30.0)
+    finally:
+        second.signal_all(signal.SIGCONT)
+    assert 2 in first.steps_on_disk()
+    log = (first.places.runtime / "agent.log").read_text()
+    assert "run run is drained: step 2 is on disk" in log
+    assert "another node did not take all of it in time" in log
