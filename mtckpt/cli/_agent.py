@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -265,7 +266,9 @@ def agent_run(
     code = run_service(runtime_dir, group, grace_s)
     if as_json:
         print_json({"exit_code": code})
-    return code
+    sys.stdout.flush()
+    # Without the interpreter's own end: it would wait for threads that ask a node which is silent.
+    os._exit(code)
 
 
 @agent.command("health")
