@@ -17,10 +17,11 @@ export PYTHONDONTWRITEBYTECODE :=
 STAMP := $(VENV)/.made-$(shell cat requirements-dev.txt pyproject.toml scripts/setup_env.sh | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format torture bench docs clean tools
+.PHONY: help demo demo-cluster test check format torture bench docs clean tools
 
 help:
 	@echo "make demo     train, kill, resume: the whole thing at work"
+	@echo "make demo-cluster  the same over several hosts, one of which is lost, and then another"
 	@echo "make test     the tests"
 	@echo "make check    format, lint, types, layers, docs"
 	@echo "make format   rewrite the sources as make check wants them"
@@ -36,6 +37,9 @@ $(STAMP):
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
+
+demo-cluster: $(STAMP)
+	$(BIN)/python examples/demo_cluster.py
 
 tools:
 	@bash scripts/setup_test_tools.sh

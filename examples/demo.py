@@ -109,9 +109,10 @@ def agent_pid(places: Places) -> int | None:
         return None
 
 
-def stop_agent(places: Places) -> None:
-    """Ask the node agent to leave; after five seconds, do not ask."""
-    for number, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+def stop_agent(places: Places, gently: bool = True) -> None:
+    """Ask the node agent to leave, which drains then; after five seconds, do not ask."""
+    asked = ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
+    for number, patience_s in asked if gently else asked[1:]:
         pid = agent_pid(places)
         if pid is None:
             return
@@ -124,7 +125,7 @@ def stop_agent(places: Places) -> None:
 
 def wipe_ram(places: Places) -> None:
     """What a reboot does to the RAM tier of this run: the agent is gone, and so are its files."""
-    stop_agent(places)
+    stop_agent(places, gently=False)
     for directory in places.ram.rglob(RUN):
         shutil.rmtree(directory)
 

@@ -67,6 +67,12 @@ class Store(Protocol):
         """Remove a key."""
 
 
+def host_of(group: Group) -> str:
+    """Where the ranks of a job meet, by what joins them; "" if that does not say."""
+    host, _, port = str(getattr(group, "place", "")).rpartition(":")
+    return host.strip("[]") if port.isdigit() else ""
+
+
 class StoreGroup:
     """Ranks that are joined by a key-value store. ``name`` keeps the runs of a job apart.
 
@@ -80,6 +86,7 @@ class StoreGroup:
         number = next(_numbers.setdefault(name, itertools.count()))
         self._directory = f"mtckpt/{name}/{number}"
         self._store = store
+        self.place = store.place
         self._turn = 0
 
     def exchange(self, stage: str, value: bytes, timeout_s: float) -> list[bytes]:

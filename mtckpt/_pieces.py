@@ -23,7 +23,7 @@ from mtckpt.errors import UnsupportedState
 if TYPE_CHECKING:
     from mtckpt._state import Flat, StateAdapter
 
-__all__ = ["ALONE", "Members", "Piece", "Recipe", "divide", "gather", "replicas_of"]
+__all__ = ["ALONE", "Members", "Piece", "Recipe", "divide", "gather", "replicas_of", "shared_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,13 @@ def divide(flat: Flat, specs: Sequence[ArraySpec], members: Members) -> Recipe:
         empty,
         all(piece.part == OWN for piece in firsts),
     )
+
+
+def shared_bytes(recipe: Recipe, members: Members) -> int:
+    """How much of what this rank stores is of arrays that ranks of other nodes hold too."""
+    here = set(members.node)
+    pieces = recipe.pieces
+    return sum(piece.spec.size_bytes for piece in pieces if not here.issuperset(piece.holders))
 
 
 def _layout(members: Members) -> list[object]:

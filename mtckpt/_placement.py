@@ -110,7 +110,7 @@ def place(
         )
     ring, levels = _ring_of(nodes)
     parts = _parts(ring, held)
-    healthy = [node.failures < LEMON_FAILURES for node in ring]
+    healthy = [node.failures < LEMON_FAILURES and not node.leaving for node in ring]
     scene = _Scene(ring, levels, parts, min(copies, max(0, len(ring) - 1)), healthy)
     chosen = scene.placed(scene.fresh())
     if before and 2 * sum(node.ranks in before for node in ring) >= len(ring):
@@ -328,7 +328,7 @@ def _warnings(scene: _Scene, placed: _Placed, copies: int) -> list[str]:
     lemons = sorted(scene.ring[seat].name for seat in holding if not scene.healthy[seat])
     if lemons:
         warnings.append(
-            f"copies are on {', '.join(lemons)}, where others did not verify: too few other nodes"
+            f"copies are on {', '.join(lemons)}, which should be avoided: too few other nodes"
         )
     return warnings
 
@@ -338,10 +338,16 @@ def _notes(scene: _Scene) -> list[str]:
         f"{kind} is not used: {name} has no label for it" for kind, name in scene.levels.unlabelled
     ]
     return notes + [
-        f"{node.name} is avoided: {node.failures} copies did not verify there"
+        f"{node.name} is avoided: {_why_avoided(node)}"
         for node, is_healthy in zip(scene.ring, scene.healthy, strict=True)
         if not is_healthy
     ]
+
+
+def _why_avoided(node: Node) -> str:
+    if node.leaving:
+        return "it is about to go"
+    return f"{node.failures} copies did not verify there"
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -377,24 +383,26 @@ def choose_layout(
     """Layout "node" where it fits into a node's memory, else "spread".
 
     ``private_bytes`` are of one node's ranks alone, ``shared_bytes`` those that ``num_nodes`` nodes
-    hold alike. With "node" each of them captures all of these; with "spread" every byte is captured
-    by ``1 + copies`` of them. What is private is copied to partners in both.
+    hold alike. With "node" each of them captures all of these; with "spread" they share them out,
+    and each byte is captured by one. Partners copy in both what a node has captured, so that with
+    "spread" every byte is on ``1 + copies`` nodes.
     """
-    holding = min(num_nodes, 1 + copies)
-    pulled = private_bytes * min(copies, num_nodes - 1)
+    fewer = min(copies, num_nodes - 1)
+    share_bytes = -(-shared_bytes // num_nodes)
     needed = {
-        "node": memory_bytes(private_bytes + shared_bytes, slots, pulled),
-        "spread": memory_bytes(
-            private_bytes + -(-shared_bytes * holding // num_nodes), slots, pulled
-        ),
+        name: memory_bytes(own_bytes, slots, own_bytes * fewer)
+        for name, own_bytes in (
+            ("node", private_bytes + shared_bytes),
+            ("spread", private_bytes + share_bytes),
+        )
     }
     if needed["node"] <= room_bytes or needed["spread"] == needed["node"]:
         fits = needed["node"] <= room_bytes
         reason = f"each node captures all that its ranks need: {_of(needed['node'], room_bytes)}"
         return Layout("node", needed["node"], fits, reason)
     reason = (
-        f"every byte is captured by {holding} of {num_nodes} nodes: all of it on each would take"
-        f" {_of(needed['node'], room_bytes)}, this {needed['spread'] / GIB:.2f} GiB"
+        f"what {num_nodes} nodes hold alike is captured by one of them, byte by byte: all of it on"
+        f" each would take {_of(needed['node'], room_bytes)}, this {needed['spread'] / GIB:.2f} GiB"
     )
     return Layout("spread", needed["spread"], needed["spread"] <= room_bytes, reason)
 
@@ -404,7 +412,6 @@ def held_in(
     nodes: Sequence[Node],
     private_bytes: int,
     shared_bytes: int,
-    copies: int,
 ) -> list[Held]:
     """What a save leaves on equal nodes, before a copy is made; ``shared_bytes`` all hold alike."""
     ring, _ = _ring_of(nodes)
@@ -415,8 +422,7 @@ def held_in(
         return [*held, Held(tuple(rank for node in ring for rank in node.ranks), shared_bytes)]
     for seat in range(len(ring)):
         first, stop = (shared_bytes * at // len(ring) for at in (seat, seat + 1))
-        seats = seats_of(seat, len(ring), copies)
-        held.append(Held(tuple(rank for at in seats for rank in ring[at].ranks), stop - first))
+        held.append(Held(ring[seat].ranks, stop - first))
     return held
 
 

@@ -13,14 +13,16 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from mtckpt import _coordination, _holdings, _manifest, _restore
+from mtckpt import _coordination, _holdings, _joining, _manifest, _restore
 from mtckpt._access import Access, check_url, open_store, scheme_of
 from mtckpt._coordination import Group, Single
 from mtckpt._handshake import new_secret
+from mtckpt._joining import Needs
 from mtckpt._manifest import Incarnation, SaveName
 from mtckpt._pieces import ALONE, Members
 from mtckpt._restore import Place
@@ -95,7 +97,7 @@ class Run:
         self.timeout_s = timeout_s
         self.group: Group = Single()
         self._given = group
-        self._entered = False
+        self._entered = self._joined = self._has_layout = False
         self.members = ALONE
         self.incarnation: Incarnation | None = None
         self.parent: tuple[int, int] | None = None
@@ -123,14 +125,22 @@ class Run:
         """Learn which ranks are on this node, and let the agents of several nodes know each other;
         all ranks do, before the first restore or save.
 
-        Raises GroupMissing where their agents cannot be joined, RankTimeout, UsageError.
+        Raises GroupMissing where their agents cannot be joined, RankTimeout, UsageError, and
+        PlacementImpossible where copies are insisted on that these nodes cannot hold.
         """
         self.enter()
-        group = self.group
-        if self.members.world_size == group.world_size:
+        if self._joined:
             return
+        if self.group.world_size == 1:
+            self._check_placement([protocol.NodeOfRun(_joining.nowhere(""), [0])])
+        else:
+            self._join_ranks()
+        self._joined = True
+
+    def _join_ranks(self) -> None:
+        group = self.group
         opened = self.session.open()
-        told = self.exchange("join", [_node_of(opened), opened.agent_id])
+        told = self.exchange("join", [_joining.node_of(opened), opened.agent_id])
         nodes = [str(node) for node, _ in told]
         here = tuple(rank for rank, node in enumerate(nodes) if node == nodes[group.rank])
         if len(here) < group.world_size:
@@ -142,6 +152,10 @@ class Run:
                     actions=("give Ram() the same path on all ranks of a node",),
                 )
             self._join_nodes(nodes)
+        else:
+            self._check_placement(
+                [protocol.NodeOfRun(_joining.nowhere(opened.boot_id), list(here))]
+            )
         self.members = Members(group.rank, group.world_size, here)
 
     def _join_nodes(self, nodes: Sequence[str]) -> None:
@@ -150,7 +164,7 @@ class Run:
         failure: CheckpointError | None = None
         address: protocol.PeerAddress | None = None
         try:
-            address = self.session.listen()
+            address = self.session.listen(_coordination.host_of(self.group))
         except CheckpointError as error:
             failure = error
         told = self.exchange(
@@ -170,9 +184,36 @@ class Run:
                     rank=rank,
                     state="nothing was done",
                 )
-        self.session.join(_joined(nodes, told))
+        joined = _joining.joined_of(nodes, told)
+        self._check_placement(joined.nodes)
+        self.session.join(joined)
         # No agent is spoken to by one that has not been told of it.
         self.exchange("joined", None)
+
+    def _check_placement(self, nodes: Sequence[protocol.NodeOfRun]) -> None:
+        """Say what copies on these nodes cannot survive. Raises PlacementImpossible."""
+        for warning in _joining.warnings_of(self.tiers, nodes):
+            if self.group.rank == 0:
+                logger.warning("run %s: %s", self.name, warning)
+
+    @property
+    def lacks_layout(self) -> bool:
+        """Whether nodes are still to agree on who captures what they hold alike."""
+        return not self._has_layout and len(self.members.node) < self.members.world_size
+
+    def _agree_on_layout(self, told: Sequence[Needs | None]) -> None:
+        """Where memory does not hold on each node all that its ranks hold, nodes share out what
+        they hold alike. Decided once, at the first save, from what all ranks told of themselves."""
+        lacked, self._has_layout = self.lacks_layout, True
+        needs = [each for each in told if each is not None]
+        if not lacked or self.session.joined is None or len(needs) < len(told):
+            return
+        nodes = tuple(tuple(node.ranks) for node in self.session.joined.nodes)
+        layout = _joining.layout_of(needs, nodes, self.tiers)
+        if layout.name == "spread":
+            self.members = replace(self.members, spread=nodes)
+            if self.group.rank == 0:
+                logger.warning("run %s: %s", self.name, layout.reason)
 
     def exchange(self, stage: str, value: object, *, patient: bool = False) -> list[Any]:
         """What every rank gave; ``patient`` where some may wait for their tiers meanwhile.
@@ -336,13 +377,14 @@ class Run:
         """Go on from another step: the next save starts an incarnation."""
         self.parent, self.incarnation, self._starting = parent, None, None
 
-    def begin(self) -> None:
-        """Start an incarnation before the first save of this start of the job."""
+    def begin(self, needs: Needs | None = None) -> None:
+        """Start an incarnation before the first save of this start of the job. ``needs`` is what
+        this rank is about to capture, None where it cannot tell: each node captures all then."""
         if self.incarnation is not None:
             return
         self.session.open()
         if self._starting is None:
-            self._starting = self._agree_on_start()
+            self._starting = self._agree_on_start(needs)
         try:
             self.send_begin(self._starting)
         except RunLocked:
@@ -351,13 +393,14 @@ class Run:
         self.incarnation, self._starting = self._starting, None
         self._highest = self.session.incarnation = self.incarnation.number
 
-    def _agree_on_start(self) -> Incarnation:
+    def _agree_on_start(self, needs: Needs | None) -> Incarnation:
         """The same incarnation on every rank: a number above all that any of them has seen."""
         if not self._scanned:
             self.scan(self.places())
         host = [socket.gethostname(), self.session.pid]
-        told = self.exchange("begin", [self._highest, str(uuid.uuid4()), self.parent, host])
-        parents = [parent and tuple(parent) for _, _, parent, _ in told]
+        mine = [self._highest, str(uuid.uuid4()), self.parent, host, needs]
+        told = self.exchange("begin", mine)
+        parents = [parent and tuple(parent) for _, _, parent, _, _ in told]
         if len(set(parents)) > 1:
             raise StepDisagreement(
                 f"ranks go on from different steps: {parents[:8]} (incarnation, step)",
@@ -365,10 +408,11 @@ class Run:
                 state="nothing was saved",
                 actions=("call restore on every rank, with the same arguments",),
             )
+        self._agree_on_layout([each and Needs(*each) for *_, each in told])
         return Incarnation(
             version=_manifest.FORMAT_VERSION,
             run=self.name,
-            number=max(highest for highest, _, _, _ in told) + 1,
+            number=max(highest for highest, *_ in told) + 1,
             id=told[0][1],
             parent=self.parent,
             host=told[0][3][0],
@@ -399,26 +443,3 @@ class Run:
             incarnation.pid,
         )
         self.session.call("incarnation", message, protocol.Begun)
-
-
-def _joined(nodes: Sequence[str], told: list[Any]) -> protocol.Join:
-    """Which ranks are on which node, from what each said of its memory and its agent's address.
-
-    The node of rank 0 comes first and leads.
-    """
-    ranks: dict[str, list[int]] = {}
-    for rank, node in enumerate(nodes):
-        ranks.setdefault(node, []).append(rank)
-    addresses = [msgspec.convert(address, protocol.PeerAddress) for address, _, _ in told]
-    return protocol.Join(
-        "",
-        told[0][1],
-        len(nodes),
-        [protocol.NodeOfRun(addresses[there[0]], there) for there in ranks.values()],
-    )
-
-
-def _node_of(opened: protocol.Opened) -> list[Any]:
-    """Equal for ranks whose slots lie in one memory, whatever their host is called."""
-    found = os.stat(opened.ram_root)
-    return [opened.boot_id, found.st_dev, found.st_ino]

@@ -14,8 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtckpt import _manifest, _save, _writing
+from mtckpt import _manifest, _pieces, _save, _writing
 from mtckpt._handle import Save, stage_of_tier
+from mtckpt._joining import Needs
 from mtckpt._schedule import Disk
 from mtckpt._steps import metrics_of
 from mtckpt.adapters import active_adapters
@@ -40,6 +41,7 @@ __all__ = ["Saver"]
 logger = logging.getLogger(__name__)
 
 _ANSWER_S = 0.5
+_MIN_SLOTS = 2
 
 
 class Saver:
@@ -76,20 +78,22 @@ class Saver:
     ) -> Save:
         """Save ``state`` as ``step``. ``every`` is the automatic interval to carry on, or 0."""
         planned = {label: stage_of_tier(label) for label in ("ram", *labels)}
+        captured, failure = self._read(state)
         try:
-            self.run.begin()
+            self.run.begin(self._needs(captured))
         except (AgentUnavailable, TierUnavailable) as error:
             return self._call_off(Save(step, planned=planned), f"the node agent: {error.what}")
         incarnation = self.run.incarnation
         assert incarnation is not None
         save_id = _manifest.save_id(incarnation.id, step, 0)
         save = Save(step, save_id, planned=planned)
-        self._planner.members = self.run.members
         try:
             metrics = metrics_of(step, metrics)
-            if _is_producer(state):
-                state = state()
-            captured = self._planner.prepare(state, active_adapters())
+            if failure is not None:
+                raise failure
+            if captured is None or self._planner.members is not self.run.members:
+                self._planner = _save.Planner(self.run.members)
+                captured = self._prepare(state)
         except Exception as error:  # noqa: BLE001 - raised again, named
             # A user's state_dict or a framework may raise anything: it is named and wrapped.
             self._decline(save, f"the state could not be read: {type(error).__name__}")
@@ -132,6 +136,36 @@ class Saver:
         finish = None if writing.is_done else functools.partial(self._finish, writing, save, grant)
         self._session.submit(seal, save, lambda: self._prepare_next(layout), finish)
         return save
+
+    def _read(self, state: Any) -> tuple[_save.Captured | None, Exception | None]:
+        """The state taken apart, or why it could not be: told to the others once they have met."""
+        self._planner.members = self.run.members
+        try:
+            return self._prepare(state), None
+        except Exception as error:  # noqa: BLE001 - raised again, named
+            # A user's state_dict or a framework may raise anything.
+            return None, error
+
+    def _prepare(self, state: Any) -> _save.Captured:
+        return self._planner.prepare(state() if _is_producer(state) else state, active_adapters())
+
+    def _needs(self, captured: _save.Captured | None) -> Needs | None:
+        """What this rank would capture, and where, if that is to be agreed on; None where it cannot
+        be told."""
+        if captured is None or not self.run.lacks_layout:
+            return None
+        path = self._session.open().ram_root
+        free_bytes = _free_bytes(path)
+        if not free_bytes:
+            return None
+        layout = captured.plan.layout
+        size_bytes = layout.size_bytes + layout.table_bytes
+        shared = _pieces.shared_bytes(captured.plan.recipe, self.run.members)
+        shared_bytes = min(size_bytes, shared)
+        slots = _MIN_SLOTS if self._ram.slots == "auto" else int(self._ram.slots)
+        # What the run has there already makes room for what it saves.
+        room_bytes = free_bytes + _bytes_below(os.path.join(path, self.run.key))
+        return Needs(size_bytes - shared_bytes, shared_bytes, slots, room_bytes)
 
     def _finish(self, writing: _writing.Writing, save: Save, grant: protocol.SlotGrant) -> None:
         """In the background: wait for what devices still copy. Raises CaptureFailed."""
@@ -273,6 +307,18 @@ def _free_bytes(path: str) -> int:
     except (OSError, StopIteration):
         return 0
     return min(int(available.split()[1]) * 1024, fs.f_bavail * fs.f_frsize)
+
+
+def _bytes_below(path: str) -> int:
+    """What the files of a directory take, and those of directories in it; gone ones take none."""
+    total_bytes = 0
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                total_bytes += _bytes_below(entry.path)
+            else:
+                total_bytes += entry.stat(follow_symlinks=False).st_blocks * 512
+    return total_bytes
 
 
 def _is_producer(state: Any) -> bool:

@@ -147,11 +147,15 @@ class Peers(SlowTier):
     Args:
         copies: on how many other nodes each byte is to be.
         every: steps, or a time such as "10min"; 1 takes every step that is staged.
+        strict_placement: where there are too few nodes for the copies, or one failure domain has
+            all of something, the first ``restore`` or ``save`` is PlacementImpossible. By default
+            that is a warning.
     """
 
     kind = "peers"
     copies: int = field(default=1, kw_only=True)
     every: int | str = field(default=1, kw_only=True)
+    strict_placement: bool = field(default=False, kw_only=True)
     keep: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:

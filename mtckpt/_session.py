@@ -146,10 +146,12 @@ class Session:
             self.opened = self._open(deadline_s)
             return self.opened
 
-    def listen(self) -> protocol.PeerAddress:
-        """Where other nodes reach this one's agent, from now on."""
+    def listen(self, towards: str) -> protocol.PeerAddress:
+        """Where other nodes reach this one's agent, from now on. ``towards`` is where the ranks
+        meet, "" if that is not known."""
         host = os.environ.get("MTCKPT_PEER_HOST", "")
-        message = protocol.Listen(self.holder, host, os.environ.get("MASTER_ADDR", ""))
+        towards = towards or os.environ.get("MASTER_ADDR", "")
+        message = protocol.Listen(self.holder, host, towards)
         return self.call("listen", message, protocol.PeerAddress)
 
     def join(self, nodes: protocol.Join) -> None:

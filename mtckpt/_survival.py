@@ -26,7 +26,7 @@ class Node:
 
     ``domains`` are wider and wider: ``{"rack": "r1", "zone": "a"}``. Two nodes of one ``boot_id``
     are on one host, unless a domain "host" says otherwise. ``failures`` are copies that did not
-    verify there.
+    verify there; one that is ``leaving`` is about to go.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Node:
     ranks: tuple[int, ...]
     domains: Mapping[str, str] = field(default_factory=dict)
     failures: int = 0
+    leaving: bool = False
 
 
 class Part(NamedTuple):

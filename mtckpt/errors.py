@@ -25,6 +25,7 @@
     |-- RunLocked                    another live process owns the run, or took it over
     |-- AgentUnavailable             the node agent did not answer within the deadline
     |   `-- AgentTooOld                it speaks another version of the protocol
+    |-- NodeDraining                 the node is about to go away: its agent takes nothing new
     |-- TierError                    carries tier, key and step
     |   |-- ObjectNotFound             the tier answered: not there
     |   |-- AlreadyExists              the key is taken; nothing is ever replaced
@@ -63,6 +64,7 @@ __all__ = [
     "FormatTooNew",
     "GroupMissing",
     "NoHealthyStep",
+    "NodeDraining",
     "ObjectNotFound",
     "PlacementImpossible",
     "RankTimeout",
@@ -291,6 +293,16 @@ class AgentUnavailable(CheckpointError):
 
 class AgentTooOld(AgentUnavailable):
     """The agent speaks another protocol version. Carries ``agent_version``, ``wanted_version``."""
+
+
+class NodeDraining(CheckpointError):
+    """This node is about to go away, and begins nothing new. The text says who said so."""
+
+    usual_state = "nothing was done; what is here is being brought elsewhere"
+    usual_actions = (
+        "start on another node",
+        "or, if the node stays after all: mtckpt agent drain --cancel",
+    )
 
 
 class TierError(CheckpointError):

@@ -33,8 +33,8 @@ MESH = (5_000, 4_000)
 class Board:
     """A key-value store in a directory: what joins the ranks of these tests."""
 
-    def __init__(self, root: Path) -> None:
-        self.place = str(root)
+    def __init__(self, root: Path, place: str) -> None:
+        self.place = place or str(root)
         self._root = root
 
     def put(self, key: str, value: bytes) -> None:
@@ -99,16 +99,17 @@ class Worker:
         **settings: Any,
     ) -> None:
         self.rank = rank
-        group = StoreGroup(Board(Path(board)), rank, world_size, run)
+        place = settings.pop("place", "")
+        group = StoreGroup(Board(Path(board), place), rank, world_size, run)
         slots = settings.pop("slots", "auto")
         keep = settings.pop("keep", 2)
         every = settings.pop("every", 1)
-        copies = settings.pop("copies", 0)
+        copies, strict = settings.pop("copies", 0), settings.pop("strict", False)
         _gathering._PEER_TIMEOUT_S = settings.pop("peer_s", _gathering._PEER_TIMEOUT_S)
         tiers = [
             mtckpt.Ram(every=1, slots=slots),
             mtckpt.Disk(disk, every=every, keep=keep),
-            *([mtckpt.Peers(copies=copies)] if copies else []),
+            *([mtckpt.Peers(copies=copies, strict_placement=strict)] if copies else []),
         ]
         options = {"timeout_s": 20.0, "max_stall_s": 5.0, **settings}
         self.checkpointer = mtckpt.Checkpointer(run, tiers, group=group, **options)

@@ -157,8 +157,8 @@ INCARNATIONS = (
     Bug(
         "incarnation-not-counted-up",
         "_run.py",
-        "number=max(highest for highest, _, _, _ in told) + 1,",
-        "number=max(1, *(highest for highest, _, _, _ in told)),",
+        "number=max(highest for highest, *_ in told) + 1,",
+        "number=max(1, *(highest for highest, *_ in told)),",
         ("test_checkpointer.py::test_roll_back_starts_a_branch",),
     ),
     Bug(

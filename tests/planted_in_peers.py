@@ -35,12 +35,42 @@ COPIES = (
     ),
     Bug(
         "racks-not-told-to-the-placement",
-        "agent/copies.py",
-        "dict(node.address.domains))",
-        "{})",
+        "agent/partners.py",
+        "dict(node.address.domains),",
+        "{},",
         (
             "agent/test_copies.py::test_partners_are_in_other_racks_and_each_node_has_as_many_guests",
         ),
+    ),
+    Bug(
+        "copies-offered-to-a-node-that-is-about-to-go",
+        "agent/partners.py",
+        "number in leaving,",
+        "False,",
+        ("agent/test_copies.py::test_nodes_that_fail_or_go_are_not_partners",),
+    ),
+    Bug(
+        "copies-on-a-node-that-goes-taken-for-safe",
+        "agent/copies.py",
+        " or save.held_on & run.leaving:",
+        ":",
+        (
+            "test_drains_over_nodes.py::test_owners_of_copies_on_a_drained_node_choose_another_partner",
+        ),
+    ),
+    Bug(
+        "strict-placement-that-is-not",
+        "_joining.py",
+        "strict=tier.strict_placement",
+        "strict=False",
+        ("test_errors_raised.py::test_it_is_raised[PlacementImpossible]",),
+    ),
+    Bug(
+        "failures-of-another-node-not-heard",
+        "agent/copies.py",
+        "max(run.troubles[number], taken.failures)",
+        "run.troubles[number]",
+        ("test_copies_over_nodes.py::test_a_node_whose_copies_rot_is_avoided",),
     ),
 )
 

@@ -47,7 +47,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
 
 EXCHANGES = """
 group = find_group("run")
-print(_coordination.exchange(group, "first", rank, 60), flush=True)
+print(_coordination.exchange(group, "first", [rank, _coordination.host_of(group)], 60), flush=True)
 sys.stdin.readline()
 try:
     _coordination.exchange(group, "second", rank, 2)
@@ -87,7 +87,8 @@ def test_a_stopped_host_of_the_store_ends_the_exchange_in_time(
     ranks = [start(script, rank, port) for rank in (0, 1)]
     for process in ranks:
         assert process.stdout is not None
-        assert process.stdout.readline() == "[0, 1]\n"
+        # Each knows where they meet: that is the way on which agents look for each other, too.
+        assert process.stdout.readline() == "[[0, '127.0.0.1'], [1, '127.0.0.1']]\n"
     os.kill(ranks[0].pid, signal.SIGSTOP)
     stdin, stdout = ranks[1].stdin, ranks[1].stdout
     assert stdin is not None

@@ -180,6 +180,38 @@ def test_a_copy_that_could_not_be_mended_is_made_anew_once_its_source_is(cluster
     until(lambda: in_memory(partner)[1] == [0, 1])
 
 
+def test_a_node_whose_copies_rot_is_avoided(cluster: Make) -> None:
+    job = cluster(3, scrub_s=0.5, every=1000)
+    job.save(1, "replicated")
+    rotten = job.nodes[1]
+    for times in (1, 2, 3):
+        (path,) = rotten.places.ram.glob("*/run/step-*/rank-00000.safetensors")
+        with path.open("r+b") as file:
+            file.seek(100_000)
+            byte = file.read(1)
+            file.seek(100_000)
+            file.write(bytes([byte[0] ^ 1]))
+        until(lambda: rotten.status().counters.get("healed", 0) >= times)  # noqa: B023
+    job.save(2, "replicated")  # its answer says how often that was
+    job.save(3, "replicated")
+    assert in_memory(job.nodes[2])[3] == [0, 1, 2]
+    assert in_memory(rotten)[3] == [1]
+
+
+def test_a_placement_that_is_insisted_on_is_had_or_refused(cluster: Make) -> None:
+    job = cluster(2, strict=True)  # both on one host
+    for told in [*job.all("restore"), *job.all("save", 1)]:
+        assert told["error"] == "PlacementImpossible"
+        assert "all nodes are in host" in told["text"]
+    assert not any(in_memory(node) for node in job.nodes)
+    for node in job.nodes:
+        node.lose()
+        node.places.runtime.mkdir(exist_ok=True)
+        node.environment["MTCKPT_DOMAINS"] = f"host={node.name}"
+    job.start(copies=1, strict=True)
+    job.save(1, "replicated")
+
+
 @pytest.mark.root
 def test_a_partner_without_room_says_so_and_saves_go_on(cluster: Make) -> None:
     job = cluster(2, slots=2, every=1000)

@@ -216,6 +216,16 @@ def test_an_agent_is_watched_and_has_room(place: str, spec: Manifest, agent: Man
     assert place != "overlays/sidecar" or agent["restartPolicy"] == "Always"
 
 
+@pytest.mark.parametrize(("place", "spec", "agent"), agents())
+def test_an_agent_has_the_time_that_it_takes_to_go(
+    place: str, spec: Manifest, agent: Manifest
+) -> None:
+    hook = parsed(agent["lifecycle"]["preStop"]["exec"]["command"])
+    assert hook.command.name == "drain"
+    grace_s = parsed(agent["command"]).params["grace_s"]
+    assert hook.params["timeout_s"] + grace_s < spec["terminationGracePeriodSeconds"]
+
+
 def test_the_network_policy_is_about_these_pods() -> None:
     for place in ("overlays/daemonset", "overlays/sidecar"):
         rendered = render(DEPLOY / place)
@@ -292,9 +302,9 @@ def test_trainers_meet_the_agent(place: str, spec: Manifest, trainer: Manifest) 
     environ = {e["name"]: e.get("value") for e in agent["env"]}
     socket = f"{environ['MTCKPT_RUNTIME_DIR']}/{protocol.SOCKET_NAME}"
     assert {"name": "MTCKPT_AGENT_SOCKET", "value": socket} in trainer["env"]
-    user, group = spec["securityContext"], agent["command"][-1]
+    user, group = spec["securityContext"], parsed(agent["command"]).params["group"]
     if place == "overlays/sidecar":
-        assert group == "run"  # an agent of one user, who is the trainer's, and says where
+        assert group is None  # an agent of one user, who is the trainer's, and says where
         ram = {"name": "MTCKPT_RAM_DIR", "value": environ["MTCKPT_RAM_DIR"]}
         assert ram in trainer["env"]
         assert not user["supplementalGroups"]

@@ -27,9 +27,8 @@ from fake_trainer import TrainerProcess
 
 import mtckpt
 from mtckpt import _manifest, _shard, errors
-from mtckpt._placement import Held, place
-from mtckpt._survival import Node
 from mtckpt.agent import protocol
+from mtckpt.agent.client import agent_client
 from mtckpt.errors import CheckpointError
 from mtckpt.testing.groups import local_groups
 from mtckpt.tiers import BytesSource, LocalTier
@@ -154,9 +153,7 @@ def _(stage: Stage) -> None:
 
 @raises("PlacementImpossible", "copies", "warnings")
 def _(stage: Stage) -> None:
-    """Nothing public asks for copies yet; what will ask decides by this function."""
-    nodes = [Node(name, name, (rank,)) for rank, name in enumerate(("one", "other"))]
-    place(nodes, [Held((0,), 1), Held((1,), 1)], copies=2, strict=True)
+    stage.open_run(tiers=[mtckpt.Ram(), mtckpt.Peers(strict_placement=True)]).restore(state())
 
 
 @raises("UnsupportedPlatform")
@@ -310,6 +307,14 @@ def _(stage: Stage) -> None:
     stage.open_run().restore(state())  # its agent stays, and a newer library comes
     later = protocol.PROTOCOL_VERSION + 1
     stage.monkeypatch.setattr(protocol, "PROTOCOL_VERSION", later)
+    mtckpt.Checkpointer("other", [mtckpt.Ram(every=1)], timeout_s=20).restore(state())
+
+
+@raises("NodeDraining")
+def _(stage: Stage) -> None:
+    stage.open_run().restore(state())
+    with agent_client(20.0) as client:
+        client.call("/v1/drain", protocol.Drain(5.0), protocol.Drained)
     mtckpt.Checkpointer("other", [mtckpt.Ram(every=1)], timeout_s=20).restore(state())
 
 

@@ -109,9 +109,9 @@ def test_a_killed_example_ends_like_its_plain_twin(tmp_path: Path, runtime_dir: 
 # --------------------------------------------------------------------------------------------- demo
 
 
-@pytest.fixture(scope="module")
-def demo() -> Any:
-    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+@pytest.fixture(scope="module", params=["demo"])
+def demo(request: pytest.FixtureRequest) -> Any:
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / f"{request.param}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -179,3 +179,26 @@ def test_the_demo(tmp_path: Path) -> None:
     assert "resumed from ram" in done.stdout
     assert "resumed from disk" in done.stdout
     assert (tmp_path / "demo-output" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("demo", ["demo_cluster"], indirect=True)
+def test_the_cluster_demo_sees_another_loss(demo: Any, tmp_path: Path) -> None:
+    (tmp_path / "losses-0.tsv").write_text("0\t1.5\n1\t1.25\n0\t1.5\n2\t1.0\n")
+    assert demo.losses(tmp_path, 0) == {0: "1.5", 1: "1.25", 2: "1.0"}
+    assert (demo.last_step(tmp_path), demo.losses(tmp_path, 1)) == (2, {})
+    (tmp_path / "losses-0.tsv").write_text("0\t1.5\n0\t1.25\n")
+    with pytest.raises(SystemExit, match="step 0 was done again with another loss"):
+        demo.losses(tmp_path, 0)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(600)
+def test_the_cluster_demo(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "demo_cluster.py"), "--steps=200"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=580, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"rank \d on dog begins with step \d+: [\d.]+ MiB from peers\n", done.stdout)
+    assert "losses of 3 ranks: equal bit for bit" in done.stdout
+    assert "two hosts have come to the end: step 199" in done.stdout

@@ -113,6 +113,16 @@ def test_what_a_host_has_itself_does_not_cross_the_network(cluster: Make) -> Non
         job.saved()
 
 
+def test_agents_listen_where_packets_to_the_meeting_place_leave(cluster: Make) -> None:
+    """Without MASTER_ADDR and without a default route, as under ``jax.distributed``."""
+    job = cluster("ant", "bee")
+    for host in job.hosts:
+        del host.environment["MASTER_ADDR"]
+    job.start(place=f"{job.hosts[0].address}:4000")
+    job.all("restore")
+    job.saved()
+
+
 def test_steps_of_a_host_that_returns_from_an_earlier_start_are_never_newest(
     cluster: Make, network: Network, tmp_path: Path
 ) -> None:

@@ -381,34 +381,35 @@ def test_the_layout_is_the_first_that_fits(
 ) -> None:
     layout = choose_layout(private, shared, num_nodes, copies=copies, slots=3, room_bytes=room)
     fewer = min(copies, num_nodes - 1)
-    whole = 3 * (private + shared) + 2 * fewer * private
-    part = 3 * (private + -(-shared * (fewer + 1) // num_nodes)) + 2 * fewer * private
+    whole = (3 + 2 * fewer) * (private + shared)
+    part = (3 + 2 * fewer) * (private + -(-shared // num_nodes))
     assert layout.needed_bytes == (whole if layout.name == "node" else part)
     assert layout.fits == (layout.needed_bytes <= room)
     assert (layout.name == "node") == (whole <= room or part == whole)
     assert layout.reason
 
 
-def test_data_parallel_on_four_nodes_spreads_to_half_of_them() -> None:
+def test_data_parallel_on_four_nodes_takes_a_quarter_of_each() -> None:
     layout = choose_layout(0, 1 << 30, 4, copies=1, slots=2, room_bytes=1 << 30)
     assert (layout.name, layout.needed_bytes, layout.fits) == ("spread", 1 << 30, True)
-    assert "every byte is captured by 2 of 4 nodes" in layout.reason
+    assert "what 4 nodes hold alike is captured by one of them" in layout.reason
 
 
 @given(clusters(), st.integers(0, 3), st.integers(0, 100), st.sampled_from(("node", "spread")))
 def test_a_layout_leaves_every_byte_on_enough_nodes(
     nodes: list[Node], copies: int, shared: int, layout: Literal["node", "spread"]
 ) -> None:
-    """Nothing of what is shared has to be copied, and a spread state survives as a ring does."""
-    held = held_in(layout, nodes, 0, shared, copies)
+    """Of what all nodes capture nothing is copied; what is spread survives as a ring does."""
+    held = held_in(layout, nodes, 0, shared)
     assert sum(h.size_bytes for h in held) == shared
-    placement = place(nodes, held, 0)
     fewer = min(copies, len(nodes) - 1)
     if layout == "node" or not shared:
+        placement = place(nodes, held, 0)
         assert placement.survival.any.get("node", -1) == (len(nodes) - 1 if shared else -1)
     else:
-        assert placement.survival.any["node"] == fewer
+        placement = place(nodes, held, copies)
         ring = place(nodes, own(nodes), copies)
+        assert placement.survival.any["node"] == fewer
         assert placement.survival.any == ring.survival.any
-    with_own = place(nodes, held_in(layout, nodes, 7, shared, copies), copies)
+    with_own = place(nodes, held_in(layout, nodes, 7, shared), copies)
     assert min(with_own.pulled_bytes().values()) >= 7 * fewer

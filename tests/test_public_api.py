@@ -55,7 +55,7 @@ SIGNATURES = {
     "Save.exception": "self",
     "Ram": "path=None, *, every='auto', slots='auto'",
     "Disk": "path, *, every=1, keep=3",
-    "Peers": "*, copies=1, every=1",
+    "Peers": "*, copies=1, every=1, strict_placement=False",
     "ObjectStore": "url, *, every=1, keep=None, engine='auto', storage_options=None, reuse=False",
     "KeepLast": "n",
     "KeepEvery": "every, within=None",

@@ -1,6 +1,6 @@
 """Copies of this node's parts on other nodes: who is to hold them, and asking until they do.
 
-Knows the partners, by the pure rule of ``_placement``, and what each has acknowledged. A copy is
+Knows the partners, by the rule of ``partners``, and what each has acknowledged. A copy is
 made by the node that gets it: here it is only asked for, for as long as the save's slot is held.
 Does not move bytes, and does not decide when a save is due (``flushing``).
 """
@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from mtckpt import _placement
-from mtckpt._survival import Node
 from mtckpt.agent.guests import Lost, Offer, Taken
+from mtckpt.agent.partners import partners_of, placement_of
 from mtckpt.agent.protocol import Done
 from mtckpt.agent.saves import RAM
-from mtckpt.errors import AccessDenied, AgentUnavailable, Damaged, FormatError, TierUnavailable
+from mtckpt.errors import (
+    AccessDenied,
+    AgentUnavailable,
+    Damaged,
+    FormatError,
+    NodeDraining,
+    TierUnavailable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
     from mtckpt.agent.saves import SaveState, TierState
     from mtckpt.agent.tools import Tools
 
-__all__ = ["Copies", "partners_of", "placement_of"]
+__all__ = ["Copies"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,23 +47,6 @@ MAX_CALLS = 16
 WAIT_S = 2.0
 CALL_S = 15.0
 _T = TypeVar("_T")
-
-
-def placement_of(layout: Layout, copies: int) -> _placement.Placement:
-    """Where the copies of every node's bytes go; all nodes that know the same decide the same."""
-    nodes = [
-        Node(_name(number), node.address.boot_id, tuple(node.ranks), dict(node.address.domains))
-        for number, node in enumerate(layout.nodes)
-    ]
-    held = [_placement.Held((rank,), 1) for node in layout.nodes for rank in node.ranks]
-    return _placement.place(nodes, held, copies)
-
-
-def partners_of(layout: Layout, copies: int) -> list[int]:
-    """The nodes, by number, that hold copies of what this one captures."""
-    ranks = tuple(layout.nodes[layout.here].ranks)
-    names = {_name(number): number for number in range(len(layout.nodes))}
-    return [names[name] for name in placement_of(layout, copies).partners[ranks]]
 
 
 class Copies:
@@ -81,11 +70,12 @@ class Copies:
             return
         self._tell_placement(run, run.layout, tier.config.copies)
         outlived = run.outlived()
+        boot_ids = {node.address.boot_id for node in run.layout.nodes}
         for save in [s for s in run.saves.values() if tier.label in s.ranks]:
             if save in outlived:
                 # Its partners let go of it by the same rule.
                 run.drop_copy(save, tier.label)
-            elif not save.held_by <= {node.address.boot_id for node in run.layout.nodes}:
+            elif not save.held_by <= boot_ids or save.held_on & run.leaving:
                 self._gone(run, tier, save)
 
     async def lost(self, run: RunState, message: Lost) -> Done:
@@ -109,7 +99,7 @@ class Copies:
         if self._told.get(run.key) == run.secret or not layout.is_lead:
             return
         self._told[run.key] = run.secret
-        placed = placement_of(layout, copies)
+        placed = placement_of(layout.nodes, copies, run.troubles, run.leaving)
         for warning in placed.warnings:
             logger.warning("run %s: %s", run.key, warning)
         self._tools.events.emit("copies.placed", run=run.run, report=placed.as_json())
@@ -124,7 +114,8 @@ class Copies:
         if layout is None:
             raise TierUnavailable("no other node of this run is known", tier=tier.label)
         ranks = sorted(save.ranks[RAM])
-        partners = partners_of(layout, tier.config.copies)
+        wanted = min(tier.config.copies, len(layout.nodes) - 1)
+        partners = partners_of(layout, wanted, run.troubles, run.leaving)
         far: dict[int, Taken] = {}
 
         def note(number: int, taken: Taken) -> None:
@@ -137,9 +128,41 @@ class Copies:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+        if len(partners) < wanted:
+            names = ", ".join(str(layout.nodes[number].address) for number in sorted(run.leaving))
+            raise TierUnavailable(
+                f"copies={wanted} have no other node to go to: {names} is about to go",
+                tier=tier.label,
+                step=save.name.step,
+            )
         save.held_by = {far[number].boot_id for number in partners}
+        save.held_on = set(partners)
         save.ranks[tier.label] = set(ranks)
         return sum(far[number].done_bytes for number in partners)
+
+    def candidates(self, run: RunState) -> list[int]:
+        """The other nodes that stay, its partner first: who can take what this one leaves."""
+        layout = run.layout
+        assert layout is not None
+        first = partners_of(layout, 1, run.troubles, run.leaving)
+        return [
+            number
+            for number in dict.fromkeys([*first, *range(len(layout.nodes))])
+            if number != layout.here and number not in run.leaving
+        ]
+
+    async def hand_over(
+        self, run: RunState, save: SaveState, ranks: list[int], number: int
+    ) -> None:
+        """Have another node take these parts, which this one has, since this one goes.
+
+        Raises TierUnavailable where it does not answer, and whatever else it says.
+        """
+        taken: dict[int, Taken] = {}
+        await self._have_taken(run, save, number, ranks, taken.__setitem__)
+        self._tools.events.emit(
+            "copies.handed_over", run=run.run, step=save.name.step, node=number, ranks=len(ranks)
+        )
 
     async def _have_taken(
         self,
@@ -155,7 +178,12 @@ class Copies:
             layout = run.layout
             if layout is None or run.secret != secret:
                 raise TierUnavailable("the job was started anew", tier="peers")
-            taken = await self._ask(run, layout, save, number, ranks)
+            try:
+                taken = await self._ask(run, layout, save, number, ranks)
+            except Damaged:
+                run.troubles[number] += 1
+                raise
+            run.troubles[number] = max(run.troubles[number], taken.failures)
             note(number, taken)
             if taken.boot_id:
                 return
@@ -175,7 +203,8 @@ class Copies:
         here, there = self._peers.address, layout.nodes[number].address
         if here is None:
             raise TierUnavailable("this agent does not listen to other nodes", tier="peers")
-        offer = Offer(layout.here, here, str(save.name), save.save_id, ranks, WAIT_S)
+        name, leaving = str(save.name), bool(run.draining)
+        offer = Offer(layout.here, here, name, save.save_id, ranks, WAIT_S, leaving)
         try:
             client = self._peers.client(run.key, msgspec.structs.replace(there, agent_id=""))
             return await asyncio.get_running_loop().run_in_executor(
@@ -183,6 +212,9 @@ class Copies:
             )
         except Damaged:
             raise  # what is here, as far as the partner can tell: it is healed before it goes again
+        except NodeDraining as error:
+            run.note_leaving(number, True)
+            raise TierUnavailable(error.what, tier="peers", step=save.name.step) from error
         except (AgentUnavailable, AccessDenied, FormatError) as error:
             # Its next agent, or the next start of the job there, may know more.
             raise TierUnavailable(error.what, tier="peers", step=save.name.step) from error
@@ -190,7 +222,3 @@ class Copies:
     def close(self) -> None:
         """Ask nobody any more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _name(number: int) -> str:
-    return f"node {number}"

@@ -22,7 +22,7 @@ from mtckpt.agent import work
 from mtckpt.agent.protocol import Done
 from mtckpt.agent.queue import backoff_s
 from mtckpt.agent.saves import RAM, SaveState
-from mtckpt.errors import AgentUnavailable, CheckpointError, FormatError, TierFull
+from mtckpt.errors import AgentUnavailable, CheckpointError, FormatError, NodeDraining, TierFull
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -47,7 +47,7 @@ class Offer(msgspec.Struct, frozen=True):
     """From the agent of a node to one that is to hold copies: its shards of a save, to be pulled.
 
     Asked again until they are there. ``node`` is its number in the layout, ``address`` where it is
-    now; an answer comes within ``wait_s``.
+    now; an answer comes within ``wait_s``. ``leaving``: that node is about to go.
     """
 
     node: int
@@ -56,6 +56,7 @@ class Offer(msgspec.Struct, frozen=True):
     save_id: Uuid
     ranks: list[Rank]
     wait_s: float = 0.0
+    leaving: bool = False
 
 
 class Lost(msgspec.Struct, frozen=True):
@@ -67,11 +68,12 @@ class Lost(msgspec.Struct, frozen=True):
 
 class Taken(msgspec.Struct, frozen=True):
     """How far a copy is. ``boot_id``, once all of it is there and was verified: of the memory that
-    it is in."""
+    it is in. ``failures``: how often something in that memory did not verify any more."""
 
     done_bytes: int
     total_bytes: int
     boot_id: str = ""
+    failures: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -114,13 +116,17 @@ class Guests:
         peers.verbs["pull"] = (Offer, self.offered)
 
     async def offered(self, run: RunState, offer: Offer) -> Taken:
-        """How far the copy is; the first who asks sets it going. Raises what it ended with."""
+        """How far the copy is; the first who asks sets it going. Raises what it ended with, and
+        NodeDraining where copies are given away and not taken."""
         name, ranks = SaveName.parse(offer.save), sorted(set(offer.ranks))
         layout = run.layout
         if layout is None or not 0 <= offer.node < len(layout.nodes) or offer.node == layout.here:
             raise AgentUnavailable("this agent does not work together with that node")
         if name is None or not ranks or ranks[0] < 0 or len(ranks) > MAX_RANKS:
             raise FormatError("not an offer of shards", state="nothing was pulled")
+        run.note_leaving(offer.node, offer.leaving)
+        if run.draining:
+            raise NodeDraining(run.draining, state="nothing was pulled")
         await self._follow(run, offer.node, offer.address)
         key = _key_of(run, offer)
         pull = self._under_way.get(key)
@@ -138,7 +144,7 @@ class Guests:
         pull.task.result()
         if not self._has(run, offer):
             raise AgentUnavailable("what was taken is gone again: offer it anew", save=offer.save)
-        return Taken(done_bytes, done_bytes, self._boot_id)
+        return Taken(done_bytes, done_bytes, self._boot_id, run.failures)
 
     def _has(self, run: RunState, offer: Offer) -> bool:
         save = run.saves.get(offer.save)
@@ -216,6 +222,7 @@ class Guests:
             if not verified.damaged:
                 return
             run.counters["damaged"] += 1
+            run.failures += 1
             bad = verified.damaged[0]
             logger.warning("run %s: copy %s: %s", run.key, bad.key, bad.reason)
             owner = run.layout.node_of(rank) if run.layout else None

@@ -17,8 +17,8 @@ import msgspec
 from mtckpt._manifest import SaveName, parse_record_file
 from mtckpt._retention import Held, KeepBest, decide, keep_from_wire, kept
 from mtckpt.agent import queue, work
-from mtckpt.agent.copies import partners_of
 from mtckpt.agent.guests import PULLING
+from mtckpt.agent.partners import partners_of
 from mtckpt.agent.saves import RAM, Line, SaveState, TierState
 from mtckpt.errors import CheckpointError, Damaged, TierUnavailable
 
@@ -60,6 +60,7 @@ class Healer:
         save.damaged.add(label)
         save.verified.discard(label)
         run.counters["damaged"] += 1
+        run.failures += label == RAM
         self._tools.count("save_damaged", label)
         if run.layout:
             run.touch(save)
@@ -120,7 +121,8 @@ class Healer:
         if run.layout is None:
             raise TierUnavailable("no other node of this run is known", tier=source)
         failed: CheckpointError | None = None
-        for number in partners_of(run.layout, run.tiers[source].config.copies):
+        others = partners_of(run.layout, run.tiers[source].config.copies)
+        for number in dict.fromkeys([*sorted(save.held_on), *others]):
             where = msgspec.structs.replace(run.layout.nodes[number].address, agent_id="")
             pull = work.Pull(
                 PULLING, run.key, str(save.name), rank, where, run.secret, _ref(run, label)

@@ -29,19 +29,37 @@ _ANY_PORT = 9
 
 def choose_host(wanted: str, towards: str) -> str:
     """An address of this node: ``wanted`` (an address, or an interface's name), else the one that
-    packets to ``towards`` leave from, else the default route's. Raises UsageError."""
+    packets to ``towards`` leave from, else the default route's. Raises UsageError.
+
+    A node often calls itself by a name that means its loopback, as other nodes do not understand
+    it: that is chosen where ``towards`` says so in numbers, or as localhost, or there is no other.
+    """
     if wanted:
         return _named(wanted)
+    loopback = None
     for place in (towards, *_ANYWHERE) if towards else _ANYWHERE:
         found = _route_to(place)
-        if found is not None:
-            return found
+        if found is None:
+            continue
+        if ipaddress.ip_address(found).is_loopback and not _is_loopback(place):
+            loopback = loopback or found
+            continue
+        return found
+    if loopback is not None:
+        return loopback
     raise UsageError(
         "this node has no route to any other",
         state="nothing listens for other nodes",
         actions=["set MTCKPT_PEER_HOST to an address of this node, or to an interface's name"],
         towards=towards,
     )
+
+
+def _is_loopback(place: str) -> bool:
+    try:
+        return place == "localhost" or ipaddress.ip_address(place).is_loopback
+    except ValueError:
+        return False
 
 
 def fixed_ports() -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mtckpt import _events
@@ -35,7 +36,8 @@ __all__ = ["run_own", "run_service"]
 logger = logging.getLogger(__name__)
 
 MAX_LOG_BYTES = 4 * 1024 * 1024
-DRAIN_S = 10.0
+# What is being written when it is to end may end by then.
+STOP_S = 10.0
 _CLOSING_NAME = ".closing"
 _SPAWN_TURNS = 200
 
@@ -78,22 +80,25 @@ def run_own(fd: int, directory: str) -> int:
     return _run(Life(listener, where, service=False, owns_socket=True, stays=False))
 
 
-def run_service(directory: str | None = None, group: str | None = None) -> int:
+def run_service(
+    directory: str | None = None, group: str | None = None, grace_s: float | None = None
+) -> int:
     """``mtckpt agent run``: on systemd's socket (LISTEN_FDS), or on one bound here.
 
     With ``group`` its members may connect and share the RAM tier; else only this user and root.
+    ``grace_s`` is what SIGTERM leaves for bringing away what is here, None: MTCKPT_GRACE_S.
     """
     if directory is None:
         directory = os.environ.get("MTCKPT_RUNTIME_DIR") or address.SERVICE_DIRECTORY
     where = Address(os.path.abspath(directory), service=True)
     before_mask = os.umask(0o007 if group else 0o077)
     try:
-        return _serve_at(where, group)
+        return _serve_at(where, group, grace_s)
     finally:
         os.umask(before_mask)  # whoever called is not ours, and may go on when we could not start
 
 
-def _serve_at(where: Address, group: str | None) -> int:
+def _serve_at(where: Address, group: str | None, grace_s: float | None) -> int:
     service = group is not None
     if group:
         _join_group(where, group)
@@ -101,8 +106,9 @@ def _serve_at(where: Address, group: str | None) -> int:
         address.make_directory(where.directory)
     inherited = _systemd_socket()
     if inherited is not None:
-        return _run(Life(inherited, where, service=service, owns_socket=False, stays=True))
-    with address.locked(where, DRAIN_S):
+        life = Life(inherited, where, service=service, owns_socket=False, stays=True)
+        return _run(life.with_grace(grace_s))
+    with address.locked(where, STOP_S):
         if address.answers(where.socket_path, 1.0):
             raise AgentUnavailable(
                 "another agent serves here already",
@@ -111,7 +117,8 @@ def _serve_at(where: Address, group: str | None) -> int:
                 socket=where.socket_path,
             )
         listener = address.bind(where.socket_path, 0o660 if group else 0o600)
-    return _run(Life(listener, where, service=service, owns_socket=True, stays=True))
+    life = Life(listener, where, service=service, owns_socket=True, stays=True)
+    return _run(life.with_grace(grace_s))
 
 
 def _join_group(where: Address, group: str) -> None:
@@ -179,6 +186,14 @@ class Life:
         self._owns_socket = owns_socket
         self._stays = stays
         self._limits = Limits.from_environment()
+        # When everything has to be over, once SIGTERM has come.
+        self._end_s: float | None = None
+
+    def with_grace(self, grace_s: float | None) -> Life:
+        """So many seconds from SIGTERM to the end; None leaves what the environment says."""
+        if grace_s is not None:
+            self._limits = replace(self._limits, grace_s=grace_s)
+        return self
 
     async def run(self) -> None:
         """Serve until there is nothing left to do, or somebody ends it."""
@@ -198,8 +213,8 @@ class Life:
         registry = Registry(tools, self._where.directory, service=self._service)
         server = AgentServer(registry, Verbs(registry))
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, server.stopped.set)
+        loop.add_signal_handler(signal.SIGINT, server.stopped.set)
+        loop.add_signal_handler(signal.SIGTERM, self._terminate, server, registry)
         self._write_pid()
         await server.start(self._listener)
         tools.start(registry.start(), "reading what was left")
@@ -207,12 +222,34 @@ class Life:
         tools.events.emit("agent.started", pid=os.getpid())
         with contextlib.ExitStack() as lock:
             await self._until_done(server, registry, lock)
-            await registry.stop(DRAIN_S)
+            await registry.stop(self._stop_s())
             self._leave()
             await registry.peers.close()
             await server.stop()
         await tools.pool.close()
         logger.info("agent %s ends", registry.agent_id)
+
+    def _terminate(self, server: AgentServer, registry: Registry) -> None:
+        """SIGTERM: bring away what is here while there is time. A second one ends it at once."""
+        grace_s = self._limits.grace_s
+        if self._end_s is not None or grace_s <= 0:
+            server.stopped.set()
+            return
+        self._end_s = time.monotonic() + grace_s
+
+        async def drain() -> None:
+            try:
+                # A part of the time is kept for what is under way then.
+                await registry.drainer.drain(0.8 * grace_s, "the agent of this node was terminated")
+            finally:
+                server.stopped.set()
+
+        registry.tools.start(drain(), "draining")
+
+    def _stop_s(self) -> float:
+        if self._end_s is None:
+            return STOP_S
+        return min(STOP_S, max(0.0, self._end_s - time.monotonic()))
 
     async def _start_ram(self, tools: Tools, pool: Pool) -> None:
         """Let the RAM tier's data process import what it needs while we do."""

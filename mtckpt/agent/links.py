@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -105,8 +106,10 @@ class Links:
         self.leave(run)
         run.layout, run.secret = layout_of(join, rank), join.secret
         run.links = {number: Link() for number in run.layout.partners()}
+        run.leaving, run.troubles = set(), Counter()
         for save in run.saves.values():
             save.told.clear()
+            save.held_on.clear()
             save.found = True
         for number in run.links:
             self._tools.start(self._serve(run, number), f"telling node {number} of {run.key}")
@@ -217,6 +220,7 @@ class Links:
         if link.told_by != message.address.agent_id:
             if link.told_by:
                 link.forget()
+                run.note_leaving(message.node, False)  # another agent has its place
             link.told_by = message.address.agent_id
             await self.follow(run, message.node, message.address)
         heard = [save for news in message.saves if (save := self._take_in(run, message.node, news))]

@@ -20,6 +20,7 @@ says which one it speaks. Payload bytes never travel here; they lie in slot file
     POST /v1/runs/{key}/join           Join        -> Done        who the other nodes are
     GET  /v1/runs/{key}/changes?since=N&timeout_s=T  -> Changes   long poll
     GET  /status  /metrics  /events    POST /v1/stop  Stop -> Done
+    POST /v1/drain                     Drain       -> Drained     the node is about to go
     GET  /healthz  /readyz           -> Done        for a supervisor's probes
 """
 
@@ -334,6 +335,31 @@ class Stop(msgspec.Struct, frozen=True):
     timeout_s: float = 60.0
 
 
+class Drain(msgspec.Struct, frozen=True):
+    """The node is about to go: nothing new is taken, and what is here is brought elsewhere within
+    ``timeout_s``. ``cancel``: it stays after all."""
+
+    timeout_s: float = 60.0
+    cancel: bool = False
+
+
+class DrainedRun(msgspec.Struct, frozen=True):
+    """``step`` is the newest that is whole, with its stages; ``safe`` whether the loss of this node
+    takes nothing along, ``detail`` where it is, ``lacking`` what did not get where it should."""
+
+    run: str
+    step: int | None
+    stages: list[str]
+    safe: bool
+    detail: str
+    lacking: list[str] = []
+
+
+class Drained(msgspec.Struct, frozen=True):
+    safe: bool
+    runs: list[DrainedRun] = []
+
+
 class Done(msgspec.Struct, frozen=True):
     detail: str = ""
 
@@ -402,7 +428,8 @@ class RunStatus(msgspec.Struct, frozen=True):
 
 
 class AgentStatus(msgspec.Struct, frozen=True):
-    """``bounded_by`` says what may end the agent before the node does."""
+    """``bounded_by`` says what may end the agent before the node does, ``draining`` why it takes
+    nothing new."""
 
     version: int
     mtckpt: str
@@ -414,6 +441,7 @@ class AgentStatus(msgspec.Struct, frozen=True):
     uptime_s: float
     bounded_by: str = ""
     runs: list[RunStatus] = []
+    draining: str = ""
 
 
 _T = TypeVar("_T")

@@ -158,6 +158,7 @@ class Limits:
     rank_s: float = field(default=60.0, metadata={"env": "MTCKPT_RANK_S"})
     takeover_s: float = field(default=5.0, metadata={"env": "MTCKPT_TAKEOVER_S"})
     idle_s: float = field(default=30.0, metadata={"env": "MTCKPT_AGENT_IDLE_S"})
+    grace_s: float = field(default=25.0, metadata={"env": "MTCKPT_GRACE_S"})
     delete_grace_s: float = field(default=60.0, metadata={"env": "MTCKPT_DELETE_GRACE_S"})
 
     @staticmethod

@@ -21,6 +21,7 @@ from mtckpt._slots import DIRECTORY
 from mtckpt.agent import owners, protocol, queue, work
 from mtckpt.agent.agreement import Agreement
 from mtckpt.agent.copies import Copies
+from mtckpt.agent.draining import Drainer
 from mtckpt.agent.fetching import Fetcher
 from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.guests import PULLING, Guests
@@ -70,6 +71,7 @@ class Registry:
         self.peers = Peers(self)
         self.copies = Copies(tools, self.ring, self.peers)
         self.flusher = Flusher(tools, self.ring, self.healer, self.copies)
+        self.drainer = Drainer(self.runs, self.copies, tools.events)
         self.replicas = Replicas(tools, self.peers, self.write_config)
         self.links = Links(
             tools, self.ring, self.agreement, self.flusher, self.replicas, self.peers
@@ -123,6 +125,7 @@ class Registry:
         run = RunState(config.run, config.run_key, ram)
         self.set_tiers(run, config.tiers)
         extra = config.extra
+        run.failures = int(extra.get("failures") or 0)
         run.noted_guests = dict(extra.get("guests") or {})
         run.noted_diverged = dict(extra.get("diverged") or {})
         run.noted_chosen = set(extra.get("chosen") or ())
@@ -414,26 +417,12 @@ class Registry:
         """Nobody owns anything, nothing is owed, no RAM is held."""
         return self.ready.is_set() and not self.runs
 
-    async def drain(self, timeout_s: float) -> int:
-        """Wait until nothing is owed; the number of saves that still are."""
-        deadline_s = time.monotonic() + timeout_s
-        while (owed := self._num_owed()) and time.monotonic() < deadline_s:  # noqa: ASYNC110
-            await asyncio.sleep(_POLL_S)  # many things end it: flushes, failures, retention
-        return owed
-
-    def _num_owed(self) -> int:
-        return sum(
-            any(run.source_for(save, label) for label in save.owed)
-            for run in self.runs.values()
-            for save in run.saves.values()
-        )
-
     async def stop(self, drain_s: float) -> None:
         """Let what is being written end within the time; the rest is in the records."""
         self.flusher.stop()
         deadline_s = time.monotonic() + drain_s
-        while self._is_writing() and time.monotonic() < deadline_s:  # noqa: ASYNC110 - as in drain
-            await asyncio.sleep(_POLL_S)
+        while self._is_writing() and time.monotonic() < deadline_s:  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)  # many things end it
         self.copies.close()
 
     def _is_writing(self) -> bool:

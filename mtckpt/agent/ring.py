@@ -43,6 +43,8 @@ class Ring:
         self, run: RunState, owner: Owner, message: protocol.WantSlots
     ) -> protocol.Slots:
         """A slot, now or within ``wait_s``. Raises TierFull where not even two fit."""
+        if run.draining:
+            return protocol.Slots(None, run.draining)
         plan = Plan(message.shard_bytes, message.table_bytes)
         run.plans[owner.holder] = (plan, max(1, message.count))
         run.doubt_others(owner, message.held)
@@ -73,7 +75,7 @@ class Ring:
 
     async def next_for(self, run: RunState, owner: Owner) -> protocol.SlotGrant | None:
         """A slot for the reply to a seal, if there is one without waiting or allocating."""
-        if owner.holder not in run.plans:
+        if owner.holder not in run.plans or run.draining:
             return None
         try:
             slot = self._take_free(run, owner) or await self._recycle(run, owner)
@@ -218,15 +220,14 @@ class Ring:
         for slot in run.slots.values():
             if slot.save in facts:
                 why = queue.blocks_recycling(facts[slot.save], list(facts.values()))
-                step = run.saves[slot.save].name.step
-                parts.append(f"step {step} {why or 'is held by a reader'}")
+                parts.append(
+                    f"step {run.saves[slot.save].name.step} {why or 'is held by a reader'}"
+                )
             elif slot.state is SlotState.CAPTURING:
                 fenced = slot.holder in run.fenced
                 parts.append("one is a fenced process's" if fenced else "one is captured")
-        said = [
-            part if count == 1 else part.replace("one is", f"{count} are", 1)
-            for part, count in Counter(parts).items()
-        ]
+        each = Counter(parts).items()
+        said = [part if n == 1 else part.replace("one is", f"{n} are", 1) for part, n in each]
         return f"no slot is free: {'; '.join(said) or 'none could be allocated'}"
 
     # -- sealing ---------------------------------------------------------------------------------

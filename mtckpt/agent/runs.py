@@ -50,6 +50,11 @@ class RunState:
     layout: Layout | None = None  # of a job on several nodes
     secret: str = ""
     links: dict[int, Link] = field(default_factory=dict)
+    draining: str = ""  # why nothing new is taken here
+    # How often something in this node's memory did not verify, and so with other nodes, by number.
+    failures: int = 0
+    troubles: Counter[int] = field(default_factory=Counter)
+    leaving: set[int] = field(default_factory=set)  # other nodes that are about to go
     fenced: dict[str, Owner] = field(default_factory=dict)
     slots: dict[str, Slot] = field(default_factory=dict)
     saves: dict[str, SaveState] = field(default_factory=dict)
@@ -216,6 +221,20 @@ class RunState:
         line = self.line()
         held = [save.worth(line) for save in self.saves.values() if save.is_replicated]
         return [s for s in self.saves.values() if held and s.worth(line) < max(held)]
+
+    def want_everywhere(self, save: SaveState) -> None:
+        """Every tier is to get it; one that refused it before tries again."""
+        for label in self.tiers:
+            save.due.add(label)
+            save.superseded.discard(label)
+            save.failed.pop(label, None)
+        self.touch(save)
+
+    def note_leaving(self, number: int, leaving: bool) -> None:
+        """Another node is about to go, or is not: what it holds is to be elsewhere then."""
+        if leaving != (number in self.leaving):
+            self.leaving ^= {number}
+            self.touch()
 
     def flushable(self, tier: TierState) -> list[SaveFacts]:
         """Saves as the tier looks at them: those that it can be given now, and the others."""
@@ -467,6 +486,7 @@ class RunState:
                 "admitted": sorted(self.admitted),
                 "unseen": [o.holder for o in self.owners.values() if not o.seen],
                 "rank_here": min(self.layout.own) if self.layout else None,
+                "failures": self.failures,
                 "guests": {name: sorted(s.guests) for name, s in self.saves.items() if s.guests},
                 "diverged": {name: s.diverged for name, s in self.saves.items() if s.diverged},
                 "chosen": sorted(name for name, save in self.saves.items() if save.chosen),

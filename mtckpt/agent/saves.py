@@ -91,7 +91,8 @@ class SaveState:
     have is in ``told``, by node: at the lead what each said last, elsewhere what the lead did.
 
     ``guests`` are ranks whose shards are in RAM here as copies for other nodes; ``held_by`` has the
-    boot ids of those that hold copies of this node's."""
+    boot ids of those that hold copies of this node's, ``held_on`` the numbers of those that took
+    them in this start of the job."""
 
     name: SaveName
     save_id: str
@@ -105,6 +106,7 @@ class SaveState:
     told: dict[int, News] = field(default_factory=dict)
     guests: set[int] = field(default_factory=set)
     held_by: set[str] = field(default_factory=set)
+    held_on: set[int] = field(default_factory=set)
     failed: dict[str, WireError] = field(default_factory=dict)
     owed_why: dict[str, str] = field(default_factory=dict)
     superseded: set[str] = field(default_factory=set)

@@ -94,6 +94,7 @@ class AgentServer(HttpServer):
         router.add_post("/v1/runs/{key}/open", self._post_open)
         router.add_post("/v1/runs/{key}/{verb}", self._post_verb)
         router.add_post("/v1/stop", self._post_stop)
+        router.add_post("/v1/drain", self._post_drain)
 
     async def stop(self) -> None:
         """Close everything. Answers under way are cut off."""
@@ -208,6 +209,7 @@ class AgentServer(HttpServer):
         """It knows what an agent before it left, so that a run can be opened at once."""
         if not self._registry.ready.is_set():
             raise AgentUnavailable("the agent is still reading what an earlier one left")
+        self._registry.drainer.refuse()
         return reply(protocol.Done("it is ready"))
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
@@ -252,13 +254,31 @@ class AgentServer(HttpServer):
             unsubscribe()
         return response
 
-    async def _post_stop(self, request: web.Request) -> web.Response:
-        message: protocol.Stop = await self.message(request, protocol.Stop)
+    def _check_own_user(self, request: web.Request) -> None:
         if _uid_of(request) not in (0, os.geteuid()):
             raise AccessDenied("only the agent's own user may stop it", state="it goes on")
-        left = await self._registry.drain(message.timeout_s) if message.drain else 0
+
+    async def _post_stop(self, request: web.Request) -> web.Response:
+        message: protocol.Stop = await self.message(request, protocol.Stop)
+        self._check_own_user(request)
+        detail = ""
+        if message.drain:
+            drained = await self._registry.drainer.drain(message.timeout_s, "the agent is stopped")
+            lacking = [(run.run, why) for run in drained.runs for why in run.lacking]
+            detail = "\n".join(f"{run}: {why}" for run, why in lacking)
         asyncio.get_running_loop().call_later(0.05, self.stopped.set)
-        return reply(protocol.Done(f"{left} saves are still owed" if left else ""))
+        return reply(protocol.Done(detail))
+
+    async def _post_drain(self, request: web.Request) -> web.Response:
+        message: protocol.Drain = await self.message(request, protocol.Drain)
+        self._check_own_user(request)
+        await self._ready()
+        drainer = self._registry.drainer
+        if message.cancel:
+            drainer.cancel()
+            return reply(protocol.Drained(True))
+        reason = f"{self._registry.host} is about to go: it is being drained"
+        return reply(await drainer.drain(message.timeout_s, reason))
 
 
 def _uid_of(request: web.Request) -> int:

@@ -38,6 +38,7 @@ def agent_status(registry: Registry) -> AgentStatus:
         round(time.monotonic() - _STARTED_S, 3),
         bounded_by(),
         [_run_status(run) for _, run in sorted(registry.runs.items())],
+        registry.drainer.reason,
     )
 
 

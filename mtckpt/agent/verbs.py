@@ -70,7 +70,8 @@ class Verbs:
     # -- opening ---------------------------------------------------------------------------------
 
     async def open(self, caller: Caller, key: str, message: protocol.Open) -> protocol.Opened:
-        """A Checkpointer comes, or comes back. Raises RunLocked while somebody else has the run."""
+        """A Checkpointer comes, or comes back. Raises RunLocked while somebody else has the run,
+        NodeDraining where none may come any more."""
         if message.protocol > protocol.PROTOCOL_VERSION:
             raise AgentTooOld(
                 "the node agent is older than this process",
@@ -82,6 +83,9 @@ class Verbs:
             raise UsageError("the run's name and its key differ", state="nothing was done", key=key)
         if self._registry.service and caller.uid not in (0, os.geteuid()):
             message = msgspec.structs.replace(message, tiers=[*map(lent, message.tiers)])
+        known = self._registry.runs.get(key)
+        if known is None or all(owner.holder != message.holder for owner in known.living()):
+            self._registry.drainer.refuse()
         run = await self._registry.run_for(key, message)
         async with run.opening:
             self._admit(run, caller, message)
@@ -390,11 +394,7 @@ class Verbs:
         save = max([*coming, *([staged] if staged else [])], key=lambda s: s.order, default=None)
         if save is None:
             return protocol.Done("nothing is staged")
-        for label in run.tiers:
-            save.due.add(label)
-            save.superseded.discard(label)
-            save.failed.pop(label, None)
-        run.touch(save)
+        run.want_everywhere(save)
         return protocol.Done(str(save.name))
 
     async def fetch(self, run: RunState, message: protocol.Fetch) -> protocol.Fetched:

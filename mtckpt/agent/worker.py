@@ -124,8 +124,10 @@ def main(arguments: list[str]) -> int:
     parent_pid = os.getppid()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # Ctrl-C in a terminal is for the trainer; this process ends with the one that started it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C in a terminal is for the trainer, and who is told to end may still need this process
+    # to bring things away; it ends with the one that started it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     sock = socket.socket(fileno=int(arguments[0]))
     sock.setblocking(True)
     if os.getppid() != parent_pid:

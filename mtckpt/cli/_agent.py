@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,8 @@ def _print_status(found: AgentStatus | None, runs: list[RunStatus]) -> None:
         f"agent {found.pid} on {found.host}: {found.mode}, mtckpt {found.mtckpt},"
         f" up {_age(found.uptime_s)}{bounded}"
     )
+    if found.draining:
+        print_line(f"nothing new is taken: {found.draining}")
     if not runs:
         print_line("no runs")
     for run in runs:
@@ -249,7 +252,7 @@ def _remove(known: RunStatus, step: int | None, tiers: tuple[str, ...], *, as_js
 
 @click.group()
 def agent() -> None:
-    """Run the node agent as a service, ask how it is, or stop the one that runs."""
+    """Run the node agent as a service, ask how it is, empty its node, or stop it."""
 
 
 @agent.command("run")
@@ -259,19 +262,31 @@ def agent() -> None:
     type=click.Path(file_okay=False),
     help="Where its socket, pid file and log lie. Default: MTCKPT_RUNTIME_DIR, else /run/mtckpt.",
 )
+@click.option(
+    "--grace",
+    "grace_s",
+    type=float,
+    help="Seconds from SIGTERM to its end: it drains meanwhile. Default: MTCKPT_GRACE_S, else 25.",
+)
 @json_option
 @reporting
-def agent_run(group: str | None, runtime_dir: str | None, as_json: bool) -> int:
+def agent_run(
+    group: str | None, runtime_dir: str | None, grace_s: float | None, as_json: bool
+) -> int:
     """Be the agent of this node until stopped: for systemd, Kubernetes or Slurm.
 
     Without a service, the first Checkpointer on a node starts an agent by itself.
     """
     from mtckpt.agent.life import run_service
 
-    code = run_service(runtime_dir, group)
+    if grace_s is not None and not 0 <= grace_s <= 86400:
+        raise UsageError("--grace must be 0 to 86400 seconds", state="nothing was started")
+    code = run_service(runtime_dir, group, grace_s)
     if as_json:
         print_json({"exit_code": code})
-    return code
+    sys.stdout.flush()
+    # Without the interpreter's own end: it would wait for threads that ask a node which is silent.
+    os._exit(code)
 
 
 @agent.command("health")
@@ -298,13 +313,57 @@ def agent_health(ready: bool, timeout_s: float, as_json: bool) -> int:
     return _output.FINE
 
 
+@agent.command("drain")
+@click.option(
+    "--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds it may take."
+)
+@click.option("--cancel", is_flag=True, help="The node stays after all: take new work again.")
+@json_option
+@reporting
+def agent_drain(timeout_s: float, cancel: bool, as_json: bool) -> int:
+    """Say that this node is about to go away: what its memory holds is brought elsewhere.
+
+    The newest step goes to every tier whatever its rhythm, and where a run keeps no copies, to the
+    memory of another node; so does what is held here for nodes that are gone. Meanwhile and after,
+    the agent serves what it has and begins nothing new: saves are called off with that reason.
+
+    Exit status 1 if the loss of this node would still take something along.
+    """
+    from mtckpt.agent.client import agent_client
+    from mtckpt.agent.protocol import Drain, Drained
+
+    if not 0 <= timeout_s <= 86400:
+        raise UsageError("--timeout must be 0 to 86400 seconds", state="nothing was drained")
+    drained = Drained(True)
+    is_there = agent_status() is not None
+    if is_there:
+        with agent_client(timeout_s + 10.0) as client:
+            drained = client.call("/v1/drain", Drain(timeout_s, cancel), Drained)
+    if as_json:
+        import msgspec
+
+        print_json(msgspec.to_builtins(drained))
+        return _output.FINE if drained.safe else _output.WRONG
+    for run in drained.runs:
+        print_line(f"{run.run}: {run.detail}")
+        for why in run.lacking:
+            print_line(f"  {why}")
+    said = "safe to go" if drained.safe else "not safe to go"
+    said = "the node stays" if cancel else said
+    print_line(said if is_there else "no agent ran: nothing is in memory that it could bring away")
+    return _output.FINE if drained.safe else _output.WRONG
+
+
 @agent.command("stop")
 @click.option("--drain", is_flag=True, help="First finish what is owed to slower tiers.")
 @click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds to drain.")
 @json_option
 @reporting
 def agent_stop(drain: bool, timeout_s: float, as_json: bool) -> int:
-    """Stop the agent that this user's jobs use. What it holds stays: the next one goes on."""
+    """Stop the agent that this user's jobs use. What it holds stays: the next one goes on.
+
+    The node stays: before that goes, `mtckpt agent drain`.
+    """
     from mtckpt.agent.client import agent_client
     from mtckpt.agent.protocol import Done, Stop
 

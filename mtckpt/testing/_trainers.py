@@ -18,6 +18,7 @@ from mtckpt import _holdings, _manifest, _restore, _restorer, _run, _save, _save
 from mtckpt._handle import Restored, Save, stage_of_tier
 from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Record
+from mtckpt._pieces import Recipe
 from mtckpt._schedule import Disk, ObjectStore, Ram
 from mtckpt.agent import protocol
 from mtckpt.errors import (
@@ -141,6 +142,7 @@ class Layout:
 class Plan:
     digest: str
     layout: Layout = Layout()
+    recipe: Recipe = field(default_factory=lambda: Recipe((), "", {}, [], {}, True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ import pytest
 from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import SaveName
 from mtckpt.agent import queue, work
-from mtckpt.agent.copies import partners_of
 from mtckpt.agent.nodes import Layout
+from mtckpt.agent.partners import partners_of
 from mtckpt.agent.protocol import NodeOfRun, TierConfig
 from mtckpt.agent.queue import SaveFacts
 from mtckpt.agent.runs import PARTNER_PATIENCE_S, RunState
@@ -43,6 +43,18 @@ def test_there_are_no_more_partners_than_other_nodes(copies: int) -> None:
     chosen = partners_of(layout(1, "a", "b", "c"), copies)
     assert len(chosen) == len(set(chosen)) == min(copies, 2)
     assert 1 not in chosen
+
+
+def test_nodes_that_fail_or_go_are_not_partners() -> None:
+    racks = ("r1", "r2", "r3", "r4")
+    (partner,) = partners_of(layout(0, *racks), 1)
+    for avoided in ({"troubles": {partner: 3}}, {"leaving": {partner}}):
+        (other,) = partners_of(layout(0, *racks), 1, **avoided)
+        assert other not in (0, partner)
+    assert partners_of(layout(0, *racks), 1, {partner: 2}) == [partner]
+    # Better on a node that fails than on none; one that goes takes nothing.
+    assert partners_of(layout(0, "r1", "r2"), 1, {1: 3}) == [1]
+    assert partners_of(layout(0, "r1", "r2"), 1, leaving={1}) == []
 
 
 def test_a_slot_stays_until_a_newer_save_is_on_other_nodes_too() -> None:

@@ -20,7 +20,7 @@ from two_nodes import Node
 from mtckpt import _handshake, _inventory, _transfer
 from mtckpt._source import Place
 from mtckpt.agent import protocol
-from mtckpt.agent.interfaces import fixed_ports
+from mtckpt.agent.interfaces import choose_host, fixed_ports
 from mtckpt.agent.peer_client import PeerClient
 from mtckpt.agent.peers import others_kept
 from mtckpt.agent.protocol import Done
@@ -276,3 +276,12 @@ def _listening_pid(port: int) -> int:
         except OSError:
             continue
     raise AssertionError(f"nobody listens at {port}")
+
+
+def test_a_name_of_the_loopback_is_not_where_other_nodes_find_this_one() -> None:
+    assert choose_host("", "127.0.0.1") == choose_host("", "localhost") == "127.0.0.1"
+    try:
+        elsewhere = choose_host("", "")
+    except UsageError:
+        elsewhere = "127.0.0.1"  # there is no other way out of here
+    assert choose_host("", "127.1") == elsewhere  # what is no address is resolved like a name

@@ -214,6 +214,28 @@ def test_an_agent_is_asked_how_it_is(runtime_dir: Path) -> None:
     assert mtckpt("agent", "health", "--timeout", 0).exit_code == 2
 
 
+def test_a_node_is_drained(runtime_dir: Path, tmp_path: Path) -> None:
+    said = mtckpt("agent", "drain")
+    assert (said.exit_code, said.output) == (
+        0,
+        "no agent ran: nothing is in memory that it could bring away\n",
+    )
+    assert not (runtime_dir / SOCKET_NAME).exists()  # it starts none
+    with Checkpointer("r", [Ram(every=1), Disk(tmp_path / "d", every=100)]) as checkpointer:
+        checkpointer.restore({"n": 1})
+        checkpointer.save(1, {"n": 1}).wait("staged")
+        said = mtckpt("agent", "drain", "--timeout", 20)
+        assert said.exit_code == 1  # the disk may go with the node
+        assert said.output == (
+            "r: step 1 is on disk, which is gone if that is a disk of this node\nnot safe to go\n"
+        )
+        assert "nothing new is taken: " in mtckpt("status").output
+        assert as_json("agent", "drain", "--cancel") == {"version": 1, "safe": True, "runs": []}
+        assert "nothing new is taken" not in mtckpt("status").output
+    assert mtckpt("agent", "drain", "--timeout", -1).exit_code == 2
+    assert mtckpt("agent", "run", "--grace", -1).exit_code == 2
+
+
 def test_a_tier_with_a_problem_makes_status_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     ram = TierStatus("ram", "ram", "/dev/shm/x", [1, 2], 2, 65.0, 10 << 20)
     disk = TierStatus("disk", "disk", "/d", owed=[2], problem="no room: \x1b[5m", newest_age_s=None)

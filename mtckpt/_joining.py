@@ -1,0 +1,96 @@
+"""What ranks find out of their nodes: who is where, what copies survive, who captures what.
+
+Pure but for a look at a directory: every rank that is told the same finds the same. Does not talk
+(``_run`` does), and knows of a state only how large it is.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from mtckpt._placement import choose_layout
+from mtckpt._schedule import Peers
+from mtckpt.agent import protocol
+from mtckpt.agent.partners import placement_of
+
+if TYPE_CHECKING:
+    from mtckpt._placement import Layout
+    from mtckpt._schedule import SlowTier
+
+__all__ = ["Needs", "joined_of", "layout_of", "node_of", "nowhere", "warnings_of"]
+
+
+class Needs(NamedTuple):
+    """What a rank would capture of its own and of what other nodes hold too, into how many slots,
+    and the room that there is on its node."""
+
+    private_bytes: int
+    shared_bytes: int
+    slots: int
+    room_bytes: int
+
+
+def warnings_of(tiers: Sequence[SlowTier], nodes: Sequence[protocol.NodeOfRun]) -> list[str]:
+    """What copies on these nodes do not survive. Raises PlacementImpossible where a tier insists
+    that they do."""
+    return [
+        warning
+        for tier in tiers
+        if isinstance(tier, Peers)
+        for warning in placement_of(nodes, tier.copies, strict=tier.strict_placement).warnings
+    ]
+
+
+def layout_of(
+    told: Sequence[Needs], nodes: Sequence[Sequence[int]], tiers: Sequence[SlowTier]
+) -> Layout:
+    """How nodes divide what they hold alike, from what each rank has told of itself: by sharing it
+    out where one of them does not have the memory for all of it."""
+    copies = sum(tier.copies for tier in tiers if isinstance(tier, Peers))
+    found = []
+    for ranks in nodes:
+        needs = [told[rank] for rank in ranks]
+        found.append(
+            choose_layout(
+                sum(each.private_bytes for each in needs),
+                sum(each.shared_bytes for each in needs),
+                len(nodes),
+                copies=copies,
+                slots=max(each.slots for each in needs),
+                room_bytes=min(each.room_bytes for each in needs),
+            )
+        )
+    return next((layout for layout in found if layout.name == "spread"), found[0])
+
+
+def joined_of(nodes: Sequence[str], told: list[Any]) -> protocol.Join:
+    """Which ranks are on which node, from what each said of its memory and its agent's address.
+
+    The node of rank 0 comes first and leads.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        ranks.setdefault(node, []).append(rank)
+    addresses = [msgspec.convert(address, protocol.PeerAddress) for address, _, _ in told]
+    return protocol.Join(
+        "",
+        told[0][1],
+        len(nodes),
+        [protocol.NodeOfRun(addresses[there[0]], there) for there in ranks.values()],
+    )
+
+
+def nowhere(boot_id: str) -> protocol.PeerAddress:
+    """This node, of which no other one hears."""
+    return protocol.PeerAddress("", 0, 0, boot_id, name=socket.gethostname())
+
+
+def node_of(opened: protocol.Opened) -> list[Any]:
+    """Equal for ranks whose slots lie in one memory, whatever their host is called."""
+    found = os.stat(opened.ram_root)
+    return [opened.boot_id, found.st_dev, found.st_ino]

@@ -1,0 +1,199 @@
+"""A node that is about to go away: what it has is brought elsewhere, and nothing new is taken.
+
+Knows what "safe to go" means: the newest step that is whole, and what is held here for other nodes,
+are where the loss of this node does not reach. The same for a command, a supervisor's hook and
+SIGTERM. Does not move bytes (``flushing``, ``copies``), and does not end the agent (``life``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Iterable
+from typing import TYPE_CHECKING, Any
+
+from mtckpt._survival import ranges
+from mtckpt.agent import protocol
+from mtckpt.agent.runs import describe_failure
+from mtckpt.agent.saves import RAM, SaveState
+from mtckpt.errors import CheckpointError, NodeDraining
+
+if TYPE_CHECKING:
+    from mtckpt._events import EventStream
+    from mtckpt.agent.copies import Copies
+    from mtckpt.agent.runs import RunState
+
+__all__ = ["Drainer"]
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+
+
+class Drainer:
+    """See the module. One for the agent; ``reason`` is empty while the node is to stay."""
+
+    def __init__(self, runs: dict[str, RunState], copies: Copies, events: EventStream) -> None:
+        self._runs = runs
+        self._copies = copies
+        self._events = events
+        self.reason = ""
+
+    def refuse(self) -> None:
+        """Raises NodeDraining where something new would be begun here."""
+        if self.reason:
+            raise NodeDraining(self.reason, state="nothing was done")
+
+    def cancel(self) -> None:
+        """The node stays. Others use it again as they hear of that: when it offers them copies."""
+        self.reason = ""
+        for run in self._runs.values():
+            run.draining = ""
+            run.touch()
+        self._events.emit("node.stays")
+
+    async def drain(self, timeout_s: float, reason: str) -> protocol.Drained:
+        """Bring what is here elsewhere, as far as ``timeout_s`` goes; how far that was."""
+        deadline_s = time.monotonic() + timeout_s
+        self.reason = reason
+        self._events.emit("node.drains", reason=reason, seconds=round(timeout_s, 1))
+        runs = [run for run in self._runs.values() if not run.gone]
+        for run in runs:
+            run.draining = reason
+            run.touch()
+        told = await asyncio.gather(*(self._drain(run, deadline_s) for run in runs))
+        drained = protocol.Drained(all(each.safe for each in told), list(told))
+        for each in told:
+            level = logging.INFO if each.safe else logging.WARNING
+            said = "; ".join([each.detail, *each.lacking])
+            logger.log(level, "run %s is drained: %s", each.run, said)
+        self._events.emit("node.drained", safe=drained.safe)
+        return drained
+
+    async def _drain(self, run: RunState, deadline_s: float) -> protocol.DrainedRun:
+        """What nobody else has goes to other nodes, beside what tiers of the run bring away."""
+        handover = _Handover(run, self._copies)
+        handing = [self._start(handover.of_guests(), deadline_s, handover)]
+        wanted: set[str] = set()
+        while True:
+            newest = run.newest_staged()
+            if newest is not None and str(newest.name) not in wanted:
+                wanted.add(str(newest.name))
+                run.want_everywhere(newest)
+                handing.append(self._start(handover.of_own(newest), deadline_s, handover))
+            busy = run.settling or self._coming(run) or self._owed(run, handover)
+            if not busy or time.monotonic() >= deadline_s:
+                break
+            await asyncio.sleep(_POLL_S)  # many things end it: seals, flushes, failures, copies
+        await asyncio.gather(*handing)
+        return handover.told()
+
+    def _start(
+        self, work: Coroutine[Any, Any, None], deadline_s: float, handover: _Handover
+    ) -> asyncio.Task[None]:
+        async def bounded() -> None:
+            try:
+                await asyncio.wait_for(work, max(0.01, deadline_s - time.monotonic()))
+            except asyncio.TimeoutError:
+                handover.problems.append("another node did not take all of it in time")
+
+        return asyncio.get_running_loop().create_task(bounded())
+
+    def _coming(self, run: RunState) -> bool:
+        """Whether ranks, here or on other nodes, are still to seal a save that is begun here."""
+        return any(save.ranks.get(RAM) for save in run.open_saves(run.incarnation))
+
+    def _owed(self, run: RunState, handover: _Handover) -> bool:
+        """Whether a tier may still get something; other nodes do not where all of them go."""
+        alone = not handover.staying()
+        return any(
+            run.source_for(save, label) and not (run.tiers[label].is_peers and alone)
+            for save in run.saves.values()
+            for label in save.owed & run.tiers.keys()
+        )
+
+
+class _Handover:
+    """What one run has here that other nodes are to have. ``holders`` have, by save, said so."""
+
+    def __init__(self, run: RunState, copies: Copies) -> None:
+        self._run = run
+        self._copies = copies
+        self.problems: list[str] = []
+        self.holders: dict[str, int] = {}
+
+    def staying(self) -> list[int]:
+        """The other nodes that are not to go as well, those first that placement would choose."""
+        return self._copies.candidates(self._run) if self._run.layout is not None else []
+
+    async def of_own(self, save: SaveState) -> None:
+        """This node's parts of a save: to those that hold copies already, while they are there,
+        else to another node, also where the run keeps no copies."""
+        staying = self.staying()
+        ranks = sorted(save.ranks.get(RAM, ()))
+        if not ranks or not staying:
+            return
+        first = [number for number in sorted(save.held_on) if number in staying]
+        number = await self._give(save, ranks, [*first, *staying])
+        if number is not None:
+            self.holders[str(save.name)] = number
+
+    async def of_guests(self) -> None:
+        """What is held here for other nodes: to its owner, where that lacks it, else to any."""
+        run = self._run
+        outlived = run.outlived()
+        saves = [s for s in run.saves.values() if s.guests and s not in outlived]
+        for save in sorted(saves, key=lambda s: s.order, reverse=True):
+            owners: dict[int | None, list[int]] = {}
+            for rank in sorted(save.guests):
+                owner = run.layout.node_of(rank) if run.layout else None
+                owners.setdefault(owner, []).append(rank)
+            for owner, ranks in owners.items():
+                staying = self.staying()
+                first = [owner] if owner in staying else []
+                await self._give(save, ranks, [*first, *staying])
+
+    async def _give(self, save: SaveState, ranks: list[int], numbers: Iterable[int]) -> int | None:
+        """To the first node that takes it; which one did."""
+        why = "no other node stays"
+        for number in dict.fromkeys(numbers):
+            try:
+                await self._copies.hand_over(self._run, save, ranks, number)
+            except CheckpointError as error:
+                why = describe_failure(error)
+                continue
+            return number
+        self.problems.append(f"step {save.name.step} of ranks {ranges(ranks)}: {why}")
+        return None
+
+    def told(self) -> protocol.DrainedRun:
+        """Where the newest step is, and whether the loss of this node takes something along."""
+        run, problems = self._run, self.problems
+        save = run.newest_staged()
+        if save is None:
+            detail = "nothing that is whole is in memory here"
+            return protocol.DrainedRun(run.run, None, [], not problems, detail, problems)
+        own = save.ranks.get(RAM, set())
+        has = {label for label in run.tiers if own and own <= save.ranks.get(label, set())}
+        safe_in = [f"in {label}" for label in sorted(has) if run.tiers[label].is_store]
+        holder = self.holders.get(str(save.name))
+        if holder is not None and run.layout is not None:
+            safe_in.append(f"in the memory of {run.layout.nodes[holder].address}")
+        disks = [label for label in sorted(has) if run.tiers[label].config.kind == "disk"]
+        else_in = [f"on {label}, which is gone if that is a disk of this node" for label in disks]
+        where = ", ".join(safe_in + else_in) or "in the memory of this node and nowhere else"
+        lacking = [
+            f"{label}: {save.owed_why.get(label, 'not in time')}"
+            for label in sorted(save.owed & run.tiers.keys())
+            if run.source_for(save, label) is not None
+        ]
+        lacking += [f"{label}: {error.what}" for label, error in sorted(save.failures().items())]
+        return protocol.DrainedRun(
+            run.run,
+            save.name.step,
+            list(save.stages),
+            bool(safe_in) and not problems,
+            f"step {save.name.step} is {where}",
+            [*lacking, *problems],
+        )

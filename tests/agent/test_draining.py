@@ -1,0 +1,108 @@
+"""A node that is about to go: what is in its memory is brought away, and nothing new is begun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from agent_checks import Own, until
+from fake_trainer import FakeTrainer, disk
+
+from mtckpt.agent import protocol
+from mtckpt.agent.client import AgentClient
+from mtckpt.errors import NodeDraining
+
+
+def drained(trainer: FakeTrainer, timeout_s: float = 20.0, **more: bool) -> protocol.Drained:
+    message = protocol.Drain(timeout_s, **more)
+    return trainer.client.call("/v1/drain", message, protocol.Drained, timeout_s + 10)
+
+
+def records(path: Path) -> list[Path]:
+    return sorted(path.glob("*/step-*/rank-00000.json"))
+
+
+def test_a_drained_node_brings_the_newest_step_away_and_begins_nothing(
+    own: Own, tmp_path: Path
+) -> None:
+    trainer = own("r", [disk(tmp_path / "d")])
+    trainer.open()
+    trainer.begin(1)
+    trainer.save(1)
+    trainer.save(2)  # not due at the disk
+    told = drained(trainer)
+    assert len(records(tmp_path / "d")) == 1
+    (run,) = told.runs
+    assert (run.run, run.step, run.stages, run.lacking) == ("r", 2, ["staged", "local"], [])
+    # On a disk, that may be this node's: whoever drains is to know.
+    assert not told.safe
+    assert run.detail == "step 2 is on disk, which is gone if that is a disk of this node"
+    started_s = time.monotonic()
+    assert trainer.slot().grant is not None  # it was given ahead, with the reply to the last seal
+    refused = trainer.slot(wait_s=20.0)
+    assert refused.grant is None
+    assert "is being drained" in refused.reason
+    assert time.monotonic() - started_s < 15
+    stranger = own("other")
+    with pytest.raises(NodeDraining, match="is being drained"):
+        stranger.open()
+    with pytest.raises(NodeDraining):
+        trainer.client.call("/readyz", None, protocol.Done)
+    assert "is being drained" in trainer.status().draining
+    trainer.open()  # one that was there may come back: its step is not to be lost
+    assert drained(trainer, cancel=True) == protocol.Drained(True)
+    assert trainer.slot().grant is not None
+    stranger.open()
+    assert trainer.status().draining == ""
+
+
+def test_what_does_not_come_away_in_time_is_told(own: Own, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    trainer = own("r", [disk(tmp_path / "file")])
+    trainer.open()
+    trainer.begin(1)
+    trainer.save(1)
+    told = drained(trainer, 0.5)
+    assert not told.safe
+    (run,) = told.runs
+    assert run.detail == "step 1 is in the memory of this node and nowhere else"
+    (why,) = run.lacking
+    assert why.startswith("disk: ")
+
+
+@pytest.mark.parametrize("grace", ["20", "0.0001"])
+def test_sigterm_drains_within_the_grace_period(
+    own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grace: str
+) -> None:
+    monkeypatch.setenv("MTCKPT_GRACE_S", grace)
+    trainer = own("r", [disk(tmp_path / "d")])
+    trainer.open()
+    trainer.begin(1)
+    trainer.save(7)
+    pid = trainer.status().pid
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: not Path(f"/proc/{pid}").exists())
+    if grace == "20":
+        assert len(records(tmp_path / "d")) == 1
+    log = Path(protocol.runtime_dir(), protocol.LOG_NAME).read_text()
+    assert "run r is drained: step 7 is" in log
+    opened = trainer.open()  # by the next agent, which goes on with what is in memory
+    assert opened.pid != pid
+    assert trainer.run_status().tiers[0].steps == [7]
+
+
+def test_a_second_sigterm_ends_it_at_once(own: Own, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    trainer = own("r", [disk(tmp_path / "file")])
+    trainer.open()
+    trainer.begin(1)
+    trainer.save(7)
+    pid = trainer.status().pid
+    with AgentClient(trainer.client.socket_path, 10.0) as client:
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: client.call("/status", None, protocol.AgentStatus).draining != "")
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: not Path(f"/proc/{pid}").exists())

@@ -1,0 +1,128 @@
+"""Nodes that are drained and then lost: nothing goes with them, on whatever nodes it has to be."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import _isolation
+import pytest
+from agent_checks import until
+from node_scene import Cluster, Node
+
+from mtckpt.agent import protocol
+from mtckpt.agent.client import AgentClient
+
+pytestmark = pytest.mark.timeout(120)
+Make = Callable[..., Cluster]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Make]:
+    made: list[Cluster] = []
+
+    def make(count: int, **settings: Any) -> Cluster:
+        made.append(Cluster(tmp_path, [Node(tmp_path, name) for name in "abcd"[:count]]))
+        for node in made[-1].nodes:
+            node.environment["MTCKPT_GRACE_S"] = "8"
+        made[-1].start(every=1000, **settings)
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def drained(node: Node) -> protocol.Drained:
+    with AgentClient(str(node.places.runtime / protocol.SOCKET_NAME), 40.0) as client:
+        return client.call("/v1/drain", protocol.Drain(30.0), protocol.Drained)
+
+
+def replaced(job: Cluster, *numbers: int) -> None:
+    """These nodes are gone with all that they had; others are in their place."""
+    for number in numbers:
+        job.nodes[number].lose()
+    for rank in job.ranks:
+        rank.kill()
+    for number in numbers:
+        job.nodes[number] = Node(job.path, f"new-{number}")
+
+
+def test_without_copies_another_node_takes_what_a_drained_one_has(cluster: Make) -> None:
+    job = cluster(2)
+    job.saved()
+    step = job.saved()
+    told = drained(job.nodes[1])
+    assert told.safe, told
+    assert told.runs[0].detail.startswith(f"step {step} is in the memory of ")
+    # It is said on all ranks why none of them saves any more.
+    job.all("save", step + 1)  # the slot that was given ahead
+    for skipped in job.all("save", step + 2):
+        assert skipped == "" or "is being drained" in skipped
+    replaced(job, 1)
+    job.start(every=1000)
+    assert [found for found, _ in job.all("restore")] == [step] * 2
+
+
+def test_copies_on_a_drained_node_are_made_anew_elsewhere(cluster: Make) -> None:
+    """Also those of a node that is gone already, of which it had the only ones."""
+    job = cluster(4, copies=1)
+    step = job.saved("replicated")
+    # By the ring node 2 has copies for node 0, and node 0 those for node 2.
+    job.nodes[0].lose()
+    assert drained(job.nodes[2]).safe
+    replaced(job, 2)
+    job.nodes[0] = Node(job.path, "new-0")
+    job.start(copies=1, every=1000)
+    assert [found for found, _ in job.all("restore")] == [step] * 4
+
+
+def test_owners_of_copies_on_a_drained_node_choose_another_partner(cluster: Make) -> None:
+    job = cluster(3, copies=1)
+    job.saved("replicated")
+    before = [node.status().counters["guests"] for node in job.nodes]
+    assert drained(job.nodes[1]).safe
+    # Of the two that stay, one now holds what was on the drained node, beside what it had.
+    until(
+        lambda: (
+            sum(job.nodes[number].status().counters["guests"] for number in (0, 2))
+            == before[0] + before[2] + 1
+        )
+    )
+
+
+def test_nodes_that_all_go_do_not_wait_for_each_other(cluster: Make) -> None:
+    job = cluster(2, copies=1)
+    job.saved("replicated")
+    job.save(2)
+    for rank in job.ranks:
+        rank.kill()
+    pids = [node.agent_pid for node in job.nodes]
+    for node in job.nodes:
+        node.signal_all(signal.SIGTERM)
+    for pid in pids:
+        until(lambda: not _isolation._is_alive(pid))  # noqa: B023
+    assert all(2 in node.steps_on_disk() for node in job.nodes)
+
+
+def test_a_silent_partner_does_not_outlast_the_grace_period(cluster: Make) -> None:
+    job = cluster(2, copies=1)
+    job.saved("replicated")
+    job.save(2)
+    for rank in job.ranks:
+        rank.kill()
+    first, second = job.nodes
+    pid = first.agent_pid
+    second.signal_all(signal.SIGSTOP)
+    try:
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: not _isolation._is_alive(pid), 30.0)
+    finally:
+        second.signal_all(signal.SIGCONT)
+    assert 2 in first.steps_on_disk()
+    log = (first.places.runtime / "agent.log").read_text()
+    assert "run run is drained: step 2 is on disk" in log
+    assert "another node did not take all of it in time" in log
