@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mtckpt._slots import DIRECTORY
-from mtckpt.agent import owners, protocol, queue, work
+from mtckpt.agent import owners, protocol, work
 from mtckpt.agent.agreement import Agreement
 from mtckpt.agent.copies import Copies
 from mtckpt.agent.fetching import Fetcher
 from mtckpt.agent.flushing import Flusher
+from mtckpt.agent.freeing import Freer, is_busy
 from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.links import Links
@@ -75,6 +76,7 @@ class Registry:
             tools, self.ring, self.agreement, self.flusher, self.replicas, self.peers
         )
         follow, write_config = self.links.follow, self.write_config
+        self.freer = Freer(tools, self.runs, self.links, self.flusher)
         self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config)
         self.directory = directory
         self._roots_path = os.path.join(directory, ROOTS_NAME)
@@ -216,7 +218,7 @@ class Registry:
                 run=run.run,
                 path=root,
             )
-        await self.wipe(run)
+        await self.freer.wipe(run)
 
     def _note_root(self, root: str) -> None:
         kept = [*self._roots, root]
@@ -342,7 +344,7 @@ class Registry:
         while is_busy(run) and not run.living() and (left_s := deadline_s - time.monotonic()) > 0:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(run.changed.wait(), min(left_s, 0.1))
-        await self._let_go(run)
+        await self.freer.let_go(run)
 
     # -- letting go ------------------------------------------------------------------------------
 
@@ -361,54 +363,13 @@ class Registry:
                 await self._settle_slots(run)
                 await self.agreement.overdue(run)
                 await self.guests.let_go(run)
-                await self._let_go(run)
+                await self.freer.let_go(run)
             except CheckpointError as error:
                 logger.warning("run %s: RAM is not freed: %s", run.key, error)
             if now_s - run.scrubbed_s > self.tools.limits.scrub_s:
                 run.scrubbed_s = now_s
                 self.tools.start(self.healer.scrub(run), f"scrub {run.key}")
                 self.tools.start(self.guests.scrub(run), f"scrub copies in {run.key}")
-
-    async def _let_go(self, run: RunState) -> None:
-        """Free a run's RAM if nobody owns it, nothing is owed, and it is safe elsewhere."""
-        if run.gone or run.living() or run.settling or run.opening.locked() or is_busy(run):
-            return
-        if self.links.is_behind(run):
-            return
-        newest = run.newest_staged()
-        safe = newest is None or any(
-            newest.is_complete(label) and label not in newest.damaged
-            for label, tier in run.tiers.items()
-            if not tier.is_peers  # that is memory as well: it may be freed at the same time
-        )
-        safe = safe and not any(s.is_open and s.ranks.get(RAM) for s in run.saves.values())  # doubt
-        in_ram = any(RAM in save.ranks or save.guests for save in run.saves.values())
-        left_s = time.time() - run.left_at
-        if left_s > self.tools.limits.ram_ttl_s:
-            why = "nobody came back" if safe else "nobody came back; no other tier has the newest"
-        elif run.closing and safe:
-            why = "closed"
-        elif not in_ram and left_s > self.tools.limits.idle_s:
-            why = "nothing is in RAM"
-        else:
-            return
-        self.tools.events.emit("ram.freed", run=run.run, reason=why, lost=not safe or None)
-        await self.wipe(run)
-
-    async def wipe(self, run: RunState) -> None:
-        """Free all of a run's RAM and forget it; slower tiers keep what they have."""
-        run.gone = True
-        for tier in run.tiers.values():
-            tier.wake.set()
-        try:
-            await self.tools.call(work.Wipe(run.ram, run.key), work.Freed)
-        except BaseException:
-            run.gone = False
-            self.flusher.start(run)
-            raise
-        if self.runs.get(run.key) is run:
-            del self.runs[run.key]
-        run.touch()
 
     def is_idle(self) -> bool:
         """Nobody owns anything, nothing is owed, no RAM is held."""
@@ -471,15 +432,6 @@ def _adopt_slots(run: RunState, found: list[work.SlotScan], holder: str) -> None
             slot = Slot(new_id(), SlotState.COMMITTED, save.shard_bytes[rank])
             slot.save, slot.rank = str(save.name), rank
             run.slots[slot.slot_id] = slot
-
-
-def is_busy(run: RunState) -> bool:
-    """Whether something is owed or under way."""
-    return (
-        any(tier.to_keep or tier.small_owed for tier in run.tiers.values())
-        or any(save.writing or save.readers or save.recycling for save in run.saves.values())
-        or any(queue.pick_flush(t.label, run.flushable(t)) for t in run.tiers.values())
-    )
 
 
 def _ref_of(config: TierConfig, limits: Limits, *, group_access: bool) -> TierRef:

@@ -67,6 +67,7 @@ class RunState:
     token: str = ""
     closing: bool = False
     gone: bool = False
+    half_wiped: bool = False  # all that is in RAM was to go, and it is not known what is left
     creator_uid: int = -1
     admitted: set[int] = field(default_factory=set)  # users who knew its token
     settling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -407,6 +408,18 @@ class RunState:
         self.discharge()
         self.touch()
 
+    def note_left(self, scan: work.RunScan) -> None:
+        """RAM has what a scan of it found, and nothing else of what is known."""
+        slots = {(slot.slot_id, slot.inode) for slot in scan.slots}
+        shards = {(entry.save, rank) for entry in scan.saves for rank in entry.ranks}
+        for slot in list(self.slots.values()):
+            if slot.save and (slot.save, slot.rank) not in shards:
+                self.drop_shard(self.saves[slot.save], slot.slot_id, slot.rank)
+            elif not slot.save and (slot.slot_id, slot.inode) not in slots:
+                del self.slots[slot.slot_id]
+        self.noted_guests = self._guests()
+        self.note_scan(RAM, scan)
+
     def discharge(self, *, scanned: bool = True) -> None:
         """Find out what is owed to nobody any more, once more is known of what lies where.
 
@@ -448,6 +461,9 @@ class RunState:
                 save.superseded.add(label)
                 save.seq = self.seq + 1  # whoever waits for it has to hear that it is in vain
 
+    def _guests(self) -> dict[str, list[int]]:
+        return {name: sorted(s.guests) for name, s in self.saves.items() if s.guests}
+
     def config(self) -> work.RunConfig:
         """What the next agent needs to know."""
         owners = [_noted(o) for o in self.owners.values() if not o.dead]
@@ -467,7 +483,7 @@ class RunState:
                 "admitted": sorted(self.admitted),
                 "unseen": [o.holder for o in self.owners.values() if not o.seen],
                 "rank_here": min(self.layout.own) if self.layout else None,
-                "guests": {name: sorted(s.guests) for name, s in self.saves.items() if s.guests},
+                "guests": self._guests(),
                 "diverged": {name: s.diverged for name, s in self.saves.items() if s.diverged},
                 "chosen": sorted(name for name, save in self.saves.items() if save.chosen),
                 "fenced": msgspec.to_builtins([_noted(o) for o in self.fenced.values()]),

@@ -85,6 +85,7 @@ class Verbs:
         run = await self._registry.run_for(key, message)
         async with run.opening:
             self._admit(run, caller, message)
+            await self._registry.freer.look_again(run)
             fenced_pid = await self._claim(run, caller, message)
             owner = run.owners[message.rank]
             run.closing = False
@@ -436,7 +437,7 @@ class Verbs:
                     why = await self._remove_one(run, save, label, ref)
                     (kept if why else removed).append(f"{label}: {save.name}{why}")
         if message.step is None and RAM in labels and not kept:
-            await self._registry.wipe(run)
+            await self._registry.freer.wipe(run)
             if set(labels) == set(own):
                 known_runs.forget(self._registry.directory, run.run)
         return protocol.Removed(removed, kept)
