@@ -160,6 +160,18 @@ class RunState:
         save.stages.append(stage)
         return True
 
+    def has_news(self, since: int, holder: str) -> bool:
+        """Whether ``changes`` has anything for that holder. Threads of trainers wake up for it."""
+        if self.seq <= since:
+            return False
+        owner = next((o for o in self.owners.values() if o.holder == holder), None)
+        return owner is None or owner.absent or any(self._changed(since, owner.incarnation))
+
+    def _changed(self, since: int, incarnation: int | None) -> Iterator[SaveState]:
+        for save in self.saves.values():
+            if save.seq > since and incarnation in (None, save.name.incarnation):
+                yield save
+
     def changes(self, since: int, holder: str) -> protocol.Changes:
         """What changed after ``since``, of the incarnation of that holder. Raises AgentUnavailable
         as ``owner_of`` does: ``since`` would be a number of the agent before this one."""
@@ -172,12 +184,8 @@ class RunState:
             owner = self.fenced.get(holder)
         if since > self.seq:  # a number of the agent before this one
             since = 0
-        saves = [
-            save.change()
-            for save in self.saves.values()
-            if save.seq > since and (owner is None or save.name.incarnation == owner.incarnation)
-        ]
-        return protocol.Changes(self.seq, saves, fenced)
+        changed = self._changed(since, owner.incarnation if owner else None)
+        return protocol.Changes(self.seq, [save.change() for save in changed], fenced)
 
     # -- saves and slots -------------------------------------------------------------------------
 

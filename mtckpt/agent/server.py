@@ -185,7 +185,7 @@ class AgentServer(HttpServer):
             owner.listened = True
         try:
             deadline_s = time.monotonic() + timeout_s
-            while run.seq <= since and not self.stopped.is_set():
+            while not (run.has_news(since, holder) or self.stopped.is_set()):
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0 or request.transport is None or request.transport.is_closing():
                     break

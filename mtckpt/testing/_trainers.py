@@ -42,7 +42,7 @@ from mtckpt.testing._devices import (
     shard_entry,
     table_of,
 )
-from mtckpt.testing._virtual import Time
+from mtckpt.testing._virtual import Time, ends
 from mtckpt.testing.cluster import Node, Process, World
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Group:
         given[rank] = value
         if len(given) == self.world_size and not come.done():
             come.set_result(None)
-        await asyncio.wait([come], timeout=timeout_s)
+        await ends(come, timeout_s)
         missing = [rank for rank in range(self.world_size) if rank not in given]
         if missing:
             raise RankTimeout(f"ranks {missing} did not come", rank=missing[0], ranks=missing)
@@ -235,7 +235,7 @@ def begin(world: World) -> Callable[..., Written]:
         pause_s = world.random.random() * 0.02
         slot.table.content = table_of(b"")
         slot.data.content = data[: DATA_BYTES // 2] + slot.data.content[DATA_BYTES // 2 :]
-        fiber.wait(asyncio.sleep(pause_s))
+        fiber.sleep(pause_s)
         slot.data.content = data
         record = Record(
             _manifest.FORMAT_VERSION,
@@ -261,7 +261,7 @@ def begin(world: World) -> Callable[..., Written]:
         slots = process.node.ram.slots.setdefault(RUN, {})
         files = slots.setdefault(slot.grant.slot_id, SlotFiles())
         files.record = File(_manifest.encode_sealed(record))
-        fiber.wait(asyncio.sleep(pause_s / 2))
+        fiber.sleep(pause_s / 2)
         slot.table.content = table_of(data, identity.save_id)
         return Written()
 
@@ -321,7 +321,7 @@ class Read:
     name: Any
     world_size: int
     save_ids: dict[int, str] = field(default_factory=dict)
-    labels: set[str] = field(default_factory=set)
+    labels: dict[str, None] = field(default_factory=dict)  # in the order they came up
 
 
 def restore_from(world: World) -> Callable[..., Any]:
@@ -369,7 +369,7 @@ def _read_one(candidate: Candidate, scope: Any, attempt: Any, rank: int, read: R
             reasons.append(f"{label}: of another plan")
             continue
         read.save_ids[rank] = record.save_id
-        read.labels.add(label)
+        read.labels[label] = None
         return record
     raise NoHealthyStep("; ".join(reasons) or f"no place has rank {rank}", step=candidate.name.step)
 
@@ -479,7 +479,7 @@ class Rank:
         """Train."""
         fiber = self.world.loop.fiber
         assert fiber is not None
-        fiber.wait(asyncio.sleep(pause_s))
+        fiber.sleep(pause_s)
 
     def close(self, timeout_s: float) -> None:
         """As ``Checkpointer.close``: what was staged last goes to every tier."""

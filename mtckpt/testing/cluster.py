@@ -26,7 +26,7 @@ from mtckpt.agent.verbs import Verbs
 from mtckpt.errors import CheckpointError, TierUnavailable
 from mtckpt.testing._commands import Commands
 from mtckpt.testing._devices import Directory
-from mtckpt.testing._virtual import Fiber, Loop
+from mtckpt.testing._virtual import Fiber, Loop, ends
 
 __all__ = ["Agent", "Chances", "Node", "Process", "World"]
 
@@ -100,8 +100,7 @@ class World:
         task = asyncio.Task(coroutine, loop=loop, **settings)
         owner = running.get()
         if isinstance(owner, Agent):
-            owner.tasks.add(task)
-            task.add_done_callback(owner.tasks.discard)
+            owner.note(task)
             if owner.dead:
                 task.cancel()
         return task
@@ -272,7 +271,8 @@ class Agent:
         self.node = node
         self.world = node.world
         self.dead = False
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self.tasks: list[asyncio.Task[Any]] = []
+        self._many_tasks = 64
         self.context = contextvars.copy_context()
         self.context.run(running.set, self)
         self.registry: Registry
@@ -294,6 +294,13 @@ class Agent:
                 )
             )
         self.world.loop.create_task(self._live())
+
+    def note(self, task: asyncio.Task[Any]) -> None:
+        """It ends with this process."""
+        self.tasks.append(task)
+        if len(self.tasks) > self._many_tasks:
+            self.tasks = [each for each in self.tasks if not each.done()]
+            self._many_tasks = 64 + 2 * len(self.tasks)
 
     def start(self, coroutine: Any) -> asyncio.Task[Any]:
         """Run something in this process."""
@@ -388,7 +395,7 @@ class Pool:
             task = asyncio.get_running_loop().create_task(self._carry(command, again))
             dies = self._world.happens(self._world.chances.died)
             limit_s = self._world.random.random() * 0.03 if dies else timeout_s
-            done, _ = await asyncio.wait([task], timeout=limit_s)
+            done = await ends(task, limit_s)
             if done and not self._world.happens(self._world.chances.unanswered):
                 return task.result()
             task.cancel()
