@@ -26,6 +26,7 @@ from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.freeing import Freer, is_busy
 from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
+from mtckpt.agent.leftovers import Leftovers
 from mtckpt.agent.links import Links
 from mtckpt.agent.owners import Owner, boot_id
 from mtckpt.agent.peers import Peers
@@ -60,6 +61,7 @@ class Registry:
         self.tools = tools
         self.service = service
         self.ring = Ring(tools)
+        self.leftovers = Leftovers(tools, self.ring)
         self.agreement = Agreement(tools, self.ring)
         self.healer = Healer(tools)
         self.fetcher = Fetcher(tools)
@@ -102,8 +104,8 @@ class Registry:
         return [path for path in dict.fromkeys(known) if os.path.isdir(path)]
 
     async def _load_root(self, root: str) -> None:
-        """Take in every run of a RAM tier that was not looked at before."""
-        self._roots.append(root)
+        """Take in every run of a RAM tier. Raises what keeps it from being looked at: then that is
+        done before anybody opens a run there, for what is there is never taken for nothing."""
         ram = self._ram_ref(root)
         configs = await self.tools.call(work.ReadRunConfigs(ram), work.RunConfigs)
         scanned = await self.tools.call(work.Scan(ram), work.Scanned)
@@ -119,6 +121,7 @@ class Registry:
                 await self.peers.adopt(self.runs[key], configs.joins[key], rank)
                 if isinstance(rank, int):
                     self.links.join(self.runs[key], rank)
+        self._roots.append(root)
 
     async def _adopt(self, ram: TierRef, config: work.RunConfig, scan: work.RunScan) -> None:
         """One run as another agent left it: living owners are watched, dead ones settled."""
@@ -187,7 +190,9 @@ class Registry:
                     slot.holder = fenced.holder
             return
         nobody = Owner(UNSURE, 0, 0, 0, 0, self.host, incarnation=run.incarnation)
-        run.finished += await self.ring.settle(run, nobody)
+        if not any(owner.holder == UNSURE for owner in run.unsettled):
+            run.unsettled.append(nobody)
+        await self._settle_slots(run)
 
     async def run_for(self, key: str, message: protocol.Open) -> RunState:
         """The run that is opened, known or new. Raises UsageError if its RAM lies elsewhere."""
@@ -305,7 +310,8 @@ class Registry:
         try:
             await self._settle_slots(run)
             await self.resolve(run)
-            await self.agreement.left(run, owner)
+            if owner not in run.unsettled:  # else a part of it may still be found
+                await self.agreement.left(run, owner)
         finally:
             run.fenced.pop(owner.holder, None)
             if run.owners.get(owner.rank) is owner:
@@ -316,10 +322,17 @@ class Registry:
         run.touch()
 
     async def _settle_slots(self, run: RunState) -> None:
-        """What dead owners left in slots; tried again where memory could not be looked at."""
-        for owner in run.unsettled:
-            run.finished += await self.ring.settle(run, owner)
-            run.unsettled = [each for each in run.unsettled if each is not owner]
+        """What dead owners left in slots; tried again where memory does not answer."""
+        for owner in list(run.unsettled):
+            try:
+                await self.leftovers.settle(run, owner)
+            except CheckpointError as error:
+                logger.warning(
+                    "run %s: slots of process %d: %s; looked at again",
+                    run.key, owner.pid, error.what,
+                )  # fmt: skip
+            else:
+                run.unsettled = [each for each in run.unsettled if each is not owner]
 
     async def settled(self, run: RunState, owner: Owner) -> None:
         """Wait until what a dead owner left is settled."""
