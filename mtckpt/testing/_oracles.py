@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Oracles", "Violation"]
 
 Order = tuple[int, int]
+# Within this time all ranks hear that a save is whole, while nothing goes wrong.
+PROMPT_S = 1.0
 
 
 class Violation(Exception):
@@ -37,8 +39,15 @@ class Known:
     save_id: str
     order: Order
     began_s: float
+    world_size: int
+    came_s: float = 0.0  # when the last rank had captured its part
     nodes: list[Node] = field(default_factory=list)
     handles: list[tuple[int, Save]] = field(default_factory=list)
+
+    def all_captured(self) -> bool:
+        """Whether all ranks have captured their parts."""
+        captured = {rank for rank, save in self.handles if "captured" in save.reached}
+        return len(captured) == self.world_size
 
     def stages(self) -> set[str]:
         """What any rank was told."""
@@ -74,7 +83,9 @@ class Oracles:
         known = self._saves.get(save.id)
         if known is None:
             order = (incarnation.number, save.step)
-            known = self._saves[save.id] = Known(save.id, order, self._world.loop.time())
+            now_s, world_size = self._world.loop.time(), rank.run.members.world_size
+            known = self._saves[save.id] = Known(save.id, order, now_s, world_size)
+        known.came_s = self._world.loop.time()
         known.nodes.append(rank.node)
         known.handles.append((rank.rank, save))
 
@@ -128,6 +139,20 @@ class Oracles:
         (found,) = steps
         if strict is not None and (found is None or found < strict):
             raise Violation(f"{strict} was acknowledged and survives, restored was {found}")
+
+    def check_committed(self, since_s: float) -> None:
+        """Nothing went wrong since then, and ranks were asked for the same: what all of them
+        captured is whole, and soon told to be."""
+        now_s = self._world.loop.time()
+        for known in self._saves.values():
+            if known.began_s < since_s or not known.all_captured():
+                continue
+            off = {rank: save.skipped for rank, save in known.handles if _is_called_off(save)}
+            if off:
+                raise Violation(f"{known.order}: called off for nothing: {off}")
+            open_ = [rank for rank, save in known.handles if "staged" not in save.reached]
+            if open_ and now_s - known.came_s > PROMPT_S:
+                raise Violation(f"{known.order}: ranks {open_} do not hear that it is whole")
 
     def check_agreement(self, nodes: Iterable[Node]) -> None:
         """No save is both: whole for one, and called off for another."""

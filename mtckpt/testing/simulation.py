@@ -75,8 +75,12 @@ class Job:
 
     # -- life ------------------------------------------------------------------------------------
 
-    async def run(self, script: Callable[[Rank], None]) -> bool:
-        """True if all ranks came to their end. The others are killed as soon as one has failed."""
+    async def run(self, script: Callable[[Rank], None], *, alike: bool = True) -> bool:
+        """True if all ranks came to their end. The others are killed as soon as one has failed.
+
+        ``alike``: all ranks are to save the same steps, of the same state.
+        """
+        started_s = self.world.loop.time()
         for rank in self.ranks:
             rank.start(script)
         mains = {rank.main.done: rank for rank in self.ranks}
@@ -92,6 +96,8 @@ class Job:
             if not done:
                 raise Violation(f"ranks {[mains[w].rank for w in waiting]} hang")
             failed = any(self._has_failed(mains[each]) for each in done)
+        if alike and not failed and self.drama.is_undisturbed(started_s):
+            self.drama.oracles.check_committed(started_s)
         if failed:
             await asyncio.sleep(self.world.random.random() * 2.0)  # until the launcher sees it
         for rank in self.ranks:
@@ -129,6 +135,7 @@ class Drama:
             keep=draw.choice((2, 3)),
         )
         self.rough = draw.random() < 0.7
+        self._disturbed_s = -1.0
 
     @property
     def alive(self) -> list[Node]:
@@ -142,6 +149,19 @@ class Drama:
             and not self.world.store.problem
             and set(self.alive) <= set(nodes)
         )
+
+    def is_undisturbed(self, since_s: float) -> bool:
+        """Whether nothing has gone wrong since then, nor can go wrong."""
+        return (
+            self._disturbed_s < since_s
+            and self.world.chances == Chances()
+            and not self.world.blocked
+            and not any(p.problem for n in self.alive for p in (n.ram, n.disk))
+            and not self.world.store.problem
+        )
+
+    def _disturb(self) -> None:
+        self._disturbed_s = self.world.loop.time()
 
     async def play(self) -> None:
         """Jobs with faults, and then one in peace."""
@@ -200,7 +220,7 @@ class Drama:
         self.world.note(f"job on {job.nodes}, {len(job.ranks)} ranks, {self.settings}")
         chaos = self.world.loop.create_task(self._chaos(job)) if self.rough else None
         try:
-            await job.run(script)
+            await job.run(script, alike=not odd)
         finally:
             if chaos is not None:
                 chaos.cancel()
@@ -228,6 +248,7 @@ class Drama:
             )
             self.story.faults.append(fault.__name__.strip("_"))
             self.world.note(f"fault: {fault.__name__}")
+            self._disturb()
             fault(job)
 
     def _kill_agent(self, job: Job) -> None:
@@ -261,9 +282,11 @@ class Drama:
         one, other = draw.sample([node.name for node in job.nodes], 2)
         pairs = {(one, other)} | ({(other, one)} if draw.random() < 0.6 else set())
         self.world.blocked |= pairs
-        self.world.loop.call_later(
-            draw.choice((0.5, 5.0, 30.0)), self.world.blocked.difference_update, pairs
-        )
+        self.world.loop.call_later(draw.choice((0.5, 5.0, 30.0)), self._mend, pairs)
+
+    def _mend(self, pairs: set[tuple[str, str]]) -> None:
+        self._disturb()
+        self.world.blocked -= pairs
 
     def _mute(self, job: Job) -> None:
         """A disk or the store does not answer, for a while."""
@@ -273,6 +296,7 @@ class Drama:
         self.world.loop.call_later(draw.choice((0.5, 5.0, 30.0)), self._answer, place)
 
     def _answer(self, place: object) -> None:
+        self._disturb()
         place.problem = ""  # type: ignore[attr-defined]  # it stands in for the real one
 
     # -- peace -----------------------------------------------------------------------------------
