@@ -2,6 +2,7 @@
 
     python -m mtckpt.testing.simulation 1234        tells the story of a seed
     python -m mtckpt.testing.simulation 1 1000      runs so many from the first on
+    python -m mtckpt.testing.simulation 1 1000 2    the same in two processes
 
 Knows what a job does and what may befall it. ``run_seed`` raises where a promise was broken, or
 where what is owed is not settled once the faults have stopped. The same seed is the same story.
@@ -12,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,7 @@ from mtckpt.testing.cluster import Chances, Node, World
 if TYPE_CHECKING:
     from mtckpt._handle import Restored, Save
 
-__all__ = ["Story", "run_seed"]
+__all__ = ["Story", "run_seed", "run_seeds"]
 
 JOB_S = 200.0
 SETTLE_S = 400.0
@@ -383,24 +385,39 @@ def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
+def _broken(seed: int) -> str:
+    """What broke in the story of a seed; empty if nothing did."""
+    try:
+        run_seed(seed)
+    except Exception as error:  # noqa: BLE001 - the next seed is another story
+        # Whatever it is: it is shown and counted, and the next seed is another story.
+        return f"{type(error).__name__}: {error}"[:400]
+    return ""
+
+
+def run_seeds(seeds: Sequence[int], num_processes: int = 1) -> Iterator[str]:
+    """What broke in the stories of many seeds, as soon as it is known, in their order."""
+    if num_processes <= 1:
+        yield from filter(None, map(_broken, seeds))
+        return
+    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
+        yield from filter(None, pool.imap(_broken, seeds, chunksize=20))
+
+
 def main(arguments: list[str]) -> int:
     """Tell one seed's story, or run many."""
-    first, count = int(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 1
+    first, count, num_processes = [*map(int, arguments), 1, 1][:3]
+    if len(arguments) == 1:
+        _say(str(run_seed(first, _say)))
+        return 0
     started_s = time.perf_counter()
-    broken = 0
-    for seed in range(first, first + count):
-        try:
-            story = run_seed(seed, _say if count == 1 else None)
-        except Exception as error:  # noqa: BLE001 - the next seed is another story
-            # Whatever it is: it is shown and counted, and the next seed is another story.
-            broken += 1
-            _say(f"{type(error).__name__}: {error}"[:400])
-        else:
-            if count == 1:
-                _say(str(story))
+    num_broken = 0
+    for what in run_seeds(range(first, first + count), num_processes):
+        num_broken += 1
+        _say(what)
     each_ms = 1000 * (time.perf_counter() - started_s) / count
-    _say(f"{count} seeds, {each_ms:.1f} ms each, {broken} broken")
-    return 1 if broken else 0
+    _say(f"{count} seeds, {each_ms:.1f} ms each, {num_broken} broken")
+    return 1 if num_broken else 0
 
 
 if __name__ == "__main__":
