@@ -75,7 +75,9 @@ class Freer:
     async def look_again(self, run: RunState) -> None:
         """Before anybody goes on with a run that was to go: its slots and saves may have gone."""
         if run.half_wiped and not run.gone:
-            scanned = await self._tools.call(work.Scan(run.ram, run.key), work.Scanned)
+            scanned = await self._tools.call(
+                work.Scan(run.ram, run.key, repair=False), work.Scanned
+            )
             found = next((scan for scan in scanned.runs if scan.run_key == run.key), None)
             run.note_left(found or work.RunScan(run.key))
             run.half_wiped = False

@@ -161,10 +161,17 @@ class Oracles:
             off = [rank for rank, save in known.handles if _is_called_off(save)]
             if whole and off:
                 raise Violation(f"{known.order}: staged for {whole}, called off for {off}")
+        runs = {
+            node: run
+            for node in nodes
+            if node.agent is not None and (run := node.agent.registry.runs.get(RUN)) is not None
+        }
+        newest = max((run.incarnation for run in runs.values()), default=0)
         told: dict[str, dict[str, list[str]]] = {}
-        for node in nodes:
-            run = node.agent.registry.runs.get(RUN) if node.agent is not None else None
-            for name, save in run.saves.items() if run is not None else ():
+        for node, run in runs.items():
+            for name, save in run.saves.items():
+                if save.name.incarnation < newest:
+                    continue  # a node that had no part in what goes on since may not have heard
                 by = told.setdefault(name, {"staged": [], "off": []})
                 if "staged" in save.stages:
                     by["staged"].append(node.name)
