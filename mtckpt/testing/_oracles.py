@@ -43,6 +43,8 @@ class Known:
     came_s: float = 0.0  # when the last rank had captured its part
     nodes: list[Node] = field(default_factory=list)
     handles: list[tuple[int, Save]] = field(default_factory=list)
+    closed: bool = False  # by some rank, so that memory may have been freed
+    bad: set[tuple[Node | None, str]] = field(default_factory=set)  # where a copy was damaged
 
     def all_captured(self) -> bool:
         """Whether all ranks have captured their parts."""
@@ -89,6 +91,17 @@ class Oracles:
         known.nodes.append(rank.node)
         known.handles.append((rank.rank, save))
 
+    def closed(self, rank: Rank) -> None:
+        """A rank has closed the run: what is safe elsewhere is not kept in memory any more."""
+        for known in self._saves.values():
+            known.closed |= any(handle in rank.saves for _, handle in known.handles)
+
+    def damaged(self, node: Node | None, place: str, save: str) -> None:
+        """A copy of some shard of a save was changed there: of this name, as files have it."""
+        for known in self._saves.values():
+            if _is_named(known, save):
+                known.bad.add((node, place))
+
     def restored(self, rank: Rank, restored: Restored, read: Read | None) -> None:
         """A rank has restored."""
         self._world.note(f"rank {rank.rank} on {rank.node.name}: {restored!r}")
@@ -119,17 +132,29 @@ class Oracles:
 
     def _survives(self, known: Known) -> bool:
         stages = known.stages()
-        if "durable" in stages:
+        if "durable" in stages and (None, "store") not in known.bad:
+            return True
+        if "replicated" in stages and not known.closed and self._num_lost(known) <= 1:
             return True
         needed = {"staged": "ram", "local": "disk"}
         return any(
             stage in stages
             and not any(
                 self._lost_s.get((node, needed[stage]), -1.0) >= known.began_s
+                or (node, needed[stage]) in known.bad
                 for node in known.nodes
             )
             for stage in needed
         )
+
+    def _num_lost(self, known: Known) -> int:
+        """Memories that are gone since a save began, or have something wrong of it."""
+        lost = {
+            node
+            for (node, what), at_s in self._lost_s.items()
+            if what == "ram" and at_s >= known.began_s
+        }
+        return len(lost | {node for node, what in known.bad if what == "ram"})
 
     def check_restored(self, results: dict[int, Restored], *, strict: Order | None) -> None:
         """All ranks of a job have restored: the same, and as new as ``strict`` at least."""
@@ -188,7 +213,7 @@ class Oracles:
         return any(
             self._lost_s.get((node, "ram"), -1.0) >= known.began_s
             for known in self._saves.values()
-            if name.endswith(known.save_id.replace("-", "")[:12])
+            if _is_named(known, name)
             for node in known.nodes
         )
 
@@ -244,6 +269,10 @@ def _unsettled(run: Any) -> Iterator[str]:
         for label in save.owed:
             if run.source_for(save, label) is not None:
                 yield f"{save.name} is owed to {label}"
+
+
+def _is_named(known: Known, name: str) -> bool:
+    return name.endswith(known.save_id.replace("-", "")[:12])
 
 
 def _is_called_off(save: Save) -> bool:

@@ -18,7 +18,7 @@ from mtckpt import _holdings, _manifest, _restore, _restorer, _run, _save, _save
 from mtckpt._handle import Restored, Save, stage_of_tier
 from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Record
-from mtckpt._schedule import Disk, ObjectStore, Ram
+from mtckpt._schedule import Disk, ObjectStore, Peers, Ram
 from mtckpt.agent import protocol
 from mtckpt.errors import (
     CaptureFailed,
@@ -60,6 +60,7 @@ class Settings:
 
     has_disk: bool = True
     has_store: bool = False
+    copies: int = 0
     slots: int = 2
     disk_every: int = 1
     store_every: int = 1
@@ -72,13 +73,15 @@ class Settings:
         tiers: list[tuple[str, Any]] = []
         if self.has_disk:
             tiers.append(("disk", Disk("/", every=self.disk_every, keep=self.keep)))
+        if self.copies:
+            tiers.append(("peers", Peers(copies=self.copies)))
         if self.has_store:
             tiers.append(("store", ObjectStore(URL, every=self.store_every)))
         return tiers
 
     def due(self, step: int) -> list[str]:
         """The slower tiers of a step."""
-        every = {"disk": self.disk_every, "store": self.store_every}
+        every = {"disk": self.disk_every, "peers": 1, "store": self.store_every}
         return [label for label, _ in self.tiers() if step % every[label] == 0]
 
 
@@ -495,5 +498,6 @@ class Rank:
         session.stop_listening()
         message = protocol.Close(session.holder, free_ram=True, wait_s=1.0)
         session.call("close", message, protocol.Done)
+        self.told.closed(self)
         session.close(5.0)
         self.closed = True

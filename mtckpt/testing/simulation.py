@@ -4,6 +4,8 @@
     python -m mtckpt.testing.simulation 1 1000      runs so many from the first on
     python -m mtckpt.testing.simulation 1 1000 2    the same in two processes
 
+With ``--partners`` they are other stories: with copies on other nodes, and with bytes that change.
+
 Knows what a job does and what may befall it. ``run_seed`` raises where a promise was broken, or
 where what is owed is not settled once the faults have stopped. The same seed is the same story.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import multiprocessing
 import sys
@@ -29,6 +32,7 @@ from mtckpt.testing.cluster import Chances, Node, World
 
 if TYPE_CHECKING:
     from mtckpt._handle import Restored, Save
+    from mtckpt.testing._devices import Directory
 
 __all__ = ["Story", "run_seed", "run_seeds"]
 
@@ -75,6 +79,9 @@ class Job:
     def saved(self, rank: Rank, save: Save) -> None:
         self.drama.oracles.saved(rank, save)
 
+    def closed(self, rank: Rank) -> None:
+        self.drama.oracles.closed(rank)
+
     # -- life ------------------------------------------------------------------------------------
 
     async def run(self, script: Callable[[Rank], None], *, alike: bool = True) -> bool:
@@ -120,8 +127,9 @@ class Job:
 class Drama:
     """The story of one seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, partners: bool = False) -> None:
         self.world = World(seed)
+        self.partners = partners
         self.story = Story(seed)
         self.oracles = Oracles(self.world)
         self.is_final = False
@@ -135,6 +143,7 @@ class Drama:
             disk_every=draw.choice((1, 1, 2)),
             store_every=draw.choice((1, 2, 3)),
             keep=draw.choice((2, 3)),
+            copies=draw.choice((0, 1, 1, 1)) if partners else 0,
         )
         self.rough = draw.random() < 0.7
         self._disturbed_s = -1.0
@@ -236,18 +245,17 @@ class Drama:
                 setattr(self.world.chances, name, draw.choice((0.01, 0.05, 0.2)))
         for _ in range(draw.choice((0, 1, 1, 2, 3))):
             await asyncio.sleep(draw.random() * draw.choice((0.3, 1.0, 3.0)))
-            fault = draw.choice(
-                (
-                    self._kill_agent,
-                    self._kill_agent,
-                    self._kill_rank,
-                    self._kill_ranks,
-                    self._lose_node,
-                    self._reboot_node,
-                    self._cut,
-                    self._mute,
-                )
-            )
+            faults = [
+                self._kill_agent,
+                self._kill_agent,
+                self._kill_rank,
+                self._kill_ranks,
+                self._lose_node,
+                self._reboot_node,
+                self._cut,
+                self._mute,
+            ]
+            fault = draw.choice(faults + [self._damage] * (3 if self.partners else 0))
             self.story.faults.append(fault.__name__.strip("_"))
             self.world.note(f"fault: {fault.__name__}")
             self._disturb()
@@ -296,6 +304,22 @@ class Drama:
         place = draw.choice([self.world.store, *(node.disk for node in job.nodes)])
         place.problem = "it does not answer"
         self.world.loop.call_later(draw.choice((0.5, 5.0, 30.0)), self._answer, place)
+
+    def _damage(self, job: Job) -> None:
+        """Some bytes of a shard change where they lie."""
+        draw = self.world.random
+        places: list[tuple[Node | None, Directory]] = [(None, self.world.store)]
+        for each in self.alive:
+            places += [(each, each.ram), (each, each.ram), (each, each.disk)]
+        node, place = draw.choice(places)
+        keys = sorted(key for key in place.objects if key.endswith(".safetensors"))
+        if not keys:
+            return
+        key = draw.choice(keys)
+        file = place.objects[key]
+        file.content = bytes([file.content[0] ^ 1]) + file.content[1:]
+        self.world.note(f"{key} in {place.name} of {node}")
+        self.oracles.damaged(node, place.name, key.split("/")[1])
 
     def _answer(self, place: object) -> None:
         self._disturb()
@@ -360,9 +384,14 @@ def _logged(world: World) -> Iterator[None]:
         logger.setLevel(before[0])
 
 
-def run_seed(seed: int, log: Callable[[str], None] | None = None) -> Story:
-    """Play the story of a seed, told line by line to ``log``. Raises Violation."""
-    drama = Drama(seed)
+def run_seed(
+    seed: int, log: Callable[[str], None] | None = None, *, partners: bool = False
+) -> Story:
+    """Play the story of a seed, told line by line to ``log``. Raises Violation.
+
+    ``partners``: another one, with copies on other nodes, and with bytes that change.
+    """
+    drama = Drama(seed, partners=partners)
     world = drama.world
     world.log = log
     with names_of(world).in_place(), _logged(world):
@@ -385,34 +414,39 @@ def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _broken(seed: int) -> str:
+def _broken(seed: int, *, partners: bool = False) -> str:
     """What broke in the story of a seed; empty if nothing did."""
     try:
-        run_seed(seed)
+        run_seed(seed, partners=partners)
     except Exception as error:  # noqa: BLE001 - the next seed is another story
         # Whatever it is: it is shown and counted, and the next seed is another story.
         return f"{type(error).__name__}: {error}"[:400]
     return ""
 
 
-def run_seeds(seeds: Sequence[int], num_processes: int = 1) -> Iterator[str]:
+def run_seeds(
+    seeds: Sequence[int], num_processes: int = 1, *, partners: bool = False
+) -> Iterator[str]:
     """What broke in the stories of many seeds, as soon as it is known, in their order."""
+    broken = functools.partial(_broken, partners=partners)
     if num_processes <= 1:
-        yield from filter(None, map(_broken, seeds))
+        yield from filter(None, map(broken, seeds))
         return
     with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-        yield from filter(None, pool.imap(_broken, seeds, chunksize=20))
+        yield from filter(None, pool.imap(broken, seeds, chunksize=20))
 
 
 def main(arguments: list[str]) -> int:
     """Tell one seed's story, or run many."""
+    partners = "--partners" in arguments
+    arguments = [each for each in arguments if each != "--partners"]
     first, count, num_processes = [*map(int, arguments), 1, 1][:3]
     if len(arguments) == 1:
-        _say(str(run_seed(first, _say)))
+        _say(str(run_seed(first, _say, partners=partners)))
         return 0
     started_s = time.perf_counter()
     num_broken = 0
-    for what in run_seeds(range(first, first + count), num_processes):
+    for what in run_seeds(range(first, first + count), num_processes, partners=partners):
         num_broken += 1
         _say(what)
     each_ms = 1000 * (time.perf_counter() - started_s) / count
