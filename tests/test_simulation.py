@@ -15,7 +15,8 @@ import pytest
 from mtckpt.testing.simulation import run_seeds
 
 BLOCK = 100
-NUM_BLOCKS = 5
+NUM_BLOCKS = 4
+NUM_PARTNER_SEEDS = 100
 # Of `make torture`; MTCKPT_SIM_SEEDS=100000 takes an hour on two cores.
 NUM_SEEDS = int(os.environ.get("MTCKPT_SIM_SEEDS", "10000"))
 
@@ -25,12 +26,17 @@ def test_promises_hold(block: int) -> None:
     assert list(run_seeds(range(1 + block * BLOCK, 1 + (block + 1) * BLOCK))) == []
 
 
+def test_promises_hold_with_partners_and_bytes_that_change() -> None:
+    assert list(run_seeds(range(1, 1 + NUM_PARTNER_SEEDS), partners=True)) == []
+
+
 @pytest.mark.torture
 @pytest.mark.timeout(14400)
 def test_promises_hold_for_long() -> None:
     num_processes = len(os.sched_getaffinity(0))
-    broken = run_seeds(range(1 + NUM_BLOCKS * BLOCK, 1 + NUM_SEEDS), num_processes)
-    assert list(itertools.islice(broken, 10)) == []
+    for partners in (False, True):
+        broken = run_seeds(range(1, 1 + NUM_SEEDS), num_processes, partners=partners)
+        assert list(itertools.islice(broken, 10)) == []
 
 
 def test_a_seed_is_one_story() -> None:

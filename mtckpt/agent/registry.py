@@ -28,6 +28,7 @@ from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.leftovers import Leftovers
 from mtckpt.agent.links import Links
+from mtckpt.agent.notes import config_of
 from mtckpt.agent.owners import Owner, boot_id
 from mtckpt.agent.peers import Peers
 from mtckpt.agent.queue import SlotState
@@ -280,7 +281,7 @@ class Registry:
     async def write_config(self, run: RunState) -> None:
         """Note what the next agent needs."""
         if not run.gone:
-            await self.tools.call(work.WriteRunConfig(run.ram, run.config()), work.Stored)
+            await self.tools.call(work.WriteRunConfig(run.ram, config_of(run)), work.Stored)
 
     # -- owners ----------------------------------------------------------------------------------
 

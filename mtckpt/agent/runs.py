@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from mtckpt._inventory import line_of
 from mtckpt._manifest import Incarnation, SaveName
 from mtckpt.agent import protocol, work
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from mtckpt.agent.links import Link
     from mtckpt.agent.nodes import Layout
     from mtckpt.agent.owners import Owner
-    from mtckpt.agent.protocol import TierConfig
     from mtckpt.agent.work import TierRef
 
 __all__ = ["RunState", "describe_failure"]
@@ -74,6 +71,7 @@ class RunState:
     unsettled: list[Owner] = field(default_factory=list)  # dead, and their slots are still theirs
     left_at: float = field(default_factory=lambda: time.time())
     scrubbed_s: float = field(default_factory=lambda: time.monotonic())
+    begun_s: float = 0.0  # when the incarnation did
     allocating: int = 0
     seq: int = 0
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -204,15 +202,17 @@ class RunState:
         )
         line = self.line() if line is None else line
         facts = save.facts(has_source=save.is_staged, owed=owed, line=line)
+        if not facts.on_line:
+            return replace(facts, owed=frozenset())  # abandoned: it is wanted by nobody
         return replace(facts, copied=self._is_copied(save))
 
     def _is_copied(self, save: SaveState) -> bool:
-        """Whether partners have this node's part, unless they have been silent for long, or refused
-        the newest: saves go on without them then."""
+        """Whether partners have this node's part, unless some node's have been silent for long, or
+        refused the newest: saves go on without them then. A node alone has none to wait for."""
         now_s = time.monotonic()
         newest = self.newest_staged()
         refused = newest.failures() if newest else {}
-        return any(
+        return self._is_patient(now_s) and any(
             tier.is_peers
             and tier.label in save.ranks
             and tier.label not in refused
@@ -225,6 +225,20 @@ class RunState:
         line = self.line()
         held = [save.worth(line) for save in self.saves.values() if save.is_replicated]
         return [s for s in self.saves.values() if held and s.worth(line) < max(held)]
+
+    def _is_patient(self, now_s: float) -> bool:
+        """Whether what is staged since the newest that other nodes have whole is not long so."""
+        line, outlived = self.line(), {str(save.name) for save in self.outlived()}
+        since_s = [
+            max(save.began_s, self.begun_s)
+            for name, save in self.saves.items()
+            if "staged" in save.stages
+            and name not in outlived
+            and not save.is_replicated
+            and save.is_on(line)
+        ]
+        waited_s = now_s - min(since_s, default=now_s)
+        return self.layout is not None and waited_s < PARTNER_PATIENCE_S
 
     def flushable(self, tier: TierState) -> list[SaveFacts]:
         """Saves as the tier looks at them: those that it can be given now, and the others."""
@@ -425,7 +439,7 @@ class RunState:
                 self.drop_shard(self.saves[slot.save], slot.slot_id, slot.rank)
             elif not slot.save and (slot.slot_id, slot.inode) not in slots:
                 del self.slots[slot.slot_id]
-        self.noted_guests = self._guests()
+        self.noted_guests = self.all_guests()
         self.note_scan(RAM, scan)
 
     def discharge(self, *, scanned: bool = True) -> None:
@@ -469,51 +483,9 @@ class RunState:
                 save.superseded.add(label)
                 save.seq = self.seq + 1  # whoever waits for it has to hear that it is in vain
 
-    def _guests(self) -> dict[str, list[int]]:
+    def all_guests(self) -> dict[str, list[int]]:
+        """By the name of their save: ranks whose shards are here as copies for other nodes."""
         return {name: sorted(s.guests) for name, s in self.saves.items() if s.guests}
-
-    def config(self) -> work.RunConfig:
-        """What the next agent needs to know."""
-        owners = [_noted(o) for o in self.owners.values() if not o.dead]
-        newest = self.incarnations.get(self.incarnation)
-        return work.RunConfig(
-            self.run,
-            self.key,
-            [_without_secrets(tier.config) for tier in self.tiers.values()],
-            owners,
-            self.incarnation,
-            newest.id if newest else "",
-            {
-                "left_at": self.left_at,
-                "closing": self.closing,
-                "token": self.token,
-                "uid": self.creator_uid,
-                "admitted": sorted(self.admitted),
-                "unseen": [o.holder for o in self.owners.values() if not o.seen],
-                "rank_here": min(self.layout.own) if self.layout else None,
-                "guests": self._guests(),
-                "diverged": {name: s.diverged for name, s in self.saves.items() if s.diverged},
-                "chosen": sorted(name for name, save in self.saves.items() if save.chosen),
-                "fenced": msgspec.to_builtins([_noted(o) for o in self.fenced.values()]),
-            },
-        )
-
-
-def _without_secrets(config: TierConfig) -> TierConfig:
-    """What the next agent is told in a file; the rest comes with the next Checkpointer."""
-    return msgspec.structs.replace(config, access=config.access.to_note())
-
-
-def _noted(owner: Owner) -> work.Owner:
-    return work.Owner(
-        owner.holder,
-        owner.rank,
-        owner.pid,
-        owner.start_ticks,
-        owner.incarnation,
-        owner.world_size,
-        owner.parent_pid,
-    )
 
 
 def describe_failure(error: CheckpointError) -> str:

@@ -254,6 +254,7 @@ class Verbs:
                 del run.incarnations[message.number]
             raise
         run.begun[message.number] = known
+        run.begun_s = time.monotonic()
         owner.incarnation, owner.incarnation_id = message.number, message.id
         owner.last_step = -1
         for old in list(run.owners.values()):

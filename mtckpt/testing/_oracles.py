@@ -137,6 +137,8 @@ class Oracles:
         if "replicated" in stages and not known.closed and self._num_lost(known) <= 1:
             return True
         needed = {"staged": "ram", "local": "disk"}
+        if known.closed and any(each.bad for each in self._saves.values()):
+            del needed["staged"]  # memory was freed for a copy that had been good
         return any(
             stage in stages
             and not any(

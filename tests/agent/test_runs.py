@@ -8,6 +8,7 @@ import pytest
 
 from mtckpt._manifest import FORMAT_VERSION, Incarnation, SaveName
 from mtckpt.agent import queue, work
+from mtckpt.agent.notes import config_of
 from mtckpt.agent.owners import Owner
 from mtckpt.agent.protocol import TierConfig
 from mtckpt.agent.registry import _adopt_slots
@@ -136,7 +137,7 @@ def test_what_was_restored_from_is_whole_for_the_next_agent_too(run: RunState) -
     assert not at(run, 10).is_complete(RAM)
     at(run, 10).chosen = True
     again = RunState("r", "r", run.ram)
-    again.noted_chosen = set(run.config().extra["chosen"])
+    again.noted_chosen = set(config_of(run).extra["chosen"])
     again.note_scan(RAM, work.RunScan("r", [found(10, [0]), found(20, [0])]))
     assert [at(again, step).is_complete(RAM) for step in (10, 20)] == [True, False]
 
