@@ -52,13 +52,6 @@ BUGS = (
         124,
     ),
     SimulatedBug(
-        "another-agent-not-told-anew",
-        "agent/links.py",
-        "            if link.told_by:\n                link.forget()",
-        "            if link.told_by:\n                pass",
-        41,
-    ),
-    SimulatedBug(
         "one-number-for-all-starts-of-the-job",
         "_run.py",
         "number=max(highest for highest, _, _, _ in told) + 1",
@@ -71,13 +64,6 @@ BUGS = (
         "key=lambda name: (name.step, name.incarnation), reverse=True)",
         "key=lambda name: (name.step, name.incarnation))",
         1,
-    ),
-    SimulatedBug(
-        "start-without-its-parent",
-        "_run.py",
-        "            parent=self.parent,\n            host=told",
-        "            parent=None,\n            host=told",
-        24,
     ),
     SimulatedBug(
         "retention-takes-the-newest",
@@ -134,5 +120,26 @@ BUGS = (
         "        finally:\n            save.writing.discard(tier.label)",
         "        finally:\n",
         2,
+    ),
+    SimulatedBug(
+        "tiers-are-not-told-that-there-is-something-to-do",
+        "agent/runs.py",
+        "        for tier in self.tiers.values():\n            tier.wake.set()",
+        "        pass",
+        2,
+    ),
+    SimulatedBug(
+        "part-of-a-save-taken-for-the-whole",
+        "agent/saves.py",
+        "        if label == RAM and self.chosen:",
+        "        if label == RAM and not self.stages:",
+        1,
+    ),
+    SimulatedBug(
+        "dead-owner-is-not-settled",
+        "agent/registry.py",
+        "        run.unsettled.append(owner)\n",
+        "        pass\n",
+        1,
     ),
 )

@@ -343,7 +343,7 @@ def restore_from(world: World) -> Callable[..., Any]:
         progress: Any = None,
     ) -> Any:
         del partial, rename, last, progress
-        read = Read(candidate.name, len(candidate.sources))
+        read = Read(candidate.name, candidate.whole[1])
         records = {}
         with scope.together("read"):
             for rank in candidate.sources:
