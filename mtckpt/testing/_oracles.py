@@ -14,11 +14,12 @@ from mtckpt import _holdings, _inventory, _manifest
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.saves import RAM
 from mtckpt.errors import StepDisagreement
-from mtckpt.testing._trainers import RUN, Rank, Read
+from mtckpt.testing._settings import RUN
 
 if TYPE_CHECKING:
     from mtckpt._handle import Restored, Save
     from mtckpt._manifest import Incarnation
+    from mtckpt.testing._trainers import Rank, Read
     from mtckpt.testing.cluster import Node, World
 
 __all__ = ["Oracles", "Violation"]

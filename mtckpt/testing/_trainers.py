@@ -18,7 +18,7 @@ from mtckpt import _holdings, _manifest, _restore, _restorer, _run, _save, _save
 from mtckpt._handle import Restored, Save, stage_of_tier
 from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Record
-from mtckpt._schedule import Disk, ObjectStore, Peers, Ram
+from mtckpt._schedule import Ram
 from mtckpt.agent import protocol
 from mtckpt.errors import (
     CaptureFailed,
@@ -42,47 +42,14 @@ from mtckpt.testing._devices import (
     shard_entry,
     table_of,
 )
+from mtckpt.testing._settings import RUN, Settings
 from mtckpt.testing._virtual import Time, ends
 from mtckpt.testing.cluster import Node, Process, World
 
 if TYPE_CHECKING:
     from mtckpt._choice import Candidate
 
-__all__ = ["Group", "Rank", "Settings"]
-
-RUN = "run"
-URL = "s3://bucket/sim"
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What all jobs of one simulation have alike."""
-
-    has_disk: bool = True
-    has_store: bool = False
-    copies: int = 0
-    slots: int = 2
-    disk_every: int = 1
-    store_every: int = 1
-    keep: int = 2
-    timeout_s: float = 20.0
-    max_stall_s: float = 3.0
-
-    def tiers(self) -> list[tuple[str, Any]]:
-        """Label and settings of the slower tiers."""
-        tiers: list[tuple[str, Any]] = []
-        if self.has_disk:
-            tiers.append(("disk", Disk("/", every=self.disk_every, keep=self.keep)))
-        if self.copies:
-            tiers.append(("peers", Peers(copies=self.copies)))
-        if self.has_store:
-            tiers.append(("store", ObjectStore(URL, every=self.store_every)))
-        return tiers
-
-    def due(self, step: int) -> list[str]:
-        """The slower tiers of a step."""
-        every = {"disk": self.disk_every, "peers": 1, "store": self.store_every}
-        return [label for label, _ in self.tiers() if step % every[label] == 0]
+__all__ = ["Group", "Rank"]
 
 
 class Group:

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 from mtckpt.errors import CheckpointError, NoHealthyStep, SaveFailed
 from mtckpt.testing._names import Collected, names_of
 from mtckpt.testing._oracles import Oracles, Violation
-from mtckpt.testing._trainers import Group, Rank, Read, Settings
+from mtckpt.testing._settings import Settings
+from mtckpt.testing._trainers import Group, Rank, Read
 from mtckpt.testing._virtual import Stuck
 from mtckpt.testing.cluster import Chances, Node, World
 
