@@ -16,10 +16,11 @@ import asyncio
 import contextlib
 import functools
 import logging
-import multiprocessing
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,8 @@ SETTLE_S = 400.0
 SAVE_S = 120.0
 UNHEARD_S = 20.0
 PATIENT_SAVES = 40
+SEEDS_AT_ONCE = 250
+PARTNERS = "--partners"
 
 
 @dataclass(slots=True)
@@ -431,26 +434,41 @@ def _broken(seed: int, *, partners: bool = False) -> str:
         run_seed(seed, partners=partners)
     except Exception as error:  # noqa: BLE001 - the next seed is another story
         # Whatever it is: it is shown and counted, and the next seed is another story.
-        return f"{type(error).__name__}: {error}"[:400]
+        return f"{type(error).__name__}: {error}"[:400].replace("\n", " ")
     return ""
 
 
-def run_seeds(
-    seeds: Sequence[int], num_processes: int = 1, *, partners: bool = False
-) -> Iterator[str]:
-    """What broke in the stories of many seeds, as soon as it is known, in their order."""
-    broken = functools.partial(_broken, partners=partners)
+def run_seeds(seeds: range, num_processes: int = 1, *, partners: bool = False) -> Iterator[str]:
+    """What broke in the stories of many seeds that follow one another, in their order.
+
+    Several processes take turns with some hundred seeds each.
+    """
     if num_processes <= 1:
-        yield from filter(None, map(broken, seeds))
+        yield from filter(None, (_broken(seed, partners=partners) for seed in seeds))
         return
-    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-        yield from filter(None, pool.imap(broken, seeds, chunksize=20))
+    parts = [seeds[at : at + SEEDS_AT_ONCE] for at in range(0, len(seeds), SEEDS_AT_ONCE)]
+    run = functools.partial(_run_elsewhere, partners=partners)
+    with ThreadPoolExecutor(num_processes) as threads:
+        for lines in threads.map(run, parts):
+            yield from lines
+
+
+def _run_elsewhere(seeds: range, *, partners: bool) -> list[str]:
+    """What broke in the stories of these seeds, played in a process of their own."""
+    command = [sys.executable, "-m", "mtckpt.testing.simulation", str(seeds[0]), str(len(seeds))]
+    if partners:
+        command.append(PARTNERS)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    *lines, last = done.stdout.splitlines() or [""]
+    if f"{len(lines)} broken" not in last:
+        lines.append(f"the process of seeds {seeds[0]} to {seeds[-1]} ended: {done.returncode}")
+    return lines
 
 
 def main(arguments: list[str]) -> int:
     """Tell one seed's story, or run many."""
-    partners = "--partners" in arguments
-    arguments = [each for each in arguments if each != "--partners"]
+    partners = PARTNERS in arguments
+    arguments = [each for each in arguments if each != PARTNERS]
     first, count, num_processes = [*map(int, arguments), 1, 1][:3]
     if len(arguments) == 1:
         _say(str(run_seed(first, _say, partners=partners)))
