@@ -142,4 +142,12 @@ BUGS = (
         "        pass\n",
         1,
     ),
+    SimulatedBug(
+        "copies-let-go-before-newer-ones-are-there",
+        "agent/guests.py",
+        "if s.guests and s.order < outlived]",
+        "if s.guests]",
+        1,
+        partners=True,
+    ),
 )

@@ -14,20 +14,25 @@ import pytest
 
 from mtckpt.testing.simulation import run_seeds
 
-BLOCK = 100
-NUM_BLOCKS = 4
-NUM_PARTNER_SEEDS = 100
-# Of `make torture`; MTCKPT_SIM_SEEDS=100000 takes an hour on two cores.
+BLOCK = 50
+NUM_BLOCKS = 6
+NUM_PARTNER_BLOCKS = 1
+# Of `make torture`, with partners and without; 100000 take some hours on two cores.
 NUM_SEEDS = int(os.environ.get("MTCKPT_SIM_SEEDS", "10000"))
+
+
+def seeds_of(block: int) -> range:
+    return range(1 + block * BLOCK, 1 + (block + 1) * BLOCK)
 
 
 @pytest.mark.parametrize("block", range(NUM_BLOCKS))
 def test_promises_hold(block: int) -> None:
-    assert list(run_seeds(range(1 + block * BLOCK, 1 + (block + 1) * BLOCK))) == []
+    assert list(run_seeds(seeds_of(block))) == []
 
 
-def test_promises_hold_with_partners_and_bytes_that_change() -> None:
-    assert list(run_seeds(range(1, 1 + NUM_PARTNER_SEEDS), partners=True)) == []
+@pytest.mark.parametrize("block", range(NUM_PARTNER_BLOCKS))
+def test_promises_hold_with_partners_and_bytes_that_change(block: int) -> None:
+    assert list(run_seeds(seeds_of(block), partners=True)) == []
 
 
 @pytest.mark.torture
