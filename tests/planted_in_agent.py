@@ -116,7 +116,7 @@ FENCING = (
     ),
     Bug(
         "capture-of-a-fenced-owner-sealed",
-        "agent/ring.py",
+        "agent/leftovers.py",
         "            not owner.fenced_by\n            and found.incarnation",
         "            found.incarnation",
         ("test_guards.py::test_what_a_fenced_trainer_had_finished_is_never_offered",),
@@ -124,7 +124,7 @@ FENCING = (
     ),
     Bug(
         "capture-of-a-dead-owner-not-read",
-        "agent/ring.py",
+        "agent/leftovers.py",
         "found.save, found.rank, verify=True)",
         "found.save, found.rank, verify=False)",
         ("test_guards.py::test_a_damaged_capture_of_a_dead_trainer_is_never_offered",),

@@ -139,7 +139,7 @@ STORES = (
     ),
     Bug(
         "secrets-in-a-file",
-        "agent/runs.py",
+        "agent/notes.py",
         "access=config.access.to_note()",
         "access=config.access",
         ("test_store_tier.py::test_no_secret_is_left_anywhere",),

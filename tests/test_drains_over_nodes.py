@@ -13,7 +13,7 @@ import pytest
 from agent_checks import until
 from node_scene import Cluster, Node
 
-from mtckpt.agent import protocol
+from mtckpt.agent import drains, protocol
 from mtckpt.agent.client import AgentClient
 
 pytestmark = pytest.mark.timeout(120)
@@ -36,9 +36,9 @@ def cluster(tmp_path: Path) -> Iterator[Make]:
         each.close()
 
 
-def drained(node: Node) -> protocol.Drained:
+def drained(node: Node) -> drains.Drained:
     with AgentClient(str(node.places.runtime / protocol.SOCKET_NAME), 40.0) as client:
-        return client.call("/v1/drain", protocol.Drain(30.0), protocol.Drained)
+        return client.call("/v1/drain", drains.Drain(30.0), drains.Drained)
 
 
 def replaced(job: Cluster, *numbers: int) -> None:

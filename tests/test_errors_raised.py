@@ -27,7 +27,7 @@ from fake_trainer import TrainerProcess
 
 import mtckpt
 from mtckpt import _manifest, _shard, errors
-from mtckpt.agent import protocol
+from mtckpt.agent import drains, protocol
 from mtckpt.agent.client import agent_client
 from mtckpt.errors import CheckpointError
 from mtckpt.testing.groups import local_groups
@@ -314,7 +314,7 @@ def _(stage: Stage) -> None:
 def _(stage: Stage) -> None:
     stage.open_run().restore(state())
     with agent_client(20.0) as client:
-        client.call("/v1/drain", protocol.Drain(5.0), protocol.Drained)
+        client.call("/v1/drain", drains.Drain(5.0), drains.Drained)
     mtckpt.Checkpointer("other", [mtckpt.Ram(every=1)], timeout_s=20).restore(state())
 
 

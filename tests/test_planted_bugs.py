@@ -21,9 +21,9 @@ from pathlib import Path
 
 import _isolation
 import pytest
+from planted_bug import ROOT, edited
 from planted_bugs import BUGS, Bug
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_BUGS_AT_ONCE = 4
 RUN_TIMEOUT_S = 300.0
 TEST_TIMEOUT_S = 30
@@ -69,16 +69,6 @@ def plant(home: Path, bug: Bug | None) -> Path:
         for stale in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
             stale.unlink()
     return home
-
-
-def edited(bug: Bug) -> str:
-    """The file with the bug in it. Fails where the text to replace is not there just once."""
-    source = (ROOT / "mtckpt" / bug.file).read_text()
-    count = source.count(bug.text) if bug.text else 0
-    assert count == 1, f"{bug.name}: its text is {count} times in {bug.file}, not once: renew it"
-    with_bug = source.replace(bug.text, bug.replacement)
-    compile(with_bug, bug.file, "exec")
-    return with_bug
 
 
 def run_tests(home: Path, tests: Sequence[str]) -> Outcome:

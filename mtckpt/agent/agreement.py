@@ -125,19 +125,19 @@ class Agreement:
     ) -> None:
         """An incarnation starts: nobody finishes what an earlier one left open.
 
-        Over several nodes: but for what it was restored from, which then was whole. What else was
-        not known to be had no part in that, and what is left of it holds no slot any more.
+        But for what it was restored from, which then was whole, on however few nodes the job is
+        now. What else was not known to be had no part in that, and what is left of it holds no slot
+        any more: other nodes may have had the rest of it, and be lost.
         """
         at = None if parent is None else tuple(parent)
         for save in list(run.saves.values()):
             if save.name.incarnation >= number:
                 continue
-            # What is a guest's was part of it too, on however few nodes the job is now.
-            if save.order == at and (run.layout or save.guests):
+            if save.order == at:
                 save.chosen = True
-            elif save.is_open and (at is None or not run.layout or save.order > at):
+            elif save.is_open and (at is None or save.order > at):
                 await self._call_off(run, save, "the job was started anew before all ranks had it")
-            elif run.layout and save.ranks.get(RAM) and not save.is_complete(RAM):
+            elif save.ranks.get(RAM) and not save.is_complete(RAM):
                 async with run.sealing:
                     await self._give_back(run, save)
 

@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
 from mtckpt._survival import ranges
-from mtckpt.agent import protocol
+from mtckpt.agent import drains
 from mtckpt.agent.runs import describe_failure
 from mtckpt.agent.saves import RAM, SaveState
 from mtckpt.errors import CheckpointError, NodeDraining
@@ -53,7 +53,7 @@ class Drainer:
             run.touch()
         self._events.emit("node.stays")
 
-    async def drain(self, timeout_s: float, reason: str) -> protocol.Drained:
+    async def drain(self, timeout_s: float, reason: str) -> drains.Drained:
         """Bring what is here elsewhere, as far as ``timeout_s`` goes; how far that was."""
         deadline_s = time.monotonic() + timeout_s
         self.reason = reason
@@ -63,7 +63,7 @@ class Drainer:
             run.draining = reason
             run.touch()
         told = await asyncio.gather(*(self._drain(run, deadline_s) for run in runs))
-        drained = protocol.Drained(all(each.safe for each in told), list(told))
+        drained = drains.Drained(all(each.safe for each in told), list(told))
         for each in told:
             level = logging.INFO if each.safe else logging.WARNING
             said = "; ".join([each.detail, *each.lacking])
@@ -71,7 +71,7 @@ class Drainer:
         self._events.emit("node.drained", safe=drained.safe)
         return drained
 
-    async def _drain(self, run: RunState, deadline_s: float) -> protocol.DrainedRun:
+    async def _drain(self, run: RunState, deadline_s: float) -> drains.DrainedRun:
         """What nobody else has goes to other nodes, beside what tiers of the run bring away."""
         handover = _Handover(run, self._copies)
         handing = [self._start(handover.of_guests(), deadline_s, handover)]
@@ -80,7 +80,8 @@ class Drainer:
             newest = run.newest_staged()
             if newest is not None and str(newest.name) not in wanted:
                 wanted.add(str(newest.name))
-                run.want_everywhere(newest)
+                newest.want_in(run.tiers)
+                run.touch(newest)
                 handing.append(self._start(handover.of_own(newest), deadline_s, handover))
             busy = run.settling or self._coming(run) or self._owed(run, handover)
             if not busy or time.monotonic() >= deadline_s:
@@ -167,13 +168,13 @@ class _Handover:
         self.problems.append(f"step {save.name.step} of ranks {ranges(ranks)}: {why}")
         return None
 
-    def told(self) -> protocol.DrainedRun:
+    def told(self) -> drains.DrainedRun:
         """Where the newest step is, and whether the loss of this node takes something along."""
         run, problems = self._run, self.problems
         save = run.newest_staged()
         if save is None:
             detail = "nothing that is whole is in memory here"
-            return protocol.DrainedRun(run.run, None, [], not problems, detail, problems)
+            return drains.DrainedRun(run.run, None, [], not problems, detail, problems)
         own = save.ranks.get(RAM, set())
         has = {label for label in run.tiers if own and own <= save.ranks.get(label, set())}
         safe_in = [f"in {label}" for label in sorted(has) if run.tiers[label].is_store]
@@ -189,7 +190,7 @@ class _Handover:
             if run.source_for(save, label) is not None
         ]
         lacking += [f"{label}: {error.what}" for label, error in sorted(save.failures().items())]
-        return protocol.DrainedRun(
+        return drains.DrainedRun(
             run.run,
             save.name.step,
             list(save.stages),

@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mtckpt._slots import DIRECTORY
-from mtckpt.agent import owners, protocol, queue, work
+from mtckpt.agent import owners, protocol, work
 from mtckpt.agent.agreement import Agreement
 from mtckpt.agent.copies import Copies
 from mtckpt.agent.draining import Drainer
 from mtckpt.agent.fetching import Fetcher
 from mtckpt.agent.flushing import Flusher
+from mtckpt.agent.freeing import Freer, is_busy
 from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
+from mtckpt.agent.leftovers import Leftovers
 from mtckpt.agent.links import Links
+from mtckpt.agent.notes import config_of
 from mtckpt.agent.owners import Owner, boot_id
 from mtckpt.agent.peers import Peers
 from mtckpt.agent.queue import SlotState
@@ -60,6 +63,7 @@ class Registry:
         self.tools = tools
         self.service = service
         self.ring = Ring(tools)
+        self.leftovers = Leftovers(tools, self.ring)
         self.agreement = Agreement(tools, self.ring)
         self.healer = Healer(tools)
         self.fetcher = Fetcher(tools)
@@ -77,6 +81,7 @@ class Registry:
             tools, self.ring, self.agreement, self.flusher, self.replicas, self.peers
         )
         follow, write_config = self.links.follow, self.write_config
+        self.freer = Freer(tools, self.runs, self.links, self.flusher)
         self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config)
         self.directory = directory
         self._roots_path = os.path.join(directory, ROOTS_NAME)
@@ -102,8 +107,8 @@ class Registry:
         return [path for path in dict.fromkeys(known) if os.path.isdir(path)]
 
     async def _load_root(self, root: str) -> None:
-        """Take in every run of a RAM tier that was not looked at before."""
-        self._roots.append(root)
+        """Take in every run of a RAM tier. Raises what keeps it from being looked at: then that is
+        done before anybody opens a run there, for what is there is never taken for nothing."""
         ram = self._ram_ref(root)
         configs = await self.tools.call(work.ReadRunConfigs(ram), work.RunConfigs)
         scanned = await self.tools.call(work.Scan(ram), work.Scanned)
@@ -119,6 +124,7 @@ class Registry:
                 await self.peers.adopt(self.runs[key], configs.joins[key], rank)
                 if isinstance(rank, int):
                     self.links.join(self.runs[key], rank)
+        self._roots.append(root)
 
     async def _adopt(self, ram: TierRef, config: work.RunConfig, scan: work.RunScan) -> None:
         """One run as another agent left it: living owners are watched, dead ones settled."""
@@ -188,7 +194,9 @@ class Registry:
                     slot.holder = fenced.holder
             return
         nobody = Owner(UNSURE, 0, 0, 0, 0, self.host, incarnation=run.incarnation)
-        run.finished += await self.ring.settle(run, nobody)
+        if not any(owner.holder == UNSURE for owner in run.unsettled):
+            run.unsettled.append(nobody)
+        await self._settle_slots(run)
 
     async def run_for(self, key: str, message: protocol.Open) -> RunState:
         """The run that is opened, known or new. Raises UsageError if its RAM lies elsewhere."""
@@ -219,7 +227,7 @@ class Registry:
                 run=run.run,
                 path=root,
             )
-        await self.wipe(run)
+        await self.freer.wipe(run)
 
     def _note_root(self, root: str) -> None:
         kept = [*self._roots, root]
@@ -276,7 +284,7 @@ class Registry:
     async def write_config(self, run: RunState) -> None:
         """Note what the next agent needs."""
         if not run.gone:
-            await self.tools.call(work.WriteRunConfig(run.ram, run.config()), work.Stored)
+            await self.tools.call(work.WriteRunConfig(run.ram, config_of(run)), work.Stored)
 
     # -- owners ----------------------------------------------------------------------------------
 
@@ -306,7 +314,8 @@ class Registry:
         try:
             await self._settle_slots(run)
             await self.resolve(run)
-            await self.agreement.left(run, owner)
+            if owner not in run.unsettled:  # else a part of it may still be found
+                await self.agreement.left(run, owner)
         finally:
             run.fenced.pop(owner.holder, None)
             if run.owners.get(owner.rank) is owner:
@@ -317,10 +326,17 @@ class Registry:
         run.touch()
 
     async def _settle_slots(self, run: RunState) -> None:
-        """What dead owners left in slots; tried again where memory could not be looked at."""
-        for owner in run.unsettled:
-            run.finished += await self.ring.settle(run, owner)
-            run.unsettled = [each for each in run.unsettled if each is not owner]
+        """What dead owners left in slots; tried again where memory does not answer."""
+        for owner in list(run.unsettled):
+            try:
+                await self.leftovers.settle(run, owner)
+            except CheckpointError as error:
+                logger.warning(
+                    "run %s: slots of process %d: %s; looked at again",
+                    run.key, owner.pid, error.what,
+                )  # fmt: skip
+            else:
+                run.unsettled = [each for each in run.unsettled if each is not owner]
 
     async def settled(self, run: RunState, owner: Owner) -> None:
         """Wait until what a dead owner left is settled."""
@@ -345,7 +361,7 @@ class Registry:
         while is_busy(run) and not run.living() and (left_s := deadline_s - time.monotonic()) > 0:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(run.changed.wait(), min(left_s, 0.1))
-        await self._let_go(run)
+        await self.freer.let_go(run)
 
     # -- letting go ------------------------------------------------------------------------------
 
@@ -364,54 +380,13 @@ class Registry:
                 await self._settle_slots(run)
                 await self.agreement.overdue(run)
                 await self.guests.let_go(run)
-                await self._let_go(run)
+                await self.freer.let_go(run)
             except CheckpointError as error:
                 logger.warning("run %s: RAM is not freed: %s", run.key, error)
             if now_s - run.scrubbed_s > self.tools.limits.scrub_s:
                 run.scrubbed_s = now_s
                 self.tools.start(self.healer.scrub(run), f"scrub {run.key}")
                 self.tools.start(self.guests.scrub(run), f"scrub copies in {run.key}")
-
-    async def _let_go(self, run: RunState) -> None:
-        """Free a run's RAM if nobody owns it, nothing is owed, and it is safe elsewhere."""
-        if run.gone or run.living() or run.settling or run.opening.locked() or is_busy(run):
-            return
-        if self.links.is_behind(run):
-            return
-        newest = run.newest_staged()
-        safe = newest is None or any(
-            newest.is_complete(label) and label not in newest.damaged
-            for label, tier in run.tiers.items()
-            if not tier.is_peers  # that is memory as well: it may be freed at the same time
-        )
-        safe = safe and not any(s.is_open and s.ranks.get(RAM) for s in run.saves.values())  # doubt
-        in_ram = any(RAM in save.ranks or save.guests for save in run.saves.values())
-        left_s = time.time() - run.left_at
-        if left_s > self.tools.limits.ram_ttl_s:
-            why = "nobody came back" if safe else "nobody came back; no other tier has the newest"
-        elif run.closing and safe:
-            why = "closed"
-        elif not in_ram and left_s > self.tools.limits.idle_s:
-            why = "nothing is in RAM"
-        else:
-            return
-        self.tools.events.emit("ram.freed", run=run.run, reason=why, lost=not safe or None)
-        await self.wipe(run)
-
-    async def wipe(self, run: RunState) -> None:
-        """Free all of a run's RAM and forget it; slower tiers keep what they have."""
-        run.gone = True
-        for tier in run.tiers.values():
-            tier.wake.set()
-        try:
-            await self.tools.call(work.Wipe(run.ram, run.key), work.Freed)
-        except BaseException:
-            run.gone = False
-            self.flusher.start(run)
-            raise
-        if self.runs.get(run.key) is run:
-            del self.runs[run.key]
-        run.touch()
 
     def is_idle(self) -> bool:
         """Nobody owns anything, nothing is owed, no RAM is held."""
@@ -460,15 +435,6 @@ def _adopt_slots(run: RunState, found: list[work.SlotScan], holder: str) -> None
             slot = Slot(new_id(), SlotState.COMMITTED, save.shard_bytes[rank])
             slot.save, slot.rank = str(save.name), rank
             run.slots[slot.slot_id] = slot
-
-
-def is_busy(run: RunState) -> bool:
-    """Whether something is owed or under way."""
-    return (
-        any(tier.to_keep or tier.small_owed for tier in run.tiers.values())
-        or any(save.writing or save.readers or save.recycling for save in run.saves.values())
-        or any(queue.pick_flush(t.label, run.flushable(t)) for t in run.tiers.values())
-    )
 
 
 def _ref_of(config: TierConfig, limits: Limits, *, group_access: bool) -> TierRef:

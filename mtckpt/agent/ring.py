@@ -1,4 +1,4 @@
-"""The slots of a run: handed out, sealed, recycled, freed; and what a dead owner left in them.
+"""The slots of a run: handed out, sealed, recycled, freed.
 
 Knows the states of a slot and in which order files and states change. Does not copy a byte. A slot
 is marked before anything is awaited, so that no two callers ever get the same one.
@@ -129,7 +129,7 @@ class Ring:
         slot.holder, slot.rank = owner.holder, owner.rank
         run.slots[slot.slot_id] = slot
         if run.gone or owner.is_out:
-            await self._free(run, slot)
+            await self.free(run, slot)
             return None
         return slot
 
@@ -167,7 +167,7 @@ class Ring:
                 busy.add(name)
                 continue
             if not slot.fits(plan):
-                await self._free(run, slot)
+                await self.free(run, slot)
             elif owner.is_out:
                 # It went while the slot was made, and what it left is settled: nobody has this one.
                 slot.state = SlotState.FREE
@@ -266,12 +266,13 @@ class Ring:
                     slot_id=message.slot_id,
                     inode=message.inode,
                 )
-            await self._seal_slot(run, slot, str(name), owner.rank, verify=False)
+            await self.seal_slot(run, slot, str(name), owner.rank, verify=False)
         return str(name)
 
-    async def _seal_slot(
+    async def seal_slot(
         self, run: RunState, slot: Slot, name: str, rank: int, *, verify: bool
     ) -> SaveState:
+        """Make a shard of a captured slot. To be called under ``run.sealing``."""
         command = work.SealSlot(
             run.ram, run.key, slot.slot_id, slot.inode, name, rank, verify=verify
         )
@@ -346,65 +347,15 @@ class Ring:
 
     # -- what is left behind ---------------------------------------------------------------------
 
-    async def settle(self, run: RunState, owner: Owner) -> list[str]:
-        """An owner died: seal what it had finished, free what it had not. Names of the sealed."""
-        finished = []
-        async with run.sealing:
-            mine = [
-                s
-                for s in run.slots.values()
-                if s.state is SlotState.CAPTURING and s.holder == owner.holder
-            ]
-            scanned = {s.slot_id: s for s in await self._scan_slots(run)} if mine else {}
-            for slot in mine:
-                found = scanned.get(slot.slot_id)
-                if found is None:
-                    run.slots.pop(slot.slot_id, None)
-                elif await self._settle_slot(run, owner, slot, found):
-                    finished.append(found.save)
-            run.plans.pop(owner.holder, None)
-        run.touch()
-        return finished
-
     async def give_up(self, run: RunState, owner: Owner) -> None:
         """Unlink the slots that an owner was given: what it still writes there is nobody's."""
         for slot in [s for s in run.slots.values() if s.holder == owner.holder]:
             if slot.state is SlotState.CAPTURING:
-                await self._free(run, slot)
+                await self.free(run, slot)
         run.plans.pop(owner.holder, None)
 
-    async def _settle_slot(
-        self, run: RunState, owner: Owner, slot: Slot, found: work.SlotScan
-    ) -> bool:
-        if not found.save:
-            slot.state, slot.holder, slot.doubtful = SlotState.FREE, "", False
-            return False
-        if (
-            not owner.fenced_by
-            and found.incarnation == owner.incarnation >= run.incarnation
-            and self._is_missing(run, found)
-        ):
-            try:
-                save = await self._seal_slot(run, slot, found.save, found.rank, verify=True)
-            except CheckpointError as error:
-                logger.warning("run %s: %s was not whole: %s", run.key, found.save, error.what)
-                return False
-            self._tools.events.emit(
-                "save.finished", run=run.run, step=save.name.step, owner_pid=owner.pid
-            )
-            return True
-        # A finished capture that must never be offered: it goes, so that no later agent seals it.
-        await self._free(run, slot)
-        return False
-
-    def _is_missing(self, run: RunState, found: work.SlotScan) -> bool:
-        """Whether a finished capture is a save, or the part of one, that is not there yet."""
-        save = run.save_at(found.incarnation, found.step)
-        return save is None or (
-            str(save.name) == found.save and save.is_open and found.rank in save.lacking()
-        )
-
-    async def _scan_slots(self, run: RunState) -> list[work.SlotScan]:
+    async def scan_slots(self, run: RunState) -> list[work.SlotScan]:
+        """What lies in the slots of a run, as the files say."""
         scan = await self._tools.call(work.Scan(run.ram, run.key, repair=False), work.Scanned)
         return [slot for found in scan.runs if found.run_key == run.key for slot in found.slots]
 
@@ -413,7 +364,7 @@ class Ring:
         doubtful = [s for s in run.slots.values() if s.doubtful and s.holder == owner.holder]
         if not doubtful:
             return False
-        scanned = {s.slot_id: s for s in await self._scan_slots(run)}
+        scanned = {s.slot_id: s for s in await self.scan_slots(run)}
         sealed = [
             s.name.step for s in run.saves.values() if s.name.incarnation == owner.incarnation
         ]
@@ -427,7 +378,7 @@ class Ring:
             elif not found.save:
                 slot.state, slot.holder, slot.doubtful = SlotState.FREE, "", False
             elif slot.refused or (sealed and found.step <= max(sealed)):
-                await self._free(run, slot)
+                await self.free(run, slot)
             else:
                 continue  # its seal is on its way
             freed = True
@@ -452,7 +403,7 @@ class Ring:
         for slot in fitting:
             if excess > 0 and slot.state is SlotState.FREE and slot.slot_id in run.slots:
                 excess -= 1
-                await self._free(run, slot)
+                await self.free(run, slot)
         for save in sorted(run.saves.values(), key=lambda s: s.order):
             if excess <= 0:
                 return
@@ -468,7 +419,7 @@ class Ring:
             if any(slot.fits(p) for p in wanted) or slot.slot_id not in run.slots:
                 continue
             if slot.state is SlotState.FREE:
-                await self._free(run, slot)
+                await self.free(run, slot)
                 freed = True
             elif slot.save:
                 freed |= await self.drop_from_ram(run, run.saves[slot.save])
@@ -496,6 +447,7 @@ class Ring:
         run.touch(save)
         return True
 
-    async def _free(self, run: RunState, slot: Slot) -> None:
+    async def free(self, run: RunState, slot: Slot) -> None:
+        """Unlink the files of a slot that is no save's."""
         run.slots.pop(slot.slot_id, None)
         await self._tools.call(work.Free(run.ram, run.key, slot.slot_id), work.Freed)

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from mtckpt._inventory import line_of
 from mtckpt._manifest import Incarnation, SaveName
 from mtckpt.agent import protocol, work
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from mtckpt.agent.links import Link
     from mtckpt.agent.nodes import Layout
     from mtckpt.agent.owners import Owner
-    from mtckpt.agent.protocol import TierConfig
     from mtckpt.agent.work import TierRef
 
 __all__ = ["RunState", "describe_failure"]
@@ -72,12 +69,14 @@ class RunState:
     token: str = ""
     closing: bool = False
     gone: bool = False
+    half_wiped: bool = False  # all that is in RAM was to go, and it is not known what is left
     creator_uid: int = -1
     admitted: set[int] = field(default_factory=set)  # users who knew its token
     settling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     unsettled: list[Owner] = field(default_factory=list)  # dead, and their slots are still theirs
     left_at: float = field(default_factory=lambda: time.time())
     scrubbed_s: float = field(default_factory=lambda: time.monotonic())
+    begun_s: float = 0.0  # when the incarnation did
     allocating: int = 0
     seq: int = 0
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -114,15 +113,11 @@ class RunState:
 
     def locked_out(self, holder: str) -> RunLocked:
         """Why a holder may not speak for the run any more."""
-        old = self.fenced.get(holder)
         current = next(iter(self.owners.values()), None)
-        what = (
-            "another process has taken this run over"
-            if old is not None
-            else "this process does not own the run; it may have been closed"
-        )
+        taken_over = self.fenced.get(holder) is not None
+        what = "this process does not own the run; it may have been closed"
         return RunLocked(
-            what,
+            "another process has taken this run over" if taken_over else what,
             state="saves of this process are refused; what it saved before is kept",
             actions=["end this process, or open the run again in a new Checkpointer"],
             run=self.run,
@@ -164,6 +159,18 @@ class RunState:
         save.stages.append(stage)
         return True
 
+    def has_news(self, since: int, holder: str) -> bool:
+        """Whether ``changes`` has anything for that holder. Threads of trainers wake up for it."""
+        if self.seq <= since:
+            return False
+        owner = next((o for o in self.owners.values() if o.holder == holder), None)
+        return owner is None or owner.absent or any(self._changed(since, owner.incarnation))
+
+    def _changed(self, since: int, incarnation: int | None) -> Iterator[SaveState]:
+        for save in self.saves.values():
+            if save.seq > since and incarnation in (None, save.name.incarnation):
+                yield save
+
     def changes(self, since: int, holder: str) -> protocol.Changes:
         """What changed after ``since``, of the incarnation of that holder. Raises AgentUnavailable
         as ``owner_of`` does: ``since`` would be a number of the agent before this one."""
@@ -176,12 +183,8 @@ class RunState:
             owner = self.fenced.get(holder)
         if since > self.seq:  # a number of the agent before this one
             since = 0
-        saves = [
-            save.change()
-            for save in self.saves.values()
-            if save.seq > since and (owner is None or save.name.incarnation == owner.incarnation)
-        ]
-        return protocol.Changes(self.seq, saves, fenced)
+        changed = self._changed(since, owner.incarnation if owner else None)
+        return protocol.Changes(self.seq, [save.change() for save in changed], fenced)
 
     # -- saves and slots -------------------------------------------------------------------------
 
@@ -200,15 +203,17 @@ class RunState:
         )
         line = self.line() if line is None else line
         facts = save.facts(has_source=save.is_staged, owed=owed, line=line)
+        if not facts.on_line:
+            return replace(facts, owed=frozenset())  # abandoned: it is wanted by nobody
         return replace(facts, copied=self._is_copied(save))
 
     def _is_copied(self, save: SaveState) -> bool:
-        """Whether partners have this node's part, unless they have been silent for long, or refused
-        the newest: saves go on without them then."""
+        """Whether partners have this node's part, unless some node's have been silent for long, or
+        refused the newest: saves go on without them then. A node alone has none to wait for."""
         now_s = time.monotonic()
         newest = self.newest_staged()
         refused = newest.failures() if newest else {}
-        return any(
+        return self._is_patient(now_s) and any(
             tier.is_peers
             and tier.label in save.ranks
             and tier.label not in refused
@@ -222,19 +227,25 @@ class RunState:
         held = [save.worth(line) for save in self.saves.values() if save.is_replicated]
         return [s for s in self.saves.values() if held and s.worth(line) < max(held)]
 
-    def want_everywhere(self, save: SaveState) -> None:
-        """Every tier is to get it; one that refused it before tries again."""
-        for label in self.tiers:
-            save.due.add(label)
-            save.superseded.discard(label)
-            save.failed.pop(label, None)
-        self.touch(save)
-
     def note_leaving(self, number: int, leaving: bool) -> None:
         """Another node is about to go, or is not: what it holds is to be elsewhere then."""
         if leaving != (number in self.leaving):
             self.leaving ^= {number}
             self.touch()
+
+    def _is_patient(self, now_s: float) -> bool:
+        """Whether what is staged since the newest that other nodes have whole is not long so."""
+        line, outlived = self.line(), {str(save.name) for save in self.outlived()}
+        since_s = [
+            max(save.began_s, self.begun_s)
+            for name, save in self.saves.items()
+            if "staged" in save.stages
+            and name not in outlived
+            and not save.is_replicated
+            and save.is_on(line)
+        ]
+        waited_s = now_s - min(since_s, default=now_s)
+        return self.layout is not None and waited_s < PARTNER_PATIENCE_S
 
     def flushable(self, tier: TierState) -> list[SaveFacts]:
         """Saves as the tier looks at them: those that it can be given now, and the others."""
@@ -426,6 +437,18 @@ class RunState:
         self.discharge()
         self.touch()
 
+    def note_left(self, scan: work.RunScan) -> None:
+        """RAM has what a scan of it found, and nothing else of what is known."""
+        slots = {(slot.slot_id, slot.inode) for slot in scan.slots}
+        shards = {(entry.save, rank) for entry in scan.saves for rank in entry.ranks}
+        for slot in list(self.slots.values()):
+            if slot.save and (slot.save, slot.rank) not in shards:
+                self.drop_shard(self.saves[slot.save], slot.slot_id, slot.rank)
+            elif not slot.save and (slot.slot_id, slot.inode) not in slots:
+                del self.slots[slot.slot_id]
+        self.noted_guests = self.all_guests()
+        self.note_scan(RAM, scan)
+
     def discharge(self, *, scanned: bool = True) -> None:
         """Find out what is owed to nobody any more, once more is known of what lies where.
 
@@ -467,49 +490,9 @@ class RunState:
                 save.superseded.add(label)
                 save.seq = self.seq + 1  # whoever waits for it has to hear that it is in vain
 
-    def config(self) -> work.RunConfig:
-        """What the next agent needs to know."""
-        owners = [_noted(o) for o in self.owners.values() if not o.dead]
-        newest = self.incarnations.get(self.incarnation)
-        return work.RunConfig(
-            self.run,
-            self.key,
-            [_without_secrets(tier.config) for tier in self.tiers.values()],
-            owners,
-            self.incarnation,
-            newest.id if newest else "",
-            {
-                "left_at": self.left_at,
-                "closing": self.closing,
-                "token": self.token,
-                "uid": self.creator_uid,
-                "admitted": sorted(self.admitted),
-                "unseen": [o.holder for o in self.owners.values() if not o.seen],
-                "rank_here": min(self.layout.own) if self.layout else None,
-                "failures": self.failures,
-                "guests": {name: sorted(s.guests) for name, s in self.saves.items() if s.guests},
-                "diverged": {name: s.diverged for name, s in self.saves.items() if s.diverged},
-                "chosen": sorted(name for name, save in self.saves.items() if save.chosen),
-                "fenced": msgspec.to_builtins([_noted(o) for o in self.fenced.values()]),
-            },
-        )
-
-
-def _without_secrets(config: TierConfig) -> TierConfig:
-    """What the next agent is told in a file; the rest comes with the next Checkpointer."""
-    return msgspec.structs.replace(config, access=config.access.to_note())
-
-
-def _noted(owner: Owner) -> work.Owner:
-    return work.Owner(
-        owner.holder,
-        owner.rank,
-        owner.pid,
-        owner.start_ticks,
-        owner.incarnation,
-        owner.world_size,
-        owner.parent_pid,
-    )
+    def all_guests(self) -> dict[str, list[int]]:
+        """By the name of their save: ranks whose shards are here as copies for other nodes."""
+        return {name: sorted(s.guests) for name, s in self.saves.items() if s.guests}
 
 
 def describe_failure(error: CheckpointError) -> str:

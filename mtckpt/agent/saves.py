@@ -16,6 +16,8 @@ from mtckpt.agent.protocol import SaveChange, SlotGrant, TierConfig, WireError
 from mtckpt.agent.queue import SaveFacts, SlotState
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mtckpt._manifest import SaveName
     from mtckpt._twins import Twins
     from mtckpt.agent.nodes import News
@@ -137,6 +139,13 @@ class SaveState:
     @property
     def order(self) -> tuple[int, int]:
         return (self.name.incarnation, self.name.step)
+
+    def want_in(self, labels: Iterable[str]) -> None:
+        """Tiers that are to get it; one that refused it before tries again."""
+        for label in labels:
+            self.due.add(label)
+            self.superseded.discard(label)
+            self.failed.pop(label, None)
 
     def is_complete(self, label: str) -> bool:
         """Whether all ranks have it there, those of other nodes on theirs; some are here."""

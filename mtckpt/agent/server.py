@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from mtckpt.agent import address, owners, protocol, status
+from mtckpt.agent import address, drains, owners, protocol, status
 from mtckpt.agent.serving import MAX_CONNECTIONS, HttpServer, reply
 from mtckpt.agent.verbs import Caller, Verbs
 from mtckpt.errors import (
@@ -186,7 +186,7 @@ class AgentServer(HttpServer):
             owner.listened = True
         try:
             deadline_s = time.monotonic() + timeout_s
-            while run.seq <= since and not self.stopped.is_set():
+            while not (run.has_news(since, holder) or self.stopped.is_set()):
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0 or request.transport is None or request.transport.is_closing():
                     break
@@ -270,13 +270,13 @@ class AgentServer(HttpServer):
         return reply(protocol.Done(detail))
 
     async def _post_drain(self, request: web.Request) -> web.Response:
-        message: protocol.Drain = await self.message(request, protocol.Drain)
+        message: drains.Drain = await self.message(request, drains.Drain)
         self._check_own_user(request)
         await self._ready()
         drainer = self._registry.drainer
         if message.cancel:
             drainer.cancel()
-            return reply(protocol.Drained(True))
+            return reply(drains.Drained(True))
         reason = f"{self._registry.host} is about to go: it is being drained"
         return reply(await drainer.drain(message.timeout_s, reason))
 

@@ -89,6 +89,7 @@ class Verbs:
         run = await self._registry.run_for(key, message)
         async with run.opening:
             self._admit(run, caller, message)
+            await self._registry.freer.look_again(run)
             fenced_pid = await self._claim(run, caller, message)
             owner = run.owners[message.rank]
             run.closing = False
@@ -257,6 +258,7 @@ class Verbs:
                 del run.incarnations[message.number]
             raise
         run.begun[message.number] = known
+        run.begun_s = time.monotonic()
         owner.incarnation, owner.incarnation_id = message.number, message.id
         owner.last_step = -1
         for old in list(run.owners.values()):
@@ -394,7 +396,8 @@ class Verbs:
         save = max([*coming, *([staged] if staged else [])], key=lambda s: s.order, default=None)
         if save is None:
             return protocol.Done("nothing is staged")
-        run.want_everywhere(save)
+        save.want_in(run.tiers)
+        run.touch(save)
         return protocol.Done(str(save.name))
 
     async def fetch(self, run: RunState, message: protocol.Fetch) -> protocol.Fetched:
@@ -436,7 +439,7 @@ class Verbs:
                     why = await self._remove_one(run, save, label, ref)
                     (kept if why else removed).append(f"{label}: {save.name}{why}")
         if message.step is None and RAM in labels and not kept:
-            await self._registry.wipe(run)
+            await self._registry.freer.wipe(run)
             if set(labels) == set(own):
                 known_runs.forget(self._registry.directory, run.run)
         return protocol.Removed(removed, kept)

@@ -330,7 +330,7 @@ def agent_drain(timeout_s: float, cancel: bool, as_json: bool) -> int:
     Exit status 1 if the loss of this node would still take something along.
     """
     from mtckpt.agent.client import agent_client
-    from mtckpt.agent.protocol import Drain, Drained
+    from mtckpt.agent.drains import Drain, Drained
 
     if not 0 <= timeout_s <= 86400:
         raise UsageError("--timeout must be 0 to 86400 seconds", state="nothing was drained")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,9 +27,13 @@ from mtckpt.errors import (
     FormatError,
     ObjectNotFound,
     TierFull,
+    TierUnavailable,
 )
 from mtckpt.testing._devices import Directory, File, SlotFiles, is_sound, parsed, table_of
 from mtckpt.tiers.base import BytesSource
+
+if TYPE_CHECKING:
+    from mtckpt._handshake import PeerAddress
 
 __all__ = ["Commands"]
 
@@ -37,13 +41,20 @@ Pause = Callable[[], Awaitable[None]]
 
 
 class Commands:
-    """Carries commands out in the directories of one node. ``find`` gives the one of a place.
+    """Carries commands out in the directories of one node. ``find`` gives the one of a place,
+    ``memory_of`` that of another node.
 
     ``room`` says how many slots fit into memory.
     """
 
-    def __init__(self, find: Callable[[work.TierRef], Directory], room: int = 1000) -> None:
+    def __init__(
+        self,
+        find: Callable[[work.TierRef], Directory],
+        memory_of: Callable[[PeerAddress, str, str], Directory],
+        room: int = 1000,
+    ) -> None:
         self._find = find
+        self._memory_of = memory_of
         self.room = room
         self.readers: set[str] = set()  # keys of shards that somebody has a lease of
         self._locks: dict[tuple[int, str], asyncio.Lock] = {}
@@ -55,6 +66,7 @@ class Commands:
             work.Scan: self._scan,
             work.Flush: self._flush,
             work.Complete: self._complete,
+            work.Pull: self._pull,
             work.Verify: self._verify,
             work.Delete: self._delete,
             work.Heal: self._heal,
@@ -69,11 +81,11 @@ class Commands:
         """Do it. ``again``: an earlier try was cut off."""
         for name in ("tier", "source", "target", "bad", "good"):
             ref = getattr(command, name, None)
-            if ref is not None:
+            if ref is not None and ref.kind != "peers":
                 self._find(ref).check()
         if again and isinstance(command, work.Allocate):
             self._find(command.tier).slots.get(command.run_key, {}).pop(command.slot_id, None)
-        if isinstance(command, (work.Flush, work.Heal, work.Allocate, work.PutSmall)):
+        if isinstance(command, (work.Flush, work.Pull, work.Heal, work.Allocate, work.PutSmall)):
             return await self._table[type(command)](command, pause)
         place = self._find(command.tier)
         async with self._lock(place, getattr(command, "run_key", None) or ""):
@@ -288,6 +300,18 @@ class Commands:
             done = await self._manifest(target, command.target.kind, command.run_key, name)
         return work.Flushed(copied, 0.0, done is not None)
 
+    async def _pull(self, command: work.Pull, pause: Pause) -> work.Result:
+        source = self._memory_of(command.address, command.run_key, command.secret)
+        target, name = self._find(command.target), _name(command.save)
+        await pause()
+        try:
+            copied = await self._copy(source, target, command.run_key, name, command.rank, pause)
+        except ObjectNotFound as error:
+            raise TierUnavailable(f"it is not there: {error.what}", tier="peers") from error
+        except Damaged as error:
+            raise Damaged(error.what, tier="peers", key=str(error.details["key"])) from error
+        return work.Flushed(copied, 0.0, False)
+
     async def _copy(
         self,
         source: Directory,
@@ -346,17 +370,18 @@ class Commands:
 
     async def _delete(self, command: work.Delete, pause: Pause) -> work.Result:
         place = self._find(command.tier)
-        prefix = f"{command.run_key}/{command.save}/"
-        keys = sorted(
-            (key for key in place.objects if key.startswith(prefix)),
-            key=lambda key: (_transfer._delete_rank(key), key),
-        )
+        prefix, name = f"{command.run_key}/{command.save}/", _name(command.save)
+        wanted = {key for key in place.objects if key.startswith(prefix)}
+        if command.ranks is not None:
+            of_ranks = [shard_keys(command.run_key, name, rank) for rank in command.ranks]
+            wanted &= {key for keys in of_ranks for key in keys}
+        keys = sorted(wanted, key=lambda key: (_transfer._delete_rank(key), key))
         if any(key in self.readers for key in keys) and command.tier.kind != "store":
             return work.Deleted(busy=True)
         if command.tier.kind == "store":
             from mtckpt import _commit
 
-            _commit.withdraw_marker(place, command.run_key, _name(command.save))
+            _commit.withdraw_marker(place, command.run_key, name)
         for key in keys:
             if command.records_only and _transfer._delete_rank(key):
                 break

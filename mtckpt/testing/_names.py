@@ -101,7 +101,7 @@ def names_of(world: World) -> Names:
     for module in (owners, server, verbs):
         names.put(module, "os", _Os(world))
     names.put(address, "peer_of", lambda process: address.Peer(process.pid, 0, 0))
-    names.put(registry, "boot_id", lambda: "")
+    names.put(registry, "boot_id", lambda: _node_here().boot_id)
     names.put(protocol, "ram_base", lambda: "/")
     names.put(peers, "PeerClient", PeerClient)
     names.put(peers, "PeerListener", PeerListener)

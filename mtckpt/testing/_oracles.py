@@ -14,16 +14,19 @@ from mtckpt import _holdings, _inventory, _manifest
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.saves import RAM
 from mtckpt.errors import StepDisagreement
-from mtckpt.testing._trainers import RUN, Rank, Read
+from mtckpt.testing._settings import RUN
 
 if TYPE_CHECKING:
     from mtckpt._handle import Restored, Save
     from mtckpt._manifest import Incarnation
+    from mtckpt.testing._trainers import Rank, Read
     from mtckpt.testing.cluster import Node, World
 
 __all__ = ["Oracles", "Violation"]
 
 Order = tuple[int, int]
+# Within this time all ranks hear that a save is whole, while nothing goes wrong.
+PROMPT_S = 1.0
 
 
 class Violation(Exception):
@@ -37,8 +40,17 @@ class Known:
     save_id: str
     order: Order
     began_s: float
+    world_size: int
+    came_s: float = 0.0  # when the last rank had captured its part
     nodes: list[Node] = field(default_factory=list)
     handles: list[tuple[int, Save]] = field(default_factory=list)
+    closed: bool = False  # by some rank, so that memory may have been freed
+    bad: set[tuple[Node | None, str]] = field(default_factory=set)  # where a copy was damaged
+
+    def all_captured(self) -> bool:
+        """Whether all ranks have captured their parts."""
+        captured = {rank for rank, save in self.handles if "captured" in save.reached}
+        return len(captured) == self.world_size
 
     def stages(self) -> set[str]:
         """What any rank was told."""
@@ -74,9 +86,22 @@ class Oracles:
         known = self._saves.get(save.id)
         if known is None:
             order = (incarnation.number, save.step)
-            known = self._saves[save.id] = Known(save.id, order, self._world.loop.time())
+            now_s, world_size = self._world.loop.time(), rank.run.members.world_size
+            known = self._saves[save.id] = Known(save.id, order, now_s, world_size)
+        known.came_s = self._world.loop.time()
         known.nodes.append(rank.node)
         known.handles.append((rank.rank, save))
+
+    def closed(self, rank: Rank) -> None:
+        """A rank has closed the run: what is safe elsewhere is not kept in memory any more."""
+        for known in self._saves.values():
+            known.closed |= any(handle in rank.saves for _, handle in known.handles)
+
+    def damaged(self, node: Node | None, place: str, save: str) -> None:
+        """A copy of some shard of a save was changed there: of this name, as files have it."""
+        for known in self._saves.values():
+            if _is_named(known, save):
+                known.bad.add((node, place))
 
     def restored(self, rank: Rank, restored: Restored, read: Read | None) -> None:
         """A rank has restored."""
@@ -108,17 +133,31 @@ class Oracles:
 
     def _survives(self, known: Known) -> bool:
         stages = known.stages()
-        if "durable" in stages:
+        if "durable" in stages and (None, "store") not in known.bad:
+            return True
+        if "replicated" in stages and not known.closed and self._num_lost(known) <= 1:
             return True
         needed = {"staged": "ram", "local": "disk"}
+        if known.closed and any(each.bad for each in self._saves.values()):
+            del needed["staged"]  # memory was freed for a copy that had been good
         return any(
             stage in stages
             and not any(
                 self._lost_s.get((node, needed[stage]), -1.0) >= known.began_s
+                or (node, needed[stage]) in known.bad
                 for node in known.nodes
             )
             for stage in needed
         )
+
+    def _num_lost(self, known: Known) -> int:
+        """Memories that are gone since a save began, or have something wrong of it."""
+        lost = {
+            node
+            for (node, what), at_s in self._lost_s.items()
+            if what == "ram" and at_s >= known.began_s
+        }
+        return len(lost | {node for node, what in known.bad if what == "ram"})
 
     def check_restored(self, results: dict[int, Restored], *, strict: Order | None) -> None:
         """All ranks of a job have restored: the same, and as new as ``strict`` at least."""
@@ -129,6 +168,20 @@ class Oracles:
         if strict is not None and (found is None or found < strict):
             raise Violation(f"{strict} was acknowledged and survives, restored was {found}")
 
+    def check_committed(self, since_s: float) -> None:
+        """Nothing went wrong since then, and ranks were asked for the same: what all of them
+        captured is whole, and soon told to be."""
+        now_s = self._world.loop.time()
+        for known in self._saves.values():
+            if known.began_s < since_s or not known.all_captured():
+                continue
+            off = {rank: save.skipped for rank, save in known.handles if _is_called_off(save)}
+            if off:
+                raise Violation(f"{known.order}: called off for nothing: {off}")
+            open_ = [rank for rank, save in known.handles if "staged" not in save.reached]
+            if open_ and now_s - known.came_s > PROMPT_S:
+                raise Violation(f"{known.order}: ranks {open_} do not hear that it is whole")
+
     def check_agreement(self, nodes: Iterable[Node]) -> None:
         """No save is both: whole for one, and called off for another."""
         for known in self._saves.values():
@@ -136,10 +189,17 @@ class Oracles:
             off = [rank for rank, save in known.handles if _is_called_off(save)]
             if whole and off:
                 raise Violation(f"{known.order}: staged for {whole}, called off for {off}")
+        runs = {
+            node: run
+            for node in nodes
+            if node.agent is not None and (run := node.agent.registry.runs.get(RUN)) is not None
+        }
+        newest = max((run.incarnation for run in runs.values()), default=0)
         told: dict[str, dict[str, list[str]]] = {}
-        for node in nodes:
-            run = node.agent.registry.runs.get(RUN) if node.agent is not None else None
-            for name, save in run.saves.items() if run is not None else ():
+        for node, run in runs.items():
+            for name, save in run.saves.items():
+                if save.name.incarnation < newest:
+                    continue  # a node that had no part in what goes on since may not have heard
                 by = told.setdefault(name, {"staged": [], "off": []})
                 if "staged" in save.stages:
                     by["staged"].append(node.name)
@@ -156,7 +216,7 @@ class Oracles:
         return any(
             self._lost_s.get((node, "ram"), -1.0) >= known.began_s
             for known in self._saves.values()
-            if name.endswith(known.save_id.replace("-", "")[:12])
+            if _is_named(known, name)
             for node in known.nodes
         )
 
@@ -212,6 +272,10 @@ def _unsettled(run: Any) -> Iterator[str]:
         for label in save.owed:
             if run.source_for(save, label) is not None:
                 yield f"{save.name} is owed to {label}"
+
+
+def _is_named(known: Known, name: str) -> bool:
+    return name.endswith(known.save_id.replace("-", "")[:12])
 
 
 def _is_called_off(save: Save) -> bool:

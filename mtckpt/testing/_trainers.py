@@ -19,7 +19,7 @@ from mtckpt._handle import Restored, Save, stage_of_tier
 from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Record
 from mtckpt._pieces import Recipe
-from mtckpt._schedule import Disk, ObjectStore, Ram
+from mtckpt._schedule import Ram
 from mtckpt.agent import protocol
 from mtckpt.errors import (
     CaptureFailed,
@@ -43,44 +43,14 @@ from mtckpt.testing._devices import (
     shard_entry,
     table_of,
 )
-from mtckpt.testing._virtual import Time
+from mtckpt.testing._settings import RUN, Settings
+from mtckpt.testing._virtual import Time, ends
 from mtckpt.testing.cluster import Node, Process, World
 
 if TYPE_CHECKING:
     from mtckpt._choice import Candidate
 
-__all__ = ["Group", "Rank", "Settings"]
-
-RUN = "run"
-URL = "s3://bucket/sim"
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What all jobs of one simulation have alike."""
-
-    has_disk: bool = True
-    has_store: bool = False
-    slots: int = 2
-    disk_every: int = 1
-    store_every: int = 1
-    keep: int = 2
-    timeout_s: float = 20.0
-    max_stall_s: float = 3.0
-
-    def tiers(self) -> list[tuple[str, Any]]:
-        """Label and settings of the slower tiers."""
-        tiers: list[tuple[str, Any]] = []
-        if self.has_disk:
-            tiers.append(("disk", Disk("/", every=self.disk_every, keep=self.keep)))
-        if self.has_store:
-            tiers.append(("store", ObjectStore(URL, every=self.store_every)))
-        return tiers
-
-    def due(self, step: int) -> list[str]:
-        """The slower tiers of a step."""
-        every = {"disk": self.disk_every, "store": self.store_every}
-        return [label for label, _ in self.tiers() if step % every[label] == 0]
+__all__ = ["Group", "Rank"]
 
 
 class Group:
@@ -102,7 +72,7 @@ class Group:
         given[rank] = value
         if len(given) == self.world_size and not come.done():
             come.set_result(None)
-        await asyncio.wait([come], timeout=timeout_s)
+        await ends(come, timeout_s)
         missing = [rank for rank in range(self.world_size) if rank not in given]
         if missing:
             raise RankTimeout(f"ranks {missing} did not come", rank=missing[0], ranks=missing)
@@ -237,7 +207,7 @@ def begin(world: World) -> Callable[..., Written]:
         pause_s = world.random.random() * 0.02
         slot.table.content = table_of(b"")
         slot.data.content = data[: DATA_BYTES // 2] + slot.data.content[DATA_BYTES // 2 :]
-        fiber.wait(asyncio.sleep(pause_s))
+        fiber.sleep(pause_s)
         slot.data.content = data
         record = Record(
             _manifest.FORMAT_VERSION,
@@ -263,7 +233,7 @@ def begin(world: World) -> Callable[..., Written]:
         slots = process.node.ram.slots.setdefault(RUN, {})
         files = slots.setdefault(slot.grant.slot_id, SlotFiles())
         files.record = File(_manifest.encode_sealed(record))
-        fiber.wait(asyncio.sleep(pause_s / 2))
+        fiber.sleep(pause_s / 2)
         slot.table.content = table_of(data, identity.save_id)
         return Written()
 
@@ -323,7 +293,7 @@ class Read:
     name: Any
     world_size: int
     save_ids: dict[int, str] = field(default_factory=dict)
-    labels: set[str] = field(default_factory=set)
+    labels: dict[str, None] = field(default_factory=dict)  # in the order they came up
 
 
 def restore_from(world: World) -> Callable[..., Any]:
@@ -342,7 +312,7 @@ def restore_from(world: World) -> Callable[..., Any]:
         progress: Any = None,
     ) -> Any:
         del partial, rename, last, progress
-        read = Read(candidate.name, len(candidate.sources))
+        read = Read(candidate.name, candidate.whole[1])
         records = {}
         with scope.together("read"):
             for rank in candidate.sources:
@@ -371,7 +341,7 @@ def _read_one(candidate: Candidate, scope: Any, attempt: Any, rank: int, read: R
             reasons.append(f"{label}: of another plan")
             continue
         read.save_ids[rank] = record.save_id
-        read.labels.add(label)
+        read.labels[label] = None
         return record
     raise NoHealthyStep("; ".join(reasons) or f"no place has rank {rank}", step=candidate.name.step)
 
@@ -481,7 +451,7 @@ class Rank:
         """Train."""
         fiber = self.world.loop.fiber
         assert fiber is not None
-        fiber.wait(asyncio.sleep(pause_s))
+        fiber.sleep(pause_s)
 
     def close(self, timeout_s: float) -> None:
         """As ``Checkpointer.close``: what was staged last goes to every tier."""
@@ -497,5 +467,6 @@ class Rank:
         session.stop_listening()
         message = protocol.Close(session.holder, free_ram=True, wait_s=1.0)
         session.call("close", message, protocol.Done)
+        self.told.closed(self)
         session.close(5.0)
         self.closed = True

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import heapq
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from greenlet import greenlet
 
-__all__ = ["Fiber", "FiberKilled", "Loop", "Stuck", "Threads", "Time"]
+__all__ = ["Fiber", "FiberKilled", "Loop", "Stuck", "Threads", "Time", "ends"]
 
 EPOCH_S = 1_700_000_000.0
 _LONG_AGO_S = 1000.0
@@ -35,7 +36,11 @@ class Loop(asyncio.base_events.BaseEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self._now_s = _LONG_AGO_S
-        self._selector = self
+        self._soon: deque[asyncio.Handle] = deque()
+        self._ready = self._soon  # where the base class puts what it is told by threads
+        self._stopping = False
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._num_timers = 0
         self.fiber: Fiber | None = None
         self.watched: dict[int, Callable[[], None]] = {}
         self.on_watch: Callable[[int], None] | None = None
@@ -43,15 +48,39 @@ class Loop(asyncio.base_events.BaseEventLoop):
     def time(self) -> float:
         return self._now_s
 
-    def select(self, timeout_s: float | None) -> list[Any]:
-        """What a selector does: wait for as long as nothing happens, which here takes no time."""
-        if timeout_s is None:
-            raise Stuck("nothing is left to happen")
-        self._now_s += timeout_s + 1e-6  # code takes time as well
-        return []
+    # A story is some thousand turns of this, so the parts of it that are run most are lean.
 
-    def _process_events(self, event_list: list[Any]) -> None:
-        del event_list
+    def _run_once(self) -> None:
+        """One turn: time goes on to what is next, and all is called whose time has come."""
+        timers, ready = self._timers, self._soon
+        while timers and timers[0][2].cancelled():
+            heapq.heappop(timers)
+        if not ready and not self._stopping:
+            if not timers:
+                raise Stuck("nothing is left to happen")
+            self._now_s = max(self._now_s, timers[0][0])
+        self._now_s += 1e-6  # code takes time as well
+        while timers and timers[0][0] <= self._now_s:
+            ready.append(heapq.heappop(timers)[2])
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle.cancelled():
+                handle._run()
+
+    def call_soon(  # type: ignore[override]  # any callable, as there
+        self, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._soon.append(handle)
+        return handle
+
+    def call_at(  # type: ignore[override]  # any callable, as there
+        self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._num_timers += 1
+        heapq.heappush(self._timers, (when, self._num_timers, timer))
+        return timer
 
     def _write_to_self(self) -> None:
         return None
@@ -105,6 +134,7 @@ class Fiber:
         self._target = target
         self._killed = False
         self._outbox: Coroutine[Any, Any, Any] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[Any] | None = None
         self._stack: greenlet
         loop.call_soon(self._start)
@@ -124,10 +154,12 @@ class Fiber:
 
     def _turn(self) -> None:
         """Run the fiber until it waits for something, and start that."""
-        self._outbox = None
+        self._outbox = self._timer = None
         before, self._loop.fiber = self._loop.fiber, self
         self._stack.switch()
         self._loop.fiber = before
+        if self._timer is not None:
+            return
         if self._outbox is None:
             self._end()
             return
@@ -153,10 +185,23 @@ class Fiber:
             raise FiberKilled
         return self._task.result()
 
+    def sleep(self, pause_s: float) -> None:
+        """Called by the fiber itself: nothing happens in it for so long."""
+        if self._killed:
+            raise FiberKilled
+        self._timer = self._loop.call_later(pause_s, self._turn)
+        assert self._stack.parent is not None
+        self._stack.parent.switch()
+        if self._killed:
+            raise FiberKilled
+
     def kill(self) -> None:
         """End it where it is: it raises FiberKilled there. Not from the fiber itself."""
         self._killed = True
-        if self._task is not None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._loop.call_soon(self._turn)
+        elif self._task is not None:
             self._task.cancel()
 
 
@@ -180,7 +225,7 @@ class Time:
     def sleep(self, pause_s: float) -> None:
         fiber = self._loop.fiber
         assert fiber is not None
-        fiber.wait(asyncio.sleep(pause_s))
+        fiber.sleep(pause_s)
 
 
 class Threads:
@@ -241,12 +286,29 @@ class _Waiters:
         self._futures.append(future)
         fiber = self._loop.fiber
         assert fiber is not None
-        return bool(fiber.wait(_first(future, timeout_s)))
+        return bool(fiber.wait(ends(future, timeout_s)))
 
 
-async def _first(future: asyncio.Future[None], timeout_s: float | None) -> bool:
-    done, _ = await asyncio.wait([future], timeout=timeout_s)
-    return bool(done)
+async def ends(future: asyncio.Future[Any], timeout_s: float | None) -> bool:
+    """Wait for it, for so long at most. True if it is done; it goes on if it is not."""
+    if future.done():
+        return True
+    loop = asyncio.get_running_loop()
+    told = loop.create_future()
+
+    def tell(_: object) -> None:
+        if not told.done():
+            told.set_result(None)
+
+    timer = None if timeout_s is None else loop.call_later(max(0.0, timeout_s), tell, None)
+    future.add_done_callback(tell)
+    try:
+        await told
+    finally:
+        future.remove_done_callback(tell)
+        if timer is not None:
+            timer.cancel()
+    return future.done()
 
 
 class _Event(_Waiters):
@@ -330,7 +392,7 @@ class _Thread:
     def join(self, timeout: float | None = None) -> None:
         fiber, here = self._fiber, self._loop.fiber
         if fiber is not None and here is not None and not fiber.done.done():
-            here.wait(_first(asyncio.shield(fiber.done), timeout))
+            here.wait(ends(asyncio.shield(fiber.done), timeout))
 
 
 class _Queue(_Waiters):

@@ -13,6 +13,7 @@ from typing import Any
 
 from mtckpt.agent import protocol
 from mtckpt.errors import AccessDenied, AgentUnavailable, CheckpointError
+from mtckpt.testing._virtual import ends
 from mtckpt.testing.cluster import Agent, Process, World, running
 
 __all__ = ["AgentClient", "PeerClient", "PeerListener", "Socket", "bind", "ensure_agent"]
@@ -71,8 +72,7 @@ class AgentClient:
 
 async def _answer(task: asyncio.Task[Any], timeout_s: float) -> Any:
     """What another process answers, if it lives and is in time. It goes on if it is not."""
-    done, _ = await asyncio.wait([task], timeout=timeout_s)
-    if not done:
+    if not await ends(task, timeout_s):
         raise AgentUnavailable(f"no answer within {timeout_s:g} s")
     if task.cancelled():
         raise AgentUnavailable("the agent ended before it answered")

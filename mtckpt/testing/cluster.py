@@ -13,7 +13,7 @@ import contextvars
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtckpt._events import EventStream
 from mtckpt.agent import work
@@ -26,7 +26,10 @@ from mtckpt.agent.verbs import Verbs
 from mtckpt.errors import CheckpointError, TierUnavailable
 from mtckpt.testing._commands import Commands
 from mtckpt.testing._devices import Directory
-from mtckpt.testing._virtual import Fiber, Loop
+from mtckpt.testing._virtual import Fiber, Loop, ends
+
+if TYPE_CHECKING:
+    from mtckpt._handshake import PeerAddress
 
 __all__ = ["Agent", "Chances", "Node", "Process", "World"]
 
@@ -100,8 +103,7 @@ class World:
         task = asyncio.Task(coroutine, loop=loop, **settings)
         owner = running.get()
         if isinstance(owner, Agent):
-            owner.tasks.add(task)
-            task.add_done_callback(owner.tasks.discard)
+            owner.note(task)
             if owner.dead:
                 task.cancel()
         return task
@@ -183,7 +185,7 @@ class Node:
         self.ram = Directory("ram")
         self.disk = Directory("disk")
         self.room = room
-        self.commands = Commands(self.directory, room)
+        self.commands = Commands(self.directory, self.memory_of, room)
         self.agent: Agent | None = None
         self.lost = False
         world.nodes.append(self)
@@ -196,6 +198,16 @@ class Node:
         if ref.kind == "store":
             return self.world.store
         return self.ram if ref.kind == "ram" else self.disk
+
+    def memory_of(self, address: PeerAddress, run_key: str, secret: str) -> Directory:
+        """Another node's, as its agent serves it. Raises TierUnavailable."""
+        listener = self.world.listeners.get((address.host, address.control_port))
+        if listener is None or not self.world.reaches(self.name, listener.agent.node.name):
+            raise TierUnavailable(f"{address} does not answer", tier="peers")
+        if listener.secret_of(run_key) != bytes.fromhex(secret):
+            raise TierUnavailable(f"{address} knows another secret", tier="peers")
+        memory: Directory = listener.agent.node.ram
+        return memory
 
     @property
     def processes(self) -> list[Process]:
@@ -220,7 +232,7 @@ class Node:
         self.kill_all()
         self.ram.clear()
         self.boot_id = f"boot-{self.world.number()}"
-        self.commands = Commands(self.directory, self.room)
+        self.commands = Commands(self.directory, self.memory_of, self.room)
 
     def lose(self) -> None:
         """All of it is gone for good."""
@@ -272,7 +284,8 @@ class Agent:
         self.node = node
         self.world = node.world
         self.dead = False
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self.tasks: list[asyncio.Task[Any]] = []
+        self._many_tasks = 64
         self.context = contextvars.copy_context()
         self.context.run(running.set, self)
         self.registry: Registry
@@ -283,7 +296,6 @@ class Agent:
         self.tools = Tools(Pool(self), LIMITS, EventStream(20))
         self.registry = Registry(self.tools, "/nowhere", service=False)
         self.registry.host = self.node.name
-        self.registry.boot_id = self.node.boot_id
         self.server = AgentServer(self.registry, Verbs(self.registry))
         self.world.note(f"{self.node.name}: agent {self.registry.agent_id} starts")
         if self.world.log is not None:
@@ -294,6 +306,13 @@ class Agent:
                 )
             )
         self.world.loop.create_task(self._live())
+
+    def note(self, task: asyncio.Task[Any]) -> None:
+        """It ends with this process."""
+        self.tasks.append(task)
+        if len(self.tasks) > self._many_tasks:
+            self.tasks = [each for each in self.tasks if not each.done()]
+            self._many_tasks = 64 + 2 * len(self.tasks)
 
     def start(self, coroutine: Any) -> asyncio.Task[Any]:
         """Run something in this process."""
@@ -329,7 +348,7 @@ class Agent:
         self.world.note(f"{self.node.name}: agent {self.registry.agent_id} is killed")
         self.dead = True
         self.node.agent = None
-        self.node.commands = Commands(self.node.directory, self.node.room)
+        self.node.commands = Commands(self.node.directory, self.node.memory_of, self.node.room)
         for place, listener in list(self.world.listeners.items()):
             if listener.agent is self:
                 del self.world.listeners[place]
@@ -388,7 +407,7 @@ class Pool:
             task = asyncio.get_running_loop().create_task(self._carry(command, again))
             dies = self._world.happens(self._world.chances.died)
             limit_s = self._world.random.random() * 0.03 if dies else timeout_s
-            done, _ = await asyncio.wait([task], timeout=limit_s)
+            done = await ends(task, limit_s)
             if done and not self._world.happens(self._world.chances.unanswered):
                 return task.result()
             task.cancel()

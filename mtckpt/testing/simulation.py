@@ -2,6 +2,9 @@
 
     python -m mtckpt.testing.simulation 1234        tells the story of a seed
     python -m mtckpt.testing.simulation 1 1000      runs so many from the first on
+    python -m mtckpt.testing.simulation 1 1000 2    the same in two processes
+
+With ``--partners`` they are other stories: with copies on other nodes, and with bytes that change.
 
 Knows what a job does and what may befall it. ``run_seed`` raises where a promise was broken, or
 where what is owed is not settled once the faults have stopped. The same seed is the same story.
@@ -11,28 +14,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mtckpt.errors import CheckpointError, NoHealthyStep
+from mtckpt.errors import CheckpointError, NoHealthyStep, SaveFailed
 from mtckpt.testing._names import Collected, names_of
 from mtckpt.testing._oracles import Oracles, Violation
-from mtckpt.testing._trainers import Group, Rank, Read, Settings
+from mtckpt.testing._settings import Settings
+from mtckpt.testing._trainers import Group, Rank, Read
 from mtckpt.testing._virtual import Stuck
 from mtckpt.testing.cluster import Chances, Node, World
 
 if TYPE_CHECKING:
     from mtckpt._handle import Restored, Save
+    from mtckpt.testing._devices import Directory
 
-__all__ = ["Story", "run_seed"]
+__all__ = ["Story", "run_seed", "run_seeds"]
 
 JOB_S = 200.0
 SETTLE_S = 400.0
 SAVE_S = 120.0
+UNHEARD_S = 20.0
+PATIENT_SAVES = 40
+SEEDS_AT_ONCE = 250
+PARTNERS = "--partners"
 
 
 @dataclass(slots=True)
@@ -73,10 +85,17 @@ class Job:
     def saved(self, rank: Rank, save: Save) -> None:
         self.drama.oracles.saved(rank, save)
 
+    def closed(self, rank: Rank) -> None:
+        self.drama.oracles.closed(rank)
+
     # -- life ------------------------------------------------------------------------------------
 
-    async def run(self, script: Callable[[Rank], None]) -> bool:
-        """True if all ranks came to their end. The others are killed as soon as one has failed."""
+    async def run(self, script: Callable[[Rank], None], *, alike: bool = True) -> bool:
+        """True if all ranks came to their end. The others are killed as soon as one has failed.
+
+        ``alike``: all ranks are to save the same steps, of the same state.
+        """
+        started_s = self.world.loop.time()
         for rank in self.ranks:
             rank.start(script)
         mains = {rank.main.done: rank for rank in self.ranks}
@@ -92,6 +111,8 @@ class Job:
             if not done:
                 raise Violation(f"ranks {[mains[w].rank for w in waiting]} hang")
             failed = any(self._has_failed(mains[each]) for each in done)
+        if alike and not failed and self.drama.is_undisturbed(started_s):
+            self.drama.oracles.check_committed(started_s)
         if failed:
             await asyncio.sleep(self.world.random.random() * 2.0)  # until the launcher sees it
         for rank in self.ranks:
@@ -112,8 +133,9 @@ class Job:
 class Drama:
     """The story of one seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, partners: bool = False) -> None:
         self.world = World(seed)
+        self.partners = partners
         self.story = Story(seed)
         self.oracles = Oracles(self.world)
         self.is_final = False
@@ -127,8 +149,10 @@ class Drama:
             disk_every=draw.choice((1, 1, 2)),
             store_every=draw.choice((1, 2, 3)),
             keep=draw.choice((2, 3)),
+            copies=draw.choice((0, 1, 1, 1)) if partners else 0,
         )
         self.rough = draw.random() < 0.7
+        self._disturbed_s = -1.0
 
     @property
     def alive(self) -> list[Node]:
@@ -143,6 +167,19 @@ class Drama:
             and set(self.alive) <= set(nodes)
         )
 
+    def is_undisturbed(self, since_s: float) -> bool:
+        """Whether nothing has gone wrong since then, nor can go wrong."""
+        return (
+            self._disturbed_s < since_s
+            and self.world.chances == Chances()
+            and not self.world.blocked
+            and not any(p.problem for n in self.alive for p in (n.ram, n.disk))
+            and not self.world.store.problem
+        )
+
+    def _disturb(self) -> None:
+        self._disturbed_s = self.world.loop.time()
+
     async def play(self) -> None:
         """Jobs with faults, and then one in peace."""
         draw = self.world.random
@@ -153,6 +190,8 @@ class Drama:
             self.oracles.check_agreement(self.alive)
             await asyncio.sleep(draw.choice((0.0, 0.1, 3.0)))
         self._make_peace()
+        if self.partners:
+            await asyncio.sleep(UNHEARD_S)  # what waits for an answer that was lost holds its slot
         await self._final()
 
     def _new_node(self) -> Node:
@@ -200,7 +239,7 @@ class Drama:
         self.world.note(f"job on {job.nodes}, {len(job.ranks)} ranks, {self.settings}")
         chaos = self.world.loop.create_task(self._chaos(job)) if self.rough else None
         try:
-            await job.run(script)
+            await job.run(script, alike=not odd)
         finally:
             if chaos is not None:
                 chaos.cancel()
@@ -214,20 +253,20 @@ class Drama:
                 setattr(self.world.chances, name, draw.choice((0.01, 0.05, 0.2)))
         for _ in range(draw.choice((0, 1, 1, 2, 3))):
             await asyncio.sleep(draw.random() * draw.choice((0.3, 1.0, 3.0)))
-            fault = draw.choice(
-                (
-                    self._kill_agent,
-                    self._kill_agent,
-                    self._kill_rank,
-                    self._kill_ranks,
-                    self._lose_node,
-                    self._reboot_node,
-                    self._cut,
-                    self._mute,
-                )
-            )
+            faults = [
+                self._kill_agent,
+                self._kill_agent,
+                self._kill_rank,
+                self._kill_ranks,
+                self._lose_node,
+                self._reboot_node,
+                self._cut,
+                self._mute,
+            ]
+            fault = draw.choice(faults + [self._damage] * (3 if self.partners else 0))
             self.story.faults.append(fault.__name__.strip("_"))
             self.world.note(f"fault: {fault.__name__}")
+            self._disturb()
             fault(job)
 
     def _kill_agent(self, job: Job) -> None:
@@ -261,9 +300,11 @@ class Drama:
         one, other = draw.sample([node.name for node in job.nodes], 2)
         pairs = {(one, other)} | ({(other, one)} if draw.random() < 0.6 else set())
         self.world.blocked |= pairs
-        self.world.loop.call_later(
-            draw.choice((0.5, 5.0, 30.0)), self.world.blocked.difference_update, pairs
-        )
+        self.world.loop.call_later(draw.choice((0.5, 5.0, 30.0)), self._mend, pairs)
+
+    def _mend(self, pairs: set[tuple[str, str]]) -> None:
+        self._disturb()
+        self.world.blocked -= pairs
 
     def _mute(self, job: Job) -> None:
         """A disk or the store does not answer, for a while."""
@@ -272,7 +313,24 @@ class Drama:
         place.problem = "it does not answer"
         self.world.loop.call_later(draw.choice((0.5, 5.0, 30.0)), self._answer, place)
 
+    def _damage(self, job: Job) -> None:
+        """Some bytes of a shard change where they lie."""
+        draw = self.world.random
+        places: list[tuple[Node | None, Directory]] = [(None, self.world.store)]
+        for each in self.alive:
+            places += [(each, each.ram), (each, each.ram), (each, each.disk)]
+        node, place = draw.choice(places)
+        keys = sorted(key for key in place.objects if key.endswith(".safetensors"))
+        if not keys:
+            return
+        key = draw.choice(keys)
+        file = place.objects[key]
+        file.content = bytes([file.content[0] ^ 1]) + file.content[1:]
+        self.world.note(f"{key} in {place.name} of {node}")
+        self.oracles.damaged(node, place.name, key.split("/")[1])
+
     def _answer(self, place: object) -> None:
+        self._disturb()
         place.problem = ""  # type: ignore[attr-defined]  # it stands in for the real one
 
     # -- peace -----------------------------------------------------------------------------------
@@ -291,13 +349,19 @@ class Drama:
         job = Job(self, nodes, self.per_node)
 
         def script(rank: Rank) -> None:
-            restored = rank.restore()
-            for step in range(restored.next_step, restored.next_step + 3):
+            step, good = rank.restore().next_step, 0
+            # Slots may wait for copies of what was saved before, for a while.
+            last = step + (PATIENT_SAVES if self.partners else 2)
+            while good < 3:
                 rank.sleep(1.0)
                 save = rank.save(step)
-                if save is None or save.skipped:
+                with contextlib.suppress(SaveFailed):
+                    if save is not None and not save.skipped:
+                        save.wait("staged", timeout_s=SAVE_S)
+                        good += 1
+                if step - good >= last - 2:
                     raise Violation(f"step {step} was not saved in peace: {save!r}")
-                save.wait("staged", timeout_s=SAVE_S)
+                step += 1
             rank.sleep(1.0)
             deadline_s = self.world.loop.time() + SETTLE_S
             while not all(save.done() for save in rank.saves):
@@ -334,9 +398,14 @@ def _logged(world: World) -> Iterator[None]:
         logger.setLevel(before[0])
 
 
-def run_seed(seed: int, log: Callable[[str], None] | None = None) -> Story:
-    """Play the story of a seed, told line by line to ``log``. Raises Violation."""
-    drama = Drama(seed)
+def run_seed(
+    seed: int, log: Callable[[str], None] | None = None, *, partners: bool = False
+) -> Story:
+    """Play the story of a seed, told line by line to ``log``. Raises Violation.
+
+    ``partners``: another one, with copies on other nodes, and with bytes that change.
+    """
+    drama = Drama(seed, partners=partners)
     world = drama.world
     world.log = log
     with names_of(world).in_place(), _logged(world):
@@ -359,24 +428,59 @@ def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
+def _broken(seed: int, *, partners: bool = False) -> str:
+    """What broke in the story of a seed; empty if nothing did."""
+    try:
+        run_seed(seed, partners=partners)
+    except Exception as error:  # noqa: BLE001 - the next seed is another story
+        # Whatever it is: it is shown and counted, and the next seed is another story.
+        return f"{type(error).__name__}: {error}"[:400].replace("\n", " ")
+    return ""
+
+
+def run_seeds(seeds: range, num_processes: int = 1, *, partners: bool = False) -> Iterator[str]:
+    """What broke in the stories of many seeds that follow one another, in their order.
+
+    Several processes take turns with some hundred seeds each.
+    """
+    if num_processes <= 1:
+        yield from filter(None, (_broken(seed, partners=partners) for seed in seeds))
+        return
+    parts = [seeds[at : at + SEEDS_AT_ONCE] for at in range(0, len(seeds), SEEDS_AT_ONCE)]
+    run = functools.partial(_run_elsewhere, partners=partners)
+    with ThreadPoolExecutor(num_processes) as threads:
+        for lines in threads.map(run, parts):
+            yield from lines
+
+
+def _run_elsewhere(seeds: range, *, partners: bool) -> list[str]:
+    """What broke in the stories of these seeds, played in a process of their own."""
+    command = [sys.executable, "-m", "mtckpt.testing.simulation", str(seeds[0]), str(len(seeds))]
+    if partners:
+        command.append(PARTNERS)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    *lines, last = done.stdout.splitlines() or [""]
+    if f"{len(lines)} broken" not in last:
+        lines.append(f"the process of seeds {seeds[0]} to {seeds[-1]} ended: {done.returncode}")
+    return lines
+
+
 def main(arguments: list[str]) -> int:
     """Tell one seed's story, or run many."""
-    first, count = int(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 1
+    partners = PARTNERS in arguments
+    arguments = [each for each in arguments if each != PARTNERS]
+    first, count, num_processes = [*map(int, arguments), 1, 1][:3]
+    if len(arguments) == 1:
+        _say(str(run_seed(first, _say, partners=partners)))
+        return 0
     started_s = time.perf_counter()
-    broken = 0
-    for seed in range(first, first + count):
-        try:
-            story = run_seed(seed, _say if count == 1 else None)
-        except Exception as error:  # noqa: BLE001 - the next seed is another story
-            # Whatever it is: it is shown and counted, and the next seed is another story.
-            broken += 1
-            _say(f"{type(error).__name__}: {error}"[:400])
-        else:
-            if count == 1:
-                _say(str(story))
+    num_broken = 0
+    for what in run_seeds(range(first, first + count), num_processes, partners=partners):
+        num_broken += 1
+        _say(what)
     each_ms = 1000 * (time.perf_counter() - started_s) / count
-    _say(f"{count} seeds, {each_ms:.1f} ms each, {broken} broken")
-    return 1 if broken else 0
+    _say(f"{count} seeds, {each_ms:.1f} ms each, {num_broken} broken")
+    return 1 if num_broken else 0
 
 
 if __name__ == "__main__":

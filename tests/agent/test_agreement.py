@@ -283,3 +283,28 @@ def test_what_others_told_stands_when_a_rank_seals_after_its_agent_restarted() -
     assert scene.run.saves[str(save.name)] is save
     assert save.is_complete(RAM)
     assert slot.save == str(save.name)
+
+
+def test_parts_that_lost_nodes_left_hold_no_slot_of_a_job_that_is_alone_now() -> None:
+    """Two saves were whole, on three nodes; the newer one is restored, from a store in part."""
+    scene = Scene(0)
+    old, new = scene.save(1), scene.save(2)
+    for save in (old, new):
+        for node in (1, 2):
+            scene.hear(node, save, parts={RAM: [node]})
+        scene.run.reach(save, "staged")
+        save.told.clear()
+    scene.run.layout = None
+    asyncio.run(scene.agreement.begun(scene.run, 2, (1, 2)))
+    assert scene.slots.given_back == ["slot-1"]
+    assert new.is_complete(RAM)
+    assert (old.called_off, new.called_off) == ("", "")
+
+
+def test_nothing_is_kept_for_a_job_that_is_alone_and_found_no_step() -> None:
+    scene = Scene(0)
+    save = scene.save(1)
+    scene.run.layout = None
+    asyncio.run(scene.agreement.begun(scene.run, 2, None))
+    assert save.called_off
+    assert scene.slots.given_back == ["slot-1"]

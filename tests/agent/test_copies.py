@@ -7,9 +7,10 @@ import time
 import pytest
 
 from mtckpt._handshake import PeerAddress
-from mtckpt._manifest import SaveName
+from mtckpt._manifest import Incarnation, SaveName
 from mtckpt.agent import queue, work
 from mtckpt.agent.nodes import Layout
+from mtckpt.agent.notes import config_of
 from mtckpt.agent.partners import partners_of
 from mtckpt.agent.protocol import NodeOfRun, TierConfig
 from mtckpt.agent.queue import SaveFacts
@@ -71,6 +72,7 @@ def test_a_slot_stays_until_a_newer_save_is_on_other_nodes_too() -> None:
 
 def run_with_peers() -> RunState:
     run = RunState("run", "run", RAM_REF)
+    run.layout = layout(0, "a", "b")
     config = TierConfig("peers", "peers", "1 other node", copies=1)
     run.tiers["peers"] = TierState("peers", config, RAM_REF)
     return run
@@ -83,6 +85,49 @@ def test_partners_that_are_silent_for_long_do_not_hold_up_saves() -> None:
     assert run.slot_facts(save).copied
     run.tiers["peers"].owed_since_s = time.monotonic() - PARTNER_PATIENCE_S - 1
     assert not run.slot_facts(save).copied
+
+
+def copied(run: RunState, step: int, incarnation: int = 1) -> SaveState:
+    """A save of which partners have this node's part, and other nodes' theirs have not."""
+    name = SaveName(step, incarnation, "ab" * 6)
+    save = run.saves[str(name)] = SaveState(name, ID, chosen=True, stages=["staged"])
+    save.ranks = {RAM: {0}, "peers": {0}}
+    return save
+
+
+def test_partners_of_other_nodes_that_are_silent_for_long_do_not_hold_up_saves() -> None:
+    """This node's copies are there; the save is on other nodes whole only with everybody's."""
+    run = run_with_peers()
+    old, new = copied(run, 1), copied(run, 2)
+    old.stages.append("replicated")
+    assert run.slot_facts(old).copied
+    new.began_s -= PARTNER_PATIENCE_S + 1
+    assert not run.slot_facts(old).copied
+    run.begun_s = time.monotonic()  # the job was started anew: there is hope
+    assert run.slot_facts(old).copied
+    run.begun_s = 0.0
+    new.stages.append("replicated")
+    assert run.slot_facts(new).copied
+
+
+def test_a_node_that_is_alone_waits_for_no_partner() -> None:
+    run = run_with_peers()
+    save = copied(run, 1)
+    run.layout = None
+    assert not run.slot_facts(save).copied
+
+
+def test_an_abandoned_save_makes_room_first_and_for_nothing_else() -> None:
+    """The job went back to step 1; step 2 was damaged, so nobody takes it any more."""
+    run = run_with_peers()
+    kept, abandoned = copied(run, 1), copied(run, 2)
+    abandoned.due.add("store")
+    run.tiers["store"] = TierState("store", TierConfig("store", "store", "s"), RAM_REF)
+    assert queue.pick_recycle(run.facts()) is None
+    run.incarnations[1] = Incarnation(1, "run", 1, ID)
+    run.incarnations[2] = Incarnation(1, "run", 2, ID, parent=kept.order)
+    assert queue.pick_recycle(run.facts()) == str(abandoned.name)
+    assert queue.pick_recycle(run.facts(), frozenset({str(abandoned.name)})) is None
 
 
 def test_a_scan_tells_guests_from_parts_of_its_own_ranks() -> None:
@@ -100,6 +145,6 @@ def test_a_scan_tells_guests_from_parts_of_its_own_ranks() -> None:
     assert (guest_only.ranks, guest_only.guests, guest_only.due) == ({}, {2}, set())
     assert save.apart_from_guests == [0, 1]
     assert not guest_only.is_staged
-    assert run.config().extra["guests"] == {name: [2], other: [2]}
+    assert config_of(run).extra["guests"] == {name: [2], other: [2]}
     run.forget_old()
     assert other in run.saves

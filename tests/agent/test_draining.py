@@ -11,14 +11,14 @@ import pytest
 from agent_checks import Own, until
 from fake_trainer import FakeTrainer, disk
 
-from mtckpt.agent import protocol
+from mtckpt.agent import drains, protocol
 from mtckpt.agent.client import AgentClient
 from mtckpt.errors import NodeDraining
 
 
-def drained(trainer: FakeTrainer, timeout_s: float = 20.0, **more: bool) -> protocol.Drained:
-    message = protocol.Drain(timeout_s, **more)
-    return trainer.client.call("/v1/drain", message, protocol.Drained, timeout_s + 10)
+def drained(trainer: FakeTrainer, timeout_s: float = 20.0, **more: bool) -> drains.Drained:
+    message = drains.Drain(timeout_s, **more)
+    return trainer.client.call("/v1/drain", message, drains.Drained, timeout_s + 10)
 
 
 def records(path: Path) -> list[Path]:
@@ -53,7 +53,7 @@ def test_a_drained_node_brings_the_newest_step_away_and_begins_nothing(
         trainer.client.call("/readyz", None, protocol.Done)
     assert "is being drained" in trainer.status().draining
     trainer.open()  # one that was there may come back: its step is not to be lost
-    assert drained(trainer, cancel=True) == protocol.Drained(True)
+    assert drained(trainer, cancel=True) == drains.Drained(True)
     assert trainer.slot().grant is not None
     stranger.open()
     assert trainer.status().draining == ""

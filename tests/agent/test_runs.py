@@ -8,6 +8,8 @@ import pytest
 
 from mtckpt._manifest import FORMAT_VERSION, Incarnation, SaveName
 from mtckpt.agent import queue, work
+from mtckpt.agent.notes import config_of
+from mtckpt.agent.owners import Owner
 from mtckpt.agent.protocol import TierConfig
 from mtckpt.agent.registry import _adopt_slots
 from mtckpt.agent.runs import RunState
@@ -135,7 +137,7 @@ def test_what_was_restored_from_is_whole_for_the_next_agent_too(run: RunState) -
     assert not at(run, 10).is_complete(RAM)
     at(run, 10).chosen = True
     again = RunState("r", "r", run.ram)
-    again.noted_chosen = set(run.config().extra["chosen"])
+    again.noted_chosen = set(config_of(run).extra["chosen"])
     again.note_scan(RAM, work.RunScan("r", [found(10, [0]), found(20, [0])]))
     assert [at(again, step).is_complete(RAM) for step in (10, 20)] == [True, False]
 
@@ -157,3 +159,19 @@ def test_a_disk_is_owed_what_was_restored_from_whatever_it_has_of_what_is_abando
     assert at(run, 10).owed == {"disk"}
     run.note_scan("disk", work.RunScan("r", [found(30, [0, 1]), found(40, [0, 1], "", 2)]))
     assert at(run, 10).superseded == {"disk"}
+
+
+def test_a_trainer_is_told_of_its_own_saves_alone(run: RunState) -> None:
+    """Each answer wakes a thread of it, and much changes that is no news to it."""
+    run.owners[0] = Owner("h", 0, 1, 1, 1, "host", incarnation=2)
+    run.note_scan(RAM, work.RunScan("r", [found(10, [0, 1]), found(20, [0, 1], "", 2)]))
+    assert run.has_news(0, "h")
+    since = run.changes(0, "h").seq
+    assert not run.has_news(since, "h")
+    run.touch()
+    run.touch(at(run, 10))
+    assert run.seq > since
+    assert not run.has_news(since, "h")
+    run.touch(at(run, 20, 2))
+    assert run.has_news(since, "h")
+    assert run.has_news(since, "whoever was fenced")

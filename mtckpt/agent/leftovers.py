@@ -1,0 +1,92 @@
+"""What a dead owner left in slots: finished captures become saves, the others free slots.
+
+Knows which of them may be offered. Does not know how an owner's death is noticed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from mtckpt.agent import queue, work
+from mtckpt.agent.queue import SlotState
+from mtckpt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mtckpt.agent.owners import Owner
+    from mtckpt.agent.ring import Ring
+    from mtckpt.agent.runs import RunState
+    from mtckpt.agent.saves import Slot
+    from mtckpt.agent.tools import Tools
+
+__all__ = ["Leftovers"]
+
+logger = logging.getLogger(__name__)
+
+
+class Leftovers:
+    """See the module. One for the agent, the state is the run's."""
+
+    def __init__(self, tools: Tools, ring: Ring) -> None:
+        self._tools = tools
+        self._ring = ring
+
+    async def settle(self, run: RunState, owner: Owner) -> None:
+        """An owner died: seal what it had finished, free what it had not. Raises TierUnavailable
+        where memory does not answer; what is not settled then is by another call."""
+        trouble: CheckpointError | None = None
+        async with run.sealing:
+            mine = [
+                s
+                for s in run.slots.values()
+                if s.state is SlotState.CAPTURING and s.holder == owner.holder
+            ]
+            scanned = {s.slot_id: s for s in await self._ring.scan_slots(run)} if mine else {}
+            for slot in mine:
+                found = scanned.get(slot.slot_id)
+                if found is None:
+                    run.slots.pop(slot.slot_id, None)
+                    continue
+                try:
+                    await self._settle_slot(run, owner, slot, found)
+                except CheckpointError as error:
+                    trouble = error
+            run.plans.pop(owner.holder, None)
+        run.touch()
+        if trouble is not None:
+            raise trouble
+
+    async def _settle_slot(
+        self, run: RunState, owner: Owner, slot: Slot, found: work.SlotScan
+    ) -> None:
+        if not found.save:
+            slot.state, slot.holder, slot.doubtful = SlotState.FREE, "", False
+            return
+        if (
+            not owner.fenced_by
+            and found.incarnation == owner.incarnation >= run.incarnation
+            and _is_missing(run, found)
+        ):
+            try:
+                save = await self._ring.seal_slot(run, slot, found.save, found.rank, verify=True)
+            except CheckpointError as error:
+                logger.warning("run %s: %s was not sealed: %s", run.key, found.save, error.what)
+                if queue.is_owed(error):
+                    raise
+            else:
+                run.finished.append(found.save)
+                self._tools.events.emit(
+                    "save.finished", run=run.run, step=save.name.step, owner_pid=owner.pid
+                )
+                return
+        # A finished capture that must never be offered: it goes, so that no later agent seals it.
+        if slot.slot_id in run.slots:
+            await self._ring.free(run, slot)
+
+
+def _is_missing(run: RunState, found: work.SlotScan) -> bool:
+    """Whether a finished capture is a save, or the part of one, that is not there yet."""
+    save = run.save_at(found.incarnation, found.step)
+    return save is None or (
+        str(save.name) == found.save and save.is_open and found.rank in save.lacking()
+    )

@@ -1,0 +1,64 @@
+"""What an agent notes of a run in its files, for the next one on its node.
+
+Knows what is left out: secrets. Does not write it, nor read it back (``registry``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mtckpt.agent import work
+
+if TYPE_CHECKING:
+    from mtckpt.agent.owners import Owner
+    from mtckpt.agent.protocol import TierConfig
+    from mtckpt.agent.runs import RunState
+
+__all__ = ["config_of"]
+
+
+def config_of(run: RunState) -> work.RunConfig:
+    """What the next agent needs to know."""
+    owners = [_noted(o) for o in run.owners.values() if not o.dead]
+    newest = run.incarnations.get(run.incarnation)
+    return work.RunConfig(
+        run.run,
+        run.key,
+        [_without_secrets(tier.config) for tier in run.tiers.values()],
+        owners,
+        run.incarnation,
+        newest.id if newest else "",
+        {
+            "left_at": run.left_at,
+            "closing": run.closing,
+            "token": run.token,
+            "uid": run.creator_uid,
+            "admitted": sorted(run.admitted),
+            "unseen": [o.holder for o in run.owners.values() if not o.seen],
+            "rank_here": min(run.layout.own) if run.layout else None,
+            "failures": run.failures,
+            "guests": run.all_guests(),
+            "diverged": {name: s.diverged for name, s in run.saves.items() if s.diverged},
+            "chosen": sorted(name for name, save in run.saves.items() if save.chosen),
+            "fenced": msgspec.to_builtins([_noted(o) for o in run.fenced.values()]),
+        },
+    )
+
+
+def _without_secrets(config: TierConfig) -> TierConfig:
+    """What the next agent is told in a file; the rest comes with the next Checkpointer."""
+    return msgspec.structs.replace(config, access=config.access.to_note())
+
+
+def _noted(owner: Owner) -> work.Owner:
+    return work.Owner(
+        owner.holder,
+        owner.rank,
+        owner.pid,
+        owner.start_ticks,
+        owner.incarnation,
+        owner.world_size,
+        owner.parent_pid,
+    )

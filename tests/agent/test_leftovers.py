@@ -1,0 +1,101 @@
+"""What a dead owner left in slots, where memory does not answer at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from mtckpt._events import EventStream
+from mtckpt._manifest import save_name
+from mtckpt.agent import work
+from mtckpt.agent.leftovers import Leftovers
+from mtckpt.agent.owners import Owner
+from mtckpt.agent.queue import Limits, SlotState
+from mtckpt.agent.registry import Registry
+from mtckpt.agent.ring import Ring
+from mtckpt.agent.runs import RunState
+from mtckpt.agent.saves import RAM, Slot
+from mtckpt.agent.tools import Tools
+from mtckpt.errors import AlreadyExists, CheckpointError, TierUnavailable
+
+ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
+NAME = str(save_name(1, 1, ID))
+SEALED = work.SealedSlot(NAME, ID, 1, 1, "", 0, 1, 100)
+SILENT = TierUnavailable("the data process ended twice", tier=RAM)
+
+
+class Scene:
+    """A dead owner's slot with a capture that it had finished; ``answers`` are of seals."""
+
+    def __init__(self, *answers: work.SealedSlot | CheckpointError) -> None:
+        self.run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+        self.slot = Slot("s", SlotState.CAPTURING, 100, inode=1, holder="h")
+        self.run.slots["s"] = self.slot
+        self.owner = Owner("h", 0, 1, 1, 1, "host", incarnation=1)
+        self.freed: list[str] = []
+        self._answers: Iterator[work.SealedSlot | CheckpointError] = iter(answers)
+        tools = Tools(cast(Any, SimpleNamespace(call=self._call)), Limits(), EventStream())
+        ring = Ring(tools)
+        ring.note_staged = lambda *_: None  # type: ignore[method-assign]  # it starts tasks
+        self.leftovers = Leftovers(tools, ring)
+
+    async def _call(self, command: work.Command, **_: Any) -> work.Result:
+        if isinstance(command, work.Free):
+            self.freed.append(command.slot_id)
+            return work.Freed(1)
+        if isinstance(command, work.Scan):
+            slot = work.SlotScan("s", 1, 100, 64, 1, save=NAME, save_id=ID, step=1, incarnation=1)
+            return work.Scanned([work.RunScan("r", slots=[slot])])
+        answer = next(self._answers)
+        if isinstance(answer, CheckpointError):
+            raise answer
+        return answer
+
+    def settle(self) -> None:
+        asyncio.run(self.leftovers.settle(self.run, self.owner))
+
+
+def test_a_finished_capture_is_sealed_once_memory_answers() -> None:
+    scene = Scene(SILENT, SEALED)
+    with pytest.raises(TierUnavailable):
+        scene.settle()
+    assert scene.slot.state is SlotState.CAPTURING
+    scene.settle()
+    assert scene.run.finished == [NAME]
+    assert scene.slot.save == NAME
+    assert scene.freed == []
+
+
+def test_the_slot_of_what_can_never_be_sealed_is_freed() -> None:
+    scene = Scene(AlreadyExists("another slot is that shard", tier=RAM))
+    scene.settle()
+    assert (scene.freed, scene.run.slots, scene.run.finished) == (["s"], {}, [])
+
+
+def test_memory_that_an_agent_could_not_look_at_is_looked_at_when_a_run_is_opened(
+    tmp_path: Any,
+) -> None:
+    """What is there is never taken for nothing: it would be owed to nobody any more."""
+    asked: list[type] = []
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        asked.append(type(command))
+        raise SILENT
+
+    async def story() -> None:
+        tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+        registry = Registry(tools, str(tmp_path), service=False)
+        await registry.start()
+        message = cast(Any, SimpleNamespace(ram_path=str(tmp_path), run="r"))
+        for _ in range(2):
+            asked.clear()
+            with pytest.raises(TierUnavailable):
+                await registry.run_for("r", message)
+            assert asked == [work.ReadRunConfigs]
+        assert registry.runs == {}
+
+    asyncio.run(story())
