@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -131,8 +131,9 @@ class Save:
         waiting: Iterable[str] | None = None,
         weak: bool = False,
         skipped: str | None = None,
-    ) -> list[CheckpointError]:
-        """Take in news; returns the errors that are new."""
+        on_error: Callable[[Save, CheckpointError], None] | None = None,
+    ) -> None:
+        """Take in news. ``on_error`` has each error that is new before anyone who waits sees it."""
         with self._condition:
             self._reached |= frozenset(stages)
             self._superseded |= frozenset(superseded)
@@ -143,8 +144,10 @@ class Save:
             self.skipped = skipped or self.skipped
             fresh = [e for label, e in (failed or {}).items() if label not in self._failed]
             self._failed.update(failed or {})
+            if on_error is not None:
+                for error in fresh:
+                    on_error(self, error)
             self._condition.notify_all()
-            return fresh
 
     def _plan(self, more: Mapping[str, str]) -> None:
         """Tiers that this save is to reach after all (``close()``)."""

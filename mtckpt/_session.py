@@ -358,8 +358,7 @@ class Session:
                 "run %s: the save of step %d was called off: %s",
                 self.run, save.step, news["skipped"],
             )  # fmt: skip
-        for error in save._advance(**news):
-            self._on_error(save, error)
+        save._advance(**news, on_error=self._on_error)
         if save.done():
             self._saves.pop(save.id, None)
 

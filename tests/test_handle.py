@@ -8,7 +8,7 @@ import time
 import pytest
 
 from mtckpt._handle import Restored, Save, size_text
-from mtckpt.errors import SaveFailed, StageNotPlanned, TierFull, WaitTimeout
+from mtckpt.errors import CheckpointError, SaveFailed, StageNotPlanned, TierFull, WaitTimeout
 
 
 def make(**planned: str) -> Save:
@@ -52,8 +52,10 @@ def test_a_failure_is_raised_with_its_cause_and_never_takes_a_stage_back() -> No
     save = make(disk="local")
     save._advance(("captured", "staged"))
     cause = TierFull("no room", tier="disk", needed_bytes=10, free_bytes=1)
-    assert save._advance(failed={"disk": cause}) == [cause]
-    assert save._advance(failed={"disk": cause}) == []
+    told: list[CheckpointError] = []
+    for _ in range(2):
+        save._advance(failed={"disk": cause}, on_error=lambda _, error: told.append(error))
+    assert told == [cause]
     save.wait("staged", timeout_s=0)
     with pytest.raises(SaveFailed, match="no room") as raised:
         save.wait("local", timeout_s=0)
@@ -61,6 +63,26 @@ def test_a_failure_is_raised_with_its_cause_and_never_takes_a_stage_back() -> No
     assert raised.value.details["step"] == 7
     assert save.exception() is cause
     assert save.done()
+
+
+def test_the_next_save_knows_of_a_failure_before_whoever_waits_for_it() -> None:
+    save = make(disk="local")
+    order = []
+
+    def wait() -> None:
+        with pytest.raises(SaveFailed):
+            save.wait("local", timeout_s=20)
+        order.append("waited")
+
+    def on_error(_: Save, __: CheckpointError) -> None:
+        waiter.join(0.3)
+        order.append("told")
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    save._advance(failed={"disk": TierFull("no room", tier="disk")}, on_error=on_error)
+    waiter.join(20)
+    assert order == ["told", "waited"]
 
 
 def test_called_off_and_superseded_saves_say_why() -> None:
