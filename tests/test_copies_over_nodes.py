@@ -170,10 +170,12 @@ def test_a_partner_without_room_says_so_and_saves_go_on(cluster: Make) -> None:
             assert (told["error"], told["cause"]) == ("SaveFailed", "TierFull")
             assert "has no room for copies of other nodes" in told["text"]
         assert 0 not in in_memory(job.nodes[1])[2]  # nothing is left of the try
-        # Told once, as of any tier that failed; then training goes on, with two slots too.
-        assert {told["error"] for told in job.all("save", 3)} == {"SaveFailed"}
-        job.save(4)
-        job.save(5)
+        # Each is told once, as of any tier that failed; training goes on, with two slots too.
+        for step in (3, 5):
+            assert {told["error"] for told in job.all("save", step)} == {"SaveFailed"}
+            job.save(step + 1)
+            for told in job.all("wait", step + 1, "replicated"):
+                assert (told["error"], told["cause"]) == ("SaveFailed", "TierFull")
     finally:
         job.close()
         subprocess.run(["umount", "-l", small], check=True)
