@@ -38,8 +38,11 @@ def data_processes() -> dict[str, int]:
     parent = agent_pid()
     found = {}
     for path in Path(f"/proc/{parent}/task").glob("*/children"):
-        for pid in path.read_text().split():
-            # Descriptors are closed, and processes end, while this looks.
+        pids: list[str] = []
+        # Descriptors are closed, threads and processes end, while this looks.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            pids = path.read_text().split()
+        for pid in pids:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
                 for fd in os.listdir(f"/proc/{pid}/fd"):
                     with contextlib.suppress(FileNotFoundError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_checks import agent_pid, kill_agent, status_of, until
+from agent_checks import agent_pid, data_processes, kill_agent, status_of, until
 from control_groups import ControlGroup, make_group
 from scene_trainer import SceneTrainer, TrainerError
 
@@ -63,15 +63,6 @@ def steps_on(disk: Path, run: str = "r") -> list[int]:
     return [step.step for step in found if step.tiers]
 
 
-def data_process_of(group: ControlGroup, disk: Path) -> int:
-    """The process of the agent's that has the disk's directory open."""
-    for pid in group.pids():
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            if os.readlink(fd) == str(disk) and pid != agent_pid():
-                return pid
-    raise AssertionError("no process has the disk open")
-
-
 def wipe(ram_dir: Path) -> None:
     """What a reboot does to memory."""
     kill_agent()
@@ -91,7 +82,7 @@ def test_what_a_killed_cgroup_owed_is_flushed_by_the_next_agent(
     first.save(1, "local")
     pid = agent_pid()
     assert {first.process.pid, pid} <= group.pids()
-    os.kill(data_process_of(group, disk), signal.SIGSTOP)
+    os.kill(data_processes()[str(disk)], signal.SIGSTOP)
     first.save(2, "staged")
     assert steps_on(disk) == [1]
     group.kill()
