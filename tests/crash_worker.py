@@ -8,6 +8,7 @@ a model of ``torch`` with AdamW, or a tree of ``jax`` on two devices.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -375,6 +376,9 @@ class Nursery:
 def _fork(spec: dict[str, Any], kind: Callable[[], State]) -> int:
     pid = os.fork()
     if pid:
+        # Here as well as there, whoever comes first: the answer says that the group is there.
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            os.setpgid(pid, pid)
         return pid
     status = 1
     try:
