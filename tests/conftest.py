@@ -59,13 +59,25 @@ _FORKING = {
 }
 
 
+@pytest.hookimpl(trylast=True)  # after the shuffle
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Modules that may take long begin first: at the end no worker waits for one that has just begun.
+    limit_s: dict[Path, float] = {}
+    for item in items:
+        limit_s[item.path] = max(limit_s.get(item.path, 0.0), _limit_s(item))
+    items.sort(key=lambda item: -limit_s[item.path])
     # JAX warns of every fork once it was imported, which some test before in this process may have
     # done; the child that it warns about never uses JAX. Elsewhere the warning is an error.
     harmless = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
     for item in items:
         if item.name in _FORKING:
             item.add_marker(harmless)
+
+
+def _limit_s(item: pytest.Item) -> float:
+    """The time that a test itself says it may take; 0 where it does not."""
+    mark = item.get_closest_marker("timeout")
+    return float(mark.args[0]) if mark is not None and mark.args else 0.0
 
 
 def pytest_report_header() -> str:

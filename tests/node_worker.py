@@ -21,7 +21,7 @@ import numpy as np
 from boxed import Boxed, boxed_arrays
 
 import mtckpt
-from mtckpt import _assembly
+from mtckpt import _assembly, _gathering
 from mtckpt._boxes import Box
 from mtckpt._coordination import StoreGroup
 from mtckpt.errors import CheckpointError
@@ -96,6 +96,7 @@ class Worker:
         keep = settings.pop("keep", 2)
         every = settings.pop("every", 1)
         copies = settings.pop("copies", 0)
+        _gathering._PEER_TIMEOUT_S = settings.pop("peer_s", _gathering._PEER_TIMEOUT_S)
         tiers = [
             mtckpt.Ram(every=1, slots=slots),
             mtckpt.Disk(disk, every=every, keep=keep),

@@ -73,7 +73,7 @@ def test_hosts_that_are_lost_are_replaced_from_copies(
 ) -> None:
     dice = random.Random(seed)
     job = cluster("ant", "bee", "cat")
-    settings = {"copies": 1, "every": 1000}
+    settings = {"copies": 1, "every": 1000, "peer_s": 4.0}
     job.start(**settings)
     assert job.all("restore") == [None] * 3
     for cycle in range(cycles):
@@ -126,7 +126,7 @@ def test_steps_of_a_host_that_returns_from_an_earlier_start_are_never_newest(
     bee = job.replace(1, network.host("dog"))
     bee.signal_all(signal.SIGKILL)
     bee.unplug()
-    job.start(disk=shared, every=1)
+    job.start(disk=shared, every=1, peer_s=4.0)
     assert restored(job)[0][0] == 4
     job.saved("local")
     job.replace(1, bee).lose()  # with steps up to 7 in its memory

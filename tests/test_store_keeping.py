@@ -196,7 +196,8 @@ def test_a_store_that_was_away_gets_the_newest_and_what_it_keeps(
         mtckpt.Disk(tmp_path / "disk", every=1, keep=2),
         mtckpt.ObjectStore(url, every=1, keep=keep, storage_options=options),
     ]
-    with mtckpt.Checkpointer("r", tiers, timeout_s=12, max_stall_s=10) as run:
+    with mtckpt.Checkpointer("r", tiers, timeout_s=3, max_stall_s=10) as run:
+        run._session.timeout_s = 20.0  # what is short is the patience with the store
         for step in range(1, 13):
             save = run.save(step, state(step))
             save.wait("local", timeout_s=20)
