@@ -4,10 +4,14 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+# Tests wait for processes, disks and networks more than they compute: one more than the two cores
+# that `make test` is meant for.
+WORKERS ?= 3
 PYTEST_ARGS ?=
 # The whole of `make test` has to end within this time, or it fails (0: no limit).
 export MTCKPT_TEST_BUDGET_S ?= 720
+# Tests start many hundred processes: none compiles the sources anew, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
 
 # The environment is made again when what it is made from changes, not when a clock says so.
 STAMP := $(VENV)/.made-$(shell cat requirements-dev.txt pyproject.toml scripts/setup_env.sh | cksum | cut -d' ' -f1)

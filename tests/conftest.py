@@ -61,7 +61,7 @@ _FORKING = {
 
 @pytest.hookimpl(trylast=True)  # after the shuffle
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Modules that may take long begin first: at the end no worker waits for one that has just begun.
+    # Modules that may take long begin first: the end of a run waits for none that has just begun.
     limit_s: dict[Path, float] = {}
     for item in items:
         limit_s[item.path] = max(limit_s.get(item.path, 0.0), _limit_s(item))
