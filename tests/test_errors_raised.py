@@ -30,7 +30,6 @@ from mtckpt import _manifest, _shard, errors
 from mtckpt._placement import Held, place
 from mtckpt._survival import Node
 from mtckpt.agent import protocol
-from mtckpt.agent.spawn import ensure_agent
 from mtckpt.errors import CheckpointError
 from mtckpt.testing.groups import local_groups
 from mtckpt.tiers import BytesSource, LocalTier
@@ -138,8 +137,9 @@ def _(stage: Stage) -> None:
 
 @raises("RankTimeout", "rank", "stage")
 def _(stage: Stage) -> None:
-    ensure_agent(20.0)
-    stage.open_run(group=local_groups(2)[0], timeout_s=1.0).restore(state())
+    run = stage.open_run(group=local_groups(2)[0], timeout_s=1.0)
+    run._session.timeout_s = 20.0  # it is the other rank that has only so long
+    run.restore(state())
 
 
 @raises("StepDisagreement", "stage")

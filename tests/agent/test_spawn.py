@@ -72,10 +72,13 @@ def zombies() -> list[str]:
     """Ended children of this process that nobody has waited for."""
     children = Path("/proc/self/task").glob("*/children")
     pids = [pid for path in children for pid in path.read_text().split()]
-    states = {
-        pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids
-    }
-    return [pid for pid, state in states.items() if state == "Z"]
+    found = []
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # waited for meanwhile
+            stat = Path(f"/proc/{pid}/stat").read_text()
+            if stat.rpartition(")")[2].split()[0] == "Z":
+                found.append(pid)
+    return found
 
 
 def test_the_agent_is_nobodys_child_and_inherits_nothing(
