@@ -73,7 +73,7 @@ def test_hosts_that_are_lost_are_replaced_from_copies(
 ) -> None:
     dice = random.Random(seed)
     job = cluster("ant", "bee", "cat")
-    settings = {"copies": 1, "every": 1000, "peer_s": 4.0}
+    settings: dict[str, Any] = {"copies": 1, "every": 1000, "peer_s": 4.0}
     job.start(**settings)
     assert job.all("restore") == [None] * 3
     for cycle in range(cycles):
