@@ -33,9 +33,9 @@ BUGS = (
     SimulatedBug(
         "newest-whole-save-in-memory-recycled",
         "agent/queue.py",
-        "newer = [s for s in saves if s.order > save.order and s.staged]",
-        "newer = [s for s in saves if s.order > save.order]",
-        20,
+        "newer = [s for s in saves if s.worth > save.worth and s.staged]",
+        "newer = [s for s in saves if s.worth > save.worth]",
+        12,
     ),
     SimulatedBug(
         "slot-of-a-dead-owner-never-free",
@@ -145,8 +145,8 @@ BUGS = (
     SimulatedBug(
         "copies-let-go-before-newer-ones-are-there",
         "agent/guests.py",
-        "if s.guests and s.order < outlived]",
-        "if s.guests]",
+        "for save in [s for s in run.outlived() if s.guests]:",
+        "for save in [s for s in run.saves.values() if s.guests]:",
         1,
         partners=True,
     ),

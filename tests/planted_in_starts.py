@@ -25,15 +25,15 @@ LINE = (
     ),
     Bug(
         "chosen-and-forgotten",
-        "agent/runs.py",
-        "sorted(name for name, save in self.saves.items() if save.chosen)",
+        "agent/notes.py",
+        "sorted(name for name, save in run.saves.items() if save.chosen)",
         "[]",
         ("agent/test_runs.py::test_what_was_restored_from_is_whole_for_the_next_agent_too",),
     ),
     Bug(
         "a-job-on-fewer-nodes-was-restored-from-nothing",
         "agent/agreement.py",
-        "if save.order == at and (run.layout or save.guests):",
+        "if save.order == at:",
         "if save.order == at and run.layout:",
         ("agent/test_agreement.py::test_what_the_job_was_restored_from_was_whole[with guests]",),
     ),
