@@ -54,8 +54,8 @@ BUGS = (
     SimulatedBug(
         "one-number-for-all-starts-of-the-job",
         "_run.py",
-        "number=max(highest for highest, _, _, _ in told) + 1",
-        "number=max(1, max(highest for highest, _, _, _ in told))",
+        "number=max(highest for highest, *_ in told) + 1",
+        "number=max(1, max(highest for highest, *_ in told))",
         1,
     ),
     SimulatedBug(

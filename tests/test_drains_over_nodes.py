@@ -64,7 +64,7 @@ def test_without_copies_another_node_takes_what_a_drained_one_has(cluster: Make)
         assert skipped == "" or "is being drained" in skipped
     replaced(job, 1)
     job.start(every=1000)
-    assert [found for found, _ in job.all("restore")] == [step] * 2
+    assert [found for found, *_ in job.all("restore")] == [step] * 2
 
 
 def test_copies_on_a_drained_node_are_made_anew_elsewhere(cluster: Make) -> None:
@@ -77,7 +77,7 @@ def test_copies_on_a_drained_node_are_made_anew_elsewhere(cluster: Make) -> None
     replaced(job, 2)
     job.nodes[0] = Node(job.path, "new-0")
     job.start(copies=1, every=1000)
-    assert [found for found, _ in job.all("restore")] == [step] * 4
+    assert [found for found, *_ in job.all("restore")] == [step] * 4
 
 
 def test_owners_of_copies_on_a_drained_node_choose_another_partner(cluster: Make) -> None:

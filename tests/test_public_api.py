@@ -53,7 +53,7 @@ SIGNATURES = {
     "Save.wait": "self, stage='staged', *, timeout_s=600.0",
     "Save.done": "self",
     "Save.exception": "self",
-    "Ram": "path=None, *, every='auto', slots='auto'",
+    "Ram": "path=None, *, every='auto', slots='auto', capture='auto'",
     "Disk": "path, *, every=1, keep=3",
     "Peers": "*, copies=1, every=1, strict_placement=False",
     "ObjectStore": "url, *, every=1, keep=None, engine='auto', storage_options=None, reuse=False",

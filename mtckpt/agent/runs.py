@@ -482,11 +482,12 @@ class RunState:
         line = self.line()
         held = [s.worth(line) for s in self.saves.values() if s.is_complete(label)]
         for save in self.saves.values():
+            # What this start saved beside a later one of the job, the tier refuses, and says so.
+            rival = save.name.incarnation == self.incarnation and not save.is_on(line)
+            older = scanned and held and save.worth(line) < max(held) and not rival
             if save.is_complete(label):
                 save.due.discard(label)
-            elif label in save.owed and (
-                (scanned and held and save.worth(line) < max(held)) or self._is_lost(save, label)
-            ):
+            elif label in save.owed and (older or self._is_lost(save, label)):
                 save.superseded.add(label)
                 save.seq = self.seq + 1  # whoever waits for it has to hear that it is in vain
 
