@@ -59,6 +59,7 @@ def test_figures_that_share_a_process_are_taken(tmp_path: Path) -> None:
     assert "staged" in texts
 
 
+@pytest.mark.torture
 def test_figures_with_processes_of_their_own_are_taken() -> None:
     names = "--only=restored,killed,memory,big"
     rows = run("benchmarks.gpu.session", *DRY, "--seconds=50", names)

@@ -126,7 +126,7 @@ def test_a_job_that_goes_on_beside_its_successor_is_told(tmp_path: Path, agent: 
         with pytest.raises(SaveFailed, match="incarnation 2"):
             run.save(3, state(3))
         with pytest.raises(CloseFailed):
-            run.close(timeout_s=20)
+            run.close(timeout_s=4)
     assert [step.step for step in mtckpt.steps(url) if step.tiers] == [1]
 
 

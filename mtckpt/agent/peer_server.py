@@ -182,8 +182,8 @@ class PeerServer:
                 del self._connections[id(connection)]
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(_WATCH_S)
+        pause = threading.Event()  # nobody ends it but the end of the process
+        while not pause.wait(_WATCH_S):
             now_s = time.monotonic()
             with self._lock:
                 late = [c for c in self._connections.values() if c.deadline_s < now_s]

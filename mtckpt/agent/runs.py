@@ -114,10 +114,9 @@ class RunState:
     def locked_out(self, holder: str) -> RunLocked:
         """Why a holder may not speak for the run any more."""
         current = next(iter(self.owners.values()), None)
-        taken_over = self.fenced.get(holder) is not None
         what = "this process does not own the run; it may have been closed"
         return RunLocked(
-            "another process has taken this run over" if taken_over else what,
+            "another process has taken this run over" if self.fenced.get(holder) else what,
             state="saves of this process are refused; what it saved before is kept",
             actions=["end this process, or open the run again in a new Checkpointer"],
             run=self.run,
