@@ -73,8 +73,11 @@ class Engine(Protocol):
     def register(self, address: int, size_bytes: int) -> None:
         """Told of memory that captures go to, so that devices can be made to know it."""
 
-    def unregister(self, address: int) -> None:
-        """Told before that memory is unmapped."""
+    def unregister(self, address: int) -> bool:
+        """Told before that memory is unmapped; False if it must stay: a device is stuck."""
+
+    def holds(self, address: int) -> bool:
+        """True if a device may still write to the slot at this address, after an error."""
 
     def fetch(
         self,

@@ -124,8 +124,13 @@ class CpuEngine:
     def register(self, address: int, size_bytes: int) -> None:
         """Nothing: the CPU knows all memory."""
 
-    def unregister(self, address: int) -> None:
-        """Nothing."""
+    def unregister(self, address: int) -> bool:
+        """Nothing: no copy goes on after its call."""
+        return True
+
+    def holds(self, address: int) -> bool:
+        """See ``unregister``."""
+        return False
 
     def verify(self, base: int, spans: Sequence[Span], digests: memoryview) -> list[int]:
         bad: set[int] = set()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtckpt.capture.buffers import DeviceMemory, PinnedMemory
-from mtckpt.capture.driver import CudaError
+from mtckpt.capture.driver import CudaError, giving_back
 from mtckpt.capture.memory import Mapping, map_file, view_at
 from mtckpt.capture.windows import ROW_WORDS, Spread, Window, room_bytes, windows
 
@@ -74,6 +74,7 @@ class _Job:
         self.expected.hold(8 * count)
         self.flags.hold(8 * (count // 8 + 1))
         self.pinned.hold(max(8 * count, len(spread) * _ROW_BYTES))
+        self.placed = np.empty((0, ROW_WORDS), np.uint64)
         self.stream = driver.stream("highest")
         self._put(self.expected.address, np.frombuffer(digests, np.uint64)[:count])
         self._put(self.flags.address, np.zeros(count // 8 + 1, np.uint64))
@@ -96,6 +97,7 @@ class _Job:
         rows[:, 2] = self.spread.sizes
         rows[:, 3] = self.spread.numbers
         self._put(self.rows.address, rows.reshape(-1))
+        self.placed = rows if all(targets) else rows[rows[:, 1] != 0]
 
     def at(self, place: int, window: Window) -> int:
         """Where the first byte of a window is staged."""
@@ -108,8 +110,10 @@ class _Job:
         check(stream, rows, window.stop - window.first, self.expected.address, self.flags.address)
 
     def place_all(self) -> None:
-        """Bring all that waited to its targets."""
-        self.kernels.gather(self.stream, self.rows.address, len(self.spread))
+        """Bring all that waited to its targets, where it has one."""
+        if len(self.placed) < len(self.spread):
+            self._put(self.rows.address, self.placed.reshape(-1))
+        self.kernels.gather(self.stream, self.rows.address, len(self.placed))
         self.driver.synchronize(self.stream)
 
     def bad(self) -> list[int]:
@@ -248,9 +252,10 @@ def _through_mapping(
 
 
 def _let_go(driver: Driver, ordinal: int, mapping: Mapping, registered: Sequence[int]) -> None:
-    with driver.current(ordinal), driver.relaxed():
+    with giving_back(), driver.current(ordinal), driver.relaxed():
         for address in registered:
-            driver.unregister(address)
+            with giving_back():
+                driver.unregister(address)
     mapping.close()
 
 
