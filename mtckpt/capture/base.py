@@ -5,7 +5,7 @@ Knows addresses and chunks. Does not know frameworks, files or steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 __all__ = ["MODES", "Capture", "Engine", "Mode", "Move", "Span"]
@@ -78,6 +78,13 @@ class Engine(Protocol):
 
     def holds(self, address: int) -> bool:
         """True if a device may still write to the slot at this address, after an error."""
+
+    def settle(self, targets: Iterable[int]) -> None:
+        """Before ``fetch`` and ``copy``: wait for what still uses memory that they are to write to.
+
+        To be called by the thread that restores: which stream a framework works on is a matter of
+        the thread that asks. Raises RestoreFailed if that does not end in time.
+        """
 
     def fetch(
         self,

@@ -13,7 +13,7 @@ import os
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -153,6 +153,9 @@ class CpuEngine:
                 if xxh3_64_intdigest(view[start : start + size_bytes]) != digests[chunk]:
                     bad.add(index)
         return sorted(bad)
+
+    def settle(self, targets: Iterable[int]) -> None:
+        """Nothing: what uses memory of the host is done when a call returns."""
 
     def fetch(
         self,

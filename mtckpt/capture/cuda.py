@@ -10,6 +10,7 @@ import contextlib
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ __all__ = ["CudaEngine"]
 logger = logging.getLogger(__name__)
 
 _CLEARING_S = 600.0
+_SETTLE_S = 600.0  # of what users have put on a device, before a restore
+_POLL_S = 0.0002
 # Two of these, rows and digests are what a capture needs that has no arena of its own.
 _TURN_BYTES = 24 << 20
 _SMALL_TURN_BYTES = 4 << 20  # beside another one
@@ -273,6 +276,28 @@ class CudaEngine:
 
     # -- restore ---------------------------------------------------------------------------------
 
+    def settle(self, ordinals: Sequence[int]) -> None:
+        """See ``base.Engine``, for these devices."""
+        with _as_restore_failed():
+            for ordinal in ordinals:
+                streams = self._streams(ordinal)
+                lanes = [device.lane for (at, _), device in self._devices.items() if at == ordinal]
+                with self._driver.current(ordinal), self._driver.relaxed():
+                    for stream in (*streams, *(lane.packing for lane in lanes)):
+                        self._until_idle(ordinal, stream)
+
+    def _until_idle(self, ordinal: int, stream: int) -> None:
+        deadline_s = time.monotonic() + _SETTLE_S
+        while not self._driver.stream_idle(stream):
+            if time.monotonic() > deadline_s:
+                raise RestoreFailed(
+                    f"device {ordinal} has not ended what was put on it before the restore",
+                    live_state="unchanged",
+                    state="live state is unchanged",
+                    actions=("see whether a collective hangs: py-spy dump",),
+                )
+            time.sleep(_POLL_S)
+
     def fetch(
         self,
         fd: int,
@@ -294,7 +319,6 @@ class CudaEngine:
             whole = False
         with _as_restore_failed():
             for ordinal, chosen in by_device.items():
-                self._wait_for_streams(ordinal)
                 at = [targets[i] for i in chosen]
                 bad += land(
                     self._driver, ordinal, self._kernels_of(ordinal),
@@ -314,7 +338,6 @@ class CudaEngine:
         with _as_restore_failed():
             self._copy_from_devices(within)
             for ordinal, these in by_device.items():
-                self._wait_for_streams(ordinal)
                 bring(self._driver, ordinal, self._kernels_of(ordinal), these, host_copy)
 
     def _later(self, work: Callable[[], None]) -> None:
@@ -338,16 +361,6 @@ class CudaEngine:
                     )
                 self._driver.synchronize(stream)
                 self._driver.destroy_stream(stream)
-
-    def _wait_for_streams(self, ordinal: int) -> None:
-        """What was put on the device before may still use the memory that is written to now."""
-        streams = self._streams(ordinal)
-        with self._driver.current(ordinal), self._driver.relaxed():
-            for stream in streams:
-                self._driver.synchronize(stream)
-            for (other, _), device in self._devices.items():
-                if other == ordinal:
-                    self._driver.synchronize(device.lane.packing)
 
     def _kernels_of(self, ordinal: int) -> Kernels:
         if ordinal not in self._kernels:

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mtckpt.capture.addresses import OnDevice, has_devices
@@ -135,6 +135,12 @@ class AnyEngine:
 
     def verify(self, base: int, spans: Sequence[Span], digests: memoryview) -> list[int]:
         return self._host.verify(base, spans, digests)
+
+    def settle(self, targets: Iterable[int]) -> None:
+        """See ``base.Engine``."""
+        ordinals = {kind.ordinal for kind in set(map(type, targets)) if issubclass(kind, OnDevice)}
+        if ordinals:
+            self._devices().settle(sorted(ordinals))
 
     def fetch(
         self,
