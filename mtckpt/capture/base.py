@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
-__all__ = ["MODES", "Capture", "Engine", "Mode", "Move", "Span"]
+__all__ = ["MODES", "Capture", "Engine", "Mode", "Move", "Span", "nothing"]
 
 Mode = Literal["auto", "snapshot", "snapshot-overlap", "overlap", "blocking"]
 MODES: tuple[Mode, ...] = ("auto", "snapshot", "snapshot-overlap", "overlap", "blocking")
@@ -31,6 +31,10 @@ class Move(NamedTuple):
     times: int = 1
     source_step: int = 0
     target_step: int = 0
+
+
+def nothing() -> None:
+    """Who is told of something and does not mind."""
 
 
 class Capture(Protocol):
@@ -95,10 +99,12 @@ class Engine(Protocol):
         progress: Callable[[int], None],
         *,
         whole: bool = False,
+        placing: Callable[[], None] = nothing,
     ) -> list[int]:
         """Read the spans of a file, check each chunk, and copy what is sound to its target.
 
-        ``whole``: copy nothing unless all of it is sound.
+        ``whole``: copy nothing unless all of it is sound. ``placing`` is told before the first byte
+        may be copied, by any thread, perhaps more than once.
 
         ``targets`` holds an address a span; 0 only checks. Returns the indexes of spans with a
         chunk that does not match or is not there; no such chunk reaches a target. ``progress`` is

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from xxhash import xxh3_64_intdigest
 
 from mtckpt._shard import CHUNK_BYTES
+from mtckpt.capture.base import nothing
 from mtckpt.capture.memory import Buffer, Mapping, anonymous, view_at
 
 if TYPE_CHECKING:
@@ -166,9 +167,12 @@ class CpuEngine:
         progress: Callable[[int], None],
         *,
         whole: bool = False,
+        placing: Callable[[], None] = nothing,
     ) -> list[int]:
         if whole and (found := self.fetch(fd, spans, [0] * len(spans), digests, _ignore)):
             return found
+        if any(targets):
+            placing()
         bad: set[int] = set()
         units: list[_Unit | _Window] = []
         small: list[_Piece] = []

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mtckpt.capture import gates
 from mtckpt.capture.addresses import OnDevice, must_be_awaited
 from mtckpt.capture.arenas import Arenas
+from mtckpt.capture.base import nothing
 from mtckpt.capture.bringing import bring
 from mtckpt.capture.draining import Lane
 from mtckpt.capture.driver import ALREADY_REGISTERED, CudaError, Driver, giving_back
@@ -278,7 +279,7 @@ class CudaEngine:
 
     def settle(self, ordinals: Sequence[int]) -> None:
         """See ``base.Engine``, for these devices."""
-        with _as_restore_failed():
+        with _as_restore_failed([]):
             for ordinal in ordinals:
                 streams = self._streams(ordinal)
                 lanes = [device.lane for (at, _), device in self._devices.items() if at == ordinal]
@@ -307,8 +308,15 @@ class CudaEngine:
         progress: Callable[[int], None],
         *,
         whole: bool,
+        placing: Callable[[], None] = nothing,
     ) -> list[int]:
         """See ``base.Engine``, for those targets that are on devices. Raises RestoreFailed."""
+        begun: list[bool] = []
+
+        def begin() -> None:
+            begun.append(True)
+            placing()
+
         bad: list[int] = []
         by_device = _by_device(targets, spans)
         if whole and len(by_device) > 1:  # each has to wait for what the others say
@@ -317,12 +325,12 @@ class CudaEngine:
             if bad:
                 return bad
             whole = False
-        with _as_restore_failed():
+        with _as_restore_failed(begun):
             for ordinal, chosen in by_device.items():
                 at = [targets[i] for i in chosen]
                 bad += land(
                     self._driver, ordinal, self._kernels_of(ordinal),
-                    fd, spans, chosen, at, digests, progress, self._later, whole=whole,
+                    fd, spans, chosen, at, digests, progress, begin, self._later, whole=whole,
                 )  # fmt: skip
         return sorted(bad)
 
@@ -335,7 +343,7 @@ class CudaEngine:
                 within.append(move)
             elif isinstance(move.target, OnDevice):
                 by_device.setdefault(move.target.ordinal, []).append(move)
-        with _as_restore_failed():
+        with _as_restore_failed([True]):
             self._copy_from_devices(within)
             for ordinal, these in by_device.items():
                 bring(self._driver, ordinal, self._kernels_of(ordinal), these, host_copy)
@@ -416,13 +424,16 @@ def _by_device(addresses: Sequence[int], spans: Sequence[Span]) -> dict[int, lis
 
 
 @contextlib.contextmanager
-def _as_restore_failed() -> Iterator[None]:
+def _as_restore_failed(begun: Sequence[bool]) -> Iterator[None]:
+    """``begun``: empty for as long as no live memory has been written to."""
     try:
         yield
     except (CudaError, TimeoutError) as error:
         raise RestoreFailed(
             f"the device refused: {error}",
-            live_state="undefined",
-            state="live state is undefined: the device failed while it was written",
+            live_state="undefined" if begun else "unchanged",
+            state="live state is undefined: the device failed while it was written"
+            if begun
+            else "live state is unchanged",
             actions=("look for an earlier error of the device in the log of the job",),
         ) from error

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any, ClassVar, Literal
 
-__all__ = ["ALREADY_REGISTERED", "CudaError", "Driver", "giving_back"]
+__all__ = ["ALREADY_REGISTERED", "OUT_OF_MEMORY", "CudaError", "Driver", "giving_back"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ CONTEXT_EVENTS: dict[str, tuple[Any, ...]] = {
 
 _SUCCESS = 0
 _INVALID_VALUE = 1
+OUT_OF_MEMORY = 2
 _NOT_READY = 600
 ALREADY_REGISTERED = 712
 _STREAM_CAPTURE_IMPLICIT = 906

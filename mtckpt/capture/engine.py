@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mtckpt.capture.addresses import OnDevice, has_devices
-from mtckpt.capture.base import Span
+from mtckpt.capture.base import Span, nothing
 from mtckpt.capture.cpu import CpuEngine
 from mtckpt.capture.memory import anonymous
 from mtckpt.errors import CaptureFailed, UsageError
@@ -151,9 +151,12 @@ class AnyEngine:
         progress: Callable[[int], None],
         *,
         whole: bool = False,
+        placing: Callable[[], None] = nothing,
     ) -> list[int]:
         if not has_devices(targets):
-            return self._host.fetch(fd, spans, targets, digests, progress, whole=whole)
+            return self._host.fetch(
+                fd, spans, targets, digests, progress, whole=whole, placing=placing
+            )
         hosts = [i for i, target in enumerate(targets) if not isinstance(target, OnDevice)]
         here, at = [spans[i] for i in hosts], [targets[i] for i in hosts]
         bad: list[int] = []
@@ -162,9 +165,11 @@ class AnyEngine:
             if bad:
                 targets = [type(target)(0) for target in targets]
         waits = whole and not bad  # for all to be sound; else it is only looked at
-        there = self._devices().fetch(fd, spans, targets, digests, progress, whole=waits)
+        there = self._devices().fetch(
+            fd, spans, targets, digests, progress, whole=waits, placing=placing
+        )
         if not (whole and (bad or there)):
-            bad = self._host.fetch(fd, here, at, digests, progress)
+            bad = self._host.fetch(fd, here, at, digests, progress, placing=placing)
         return sorted({*there, *(hosts[i] for i in bad)})
 
     def copy(self, moves: Sequence[Move]) -> None:

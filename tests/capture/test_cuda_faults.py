@@ -6,7 +6,7 @@ The fake driver does nothing before it is waited for, so whatever was not waited
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from fake_cuda import FakeCuda, Mode
 
 from mtckpt.capture import cuda, gates, underway
 from mtckpt.capture.engine import AnyEngine
-from mtckpt.errors import CaptureFailed, CaptureStuck, UsageError
+from mtckpt.errors import CaptureFailed, CaptureStuck, RestoreFailed, UsageError
 
 if TYPE_CHECKING:
     from mtckpt.capture.driver import Driver
@@ -256,3 +256,72 @@ def test_what_is_refused_at_the_end_is_logged_and_the_rest_given_back(
     left = sum(after[1:]) - sum(before[1:])
     assert left == 1 if call != "cuMemFree_v2" else left > 0
     scene.mapping, scene.engine = None, AnyEngine()
+
+
+def saved(scene: Scene, sizes: Sequence[int], ordinals: Sequence[int]) -> memoryview:
+    for size_bytes, ordinal in zip(sizes, ordinals, strict=True):
+        scene.add(size_bytes, ordinal)
+    capture, digests = scene.capture("blocking")
+    capture.finish(digests)
+    return digests
+
+
+@pytest.mark.parametrize("skip", range(12))
+def test_whoever_waits_for_all_to_be_sound_knows_whether_anything_was_placed(
+    scene: Scene, skip: int
+) -> None:
+    """The bus spoils a copy, perhaps when all has been found sound and is read once more."""
+    digests = saved(scene, [300_000, 200_000], [0, 1])
+    live, targets = landed(scene, [0, 1])
+    told: list[bool] = []
+    scene.fake.flip(skip=skip)
+
+    def placing() -> None:
+        assert not any(array.any() for array in live)
+        told.append(True)
+
+    with open(scene.path, "rb") as file:
+        scene.engine.fetch(
+            file.fileno(), scene.spans, targets, digests, lambda _: None,
+            whole=True, placing=lambda: None if told else placing(),
+        )  # fmt: skip
+    assert told or not any(array.any() for array in live)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("large_pages", [False, True])
+@pytest.mark.parametrize("skip", range(4))
+def test_a_restore_for_which_there_is_no_memory_has_changed_nothing(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, whole: bool, large_pages: bool, skip: int
+) -> None:
+    monkeypatch.setattr("mtckpt.capture.landing._has_large_pages", lambda fd: large_pages)
+    digests = saved(scene, [20 << 20], [0])
+    live, targets = landed(scene, [0])
+    before, told = scene.fake.counts(), []
+    scene.fake.fail("cuMemAlloc_v2", 2, skip=skip, times=7)
+    with open(scene.path, "rb") as file, pytest.raises(RestoreFailed) as raised:
+        scene.engine.fetch(
+            file.fileno(), scene.spans, targets, digests, lambda _: None,
+            whole=whole, placing=lambda: told.append(True),
+        )  # fmt: skip
+    assert raised.value.details["live_state"] == "unchanged"
+    assert "OUT_OF_MEMORY" in raised.value.what
+    assert not told
+    assert not live[0].any()
+    assert scene.fake.counts() == before
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("times", range(1, 4))
+def test_a_restore_goes_through_what_memory_there_is(scene: Scene, whole: bool, times: int) -> None:
+    digests = saved(scene, [20 << 20], [0])
+    live, targets = landed(scene, [0])
+    scene.fake.fail("cuMemAlloc_v2", 2, times=times)
+    with open(scene.path, "rb") as file:
+        assert (
+            scene.engine.fetch(
+                file.fileno(), scene.spans, targets, digests, lambda _: None, whole=whole
+            )
+            == []
+        )
+    assert live[0].tobytes() == scene.arrays[0].tobytes()
