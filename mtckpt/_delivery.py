@@ -300,9 +300,9 @@ class Delivery:
         targets = [self._wants[i].address for i in wanted]
         with self._within(place.label, functools.partial(self._hold, place)) as held:
             place_all = functools.partial(
-                self._engine.fetch, held.fd, spans, targets, digests, self._count, whole=whole
-            )
-            self._attempt.touched |= not whole
+                self._engine.fetch, held.fd, spans, targets, digests, self._count,
+                whole=whole, placing=self._touch,
+            )  # fmt: skip
             try:
                 bad = self._read(place, place_all, size_bytes)
             except _Late as error:
@@ -383,6 +383,9 @@ class Delivery:
             self._engine.copy(self._moves)
         self._moves = []
         self._stages = []
+
+    def _touch(self) -> None:
+        self._attempt.touched = True
 
     def _hold(self, place: Place) -> Held:
         held = hold(place.tier, self._key)

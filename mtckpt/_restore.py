@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mtckpt._choice import Candidate
     from mtckpt._inventory import Inventory
     from mtckpt._manifest import ArrayEntry, Record, SaveName
+    from mtckpt.capture.base import Move
 
 __all__ = ["Attempt", "Place", "Scope", "restore_from", "scan_places"]
 
@@ -81,6 +82,7 @@ def restore_from(
         wants, repeats = whole_wants(loaded, placing.addresses)
         parts = _join(placing, shards)
         parts[0].wants[shards.base] = wants + parts[0].wants.get(shards.base, [])
+        scope.engine.settle(_targets(parts, repeats))  # in this thread; others read
     fetching = _Fetching(scope, shards, attempt, progress)
     with scope.together("fetch"):
         if last and sum(len(part.wants) for part in parts) > 1:
@@ -97,6 +99,15 @@ def restore_from(
         attempt.touched |= bool(repeats)
         scope.engine.copy(repeats)
         return _finish(candidate, loaded, placing, state, resolve, fetching.sources)
+
+
+def _targets(parts: Sequence[Assembly], repeats: Sequence[Move]) -> Iterator[int]:
+    """Wherever anything is going to be written."""
+    for part in parts:
+        for wants in part.wants.values():
+            yield from (want.address for want in wants)
+        yield from (move.target for move in part.moves)
+    yield from (move.target for move in repeats)
 
 
 class _Fetching:

@@ -101,6 +101,10 @@ def _restore_newest(
             # Part of a newer step was placed before its damage was found, and the older one has
             # another structure.
             raise _undefined(skipped, error) from error
+        except RestoreFailed as error:
+            if attempt.touched and error.details.get("live_state") == "unchanged":
+                raise _undefined(skipped, error) from error
+            raise
         finally:
             if source is None:
                 _report_damage(run, gathered, attempt.bad)

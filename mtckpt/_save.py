@@ -321,6 +321,9 @@ class HeldSlot:
         self.table = _map(grant.table_path, None, layout.table_bytes)
 
 
+_left_mapped: list[HeldSlot] = []  # until the process ends
+
+
 class SlotRing:
     """The slots this process has mapped, by inode; an inode keeps its mapping over recycling."""
 
@@ -328,11 +331,24 @@ class SlotRing:
         self._engine = engine
         self._slots: dict[int, HeldSlot] = {}
         self._size: tuple[int, int] = (0, 0)
+        self._withheld: dict[str, int] = {}
 
     def held(self) -> dict[str, int]:
         """Slot id -> inode, for an agent that has started anew."""
         slots = list(self._slots.items())  # at once: another thread may be mapping a slot
-        return {slot.grant.slot_id: inode for inode, slot in slots}
+        return {**{slot.grant.slot_id: inode for inode, slot in slots}, **self._withheld}
+
+    def withhold(self, grant: SlotGrant) -> bool:
+        """Never use a slot again that a device may still write to; False if none does."""
+        slot = self._slots.get(grant.inode)
+        if slot is None or not self._engine.holds(slot.data.address):
+            return False
+        self._withheld[grant.slot_id] = grant.inode
+        return True
+
+    def withheld(self) -> list[str]:
+        """Ids of the slots that are not to be granted again while this process lives."""
+        return list(self._withheld)
 
     def adopt(self, grant: SlotGrant, layout: ShardLayout) -> HeldSlot:
         """Map a granted slot, or find it mapped already; its pages are faulted in."""
@@ -358,9 +374,9 @@ class SlotRing:
         return self._size == (layout.size_bytes, layout.table_bytes) and grant.inode in self._slots
 
     def clear(self) -> None:
-        """Unmap all of them. Nothing may be under way to any."""
-        for slot in self._slots.values():
-            self._engine.unregister(slot.data.address)
+        """Unmap all of them, but for what a device that is stuck may still write to."""
+        slots = list(self._slots.values())
+        _left_mapped.extend(s for s in slots if not self._engine.unregister(s.data.address))
         self._slots.clear()
 
 

@@ -24,7 +24,6 @@ from mtckpt.agent import protocol
 from mtckpt.capture import gates
 from mtckpt.errors import (
     AgentUnavailable,
-    CaptureStuck,
     CheckpointError,
     TierFull,
     TierUnavailable,
@@ -65,6 +64,7 @@ class Saver:
         if "overlap" in ram.capture:
             gates.want()
         self._skipping = False
+        self._leaving = False
         self._ring_of = 0
         self._ring_slots = 2
 
@@ -123,6 +123,10 @@ class Saver:
             # Whatever went wrong, the slot goes back first.
             self._take_back(save, grant, error)
             _save.raise_capture_error(step, error)
+        except BaseException:
+            # An interrupt: the slot is free for the next save, unless a device still writes to it.
+            self.ring.withhold(grant)
+            raise
         if writing.is_captured:
             save._advance(("captured",))
         self.steps.add(step)
@@ -169,12 +173,16 @@ class Saver:
 
     def _finish(self, writing: _writing.Writing, save: Save, grant: protocol.SlotGrant) -> None:
         """In the background: wait for what devices still copy. Raises CaptureFailed."""
+        self._leaving = True
         try:
             writing.finish()
         except Exception as error:  # noqa: BLE001 - raised again, named
             # Here, too; the error is then told of the save.
+            self.steps.discard(save.step)
             self._take_back(save, grant, error)
             _save.raise_capture_error(save.step, error)
+        finally:
+            self._leaving = False
 
     def _take_back(self, save: Save, grant: protocol.SlotGrant, error: Exception) -> None:
         """Whatever went wrong, the slot goes back first; it has no generation word.
@@ -182,7 +190,7 @@ class Saver:
         One that a device may still write to does not: it is freed when this process has ended.
         """
         self._session.next_slot = None
-        if not isinstance(error, CaptureStuck):
+        if not self.ring.withhold(grant):
             with contextlib.suppress(CheckpointError):
                 release = protocol.Release(self._session.holder, grant.slot_id)
                 self._session.call("release", release, protocol.Done)
@@ -192,7 +200,9 @@ class Saver:
         """The next free slot, waited for ``max_stall_s`` at most; None calls the save off."""
         deadline_s = time.monotonic() + self._max_stall_s
         if not self._session.wait_idle(self._max_stall_s):
-            self._call_off(save, "the node agent has not taken the previous save yet")
+            leaving = "the previous save is still leaving the device"
+            waiting = "the node agent has not taken the previous save yet"
+            self._call_off(save, leaving if self._leaving else waiting)
             return None
         grant, self._session.next_slot = self._session.next_slot, None
         if grant is not None and self.ring.fits(grant, layout):
@@ -203,7 +213,7 @@ class Saver:
             layout.table_bytes,
             self._num_slots(layout),
             max(0.0, deadline_s - time.monotonic()),
-            held=[],
+            held=self.ring.withheld(),
         )
         try:
             slots = self._ask_slot(want)
@@ -265,7 +275,7 @@ class Saver:
                     layout.table_bytes,
                     self._num_slots(layout),
                     0.0,
-                    held=[],
+                    held=self.ring.withheld(),
                 )
                 grant = self._session.call("slots", want, protocol.Slots).grant
             if grant is not None:

@@ -12,6 +12,7 @@
     |   `-- RestoreIgnored             functional state was restored and never read
     |-- SaveFailed                   a save did not reach a stage; its cause is the tier's error
     |   `-- CaptureFailed              the state could not be copied; the step was not started
+    |       `-- CaptureStuck             a device did not come to the copy, or to its end, in time
     |-- RankTimeout (TimeoutError)   ranks did not come within the deadline; says which, at what
     |-- StepDisagreement             ranks want different things at the same time; nothing was done
     |-- CloseFailed                  what was still owed when close() gave up; .errors has each
@@ -55,6 +56,7 @@ __all__ = [
     "AgentUnavailable",
     "AlreadyExists",
     "CaptureFailed",
+    "CaptureStuck",
     "CheckpointError",
     "CloseFailed",
     "CommitConflict",
@@ -204,7 +206,7 @@ class CaptureFailed(SaveFailed):
 
 
 class CaptureStuck(CaptureFailed):
-    """A device has not done in time what comes before the copy; its slot is not used again."""
+    """A device has not done the copy in time, or what comes before it; its slot is left to it."""
 
     usual_state = "the step was not saved; earlier steps are unchanged"
     usual_actions = ("see whether a collective of the training step hangs: py-spy dump",)

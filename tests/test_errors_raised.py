@@ -1,7 +1,6 @@
 """Every error of the tree, raised through a public door by something that really went wrong.
 
-A scenario an error: real files, real processes, the public API. Its text alone has to be enough:
-what and where, the state that the user is left in, what to do, and where to read on.
+A scenario an error. Its text alone has to be enough: what, where, the state left, what to do.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import msgspec
 import numpy as np
 import pytest
 from builders import build_save
+from device_scene import step_in_a_graph
 from fake_trainer import TrainerProcess
 
 import mtckpt
@@ -199,6 +199,11 @@ def _(stage: Stage) -> None:
         def load_state_dict(self, _: Any) -> None: ...
 
     stage.open_run().save(1, {"odd": Odd()})
+
+
+@raises("CaptureStuck", "stage")
+def _(stage: Stage) -> None:
+    step_in_a_graph(stage.tmp_path, stage.monkeypatch)
 
 
 @raises("CloseFailed", "run")

@@ -5,10 +5,10 @@ Knows addresses and chunks. Does not know frameworks, files or steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
-__all__ = ["MODES", "Capture", "Engine", "Mode", "Move", "Span"]
+__all__ = ["MODES", "Capture", "Engine", "Mode", "Move", "Span", "nothing"]
 
 Mode = Literal["auto", "snapshot", "snapshot-overlap", "overlap", "blocking"]
 MODES: tuple[Mode, ...] = ("auto", "snapshot", "snapshot-overlap", "overlap", "blocking")
@@ -31,6 +31,10 @@ class Move(NamedTuple):
     times: int = 1
     source_step: int = 0
     target_step: int = 0
+
+
+def nothing() -> None:
+    """Who is told of something and does not mind."""
 
 
 class Capture(Protocol):
@@ -73,8 +77,18 @@ class Engine(Protocol):
     def register(self, address: int, size_bytes: int) -> None:
         """Told of memory that captures go to, so that devices can be made to know it."""
 
-    def unregister(self, address: int) -> None:
-        """Told before that memory is unmapped."""
+    def unregister(self, address: int) -> bool:
+        """Told before that memory is unmapped; False if it must stay: a device is stuck."""
+
+    def holds(self, address: int) -> bool:
+        """True if a device may still write to the slot at this address, after an error."""
+
+    def settle(self, targets: Iterable[int]) -> None:
+        """Before ``fetch`` and ``copy``: wait for what still uses memory that they are to write to.
+
+        To be called by the thread that restores: which stream a framework works on is a matter of
+        the thread that asks. Raises RestoreFailed if that does not end in time.
+        """
 
     def fetch(
         self,
@@ -85,10 +99,12 @@ class Engine(Protocol):
         progress: Callable[[int], None],
         *,
         whole: bool = False,
+        placing: Callable[[], None] = nothing,
     ) -> list[int]:
         """Read the spans of a file, check each chunk, and copy what is sound to its target.
 
-        ``whole``: copy nothing unless all of it is sound.
+        ``whole``: copy nothing unless all of it is sound. ``placing`` is told before the first byte
+        may be copied, by any thread, perhaps more than once.
 
         ``targets`` holds an address a span; 0 only checks. Returns the indexes of spans with a
         chunk that does not match or is not there; no such chunk reaches a target. ``progress`` is

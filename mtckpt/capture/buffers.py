@@ -1,11 +1,16 @@
-"""Memory that is kept and grows: pinned host memory, and device memory. Knows the driver only."""
+"""Memory that is kept and grows: pinned host memory, and device memory.
+
+Knows the driver, and that PyTorch, where it is there, may hold memory that nobody uses.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mtckpt.capture.driver import OUT_OF_MEMORY, CudaError
 from mtckpt.capture.memory import view_at
 
 if TYPE_CHECKING:
@@ -40,6 +45,12 @@ class PinnedMemory:
         self.address = self._size_bytes = 0
 
 
+def _let_go_of_caches() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 class DeviceMemory:
     """Device memory of at least the size last asked for."""
 
@@ -53,7 +64,13 @@ class DeviceMemory:
         if size_bytes <= self._size_bytes:
             return False
         self.free()
-        self.address = self._driver.alloc(size_bytes)
+        try:
+            self.address = self._driver.alloc(size_bytes)
+        except CudaError as error:
+            if error.code != OUT_OF_MEMORY:
+                raise
+            _let_go_of_caches()
+            self.address = self._driver.alloc(size_bytes)
         self._size_bytes = size_bytes
         return True
 

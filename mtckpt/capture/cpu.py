@@ -13,7 +13,7 @@ import os
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from xxhash import xxh3_64_intdigest
 
 from mtckpt._shard import CHUNK_BYTES
+from mtckpt.capture.base import nothing
 from mtckpt.capture.memory import Buffer, Mapping, anonymous, view_at
 
 if TYPE_CHECKING:
@@ -124,8 +125,13 @@ class CpuEngine:
     def register(self, address: int, size_bytes: int) -> None:
         """Nothing: the CPU knows all memory."""
 
-    def unregister(self, address: int) -> None:
-        """Nothing."""
+    def unregister(self, address: int) -> bool:
+        """Nothing: no copy goes on after its call."""
+        return True
+
+    def holds(self, address: int) -> bool:
+        """See ``unregister``."""
+        return False
 
     def verify(self, base: int, spans: Sequence[Span], digests: memoryview) -> list[int]:
         bad: set[int] = set()
@@ -149,6 +155,9 @@ class CpuEngine:
                     bad.add(index)
         return sorted(bad)
 
+    def settle(self, targets: Iterable[int]) -> None:
+        """Nothing: what uses memory of the host is done when a call returns."""
+
     def fetch(
         self,
         fd: int,
@@ -158,9 +167,12 @@ class CpuEngine:
         progress: Callable[[int], None],
         *,
         whole: bool = False,
+        placing: Callable[[], None] = nothing,
     ) -> list[int]:
         if whole and (found := self.fetch(fd, spans, [0] * len(spans), digests, _ignore)):
             return found
+        if any(targets):
+            placing()
         bad: set[int] = set()
         units: list[_Unit | _Window] = []
         small: list[_Piece] = []

@@ -1,104 +1,46 @@
 """The engine for CUDA devices: which memory a capture passes through, and when it is waited for.
 
-Knows the driver's lanes, the frameworks' current streams, and what device memory is free. Does not
-know states or files. PyTorch lends the arena from a pool of its own, which it may take back when it
-runs out; without PyTorch it comes from the driver. Live state is never allocated here.
+Knows the driver's lanes, the frameworks' current streams, and what may still be under way. Does not
+know states or files. Live state is never allocated here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mtckpt.capture import gates
 from mtckpt.capture.addresses import OnDevice, must_be_awaited
+from mtckpt.capture.arenas import Arenas
+from mtckpt.capture.base import nothing
 from mtckpt.capture.bringing import bring
-from mtckpt.capture.draining import Draining, Lane
-from mtckpt.capture.driver import CudaError, Driver
+from mtckpt.capture.draining import Lane
+from mtckpt.capture.driver import ALREADY_REGISTERED, CudaError, Driver, giving_back
 from mtckpt.capture.gates import Gate
 from mtckpt.capture.kernels import Kernels
 from mtckpt.capture.landing import land
+from mtckpt.capture.underway import CudaCapture, as_capture_failed
 from mtckpt.capture.windows import WINDOW_BYTES, Spread, arena_of, room_bytes, windows
-from mtckpt.errors import CaptureFailed, RestoreFailed
+from mtckpt.errors import CaptureFailed, CaptureStuck, RestoreFailed
 
 if TYPE_CHECKING:
     from mtckpt.capture.base import Mode, Move, Span
 
-__all__ = ["CudaCapture", "CudaEngine"]
+__all__ = ["CudaEngine"]
 
 logger = logging.getLogger(__name__)
 
-_FINISH_S = 600.0
+_CLEARING_S = 600.0
+_SETTLE_S = 600.0  # of what users have put on a device, before a restore
+_POLL_S = 0.0002
 # Two of these, rows and digests are what a capture needs that has no arena of its own.
 _TURN_BYTES = 24 << 20
 _SMALL_TURN_BYTES = 4 << 20  # beside another one
-
-
-class _Arenas:
-    """Device memory for snapshots, lent for one capture at a time."""
-
-    def __init__(self, driver: Driver, ordinal: int) -> None:
-        self._driver = driver
-        self._ordinal = ordinal
-        self._pool: Any = None
-        self._pooled_bytes = 0  # what a pool of PyTorch's still holds for us
-        self._own = (0, 0)  # address and size of memory of the driver's
-
-    def free_bytes(self) -> tuple[int, int]:
-        """What a new arena could have, and the whole memory of the device."""
-        free, total = self._driver.memory()
-        return free + self._pooled_bytes + self._own[1], total
-
-    def take(self, size_bytes: int) -> tuple[int, object] | None:
-        """Memory and what keeps it; None if there is none after all."""
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            return self._of_torch(torch, size_bytes)
-        if self._own[1] < size_bytes:
-            self.close()
-            try:
-                self._own = (self._driver.alloc(size_bytes), size_bytes)
-            except CudaError:
-                return None
-        return self._own[0], None
-
-    def _of_torch(self, torch: Any, size_bytes: int) -> tuple[int, object] | None:
-        try:
-            with self._pool_of(torch):
-                memory = torch.empty(
-                    size_bytes, dtype=torch.uint8, device=torch.device("cuda", self._ordinal)
-                )
-        except torch.OutOfMemoryError:
-            self._pooled_bytes = 0
-            return None
-        self._pooled_bytes = max(size_bytes, self._pooled_bytes)
-        return memory.data_ptr(), memory
-
-    @contextlib.contextmanager
-    def _pool_of(self, torch: Any) -> Iterator[None]:
-        """A pool that PyTorch uses for others before it runs out of memory, where it can."""
-        if self._pool is None:
-            try:
-                self._pool = torch.cuda.MemPool(use_on_oom=True)
-            except (AttributeError, TypeError):  # PyTorch before 2.8: memory is cached for all
-                self._pool = False
-        if self._pool is False:
-            yield
-            return
-        with torch.cuda.use_mem_pool(self._pool, device=self._ordinal):
-            yield
-
-    def close(self) -> None:
-        """Give back memory of the driver's, and the pool."""
-        self._pool, self._pooled_bytes = None, 0
-        if self._own[0]:
-            self._driver.free(self._own[0])
-        self._own = (0, 0)
 
 
 class _Device:
@@ -107,7 +49,7 @@ class _Device:
     def __init__(self, driver: Driver, ordinal: int, kernels: Kernels) -> None:
         self.kernels = kernels
         self.lane = Lane(driver, ordinal, kernels)
-        self.arenas = _Arenas(driver, ordinal)
+        self.arenas = Arenas(driver, ordinal)
         self._spans: Sequence[Span] = ()
         self._chosen: Sequence[int] = ()
         self._spread: Spread | None = None
@@ -120,34 +62,20 @@ class _Device:
             self._spans, self._chosen = spans, chosen
         return known
 
-
-class CudaCapture:
-    """See ``base.Capture``."""
-
-    def __init__(self, parts: list[tuple[Draining, object]], passed: list[Gate]) -> None:
-        self.is_captured = not passed
-        self._parts = parts
-        self._gates = passed
-
-    def finish(self, digests: memoryview) -> None:
-        """Wait until all bytes and digests are in host memory. Raises CaptureFailed."""
-        bytes_per_s = float(os.environ.get("MTCKPT_CAPTURE_BYTES_PER_S", "0"))
-        try:
-            while self._parts:
-                draining, _ = self._parts[0]
-                with _as_capture_failed():
-                    draining.finish(digests, bytes_per_s, _FINISH_S)
-                del draining
-                self._parts.pop(0)  # and the memory of its arena
-        finally:
-            for gate in self._gates:
-                gates.close(gate)
+    def close(self) -> None:
+        """Give back what it holds. Nothing may be under way."""
+        self.lane.close()
+        driver = self.lane.driver
+        with giving_back(), driver.current(self.lane.ordinal), driver.relaxed():
+            self.arenas.close()
 
 
 class CudaEngine:
     """Captures from devices. One capture at a time, from any thread."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, bytes_per_s: float = 0.0) -> None:
+        """``bytes_per_s``: what a drain takes of the bus at most; 0 is no limit."""
+        self.bytes_per_s = bytes_per_s
         self._driver = driver
         # By ordinal and whether it is for values that are taken during training.
         self._devices: dict[tuple[int, bool], _Device] = {}
@@ -156,6 +84,7 @@ class CudaEngine:
         self._lock = threading.Lock()
         self._clearing: list[threading.Thread] = []
         self._refused = False
+        self._under_way: list[CudaCapture] = []  # and those that are lost, for good
 
     # -- slots -----------------------------------------------------------------------------------
 
@@ -167,25 +96,60 @@ class CudaEngine:
         """
         if ordinal is None:
             ordinal = next((known for known, _ in self._devices), None)
-        if address in self._registered or not size_bytes or ordinal is None:
-            return address in self._registered
-        with self._driver.current(ordinal), self._driver.relaxed():
-            try:
-                self._driver.register(address, size_bytes)
-            except CudaError as error:
-                if not self._refused:
-                    self._refused = True
-                    logger.warning("slots cannot be registered with the device (%s): slower", error)
-                return False
+        if address in self._registered:
+            return True
+        if self._refused or not size_bytes or ordinal is None:
+            return False
+        try:
+            with self._driver.current(ordinal), self._driver.relaxed():
+                self._register(address, size_bytes)
+        except CudaError as error:
+            self._refused = True
+            logger.warning("slots cannot be registered with the device (%s): slower", error)
+            return False
         self._registered[address] = ordinal
         return True
 
-    def unregister(self, address: int) -> None:
-        """Before the memory is unmapped. Nothing may be under way to it."""
+    def _register(self, address: int, size_bytes: int) -> None:
+        try:
+            self._driver.register(address, size_bytes)
+        except CudaError as error:
+            if error.code != ALREADY_REGISTERED:
+                raise
+            # Memory that somebody unmapped without a word: what is there now are other pages.
+            self._driver.unregister(address)
+            self._driver.register(address, size_bytes)
+
+    def unregister(self, address: int) -> bool:
+        """Before the memory is unmapped; False if it has to stay, since a device may use it."""
+        if not self._is_quiet():
+            return False
         ordinal = self._registered.pop(address, None)
         if ordinal is not None:
-            with self._driver.current(ordinal), self._driver.relaxed():
+            with giving_back(), self._driver.current(ordinal), self._driver.relaxed():
                 self._driver.unregister(address)
+        return True
+
+    def holds(self, address: int) -> bool:
+        """True if a device may still write to the slot at this address."""
+        return any(capture.base == address for capture in self._under_way)
+
+    def ended(self, capture: CudaCapture) -> None:
+        """Nothing of it is under way any more."""
+        self._under_way.remove(capture)
+
+    def forget(self, lanes: Sequence[Lane]) -> None:
+        """Use these lanes no more: what was put on them is still under way."""
+        self._devices = {
+            key: device for key, device in self._devices.items() if device.lane not in lanes
+        }
+
+    def _is_quiet(self) -> bool:
+        """Whether nothing is under way; a capture that nobody came to finish is waited for."""
+        for capture in list(self._under_way):
+            if not capture.is_lost:
+                capture.abandon()
+        return not self._under_way
 
     # -- capture ---------------------------------------------------------------------------------
 
@@ -203,54 +167,69 @@ class CudaEngine:
         of others inside of them are overwritten until it has finished. Waits until the devices have
         read everything, in bounded time, where a source is ``awaited``. Raises CaptureFailed.
         """
-        parts: list[tuple[Draining, object]] = []
+        with self._lock:
+            if not self._is_quiet() and self.holds(base):
+                raise CaptureStuck("a device still writes to this slot", stage="captured")
+            capture = CudaCapture(self, base)
+            self._under_way.append(capture)
+            try:
+                with as_capture_failed():
+                    covered = self._begin(capture, sources, spans, by_device, mode)
+            except BaseException as error:
+                capture.abandon(error)
+                raise
+        return capture, sorted(covered)
+
+    def _begin(
+        self,
+        capture: CudaCapture,
+        sources: Sequence[int],
+        spans: Sequence[Span],
+        by_device: dict[int, list[int]],
+        mode: Mode,
+    ) -> list[tuple[int, int]]:
+        """Put all parts on their devices."""
         covered: list[tuple[int, int]] = []
-        passed: list[Gate] = []
         late = gates.late_addresses() if "overlap" in mode else set()
-        with self._lock, _as_capture_failed():
-            streams = {ordinal: self._streams(ordinal) for ordinal in by_device}
-            shares = [
-                (ordinal, share, is_late)
-                for ordinal, chosen in by_device.items()
-                for share, is_late in _shares(chosen, sources, late)
-            ]
-            for ordinal, share, is_late in shares:
-                with self._driver.current(ordinal), self._driver.relaxed():
-                    device = self._device(ordinal, is_late=is_late)
-                    turn_bytes = _TURN_BYTES
-                    if late and not is_late:
-                        turn_bytes = _SMALL_TURN_BYTES
-                    part = self._start(
-                        device, share, sources, spans, base, mode, turn_bytes,
-                        streams[ordinal], covered, alone=len(shares) == 1,
-                    )  # fmt: skip
-                    parts.append(part)
-                    if is_late:
-                        passed.append(Gate(self._driver, ordinal, device.lane.captured))
-                        gates.open_one(passed[-1])
-                        continue
-                    for stream in streams[ordinal]:
-                        self._driver.wait(stream, device.lane.captured)
-            if must_be_awaited(sources):
-                for (draining, _), (_, share, _) in zip(parts, shares, strict=True):
-                    if must_be_awaited(sources[i] for i in share):
-                        draining.until_read(_FINISH_S)
-        return CudaCapture(parts, passed), sorted(covered)
+        streams = {ordinal: self._streams(ordinal) for ordinal in by_device}
+        shares = [
+            (ordinal, share, is_late)
+            for ordinal, chosen in by_device.items()
+            for share, is_late in _shares(chosen, sources, late)
+        ]
+        for ordinal, share, is_late in shares:
+            with self._driver.current(ordinal), self._driver.relaxed():
+                device = self._device(ordinal, is_late=is_late)
+                turn_bytes = _TURN_BYTES
+                if late and not is_late:
+                    turn_bytes = _SMALL_TURN_BYTES
+                self._start(
+                    capture, device, share, sources, spans, mode, turn_bytes,
+                    streams[ordinal], covered, alone=len(shares) == 1,
+                )  # fmt: skip
+                if is_late:
+                    capture.open_gate(Gate(self._driver, ordinal, device.lane.captured))
+                    continue
+                for stream in streams[ordinal]:
+                    self._driver.wait(stream, device.lane.captured)
+        if must_be_awaited(sources):
+            capture.until_read(sources, [share for _, share, _ in shares])
+        return covered
 
     def _start(
         self,
+        capture: CudaCapture,
         device: _Device,
         chosen: list[int],
         sources: Sequence[int],
         spans: Sequence[Span],
-        base: int,
         mode: Mode,
         turn_bytes: int,
         streams: Sequence[int],
         covered: list[tuple[int, int]],
         *,
         alone: bool,
-    ) -> tuple[Draining, object]:
+    ) -> None:
         spread = device.spread(spans, chosen)
         cut = windows(spread, WINDOW_BYTES, alone=alone)
         wanted = arena_of(cut, sys.maxsize)
@@ -272,9 +251,9 @@ class CudaEngine:
             )
         address, owner = lent
         at = sources if len(chosen) == len(sources) else [sources[i] for i in chosen]
-        draining = device.lane.start(spread, cut, arena, address, at, base, streams)
+        capture.uses(device.lane, owner)  # before anything is under way
+        capture.add(device.lane.start(spread, cut, arena, address, at, capture.base, streams))
         covered += [(window.begin, window.end) for window in cut]
-        return draining, owner
 
     def _streams(self, ordinal: int) -> list[int]:
         """The streams whose work a user expects to be done before what is called now.
@@ -298,6 +277,28 @@ class CudaEngine:
 
     # -- restore ---------------------------------------------------------------------------------
 
+    def settle(self, ordinals: Sequence[int]) -> None:
+        """See ``base.Engine``, for these devices."""
+        with _as_restore_failed([]):
+            for ordinal in ordinals:
+                streams = self._streams(ordinal)
+                lanes = [device.lane for (at, _), device in self._devices.items() if at == ordinal]
+                with self._driver.current(ordinal), self._driver.relaxed():
+                    for stream in (*streams, *(lane.packing for lane in lanes)):
+                        self._until_idle(ordinal, stream)
+
+    def _until_idle(self, ordinal: int, stream: int) -> None:
+        deadline_s = time.monotonic() + _SETTLE_S
+        while not self._driver.stream_idle(stream):
+            if time.monotonic() > deadline_s:
+                raise RestoreFailed(
+                    f"device {ordinal} has not ended what was put on it before the restore",
+                    live_state="unchanged",
+                    state="live state is unchanged",
+                    actions=("see whether a collective hangs: py-spy dump",),
+                )
+            time.sleep(_POLL_S)
+
     def fetch(
         self,
         fd: int,
@@ -307,8 +308,15 @@ class CudaEngine:
         progress: Callable[[int], None],
         *,
         whole: bool,
+        placing: Callable[[], None] = nothing,
     ) -> list[int]:
         """See ``base.Engine``, for those targets that are on devices. Raises RestoreFailed."""
+        begun: list[bool] = []
+
+        def begin() -> None:
+            begun.append(True)
+            placing()
+
         bad: list[int] = []
         by_device = _by_device(targets, spans)
         if whole and len(by_device) > 1:  # each has to wait for what the others say
@@ -317,13 +325,12 @@ class CudaEngine:
             if bad:
                 return bad
             whole = False
-        with _as_restore_failed():
+        with _as_restore_failed(begun):
             for ordinal, chosen in by_device.items():
-                self._wait_for_streams(ordinal)
                 at = [targets[i] for i in chosen]
                 bad += land(
                     self._driver, ordinal, self._kernels_of(ordinal),
-                    fd, spans, chosen, at, digests, progress, self._later, whole=whole,
+                    fd, spans, chosen, at, digests, progress, begin, self._later, whole=whole,
                 )  # fmt: skip
         return sorted(bad)
 
@@ -336,10 +343,9 @@ class CudaEngine:
                 within.append(move)
             elif isinstance(move.target, OnDevice):
                 by_device.setdefault(move.target.ordinal, []).append(move)
-        with _as_restore_failed():
+        with _as_restore_failed([True]):
             self._copy_from_devices(within)
             for ordinal, these in by_device.items():
-                self._wait_for_streams(ordinal)
                 bring(self._driver, ordinal, self._kernels_of(ordinal), these, host_copy)
 
     def _later(self, work: Callable[[], None]) -> None:
@@ -364,16 +370,6 @@ class CudaEngine:
                 self._driver.synchronize(stream)
                 self._driver.destroy_stream(stream)
 
-    def _wait_for_streams(self, ordinal: int) -> None:
-        """What was put on the device before may still use the memory that is written to now."""
-        streams = self._streams(ordinal)
-        with self._driver.current(ordinal), self._driver.relaxed():
-            for stream in streams:
-                self._driver.synchronize(stream)
-            for (other, _), device in self._devices.items():
-                if other == ordinal:
-                    self._driver.synchronize(device.lane.packing)
-
     def _kernels_of(self, ordinal: int) -> Kernels:
         if ordinal not in self._kernels:
             self._kernels[ordinal] = Kernels(self._driver, ordinal)
@@ -386,18 +382,20 @@ class CudaEngine:
         return self._devices[key]
 
     def close(self) -> None:
-        """Give back all device memory, streams and registrations. Nothing may be under way."""
+        """Give back all device memory, streams and registrations, unless a device is stuck."""
+        if not self._is_quiet():
+            logger.warning("a device is stuck: what it may use is left until this process ends")
+            return
         for thread in self._clearing:
-            thread.join(_FINISH_S)
+            thread.join(_CLEARING_S)
         for address in list(self._registered):
             self.unregister(address)
-        for (ordinal, _), device in self._devices.items():
-            device.lane.close()
-            with self._driver.current(ordinal), self._driver.relaxed():
-                device.arenas.close()
+        for device in self._devices.values():
+            device.close()
         self._devices.clear()
         for kernels in self._kernels.values():
-            kernels.close()
+            with giving_back():
+                kernels.close()
         self._kernels.clear()
 
 
@@ -426,25 +424,16 @@ def _by_device(addresses: Sequence[int], spans: Sequence[Span]) -> dict[int, lis
 
 
 @contextlib.contextmanager
-def _as_restore_failed() -> Iterator[None]:
+def _as_restore_failed(begun: Sequence[bool]) -> Iterator[None]:
+    """``begun``: empty for as long as no live memory has been written to."""
     try:
         yield
     except (CudaError, TimeoutError) as error:
         raise RestoreFailed(
             f"the device refused: {error}",
-            live_state="undefined",
-            state="live state is undefined: the device failed while it was written",
-            actions=("look for an earlier error of the device in the log of the job",),
-        ) from error
-
-
-@contextlib.contextmanager
-def _as_capture_failed() -> Iterator[None]:
-    try:
-        yield
-    except CudaError as error:
-        raise CaptureFailed(
-            f"the device refused: {error}",
-            stage="captured",
+            live_state="undefined" if begun else "unchanged",
+            state="live state is undefined: the device failed while it was written"
+            if begun
+            else "live state is unchanged",
             actions=("look for an earlier error of the device in the log of the job",),
         ) from error

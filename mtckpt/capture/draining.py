@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtckpt.capture.buffers import DeviceMemory, PinnedMemory
+from mtckpt.capture.driver import giving_back
 from mtckpt.capture.windows import ROW_WORDS, Arena, Spread, Window
 from mtckpt.errors import CaptureStuck
 
@@ -28,6 +29,7 @@ __all__ = ["Draining", "Lane"]
 _RING = 2
 _DEPTH = 3  # copies that are on the way at once
 _POLL_S = 0.0002
+_MARKS_S = 10.0
 _GROUPS = (4, 24)  # windows after which another launch packs
 _WORD_BYTES = 8
 _ROW_BYTES = ROW_WORDS * _WORD_BYTES
@@ -56,19 +58,32 @@ class Lane:
             self.rows, self.digests = DeviceMemory(driver), DeviceMemory(driver)
 
     def close(self) -> None:
-        """Give back all that the lane holds. Nothing may be under way."""
+        """Give back all that the lane holds. No copy may be under way, marks of events may."""
+        driver = self.driver
+        events = (self.captured, self._ready, *self._packed, *self._groups, *self.copied)
+        with giving_back(), driver.current(self.ordinal), driver.relaxed():
+            if not self.is_settled(time.monotonic() + _MARKS_S):
+                return  # to be left alone after all
+            for stream in (self.packing, self.copying):
+                with giving_back():
+                    driver.destroy_stream(stream)
+            for event in events:
+                with giving_back():
+                    driver.destroy_event(event)
+            for memory in (self.host_rows, self.host_digests, self.rows, self.digests):
+                with giving_back():
+                    memory.free()
+
+    def is_settled(self, deadline_s: float) -> bool:
+        """Wait until nothing that was put on the lane is under way; False if it still is then."""
         driver = self.driver
         with driver.current(self.ordinal), driver.relaxed():
             for stream in (self.packing, self.copying):
-                driver.synchronize(stream)
-                driver.destroy_stream(stream)
-            for event in (
-                *(self.captured, self._ready),
-                *(*self._packed, *self._groups, *self.copied),
-            ):
-                driver.destroy_event(event)
-            for memory in (self.host_rows, self.host_digests, self.rows, self.digests):
-                memory.free()
+                while not driver.stream_idle(stream):
+                    if time.monotonic() > deadline_s:
+                        return False
+                    time.sleep(_POLL_S)
+        return True
 
     def start(
         self,
@@ -178,22 +193,22 @@ class Draining:
         """
         lane = self._lane
         with lane.driver.current(lane.ordinal), lane.driver.relaxed():
-            self._until(lane.captured, time.monotonic() + timeout_s)
+            self._until(lane.captured, timeout_s)
 
     def finish(self, digests: memoryview, bytes_per_s: float, timeout_s: float) -> None:
         """Copy the rest, wait for all, and note the digests. Blocks; not for the training thread.
 
-        Raises CaptureStuck if the device has not done it in time, CudaError if it cannot.
+        Raises CaptureStuck if the device has not done the next piece in time, CudaError if it
+        cannot.
         """
         lane, driver = self._lane, self._lane.driver
-        deadline_s = time.monotonic() + timeout_s
         count = int(self._spread.numbers.max()) + 1
         started_s, done_bytes = time.monotonic(), 0
         with driver.current(lane.ordinal), driver.relaxed():
             for i, (target, source, size_bytes) in enumerate(self._kept):
                 event = lane.copied[i % _DEPTH]
                 if i >= _DEPTH:
-                    self._until(event, deadline_s)
+                    self._until(event, timeout_s)
                 if i in self._starts:
                     driver.wait(lane.copying, self._starts[i])
                 if bytes_per_s:
@@ -206,12 +221,13 @@ class Draining:
                 lane.host_digests.address, lane.digests.address, count * _WORD_BYTES, lane.copying
             )
             driver.record(lane.copied[0], lane.copying)
-            self._until(lane.copied[0], deadline_s)
+            self._until(lane.copied[0], timeout_s)
         numbers = self._spread.numbers.astype(np.int64)
         np.frombuffer(digests, np.uint64)[numbers] = lane.host_digests.words(count)[numbers]
 
-    def _until(self, event: int, deadline_s: float) -> None:
+    def _until(self, event: int, timeout_s: float) -> None:
         driver: Driver = self._lane.driver
+        deadline_s = time.monotonic() + timeout_s
         pause_s = _POLL_S
         while not driver.event_done(event):
             if time.monotonic() > deadline_s:

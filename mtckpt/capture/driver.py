@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any, ClassVar, Literal
 
-__all__ = ["CudaError", "Driver"]
+__all__ = ["ALREADY_REGISTERED", "OUT_OF_MEMORY", "CudaError", "Driver", "giving_back"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,9 @@ CONTEXT_EVENTS: dict[str, tuple[Any, ...]] = {
 
 _SUCCESS = 0
 _INVALID_VALUE = 1
+OUT_OF_MEMORY = 2
 _NOT_READY = 600
+ALREADY_REGISTERED = 712
 _STREAM_CAPTURE_IMPLICIT = 906
 
 _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE and CU_MEMHOSTALLOC_PORTABLE
@@ -107,6 +109,15 @@ class CudaError(Exception):
         self.call = call
         self.code = code
         self.name = name
+
+
+@contextlib.contextmanager
+def giving_back() -> Iterator[None]:
+    """For what is given back: where the driver refuses it, nobody can do more than log that."""
+    try:
+        yield
+    except CudaError as error:
+        logger.warning("not given back to the device: %s", error)
 
 
 @functools.cache

@@ -5,21 +5,24 @@ Knows which address belongs to whom. Starts nothing of a device's before the fir
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mtckpt.capture.addresses import OnDevice, has_devices
-from mtckpt.capture.base import Span
+from mtckpt.capture.base import Span, nothing
 from mtckpt.capture.cpu import CpuEngine
 from mtckpt.capture.memory import anonymous
-from mtckpt.errors import CaptureFailed
+from mtckpt.errors import CaptureFailed, UsageError
 
 if TYPE_CHECKING:
     from mtckpt.capture.base import Capture, Mode, Move
-    from mtckpt.capture.cuda import CudaCapture, CudaEngine
+    from mtckpt.capture.cuda import CudaEngine
     from mtckpt.capture.memory import Mapping
+    from mtckpt.capture.underway import CudaCapture
 
 __all__ = ["AnyEngine"]
 
@@ -46,6 +49,8 @@ class AnyEngine:
     """See ``base.Engine``."""
 
     def __init__(self, host: CpuEngine | None = None) -> None:
+        """Raises UsageError for a cap in the environment that is none."""
+        self._bytes_per_s = _bytes_per_s()
         self._host = host or CpuEngine()
         self._cuda: CudaEngine | None = None
         self._slots: dict[int, int] = {}  # sizes by address
@@ -71,6 +76,23 @@ class AnyEngine:
         if base in self._slots:
             cuda.register(base, self._slots[base], next(iter(by_device)))
         device, covered = cuda.capture(sources, spans, by_device, base, mode)
+        try:
+            return self._beside(device, covered, sources, spans, on_host, base, digests)
+        except BaseException as error:
+            device.abandon(error)
+            raise
+
+    def _beside(
+        self,
+        device: CudaCapture,
+        covered: list[tuple[int, int]],
+        sources: Sequence[int],
+        spans: Sequence[Span],
+        on_host: list[int],
+        base: int,
+        digests: memoryview,
+    ) -> _Started:
+        """The host's part; what devices overwrite until they have finished is put aside."""
         begins = [begin for begin, _ in covered]
         inside: list[int] = []
         outside: list[int] = []
@@ -96,20 +118,29 @@ class AnyEngine:
         if self._cuda is not None:
             self._cuda.register(address, size_bytes)
 
-    def unregister(self, address: int) -> None:
+    def unregister(self, address: int) -> bool:
         """See ``base.Engine``."""
         self._slots.pop(address, None)
-        if self._cuda is not None:
-            self._cuda.unregister(address)
+        return self._cuda is None or self._cuda.unregister(address)
+
+    def holds(self, address: int) -> bool:
+        """See ``base.Engine``."""
+        return self._cuda is not None and self._cuda.holds(address)
 
     def close(self) -> None:
-        """Give back what devices hold for the engine."""
+        """Give back what devices hold for the engine; what one may still use stays as it is."""
         if self._cuda is not None:
             self._cuda.close()
             self._cuda = None
 
     def verify(self, base: int, spans: Sequence[Span], digests: memoryview) -> list[int]:
         return self._host.verify(base, spans, digests)
+
+    def settle(self, targets: Iterable[int]) -> None:
+        """See ``base.Engine``."""
+        ordinals = {kind.ordinal for kind in set(map(type, targets)) if issubclass(kind, OnDevice)}
+        if ordinals:
+            self._devices().settle(sorted(ordinals))
 
     def fetch(
         self,
@@ -120,9 +151,12 @@ class AnyEngine:
         progress: Callable[[int], None],
         *,
         whole: bool = False,
+        placing: Callable[[], None] = nothing,
     ) -> list[int]:
         if not has_devices(targets):
-            return self._host.fetch(fd, spans, targets, digests, progress, whole=whole)
+            return self._host.fetch(
+                fd, spans, targets, digests, progress, whole=whole, placing=placing
+            )
         hosts = [i for i, target in enumerate(targets) if not isinstance(target, OnDevice)]
         here, at = [spans[i] for i in hosts], [targets[i] for i in hosts]
         bad: list[int] = []
@@ -130,9 +164,12 @@ class AnyEngine:
             bad = self._host.fetch(fd, here, [0] * len(here), digests, lambda _: None)
             if bad:
                 targets = [type(target)(0) for target in targets]
-        there = self._devices().fetch(fd, spans, targets, digests, progress, whole=whole)
+        waits = whole and not bad  # for all to be sound; else it is only looked at
+        there = self._devices().fetch(
+            fd, spans, targets, digests, progress, whole=waits, placing=placing
+        )
         if not (whole and (bad or there)):
-            bad = self._host.fetch(fd, here, at, digests, progress)
+            bad = self._host.fetch(fd, here, at, digests, progress, placing=placing)
         return sorted({*there, *(hosts[i] for i in bad)})
 
     def copy(self, moves: Sequence[Move]) -> None:
@@ -155,8 +192,22 @@ class AnyEngine:
                 raise CaptureFailed(
                     "arrays are on a CUDA device, and there is no driver for it", stage="captured"
                 )
-            self._cuda = CudaEngine(driver)
+            self._cuda = CudaEngine(driver, self._bytes_per_s)
         return self._cuda
+
+
+def _bytes_per_s() -> float:
+    """What drains may take of the bus; 0 is no limit."""
+    name = "MTCKPT_CAPTURE_BYTES_PER_S"
+    text = os.environ.get(name, "0")
+    with contextlib.suppress(ValueError):
+        if (value := float(text)) >= 0:
+            return value
+    raise UsageError(
+        f"{name}={text!r} is no number of bytes a second",
+        state="nothing was done",
+        actions=("give digits only: 2e9 is 2 GB a second, and 0 is no cap",),
+    )
 
 
 def _split(sources: Sequence[int], spans: Sequence[Span]) -> tuple[dict[int, list[int]], list[int]]:

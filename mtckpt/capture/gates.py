@@ -7,8 +7,11 @@ without waiting here first (``guard``), and waits (``open_gates``).
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from mtckpt.errors import CaptureStuck
 
 if TYPE_CHECKING:
     from mtckpt.capture.driver import Driver
@@ -23,6 +26,9 @@ __all__ = [
     "open_one",
     "want",
 ]
+
+_HOLD_S = 600.0
+_POLL_S = 0.0002
 
 _lock = threading.Lock()
 _open: list[Gate] = []
@@ -39,9 +45,24 @@ class Gate:
         self._event = event
 
     def hold(self, stream: int) -> None:
-        """What is put on the stream from now on waits until the values have been taken."""
-        with self._driver.current(self.ordinal):
-            self._driver.wait(stream, self._event)
+        """What is put on the stream from now on waits until the values have been taken.
+
+        A stream that captures a graph would take the wait into the graph, where the event means
+        nothing later: the host waits instead. Raises CaptureStuck if they are not taken in time.
+        """
+        driver = self._driver
+        with driver.current(self.ordinal), driver.relaxed():
+            if not driver.capturing(stream):
+                driver.wait(stream, self._event)
+                return
+            deadline_s = time.monotonic() + _HOLD_S
+            while not driver.event_done(self._event):
+                if time.monotonic() > deadline_s:
+                    raise CaptureStuck(
+                        f"device {self.ordinal} has not taken the values before they change",
+                        stage="captured",
+                    )
+                time.sleep(_POLL_S)
 
 
 def want() -> None:

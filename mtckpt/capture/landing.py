@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtckpt.capture.buffers import DeviceMemory, PinnedMemory
-from mtckpt.capture.driver import CudaError
+from mtckpt.capture.driver import OUT_OF_MEMORY, CudaError, giving_back
 from mtckpt.capture.memory import Mapping, map_file, view_at
 from mtckpt.capture.windows import ROW_WORDS, Spread, Window, room_bytes, windows
 
@@ -56,7 +56,7 @@ class _Job:
         *,
         waits: bool,
     ) -> None:
-        """Within ``current`` and ``relaxed``. ``waits``: what is sound is placed at the end."""
+        """``waits``: what is sound is placed at the end."""
         self.waits = waits
         self.driver = driver
         self.kernels = kernels
@@ -67,15 +67,21 @@ class _Job:
         self.expected, self.flags = DeviceMemory(driver), DeviceMemory(driver)
         self.pinned = PinnedMemory(driver)
         self.num_places = num_places
-        count = int(spread.numbers.max()) + 1
-        self.count = count
-        self.staging.hold(num_places * self.turn_bytes)
+        self.count = int(spread.numbers.max()) + 1
+        self.placed = np.empty((0, ROW_WORDS), np.uint64)
+        self.stream = 0
+        self.digests = digests
+
+    def open(self) -> None:
+        """Get what it needs; within ``current`` and ``relaxed``, as all that follows."""
+        driver, spread, count = self.driver, self.spread, self.count
+        self.staging.hold(self.num_places * self.turn_bytes)
         self.rows.hold(len(spread) * _ROW_BYTES)
         self.expected.hold(8 * count)
         self.flags.hold(8 * (count // 8 + 1))
         self.pinned.hold(max(8 * count, len(spread) * _ROW_BYTES))
         self.stream = driver.stream("highest")
-        self._put(self.expected.address, np.frombuffer(digests, np.uint64)[:count])
+        self._put(self.expected.address, np.frombuffer(self.digests, np.uint64)[:count])
         self._put(self.flags.address, np.zeros(count // 8 + 1, np.uint64))
 
     def _put(self, target: int, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
@@ -96,6 +102,7 @@ class _Job:
         rows[:, 2] = self.spread.sizes
         rows[:, 3] = self.spread.numbers
         self._put(self.rows.address, rows.reshape(-1))
+        self.placed = rows if all(targets) else rows[rows[:, 1] != 0]
 
     def at(self, place: int, window: Window) -> int:
         """Where the first byte of a window is staged."""
@@ -108,8 +115,10 @@ class _Job:
         check(stream, rows, window.stop - window.first, self.expected.address, self.flags.address)
 
     def place_all(self) -> None:
-        """Bring all that waited to its targets."""
-        self.kernels.gather(self.stream, self.rows.address, len(self.spread))
+        """Bring all that waited to its targets, where it has one."""
+        if len(self.placed) < len(self.spread):
+            self._put(self.rows.address, self.placed.reshape(-1))
+        self.kernels.gather(self.stream, self.rows.address, len(self.placed))
         self.driver.synchronize(self.stream)
 
     def bad(self) -> list[int]:
@@ -121,8 +130,9 @@ class _Job:
         return self.spread.spans_of(flags[self.spread.numbers.astype(np.int64)] != 0)
 
     def close(self) -> None:
-        self.driver.synchronize(self.stream)
-        self.driver.destroy_stream(self.stream)
+        if self.stream:
+            self.driver.synchronize(self.stream)
+            self.driver.destroy_stream(self.stream)
         for memory in (self.staging, self.rows, self.expected, self.flags, self.pinned):
             memory.free()
 
@@ -137,15 +147,16 @@ def land(
     targets: Sequence[int],
     digests: memoryview,
     progress: Callable[[int], None],
+    placing: Callable[[], None],
     later: Callable[[Callable[[], None]], None],
     *,
     whole: bool = False,
 ) -> list[int]:
     """Bring the chosen spans of a file to ``targets`` (one a chosen span) on one device.
 
-    ``later`` is told what is to be cleared away, which takes a third as long as all else. With
-    ``whole`` nothing is placed unless all of it is sound: it waits in free memory of the device,
-    or, where there is too little, it is read twice.
+    ``placing`` is told before live memory is written to; ``later`` what is to be cleared away,
+    which takes a third as long as all else. With ``whole`` nothing is placed unless all of it is
+    sound: it waits in free memory of the device, or, where there is too little, it is read twice.
 
     Returns the indexes among ``spans`` of those with a bad or missing chunk; no such chunk reached
     its target. Raises OSError as reading does, CudaError as the device does.
@@ -156,32 +167,71 @@ def land(
     num_threads = 1 if mapped else min(_NUM_THREADS, max(1, (os.cpu_count() or 1) - 1), len(cut))
     num_places = _MAPPED_PLACES if mapped else _READ_PLACES * num_threads
     with driver.current(ordinal), driver.relaxed():
+        job = None
         if whole:
             needed_bytes = len(cut) * _turn_bytes(cut)
             if needed_bytes <= room_bytes("snapshot", needed_bytes, *driver.memory()):
-                num_places = len(cut)
-            else:
+                job = _opened(_Job(driver, kernels, spread, cut, len(cut), digests, waits=True))
+            if job is None:
                 nowhere = [0] * len(targets)
-                more: Any = (fd, spans, chosen, nowhere, digests, lambda _: None, later)
+                more: Any = (fd, spans, chosen, nowhere, digests, lambda _: None, placing, later)
                 if bad := land(driver, ordinal, kernels, *more):
                     return bad
-                whole = False
-        job = _Job(driver, kernels, spread, cut, num_places, digests, waits=whole)
+        if job is None:
+            job = _opened(_Job(driver, kernels, spread, cut, num_places, digests, waits=False))
+            if job is None:
+                num_threads = 1
+                fewest = _Job(driver, kernels, spread, cut, _READ_PLACES, digests, waits=False)
+                job = _opened(fewest, insists=True)
+        assert job is not None
         try:
-            missing: set[int] = set()
-            try:
-                if not mapped:
-                    raise _NotRegistered
-                job.aim(targets, [i % num_places for i in range(len(cut))])
-                _through_mapping(job, ordinal, fd, missing, progress, later)
-            except _NotRegistered:
-                _through_threads(job, ordinal, fd, targets, num_threads, missing, progress)
-            bad = sorted({*job.bad(), *missing})
-            if whole and not bad:
-                job.place_all()
-            return bad
+            return _bring(
+                job, ordinal, fd, targets, num_threads, progress, placing, later, mapped=mapped
+            )
         finally:
             job.close()
+
+
+def _opened(job: _Job, *, insists: bool = False) -> _Job | None:
+    """The job, or None if there is no memory for it; with ``insists`` that is a CudaError, too."""
+    try:
+        job.open()
+    except BaseException as error:
+        job.close()
+        if insists or not (isinstance(error, CudaError) and error.code == OUT_OF_MEMORY):
+            raise
+        return None
+    return job
+
+
+def _bring(
+    job: _Job,
+    ordinal: int,
+    fd: int,
+    targets: Sequence[int],
+    num_threads: int,
+    progress: Callable[[int], None],
+    placing: Callable[[], None],
+    later: Callable[[Callable[[], None]], None],
+    *,
+    mapped: bool,
+) -> list[int]:
+    """All windows through their places; the spans with a bad or missing chunk."""
+    if any(targets) and not job.waits:
+        placing()
+    missing: set[int] = set()
+    try:
+        if not mapped:
+            raise _NotRegistered
+        job.aim(targets, [i % job.num_places for i in range(len(job.cut))])
+        _through_mapping(job, ordinal, fd, missing, progress, later)
+    except _NotRegistered:
+        _through_threads(job, ordinal, fd, targets, num_threads, missing, progress)
+    bad = sorted({*job.bad(), *missing})
+    if job.waits and not bad and any(targets):
+        placing()
+        job.place_all()
+    return bad
 
 
 def _turn_bytes(cut: Sequence[Window]) -> int:
@@ -248,9 +298,10 @@ def _through_mapping(
 
 
 def _let_go(driver: Driver, ordinal: int, mapping: Mapping, registered: Sequence[int]) -> None:
-    with driver.current(ordinal), driver.relaxed():
+    with giving_back(), driver.current(ordinal), driver.relaxed():
         for address in registered:
-            driver.unregister(address)
+            with giving_back():
+                driver.unregister(address)
     mapping.close()
 
 

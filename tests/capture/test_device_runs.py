@@ -7,6 +7,7 @@ when it is waited for, so values that change after ``save()`` must already have 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +18,18 @@ import torch
 from fake_cuda import FakeCuda, Mode
 
 import mtckpt
+from mtckpt import _save
 from mtckpt.adapters.torch import leaves
 from mtckpt.capture import driver as driver_module
-from mtckpt.errors import CaptureFailed, SaveFailed
+from mtckpt.capture import underway
+from mtckpt.capture.arenas import Arenas
+from mtckpt.errors import CaptureFailed, CaptureStuck, SaveFailed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mtckpt._shard import ShardLayout
+    from mtckpt.agent.protocol import SlotGrant
     from mtckpt.capture.driver import Driver
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
@@ -212,3 +218,110 @@ def test_an_optimizer_waits_for_a_capture_that_goes_on(
 def synchronize(driver: Driver, stream: int) -> None:
     with driver.current(0):
         driver.synchronize(stream)
+
+
+def put_on_thread(monkeypatch: pytest.MonkeyPatch, stream: int) -> None:
+    """As PyTorch has it: this thread works on a stream, others on the default one."""
+    mine = threading.get_ident()
+
+    def current(_: int) -> SimpleNamespace:
+        return SimpleNamespace(cuda_stream=stream if threading.get_ident() == mine else 0)
+
+    def own(arenas: Arenas, _: object, size_bytes: int) -> tuple[int, None]:
+        return arenas._driver.alloc(size_bytes), None
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(Arenas, "_of_torch", own)
+
+
+@pytest.mark.parametrize("cheap_bytes", [0, 1 << 30], ids=["read in a thread", "staged"])
+def test_a_restore_waits_for_what_its_caller_had_put_on_the_device(
+    tmp_path: Path,
+    devices: Devices,
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
+    cheap_bytes: int,
+) -> None:
+    """An update of a parameter that is still under way does not come after its restore."""
+    monkeypatch.setattr("mtckpt._delivery._CHEAP_BYTES", cheap_bytes)
+    with driver.current(0):
+        stream = driver.stream()
+    put_on_thread(monkeypatch, stream)
+    parameter, update = torch.ones(1 << 20), torch.full((1 << 20,), 7.0)
+    devices.move([parameter, update])
+    state = {"p": parameter}
+    with open_run(tmp_path) as checkpointer:
+        for step in range(1, 3):
+            checkpointer.save(step, state).wait("staged", timeout_s=20)
+        with driver.current(0):
+            driver.on_device(parameter.data_ptr(), update.data_ptr(), 4 << 20, stream)
+        assert checkpointer.restore(state).step == 2
+        synchronize(driver, stream)
+    assert torch.equal(parameter, torch.ones(1 << 20))
+
+
+def test_a_slot_that_a_stuck_device_may_write_to_is_not_granted_again(
+    tmp_path: Path, devices: Devices, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = make_state(1, devices)
+    checkpointer = open_run(tmp_path, slots=3)
+    checkpointer._saver._max_stall_s = 1
+    ring = checkpointer._saver.ring
+    checkpointer.save(1, state).wait("staged", timeout_s=20)
+    monkeypatch.setattr(underway, "_FINISH_S", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(driver), "event_done", lambda *_: False)
+        stuck = checkpointer.save(2, state)
+        assert isinstance(told(checkpointer, stuck), CaptureStuck)
+    withheld = ring.withheld()
+    assert len(withheld) == 1
+    monkeypatch.setattr(underway, "_FINISH_S", 20.0)
+    with pytest.raises(SaveFailed):
+        checkpointer.save(3, state)
+    given: list[str] = []
+    adopt = ring.adopt
+
+    def noted(grant: SlotGrant, layout: ShardLayout) -> _save.HeldSlot:
+        given.append(grant.slot_id)
+        return adopt(grant, layout)
+
+    monkeypatch.setattr(ring, "adopt", noted)
+    for step in range(4, 9):
+        save = checkpointer.save(step, state)
+        if save.skipped is None:
+            save.wait("staged", timeout_s=20)
+    assert given
+    assert withheld[0] not in given
+    assert withheld[0] in ring.held()  # which an agent that is started anew is told
+    mapped = {slot.data.address for slot in ring._slots.values()}
+    devices.fake.calls()
+    checkpointer.close(timeout_s=20)
+    assert "cuMemHostUnregister" not in devices.fake.calls()
+    assert mapped <= {slot.data.address for slot in _save._left_mapped}
+
+
+def test_a_step_whose_capture_failed_may_be_saved_again(tmp_path: Path, devices: Devices) -> None:
+    state = make_state(1, devices)
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, state).wait("staged", timeout_s=20)
+        devices.fake.fail("cuMemcpyDtoHAsync_v2", 719)
+        told(checkpointer, checkpointer.save(2, state))
+        with pytest.raises(SaveFailed):
+            checkpointer.save(2, state, tiers="all")
+        checkpointer.save(2, state, tiers="all").wait("staged", timeout_s=20)
+
+
+def test_a_save_while_the_one_before_leaves_the_device_says_so(
+    tmp_path: Path, devices: Devices, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = make_state(1, devices)
+    with open_run(tmp_path) as checkpointer:
+        checkpointer._saver._max_stall_s = 0.5
+        with monkeypatch.context() as patch:
+            patch.setattr(type(driver), "event_done", lambda *_: False)
+            first = checkpointer.save(1, state)
+            assert checkpointer.save(2, state).skipped == (
+                "the previous save is still leaving the device"
+            )
+        first.wait("staged", timeout_s=20)
