@@ -132,14 +132,17 @@ class Saver:
         self.steps.add(step)
         self.last = save
         self.counters["saves"] += 1
-        if self._skipping:
-            self._skipping = False
-            logger.warning("run %s: saves go on with step %d", self.run.name, step)
+        self._note_going_on(step)
         seal = protocol.Seal(self._session.holder, grant.slot_id, grant.inode, save_id, step, due)
         layout = captured.plan.layout
         finish = None if writing.is_done else functools.partial(self._finish, writing, save, grant)
         self._session.submit(seal, save, lambda: self._prepare_next(layout), finish)
         return save
+
+    def _note_going_on(self, step: int) -> None:
+        if self._skipping:
+            self._skipping = False
+            logger.warning("run %s: saves go on with step %d", self.run.name, step)
 
     def _read(self, state: Any) -> tuple[_save.Captured | None, Exception | None]:
         """The state taken apart, or why it could not be: told to the others once they have met."""
