@@ -368,10 +368,15 @@ def change(scene: Scene, driver: Driver, stream: int) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("mode", ["auto", "blocking"])
+@pytest.mark.parametrize("first", ["the caller", "the capture"])
 def test_values_are_those_between_what_the_caller_does_before_and_after(
-    scene: Scene, driver: Driver, monkeypatch: pytest.MonkeyPatch, mode: CaptureMode
+    scene: Scene,
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: CaptureMode,
+    first: str,
 ) -> None:
-    """On the stream that he works on, by the device and without a wait of the host's."""
+    """On the stream that he works on; ``first`` is whom the host waits for first."""
     with driver.current(0):
         stream = driver.stream()
     monkeypatch.setattr(cuda.CudaEngine, "_streams", lambda *_: [stream])
@@ -380,10 +385,13 @@ def test_values_are_those_between_what_the_caller_does_before_and_after(
     wanted = change(scene, driver, stream)
     capture, digests = scene.capture(mode)
     after = change(scene, driver, stream)
+    if first == "the capture":
+        capture.finish(digests)
     with driver.current(0):
         driver.synchronize(stream)
     assert (scene.arrays[0] == after).all()
-    capture.finish(digests)
+    if first == "the caller":
+        capture.finish(digests)
     scene.check([wanted.tobytes()], digests)
 
 
