@@ -302,8 +302,7 @@ class Checkpointer:
         finally:
             self._session.close(_left_s(deadline_s, 5.0))
             if self._session.wait_idle(0.0):  # else a device may still copy into a slot
-                self._saver.ring.clear()
-                self._engine.close()
+                self._saver.ring.close()
             if _open_runs.get(self._open_key, _no_one)() is self:
                 del _open_runs[self._open_key]
         if errors := list({error.what: error for error in errors}.values()):
@@ -453,7 +452,7 @@ class Checkpointer:
                 owner_pid=os.getpid(),
             )
             older._closed = True
-            older._session.close(0.1)
+            older._session.close(0.1, last=older._saver.ring.close)
         _open_runs[self._open_key] = weakref.ref(self)
 
 

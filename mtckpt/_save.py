@@ -8,6 +8,7 @@ its generation word, which makes it garbage; the previous save is in another slo
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -324,6 +325,19 @@ class HeldSlot:
 _left_mapped: list[HeldSlot] = []  # until the process ends
 
 
+def _unmap(slots: dict[int, HeldSlot], engine: Engine) -> None:
+    for slot in slots.values():
+        if not engine.unregister(slot.data.address):
+            _left_mapped.append(slot)  # noqa: PERF401 - one after the other
+    slots.clear()
+
+
+def _let_go(slots: dict[int, HeldSlot], engine: Engine) -> None:
+    """All that devices hold for a run that is over."""
+    _unmap(slots, engine)
+    engine.close()
+
+
 class SlotRing:
     """The slots this process has mapped, by inode; an inode keeps its mapping over recycling."""
 
@@ -332,6 +346,9 @@ class SlotRing:
         self._slots: dict[int, HeldSlot] = {}
         self._size: tuple[int, int] = (0, 0)
         self._withheld: dict[str, int] = {}
+        # Dropped with its Checkpointer that nobody closed: devices are told before it is unmapped.
+        self._dropped = weakref.finalize(self, _let_go, self._slots, engine)
+        self._dropped.atexit = False
 
     def held(self) -> dict[str, int]:
         """Slot id -> inode, for an agent that has started anew."""
@@ -373,11 +390,13 @@ class SlotRing:
         """True if a slot that was granted ahead of time is of the size needed now."""
         return self._size == (layout.size_bytes, layout.table_bytes) and grant.inode in self._slots
 
+    def close(self) -> None:
+        """Unmap all, and give back what devices hold for the engine. Idempotent."""
+        self._dropped()
+
     def clear(self) -> None:
         """Unmap all of them, but for what a device that is stuck may still write to."""
-        slots = list(self._slots.values())
-        _left_mapped.extend(s for s in slots if not self._engine.unregister(s.data.address))
-        self._slots.clear()
+        _unmap(self._slots, self._engine)
 
 
 def _map(path: str, inode: int | None, size_bytes: int) -> MemoryMapping:

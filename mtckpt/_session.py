@@ -366,9 +366,16 @@ class Session:
 
     # -- end -------------------------------------------------------------------------------------
 
-    def close(self, timeout_s: float) -> None:
-        """Stop both threads and drop the connections. What is under way goes on in the agent."""
+    def close(self, timeout_s: float, last: Callable[[], None] | None = None) -> None:
+        """Stop both threads and drop the connections. What is under way goes on in the agent.
+
+        ``last`` is done once the courier has handed over everything, however long that takes.
+        """
         self._closing.set()
+        if last is not None and self._threads:
+            self._jobs.put(last)
+        elif last is not None:
+            last()
         self._jobs.put(None)
         for thread in self._threads:
             if thread is not threading.current_thread():

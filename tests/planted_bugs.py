@@ -8,6 +8,7 @@ names has to fail with the bug in, and to pass without it; few are named, and qu
 from __future__ import annotations
 
 import planted_in_agent as agent
+import planted_in_devices as devices
 import planted_in_format as format_
 import planted_in_nodes as nodes
 import planted_in_peers as peers
@@ -47,4 +48,6 @@ BUGS = (
     *tiers.RETENTION,
     *tiers.RESTORE,
     *stores.STORES,
+    *devices.ORDER,
+    *devices.FAULTS,
 )

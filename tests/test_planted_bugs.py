@@ -30,7 +30,14 @@ TEST_TIMEOUT_S = 30
 # Files that start agents or import frameworks: only `make torture` plants what these catch.
 SLOW = (
     *("adapters/", "agent/test_flushing", "agent/test_recovery", "agent/test_spawn", "crash/"),
-    *("test_checkpointer", "test_delivery", "test_errors_raised", "test_guards", "test_ranks"),
+    *(
+        "capture/test_device_runs",
+        "test_checkpointer",
+        "test_delivery",
+        "test_errors_raised",
+        "test_guards",
+        "test_ranks",
+    ),
     *("test_store_", "tiers/test_object_store"),
 )
 # A slip of whoever wrote the replacement: this is no bug that a test has caught.

@@ -56,7 +56,8 @@ class Arenas:
         except torch.OutOfMemoryError:
             self._pooled_bytes = 0
             return None
-        self._pooled_bytes = max(size_bytes, self._pooled_bytes)
+        # Memory that is cached for all may be anybody's by the next save.
+        self._pooled_bytes = size_bytes if self._pool else 0
         return memory.data_ptr(), memory
 
     @contextlib.contextmanager

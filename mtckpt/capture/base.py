@@ -83,6 +83,9 @@ class Engine(Protocol):
     def holds(self, address: int) -> bool:
         """True if a device may still write to the slot at this address, after an error."""
 
+    def close(self) -> None:
+        """Give back what devices hold for the engine; what one may still use stays as it is."""
+
     def settle(self, targets: Iterable[int]) -> None:
         """Before ``fetch`` and ``copy``: wait for what still uses memory that they are to write to.
 

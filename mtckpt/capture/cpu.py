@@ -155,6 +155,9 @@ class CpuEngine:
                     bad.add(index)
         return sorted(bad)
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def settle(self, targets: Iterable[int]) -> None:
         """Nothing: what uses memory of the host is done when a call returns."""
 

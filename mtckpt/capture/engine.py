@@ -128,7 +128,7 @@ class AnyEngine:
         return self._cuda is not None and self._cuda.holds(address)
 
     def close(self) -> None:
-        """Give back what devices hold for the engine; what one may still use stays as it is."""
+        """See ``base.Engine``."""
         if self._cuda is not None:
             self._cuda.close()
             self._cuda = None

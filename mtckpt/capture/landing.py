@@ -197,7 +197,7 @@ def _opened(job: _Job, *, insists: bool = False) -> _Job | None:
     try:
         job.open()
     except BaseException as error:
-        # Whatever stopped it, what it has taken goes back; all but a lack of memory is raised.
+        # Whatever it is, nothing that was got before stays behind.
         job.close()
         if insists or not (isinstance(error, CudaError) and error.code == OUT_OF_MEMORY):
             raise

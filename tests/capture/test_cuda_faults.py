@@ -5,20 +5,25 @@ The fake driver does nothing before it is waited for, so whatever was not waited
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from device_scene import Scene, landed
 from fake_cuda import FakeCuda, Mode
 
 from mtckpt.capture import cuda, gates, underway
+from mtckpt.capture.arenas import Arenas
 from mtckpt.capture.engine import AnyEngine
 from mtckpt.errors import CaptureFailed, CaptureStuck, RestoreFailed, UsageError
 
 if TYPE_CHECKING:
+    from mtckpt.capture.base import Mode as CaptureMode
     from mtckpt.capture.driver import Driver
 
 
@@ -149,16 +154,22 @@ def test_a_failure_that_is_not_followed_by_an_end_is_one_of_a_stuck_device(
     assert scene.engine.holds(scene.slot().address)
 
 
-def test_each_piece_has_its_time(
-    scene: Scene, driver: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_piece_has_its_time(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """A drain that is slowed takes as long as it takes, as long as the device does its part."""
-    for _ in range(8):
+    for _ in range(5):
         scene.add(32 << 20, 0)
     capture, digests = scene.capture()
-    engine_of(scene).bytes_per_s = 400 << 20
-    monkeypatch.setattr(underway, "_FINISH_S", 0.3)  # of the 0.6 s that all of it takes
+    engine_of(scene).bytes_per_s = 32 << 20
+    passed_s = [0.0]
+
+    def sleep(pause_s: float) -> None:
+        passed_s[0] += pause_s
+
+    clock = SimpleNamespace(monotonic=lambda: passed_s[0], sleep=sleep)
+    monkeypatch.setattr("mtckpt.capture.draining.time", clock)
+    monkeypatch.setattr(underway, "_FINISH_S", 2.0)
     capture.finish(digests)
+    assert passed_s[0] >= 4.0
     scene.check(scene.values(), digests)
 
 
@@ -325,3 +336,99 @@ def test_a_restore_goes_through_what_memory_there_is(scene: Scene, whole: bool, 
             == []
         )
     assert live[0].tobytes() == scene.arrays[0].tobytes()
+
+
+def test_all_sound_or_nothing_is_placed(scene: Scene) -> None:
+    digests = saved(scene, [300_000, 200_000], [0, 0])
+    scene.slot().view[scene.spans[1].start + 7] ^= 1
+    live, targets = landed(scene, [0])
+    with open(scene.path, "rb") as file:
+        found = scene.engine.fetch(
+            file.fileno(), scene.spans, targets, digests, lambda _: None, whole=True
+        )
+    assert found == [1]
+    assert not any(array.any() for array in live)
+
+
+def test_a_place_is_packed_again_only_once_it_is_copied(scene: Scene) -> None:
+    """Waiting for values to be read lets the device do what that needs, and nothing else."""
+    scene.awaited = True
+    values_and_digests = saved(scene, [20 << 20] * 5, [0] * 5)
+    scene.check(scene.values(), values_and_digests)
+
+
+def change(scene: Scene, driver: Driver, stream: int) -> np.ndarray[Any, Any]:
+    """Put other values for the first array on a stream; returns them, to be kept."""
+    other = np.frombuffer(scene.random.randbytes(scene.arrays[0].nbytes), np.uint8).copy()
+    address = int(scene.place(other, 0))
+    scene.arrays.pop()
+    with driver.current(0):
+        driver.on_device(int(scene.sources[0]), address, other.nbytes, stream)
+    return other
+
+
+@pytest.mark.parametrize("mode", ["auto", "blocking"])
+@pytest.mark.parametrize("first", ["the caller", "the capture"])
+def test_values_are_those_between_what_the_caller_does_before_and_after(
+    scene: Scene,
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: CaptureMode,
+    first: str,
+) -> None:
+    """On the stream that he works on; ``first`` is whom the host waits for first."""
+    with driver.current(0):
+        stream = driver.stream()
+    monkeypatch.setattr(cuda.CudaEngine, "_streams", lambda *_: [stream])
+    scene.add(3 << 20, 0)
+    scene.slot()
+    wanted = change(scene, driver, stream)
+    capture, digests = scene.capture(mode)
+    after = change(scene, driver, stream)
+    if first == "the capture":
+        capture.finish(digests)
+    with driver.current(0):
+        driver.synchronize(stream)
+    assert (scene.arrays[0] == after).all()
+    if first == "the caller":
+        capture.finish(digests)
+    scene.check([wanted.tobytes()], digests)
+
+
+def test_whoever_holds_a_gate_changes_values_after_they_are_taken(
+    guarded: Scene, driver: Driver
+) -> None:
+    scene = guarded
+    scene.add(3 << 20, 0)
+    values = scene.values()
+    with driver.current(0):
+        stream = driver.stream()
+    capture, digests = scene.capture("overlap")
+    (gate,) = gates.open_gates()
+    gate.hold(stream)
+    after = change(scene, driver, stream)
+    with driver.current(0):
+        driver.synchronize(stream)
+    assert (scene.arrays[0] == after).all()
+    capture.finish(digests)
+    scene.check(values, digests)
+
+
+def test_memory_that_is_cached_for_all_does_not_count_as_free(driver: Driver) -> None:
+    """PyTorch without pools may have given it away by the next save."""
+    memory = SimpleNamespace(data_ptr=lambda: 4096)
+    torch = SimpleNamespace(
+        cuda=SimpleNamespace(), uint8=None, OutOfMemoryError=MemoryError,
+        device=lambda *_: None, empty=lambda *_, **__: memory,
+    )  # fmt: skip
+    with driver.current(0):
+        arenas = Arenas(driver, 0)
+        before = arenas.free_bytes()
+        assert arenas._of_torch(torch, 1 << 20) == (4096, memory)
+        assert arenas.free_bytes() == before
+        torch.cuda.MemPool = lambda **_: object()
+        torch.cuda.use_mem_pool = lambda *_, **__: contextlib.nullcontext()
+        pooled = Arenas(driver, 0)
+        for size_bytes in (4 << 20, 1 << 20):
+            pooled._of_torch(torch, size_bytes)
+            assert pooled.free_bytes()[0] == before[0] + size_bytes

@@ -6,6 +6,7 @@ when it is waited for, so values that change after ``save()`` must already have 
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,11 @@ from mtckpt import _save
 from mtckpt.adapters.torch import leaves
 from mtckpt.capture import driver as driver_module
 from mtckpt.capture import underway
+from mtckpt.capture.addresses import on_device
 from mtckpt.capture.arenas import Arenas
+from mtckpt.capture.base import Span
+from mtckpt.capture.engine import AnyEngine
+from mtckpt.capture.memory import map_file
 from mtckpt.errors import CaptureFailed, CaptureStuck, SaveFailed
 
 if TYPE_CHECKING:
@@ -325,3 +330,44 @@ def test_a_save_while_the_one_before_leaves_the_device_says_so(
                 "the previous save is still leaving the device"
             )
         first.wait("staged", timeout_s=20)
+
+
+def test_what_an_older_start_in_this_process_held_is_given_back(
+    tmp_path: Path, devices: Devices
+) -> None:
+    """A notebook cell that is run again: the name is bound anew, and nobody has closed anything."""
+    state = make_state(1, devices)
+    before = devices.fake.counts()
+    older = open_run(tmp_path)
+    older.save(1, state).wait("staged", timeout_s=20)
+    held = devices.fake.counts()
+    assert held.registrations
+    with open_run(tmp_path) as checkpointer:
+        for thread in older._session._threads:
+            thread.join(30)
+        after = devices.fake.counts()
+        assert after._replace(contexts=0) == before._replace(contexts=0)
+        assert not older._saver.ring.held()
+        checkpointer.restore(state)
+        checkpointer.save(2, state).wait("staged", timeout_s=20)
+
+
+def test_what_is_dropped_without_a_word_is_given_back(tmp_path: Path, devices: Devices) -> None:
+    engine = AnyEngine()
+    before = devices.fake.counts()
+    ring = _save.SlotRing(engine)
+    (tmp_path / "slot").write_bytes(bytes(8192))
+    fd = os.open(tmp_path / "slot", os.O_RDWR)
+    slot = SimpleNamespace(data=map_file(fd, 8192, writable=True))
+    os.close(fd)
+    ring._slots[1] = slot  # type: ignore[assignment]
+    engine.register(slot.data.address, 8192)
+    source = torch.ones(100)
+    devices.move([source])
+    digests = memoryview(bytearray(8)).cast("Q")
+    sources = [on_device(0)(source.data_ptr())]
+    engine.capture(sources, [Span(4096, 400, 0)], slot.data.address, digests).finish(digests)
+    assert devices.fake.counts().registrations == 1
+    del ring
+    gc.collect()
+    assert devices.fake.counts()._replace(contexts=0) == before._replace(contexts=0)
