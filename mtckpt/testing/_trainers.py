@@ -21,6 +21,7 @@ from mtckpt._manifest import Record
 from mtckpt._pieces import Recipe
 from mtckpt._schedule import Ram
 from mtckpt.agent import protocol
+from mtckpt.capture.cpu import CpuEngine
 from mtckpt.errors import (
     CaptureFailed,
     CheckpointError,
@@ -162,6 +163,13 @@ class Ring:
             slot = self._slots[grant.inode] = Mapped(grant, data, table)
         slot.grant = grant
         return slot
+
+    def withhold(self, grant: protocol.SlotGrant) -> bool:
+        del grant
+        return False  # there are no devices
+
+    def withheld(self) -> list[str]:
+        return []
 
     def has(self, size: tuple[int, int]) -> bool:
         del size
@@ -405,7 +413,7 @@ class Rank:
         )
         self.saver = _saver.Saver(
             self.run,
-            None,  # type: ignore[arg-type]  # it stands in for the real one
+            CpuEngine(),
             Ram(slots=self.settings.slots),
             insists=True,
             max_stall_s=self.settings.max_stall_s,
