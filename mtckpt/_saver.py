@@ -78,7 +78,7 @@ class Saver:
     ) -> Save:
         """Save ``state`` as ``step``. ``every`` is the automatic interval to carry on, or 0."""
         planned = {label: stage_of_tier(label) for label in ("ram", *labels)}
-        captured, failure = self._read(state)
+        state, captured, failure = self._read(state)
         try:
             self.run.begin(self._needs(captured))
         except (AgentUnavailable, TierUnavailable) as error:
@@ -93,7 +93,7 @@ class Saver:
                 raise failure
             if captured is None or self._planner.members is not self.run.members:
                 self._planner = _save.Planner(self.run.members)
-                captured = self._prepare(state)
+                captured = self._planner.prepare(state, active_adapters())
         except Exception as error:  # noqa: BLE001 - raised again, named
             # A user's state_dict or a framework may raise anything: it is named and wrapped.
             self._decline(save, f"the state could not be read: {type(error).__name__}")
@@ -144,17 +144,18 @@ class Saver:
             self._skipping = False
             logger.warning("run %s: saves go on with step %d", self.run.name, step)
 
-    def _read(self, state: Any) -> tuple[_save.Captured | None, Exception | None]:
-        """The state taken apart, or why it could not be: told to the others once they have met."""
+    def _read(self, state: Any) -> tuple[Any, _save.Captured | None, Exception | None]:
+        """What a callable made, once a save; that taken apart, or why it could not be.
+
+        The reason is told to the others once they have met.
+        """
         self._planner.members = self.run.members
         try:
-            return self._prepare(state), None
+            state = state() if _is_producer(state) else state
+            return state, self._planner.prepare(state, active_adapters()), None
         except Exception as error:  # noqa: BLE001 - raised again, named
             # A user's state_dict or a framework may raise anything.
-            return None, error
-
-    def _prepare(self, state: Any) -> _save.Captured:
-        return self._planner.prepare(state() if _is_producer(state) else state, active_adapters())
+            return state, None, error
 
     def _needs(self, captured: _save.Captured | None) -> Needs | None:
         """What this rank would capture, and where, if that is to be agreed on; None where it cannot

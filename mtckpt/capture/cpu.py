@@ -22,7 +22,7 @@ from xxhash import xxh3_64_intdigest
 
 from mtckpt._shard import CHUNK_BYTES
 from mtckpt.capture.base import nothing
-from mtckpt.capture.memory import Buffer, Mapping, anonymous, view_at
+from mtckpt.capture.memory import Buffer, Mapping, anonymous, read_at, view_at
 
 if TYPE_CHECKING:
     from mtckpt.capture.base import Capture, Mode, Move, Span
@@ -306,7 +306,7 @@ def _fetch_unit(fd: int, unit: _Unit, buffer: Mapping, digests: memoryview) -> b
     done = 0
     while done < size_bytes:
         want = min(_BUFFER_BYTES, size_bytes - done)
-        if _read(fd, view[:want], offset + done) < want:
+        if read_at(fd, view[:want], offset + done) < want:
             return False
         for begin in range(0, want, CHUNK_BYTES):
             size = min(CHUNK_BYTES, want - begin)
@@ -337,7 +337,7 @@ def _fetch_window(fd: int, window: _Window, buffer: Buffer, digests: memoryview)
     pieces = window.pieces
     first = pieces[0][1]
     view = buffer.view[: pieces[-1][1] + pieces[-1][2] - first]
-    got = _read(fd, view, first)
+    got = read_at(fd, view, first)
     bad = []
     sound = array("Q")  # targets and sizes of what lies without a gap up to ``done``
     done = 0
@@ -355,17 +355,6 @@ def _fetch_window(fd: int, window: _Window, buffer: Buffer, digests: memoryview)
             done = stop
     buffer.scatter(done - sum(sound[1::2]), sound)
     return bad
-
-
-def _read(fd: int, view: memoryview, offset: int) -> int:
-    """Fill ``view`` from a file; fewer bytes than that only where the file ends."""
-    done = 0
-    while done < len(view):
-        got = os.preadv(fd, [view[done:]], offset + done)
-        if not got:
-            break
-        done += got
-    return done
 
 
 def _copy_unit(unit: _Unit) -> None:

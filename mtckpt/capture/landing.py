@@ -19,7 +19,7 @@ import numpy as np
 
 from mtckpt.capture.buffers import DeviceMemory, PinnedMemory
 from mtckpt.capture.driver import OUT_OF_MEMORY, CudaError, giving_back
-from mtckpt.capture.memory import Mapping, map_file, view_at
+from mtckpt.capture.memory import Mapping, map_file, read_at, view_at
 from mtckpt.capture.windows import ROW_WORDS, Spread, Window, room_bytes, windows
 
 if TYPE_CHECKING:
@@ -397,7 +397,7 @@ def _read_share(
             if turn >= places:
                 _until(driver, done[slot], deadline_s)
             view = view_at(pinned.address + slot * job.turn_bytes, window.size_bytes)
-            if _read(fd, view, window.begin) < window.size_bytes:
+            if read_at(fd, view, window.begin) < window.size_bytes:
                 missing.update(job.spread.spans_between(window.first, window.stop))
                 continue
             target = job.at(turns[i], window)
@@ -412,17 +412,6 @@ def _read_share(
         for event in done:
             driver.destroy_event(event)
         pinned.free()
-
-
-def _read(fd: int, view: memoryview, offset: int) -> int:
-    """Fill ``view`` from a file; fewer bytes than that only where the file ends."""
-    done = 0
-    while done < len(view):
-        got = os.preadv(fd, [view[done:]], offset + done)
-        if not got:
-            break
-        done += got
-    return done
 
 
 def _until(driver: Driver, event: int, deadline_s: float) -> None:

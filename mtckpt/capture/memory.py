@@ -18,7 +18,7 @@ from mtckpt.errors import CaptureFailed, TierFull
 if TYPE_CHECKING:
     from array import array
 
-__all__ = ["Buffer", "Mapping", "anonymous", "map_file", "view_at"]
+__all__ = ["Buffer", "Mapping", "anonymous", "map_file", "read_at", "view_at"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -47,6 +47,17 @@ _IOV_MAX = 1024
 def view_at(address: int, size_bytes: int) -> memoryview:
     """A byte view over memory that the caller keeps alive."""
     return memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
+
+
+def read_at(fd: int, view: memoryview, offset: int) -> int:
+    """Fill ``view`` from a file; fewer bytes than that only where the file ends."""
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done:]], offset + done)
+        if not got:
+            break
+        done += got
+    return done
 
 
 class Mapping:
