@@ -113,7 +113,7 @@ class Saver:
         due = [label for label in labels if label != "ram"]
         try:
             slot = self.ring.adopt(grant, captured.plan.layout)
-            writing = _writing.begin(
+            writing = _writing.Writing(
                 captured, slot, identity, self._engine,
                 due=due, metrics=metrics, every=every, mode=self._ram.capture,
             )  # fmt: skip

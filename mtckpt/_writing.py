@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mtckpt._save import Captured, HeldSlot, Identity, Plan
     from mtckpt.capture.base import Engine, Mode
 
-__all__ = ["Writing", "begin"]
+__all__ = ["Writing"]
 
 
 class Writing:
@@ -165,20 +165,3 @@ def _write_record(path: str, data: bytes, mode: int) -> None:
             needed_bytes=len(data),
             state="the step was not saved; earlier steps are unchanged",
         ) from error
-
-
-def begin(
-    captured: Captured,
-    slot: HeldSlot,
-    identity: Identity,
-    engine: Engine,
-    *,
-    due: Sequence[str],
-    metrics: Mapping[str, float],
-    every: int,
-    mode: Mode = "auto",
-) -> Writing:
-    """Start to fill a slot with the values of now; ``finish`` what is returned."""
-    return Writing(
-        captured, slot, identity, engine, due=due, metrics=metrics, every=every, mode=mode
-    )

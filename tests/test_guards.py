@@ -167,12 +167,12 @@ def test_a_capture_cut_short_is_no_finished_one(tmp_path: Path, ram_dir: Path) -
         id_ = builders.incarnation_id(RUN, 1)
         return _save.Identity(RUN, step, 1, id_, _manifest.save_id(id_, step, 0))
 
-    _writing.begin(captured, held, identity(1), CpuEngine(), **more).finish()
+    _writing.Writing(captured, held, identity(1), CpuEngine(), **more).finish()
     (found,) = slots.scan(RUN, repair=False).slots
     assert found.record is not None
     assert found.record.step == 1
     with pytest.raises(MemoryError):
-        _writing.begin(captured, held, identity(2), _Fails(), **more)
+        _writing.Writing(captured, held, identity(2), _Fails(), **more)
     (found,) = slots.scan(RUN, repair=False).slots
     assert (found.generation, found.record) == (0, None)
     ring.clear()
@@ -193,7 +193,9 @@ def test_a_slot_that_another_rank_had_meanwhile_gets_its_header_again(ram_dir: P
         captured, ring = ranks[rank]
         held = ring.adopt(grant, captured.plan.layout)
         identity = _save.Identity(RUN, step, 1, id_, _manifest.save_id(id_, step, 0), rank, 2)
-        _writing.begin(captured, held, identity, CpuEngine(), due=(), metrics={}, every=0).finish()
+        _writing.Writing(
+            captured, held, identity, CpuEngine(), due=(), metrics={}, every=0
+        ).finish()
         assert Path(slot.data_path).read_bytes().startswith(captured.plan.layout.header)
     for _, ring in ranks:
         ring.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import signal
@@ -210,6 +211,29 @@ def test_each_replicated_byte_is_captured_once(job: Callable[..., Job], tmp_path
         assert np.array_equal(checkpoint["sharded"], ARRAY)
         assert np.array_equal(checkpoint["replicated"], ARRAY * 2)
         assert checkpoint.read("own", rank=2).tolist() == [3.0] * 50
+
+
+def test_a_callable_is_asked_once_a_save(job: Callable[..., Job]) -> None:
+    """Also where the ranks agree on who stores what, and the plan is made anew."""
+    ranks, asked = job(2), [0, 0]
+
+    def work(rank: int, checkpointer: mtckpt.Checkpointer) -> mtckpt.Save:
+        def made() -> dict[str, Any]:
+            asked[rank] += 1
+            return state(rank, 2, filled=True)
+
+        run, begin = checkpointer._link, checkpointer._link.begin
+
+        def agreed(needs: Any) -> None:
+            begin(needs)
+            run.members = dataclasses.replace(run.members)
+
+        run.begin = agreed  # type: ignore[method-assign, assignment]  # as it is where memory is short
+        return checkpointer.save(1, made)
+
+    for each in ranks(work):
+        each.wait("staged", timeout_s=20)
+    assert asked == [1, 1]
 
 
 def test_a_rank_that_cannot_capture_calls_the_save_off_on_all(job: Callable[..., Job]) -> None:

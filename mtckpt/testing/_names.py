@@ -110,7 +110,7 @@ def names_of(world: World) -> Names:
     names.put(_run, "LocalTier", _local_tier(world))
     names.put(_run, "open_store", lambda *_, **__: world.store)
     names.put(_restore, "restore_from", restore_from(world))
-    names.put(_writing, "begin", begin(world))
+    names.put(_writing, "Writing", begin(world))
     names.put(_gathering, "PeerTier", functools.partial(PeerPlace, world))
     active_adapters()
     return names

@@ -194,7 +194,7 @@ class Written:
 
 
 def begin(world: World) -> Callable[..., Written]:
-    """In the place of ``_writing.begin``, in its order, with time between its steps."""
+    """In the place of ``_writing.Writing``, in its order, with time between its steps."""
 
     def write(
         captured: Captured,
