@@ -307,7 +307,9 @@ def check_faults(tiers: Tiers, seed: int, num_faults: int) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize(("tiers", "num_faults"), [("numpy", 220), ("jax", 165)], indirect=["tiers"])
+@pytest.mark.parametrize(
+    ("tiers", "num_faults"), [("numpy", 220), ("jax", 165)], indirect=["tiers"]
+)
 def test_one_fault_in_one_tier(tiers: Tiers, seed: int, num_faults: int) -> None:
     seen = check_faults(tiers, seed, num_faults)
     assert seen["older"] >= num_faults // 8
