@@ -56,7 +56,8 @@ def main() -> None:
         _reuse(server, place, data)
         for tier in _tiers.values():
             tier.close()
-    measuring.child("benchmarks.store", f"--memory-mib={4 * chosen.size_mib}")
+    memory = measuring.child("benchmarks.store", f"--memory-mib={4 * chosen.size_mib}")
+    print(memory, end="", flush=True)
 
 
 # -- ways ------------------------------------------------------------------------------------------
