@@ -38,7 +38,10 @@ _TURN_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Pieced:
-    """One array: ``pieces`` gives its bytes in C order, in pieces of any size, once."""
+    """One array, or one box of it: ``pieces`` gives its bytes in C order, in pieces of any size.
+
+    It is called once. Boxes of one array have one path.
+    """
 
     path: str
     spec: ArraySpec
@@ -60,15 +63,17 @@ def build_save(
         Damaged: an array has more or fewer bytes than its type and shape mean.
         AlreadyExists: the step is there. TierError: it could not be written. Both leave nothing.
     """
-    entries = [
-        ArrayEntry(each.path, each.spec.dtype, each.spec.shape, each.spec.framework)
-        for each in arrays
-    ]
-    layout = _shard.plan_layout((each.path, each.spec.dtype, each.spec.shape) for each in arrays)
+    entries = [ArrayEntry(each.path, *each.spec) for each in arrays]
+    names = [entry.stored_name for entry in entries]
+    layout = _shard.plan_layout(
+        (name, each.spec.dtype, each.spec.shape) for name, each in zip(names, arrays, strict=True)
+    )
     id_ = _manifest.save_id(incarnation.id, step, 0)
     name = _manifest.save_name(step, incarnation.number, id_)
     keys = _inventory.shard_keys(_manifest.run_key(incarnation.run), name, 0)
-    stream = _Stream(layout, {each.path: each.pieces for each in arrays}, progress)
+    stream = _Stream(
+        layout, {name: each.pieces for name, each in zip(names, arrays, strict=True)}, progress
+    )
     tier.put(keys[0], stream)
     digests = memoryview(stream.digests)
     table = Table.header(layout, _manifest.generation_of(id_)) + digests.tobytes()

@@ -121,7 +121,7 @@ def _numbers(entries: Sequence[ArrayEntry], layout: ShardLayout, key: str) -> li
     numbers = []
     for entry in entries:
         twin = entry if entry.same_as is None else entries[entry.same_as]
-        number = number_of.get(twin.path if twin.offsets is None else _stored_name(twin), -1)
+        number = number_of.get(twin.path if twin.offsets is None else twin.stored_name, -1)
         dtype = DTYPES.get(entry.dtype)
         if (
             number < 0
@@ -133,13 +133,6 @@ def _numbers(entries: Sequence[ArrayEntry], layout: ShardLayout, key: str) -> li
             raise Damaged("record and shard header disagree", key=key, leaf=entry.path)
         numbers.append(number)
     return numbers
-
-
-def _stored_name(entry: ArrayEntry) -> str:
-    """The tensor's name in the file: its path, with the offsets of a box."""
-    if entry.offsets is None:
-        return entry.path
-    return f"{entry.path}@{','.join(map(str, entry.offsets))}"
 
 
 # -- what is wanted of one shard -------------------------------------------------------------------

@@ -15,7 +15,7 @@ from mtckpt.errors import StateMismatch
 if TYPE_CHECKING:
     from mtckpt._state import ArraySpec
 
-__all__ = ["Diff", "described", "is_same"]
+__all__ = ["Diff", "described", "difference", "is_same"]
 
 _MAX_LINES = 50
 _CAST = "cast"
@@ -72,6 +72,17 @@ def is_same(stored: ArraySpec, wanted: ArraySpec) -> bool:
     # Two kinds of one framework: the keys of two random number generators.
     differ = first == second and bool(kind) and bool(other_kind) and kind != other_kind
     return stored.dtype == wanted.dtype and not differ
+
+
+def difference(stored: ArraySpec, wanted: ArraySpec, misfit: str) -> str:
+    """Why a saved array cannot stand where one of a template does; empty if it can.
+
+    ``misfit`` is why none can, whatever was saved.
+    """
+    if is_same(stored, wanted):
+        return misfit
+    types = f"{described(wanted)} here, {described(stored)} in the checkpoint"
+    return f"{types}; {misfit}" if misfit else types
 
 
 def described(spec: ArraySpec) -> str:

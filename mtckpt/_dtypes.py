@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["DTYPES", "DType", "size_bytes_of"]
+from mtckpt.errors import UnsupportedState
+
+__all__ = ["DTYPES", "DType", "check_dtype", "size_bytes_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +76,16 @@ DTYPES: dict[str, DType] = {
 def size_bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of an array of this type and shape. KeyError for a type that is not in the table."""
     return math.prod(shape) * DTYPES[dtype].item_bytes
+
+
+def check_dtype(name: str, path: str, *instead: str) -> str:
+    """``name`` if it can be stored. Raises UnsupportedState, which says what to do ``instead``."""
+    if name not in DTYPES:
+        raise UnsupportedState(
+            f"arrays of type {name} cannot be stored",
+            path=path,
+            type_name=name,
+            state="nothing was written",
+            actions=instead,
+        )
+    return name

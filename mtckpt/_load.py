@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from mtckpt import _inventory, _node, _probe, _reading, _state
+from mtckpt import _bands, _inventory, _node, _probe, _reading, _state
 from mtckpt._manifest import ArrayEntry, Record, SaveEntry, SaveName, on_line
 from mtckpt._places import Location, Place, open_places, unusable
 from mtckpt._steps import list_steps
@@ -37,8 +35,6 @@ from mtckpt.errors import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from mtckpt._handle import Step
     from mtckpt._inventory import Inventory
     from mtckpt._node import Node
@@ -51,7 +47,6 @@ logger = logging.getLogger(__name__)
 # A save may be recycled between listing and opening it; each further look needs a new race.
 _MAX_LOOKS = 5
 _MAX_REASONS = 20
-_MAX_CELLS = 10_000_000
 
 
 def load(
@@ -312,24 +307,34 @@ class Checkpoint(Mapping[str, Any]):
             raise UsageError(
                 f"the checkpoint of step {self.step} is closed", actions=("load it again",)
             )
+        parts, entry = self._parts(path, rank)
+        raw = _bands.joined(parts, entry)
+        return self._make(raw, entry.dtype, _bands.whole_shape(entry), path, entry.framework)
+
+    def _read_bands(self, path: str, max_bytes: int) -> Iterator[tuple[tuple[int, ...], Any]]:
+        """The array at ``path`` in bands of up to so many bytes, each with its offsets.
+
+        Raises as ``read``.
+        """
+        parts, entry = self._parts(path, None)
+        for box, raw in _bands.bands(parts, entry, max_bytes):
+            yield box.offsets, self._make(raw, entry.dtype, box.shape, path, entry.framework)
+
+    def _parts(self, path: str, rank: int | None) -> tuple[list[_bands.Part], ArrayEntry]:
+        """Where the array lies that a rank has at ``path``, and its entry there."""
         parts = sorted(self._where[path], key=lambda part: part[0].record.rank != rank)
-        entry = parts[0][0].entries[parts[0][1]]
-        if entry.global_shape is not None:
-            raw = _joined([p for p in parts if p[0].entries[p[1]].ranks == entry.ranks], entry)
-            return self._make(raw, entry.dtype, entry.global_shape, path, entry.framework)
-        whole = [part for part in parts if rank is None or part[0].record.rank == rank]
-        if not whole:
-            raise KeyError(f"{path} of rank {rank}")
-        shard, index = whole[0]
+        shard, index = parts[0]
         entry = shard.entries[index]
-        raw = _bytes_of(shard, index)
-        return self._make(raw, entry.dtype, entry.shape, path, entry.framework)
+        if entry.global_shape is not None:
+            parts = [part for part in parts if part[0].entries[part[1]].ranks == entry.ranks]
+        elif rank is not None and shard.record.rank != rank:
+            raise KeyError(f"{path} of rank {rank}")
+        return parts, entry
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Shape of the whole array, without reading it."""
         shard, index = self._where[path][0]
-        entry = shard.entries[index]
-        return entry.shape if entry.global_shape is None else entry.global_shape
+        return _bands.whole_shape(shard.entries[index])
 
     def dtype(self, path: str) -> str:
         """Name of the element type, without reading the array."""
@@ -375,76 +380,6 @@ class Checkpoint(Mapping[str, Any]):
         if not 0 <= rank < len(self._shards):
             raise UsageError(f"no rank {rank}: the save has {len(self._shards)}", rank=rank)
         return self._shards[rank]
-
-
-# -- bytes of an array -----------------------------------------------------------------------------
-
-
-def _bytes_of(shard: OpenShard, index: int) -> np.ndarray[Any, Any]:
-    import numpy as np
-
-    tensor = shard.tensors[index]
-    raw = np.empty(tensor.size_bytes, np.uint8)
-    shard.read(tensor, raw.data)
-    return raw
-
-
-def _joined(parts: Iterable[tuple[OpenShard, int]], entry: ArrayEntry) -> np.ndarray[Any, Any]:
-    """The bytes of a global array, from the boxes of all ranks; equal boxes are read once."""
-    import numpy as np
-
-    from mtckpt._dtypes import DTYPES
-
-    whole = entry.global_shape or ()
-    boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[OpenShard, int]] = {}
-    for shard, index in parts:
-        box = shard.entries[index]
-        if (box.dtype, box.global_shape) != (entry.dtype, entry.global_shape):
-            raise Damaged("ranks disagree about an array", path=entry.path, step=shard.record.step)
-        boxes.setdefault((box.offsets or (), box.shape), (shard, index))
-    if not _covers(list(boxes), whole):
-        raise Damaged(
-            "the boxes of all ranks do not make up the whole array",
-            path=entry.path,
-            global_shape=whole,
-            num_boxes=len(boxes),
-        )
-    item_bytes = DTYPES[entry.dtype].item_bytes
-    if len(boxes) == 1:
-        return _bytes_of(*next(iter(boxes.values())))
-    raw = np.empty(math.prod(whole) * item_bytes, np.uint8)
-    view = raw.reshape((*whole, item_bytes))
-    for (offsets, shape), part in boxes.items():
-        place = tuple(slice(o, o + size) for o, size in zip(offsets, shape, strict=True))
-        view[place] = _bytes_of(*part).reshape((*shape, item_bytes))
-    return raw
-
-
-def _covers(
-    boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], whole: tuple[int, ...]
-) -> bool:
-    """Whether every element lies in a box: exact, on the grid that the boxes' edges make."""
-    import numpy as np
-
-    if not math.prod(whole):
-        return True
-    full = [box for box in boxes if math.prod(box[1])]
-    edges = []
-    for axis, size in enumerate(whole):
-        marks = {0, size}
-        for offsets, shape in full:
-            marks.update((offsets[axis], offsets[axis] + shape[axis]))
-        edges.append(sorted(marks))
-    if math.prod([len(marks) - 1 for marks in edges]) > _MAX_CELLS:
-        return False
-    covered = np.zeros([len(list(pairwise(marks))) for marks in edges], bool)
-    position = [{mark: i for i, mark in enumerate(marks)} for marks in edges]
-    for offsets, shape in full:
-        cells = tuple(
-            slice(at[o], at[o + size]) for at, o, size in zip(position, offsets, shape, strict=True)
-        )
-        covered[cells] = True
-    return bool(covered.all())
 
 
 # -- structure and plain values --------------------------------------------------------------------

@@ -77,6 +77,13 @@ class ArrayEntry(msgspec.Struct, omit_defaults=True, frozen=True, gc=False):
     ranks: tuple[int, ...] | None = None
     alike: str = ""
 
+    @property
+    def stored_name(self) -> str:
+        """The tensor's name in the file: its path, with the offsets of a box."""
+        if self.offsets is None:
+            return self.path
+        return f"{self.path}@{','.join(map(str, self.offsets))}"
+
 
 class ShardEntry(msgspec.Struct, frozen=True):
     """The shard file that a record belongs to; ``table_digest`` is the XXH3-128 of its table."""

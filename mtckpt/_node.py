@@ -89,6 +89,11 @@ class Node(msgspec.Struct, eq=False):
                 self.all_plain = kinds == {PLAIN}
 
     @property
+    def has_arrays(self) -> bool:
+        """True if an array is anywhere below."""
+        return self.kind == ARRAY or any(child.has_arrays for child in self.children)
+
+    @property
     def type(self) -> Any:
         """The type of the value that stood here."""
         return self.type_

@@ -16,11 +16,12 @@ from typing import Any
 
 from mtckpt import _state
 from mtckpt._boxes import Box, whole
-from mtckpt._diff import Diff, described, is_same
+from mtckpt._diff import Diff, difference
 from mtckpt._renaming import Stored, rename_tree
 from mtckpt._replicas import Replicated
-from mtckpt._settling import assign_items, later, sequence_like, settle
+from mtckpt._settling import assign_items, has_objects, later, sequence_like, settle
 from mtckpt._state import CODECS, MAPPINGS, ArraySpec, Node, StateAdapter, codec_named, escape
+from mtckpt.errors import UnsupportedState
 
 __all__ = ["Diff", "Fill", "Placing", "Stored", "later", "rename_tree", "settle"]
 
@@ -115,7 +116,8 @@ class Placing:
             spec = stored.spec
             if spec.offsets is not None:
                 spec = ArraySpec(spec.dtype, spec.whole_shape, spec.framework)
-            array, address = self._adapter_named(spec.framework).new(spec, like)
+            owner = self._adapter_named(spec.framework)
+            array, address = self._new(owner, spec, stored.path, like)
             self.into(index, address)
             self._fresh[stored.bytes_of] = array
         return array
@@ -151,11 +153,12 @@ class Placing:
         if node.kind != _state.ARRAY:
             line = f"{path}: an array here, {node.kind} in the checkpoint"
         else:
-            stored = self.arrays[node.index].spec
-            wanted = self._owner(live).spec(live, path, template=True)
-            if is_same(stored, wanted):
+            owner = self._owner(live)
+            wanted = owner.spec(live, path, template=True)
+            what = difference(self.arrays[node.index].spec, wanted, owner.misfit(live))
+            if not what:
                 return True
-            line = f"{path}: {described(wanted)} here, {described(stored)} in the checkpoint"
+            line = f"{path}: {what}"
         if not quiet:
             self.diff.differing.append(line)
         return False
@@ -188,14 +191,27 @@ class Placing:
             self.into(index, address, box)
             self._note_in_place(owner, [live])
             return live
-        stored = self.arrays[index].spec
+        path, stored, _ = self.arrays[index]
         shape = stored.whole_shape if box is None else box.shape
         is_own = stored.framework.partition(".")[0] == owner.framework
         framework = stored.framework if is_own else owner.framework
-        array, fresh_address = owner.new(ArraySpec(stored.dtype, shape, framework), live)
+        array, fresh_address = self._new(
+            owner, ArraySpec(stored.dtype, shape, framework), path, live
+        )
         self.into(index, fresh_address, box)
         self.replaced = self.replaced or owner.replaces
         return later(lambda: owner.assign(live, array))
+
+    def _new(
+        self, owner: StateAdapter, spec: ArraySpec, path: str, like: object | None
+    ) -> tuple[Any, int]:
+        """``StateAdapter.new``, whose errors get the path."""
+        try:
+            return owner.new(spec, like)
+        except UnsupportedState as error:
+            facts = {**error.details, "path": path}
+            told: dict[str, Any] = {"state": error.state, "actions": error.actions, **facts}
+            raise UnsupportedState(error.what, **told) from error
 
     def arrays_into(
         self, lives: Sequence[Any], nodes: Sequence[Node], paths: Sequence[str]
@@ -322,7 +338,7 @@ class Placing:
             return live  # every byte goes into what is there: nothing is left to do
         pairs = list(zip(node.keys or [], node.children, strict=True))
         prefix = f"{path}/" if path else ""
-        if not top and not _has_arrays(node) and not _has_objects(live, self.adapters):
+        if not top and self._is_plain(live, node):
             # Nothing but plain values on both sides: what was saved is what is wanted.
             return self._rebuilt(
                 live,
@@ -366,7 +382,7 @@ class Placing:
             return self.differs(live, node, path)
         prefix = f"{path}/" if path else ""
         children = list(enumerate(node.children))
-        if not _has_arrays(node) and not _has_objects(live, self.adapters):
+        if self._is_plain(live, node):
             values = [self.tree(child, f"{prefix}{i}") for i, child in children]
         elif len(live) != len(children):
             self.diff.differing.append(
@@ -458,6 +474,10 @@ class Placing:
         owner = self._adapter_named(spec.framework)
         return owner.replaces and not spec.shape and spec.dtype.startswith(_NUMBERS[kind])
 
+    def _is_plain(self, live: Any, node: Node) -> bool:
+        """True if there is nothing but plain values on either side."""
+        return not node.has_arrays and not has_objects(live, self._is_array)
+
     def _is_array(self, value: Any) -> bool:
         kind = type(value)
         return kind not in CODECS and self._owner_of(kind, value) is not None
@@ -478,21 +498,3 @@ class Placing:
                 return adapter
         # Saved by a framework that this process does not use: NumPy is always there.
         return next(adapter for adapter in self.adapters if adapter.framework == "numpy")
-
-
-def _has_arrays(node: Node) -> bool:
-    return node.kind == _state.ARRAY or any(map(_has_arrays, node.children))
-
-
-def _has_objects(live: Any, adapters: Sequence[StateAdapter]) -> bool:
-    """True if a container holds arrays or stateful objects, which are never just replaced."""
-    items = live.values() if isinstance(live, Mapping) else live
-    for item in items:
-        if type(item) in _state.PLAIN_TYPES:
-            continue
-        if isinstance(item, (Mapping, list, tuple)) and not any(a.is_array(item) for a in adapters):
-            if _has_objects(item, adapters):
-                return True
-        else:
-            return True
-    return False

@@ -24,14 +24,7 @@ if TYPE_CHECKING:
     from mtckpt._shard import ShardLayout, StoredTensor, Table
     from mtckpt._source import Held
 
-__all__ = ["OpenShard", "check_box", "open_shard", "stored_name"]
-
-
-def stored_name(entry: ArrayEntry) -> str:
-    """The tensor's name in the file: its path, with the offsets of a box."""
-    if entry.offsets is None:
-        return entry.path
-    return f"{entry.path}@{','.join(map(str, entry.offsets))}"
+__all__ = ["OpenShard", "check_box", "open_shard"]
 
 
 @dataclass(slots=True)
@@ -47,14 +40,27 @@ class OpenShard:
     tier: str
     held: Held
 
-    def read(self, tensor: StoredTensor, out: memoryview | None = None) -> None:
-        """Read and verify a tensor, into ``out`` if it is wanted. Raises Damaged with the key."""
+    def read(
+        self,
+        tensor: StoredTensor,
+        out: memoryview | None = None,
+        first_chunk: int = 0,
+        stop_chunk: int | None = None,
+    ) -> None:
+        """Read and verify a tensor or some chunks of it, into ``out`` if they are wanted.
+
+        Raises Damaged with the key.
+        """
+        base = first_chunk * CHUNK_BYTES
+        end = tensor.size_bytes
+        if stop_chunk is not None:
+            end = min(end, stop_chunk * CHUNK_BYTES)
         block_bytes = self.held.block_bytes  # whole chunks
-        scratch = memoryview(bytearray(min(block_bytes, tensor.size_bytes) if out is None else 0))
+        scratch = memoryview(bytearray(min(block_bytes, end - base) if out is None else 0))
         digests = self.table.digests
-        for start in range(0, tensor.size_bytes, block_bytes):
-            stop = min(start + block_bytes, tensor.size_bytes)
-            view = scratch[: stop - start] if out is None else out[start:stop]
+        for start in range(base, end, block_bytes):
+            stop = min(start + block_bytes, end)
+            view = scratch[: stop - start] if out is None else out[start - base : stop - base]
             self.held.read_into(view, tensor.start + start)
             for begin in range(start, stop, CHUNK_BYTES):
                 chunk = tensor.first_chunk + begin // CHUNK_BYTES
@@ -112,7 +118,7 @@ def _match(
             raise FormatTooNew(f"leaf of unknown type {entry.dtype[:40]!r}", leaf=entry.path)
         check_box(entry)
         twin = entry if entry.same_as is None else entries[entry.same_as]
-        tensor = by_name.get(stored_name(twin))
+        tensor = by_name.get(twin.stored_name)
         if (
             tensor is None
             or twin.same_as is not None

@@ -17,6 +17,7 @@ import msgspec
 from xxhash import xxh3_128
 
 from mtckpt import _pieces, _shard, _state
+from mtckpt._dtypes import check_dtype
 from mtckpt._manifest import ArrayEntry
 from mtckpt._pieces import ALONE, Members, Recipe
 from mtckpt.capture.base import Engine, Span
@@ -154,7 +155,7 @@ class Planner:
             for owner, array, path in zip(flat.owners, flat.arrays, flat.paths, strict=True)
         ]
         for spec, path in zip(specs, flat.paths, strict=True):
-            _state.check_dtype(spec.dtype, path)
+            check_dtype(spec.dtype, path)
         plan, arrays = make_plan(flat, specs, self.members)
         paths = [flat.paths[piece.leaf] for piece in plan.recipe.pieces]
         addresses, keep = _addresses(plan.groups, arrays, plan.fingerprint, paths)
@@ -173,12 +174,6 @@ def make_plan(
     assert arrays is not None  # nothing has changed since
     groups = _groups([flat.owners[piece.leaf] for piece in recipe.pieces])
     same_as = _same_as(recipe, ties)
-    names = [_stored_name(flat.paths[piece.leaf], piece.spec) for piece in recipe.pieces]
-    own = [i for i in range(len(names)) if i not in same_as]
-    layout = _shard.plan_layout(
-        (names[i], recipe.pieces[i].spec.dtype, recipe.pieces[i].spec.shape) for i in own
-    )
-    index_of = {names[i]: i for i in own}
     entries = [
         ArrayEntry(
             path=flat.paths[piece.leaf],
@@ -193,6 +188,12 @@ def make_plan(
         )
         for i, piece in enumerate(recipe.pieces)
     ]
+    names = [entry.stored_name for entry in entries]
+    own = [i for i in range(len(names)) if i not in same_as]
+    layout = _shard.plan_layout(
+        (names[i], recipe.pieces[i].spec.dtype, recipe.pieces[i].spec.shape) for i in own
+    )
+    index_of = {names[i]: i for i in own}
     arrays_json = msgspec.json.encode(entries)
     plan = Plan(
         root=flat.root,
@@ -233,12 +234,6 @@ def _same_as(recipe: Recipe, ties: dict[int, int]) -> dict[int, int]:
         for what, piece in pieces_of[leaf].items()
         if (twin := pieces_of[first].get(what)) is not None
     }
-
-
-def _stored_name(path: str, spec: ArraySpec) -> str:
-    if spec.offsets is None:
-        return path
-    return f"{path}@{','.join(map(str, spec.offsets))}"
 
 
 def _groups(owners: Sequence[StateAdapter]) -> _Groups:

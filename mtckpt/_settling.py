@@ -6,10 +6,12 @@ Knows containers. Does not know where bytes come from, trees of a checkpoint, or
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from typing import Any
 
-__all__ = ["assign_items", "later", "sequence_like", "settle"]
+from mtckpt._node import PLAIN_TYPES
+
+__all__ = ["assign_items", "has_objects", "later", "sequence_like", "settle"]
 
 
 class _Later:
@@ -57,3 +59,15 @@ def sequence_like(live: Sequence[Any], items: list[Any]) -> Any:
         return live
     make: Any = type(live)
     return make(*items) if hasattr(live, "_fields") else make(items)
+
+
+def has_objects(live: Any, is_array: Callable[[Any], bool]) -> bool:
+    """True if a container holds arrays or stateful objects, which are never just replaced."""
+    for item in live.values() if isinstance(live, Mapping) else live:
+        if type(item) in PLAIN_TYPES:
+            continue
+        if not isinstance(item, (Mapping, list, tuple)) or is_array(item):
+            return True
+        if has_objects(item, is_array):
+            return True
+    return False

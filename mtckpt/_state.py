@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from mtckpt._codecs import CODECS, codec_named, register_codec
-from mtckpt._dtypes import DTYPES, size_bytes_of
+from mtckpt._dtypes import size_bytes_of
 from mtckpt._node import (
     ARRAY,
     CODEC,
@@ -139,6 +139,9 @@ class StateAdapter(Protocol):
 
         With ``template`` also for a leaf that has no memory yet (torch's meta device).
         """
+
+    def misfit(self, live: Any) -> str:
+        """Why nothing can be put where a template's array says; empty if there is no reason."""
 
     def survey(self, state: object) -> None:
         """Told a whole state before it is taken apart: what in it says something of the rest."""
@@ -482,16 +485,3 @@ def _is_plain_now(value: Any, node: Node) -> bool:
             return False
         return True
     return kind in PLAIN_TYPES or kind is node.type
-
-
-def check_dtype(name: str, path: str, *instead: str) -> str:
-    """``name`` if it can be stored. Raises UnsupportedState, which says what to do ``instead``."""
-    if name not in DTYPES:
-        raise UnsupportedState(
-            f"arrays of type {name} cannot be stored",
-            path=path,
-            type_name=name,
-            state="nothing was written",
-            actions=instead,
-        )
-    return name

@@ -8,6 +8,7 @@ nodes with different numbers of ranks do, are not compared. Does not know which 
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,7 +18,6 @@ from xxhash import xxh3_64_hexdigest, xxh3_128_digest
 
 from mtckpt import _shard
 from mtckpt._dtypes import DTYPES
-from mtckpt._reading import stored_name
 from mtckpt.errors import Damaged, FormatTooNew
 
 if TYPE_CHECKING:
@@ -55,17 +55,17 @@ def _stored(record: Record) -> dict[str, tuple[list[str], array[int]]]:
     entries = [entry for entry in record.array_entries() if entry.same_as is None]
     if not {entry.dtype for entry in entries} <= DTYPES.keys():
         raise FormatTooNew("a leaf of unknown type", step=record.step)
-    layout = _shard.plan_layout((stored_name(e), e.dtype, e.shape) for e in entries)
+    layout = _shard.plan_layout((e.stored_name, e.dtype, e.shape) for e in entries)
     index_of = {tensor.name: i for i, tensor in enumerate(layout.tensors)}
     groups: dict[str, list[ArrayEntry]] = {}
-    for entry in sorted(entries, key=stored_name):
+    for entry in sorted(entries, key=operator.attrgetter("stored_name")):
         if entry.alike and 0 not in entry.shape:
             groups.setdefault(entry.alike, []).append(entry)
     found = {}
     for group, held in groups.items():
         named = [[e.path, e.dtype, e.offsets, e.shape, e.global_shape] for e in held]
         boxes = xxh3_64_hexdigest(msgspec.json.encode([group, named]))
-        found[boxes] = [e.path for e in held], array("L", [index_of[stored_name(e)] for e in held])
+        found[boxes] = [e.path for e in held], array("L", [index_of[e.stored_name] for e in held])
     return found
 
 

@@ -7,7 +7,9 @@ What holds is asserted here; the test looks at the exit status.
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 import mtckpt
+from mtckpt.errors import CheckpointError, SaveFailed, StateMismatch, UnsupportedState
 
 P: Any = jax.sharding.PartitionSpec  # JAX leaves these two untyped
 Described: Any = jax.ShapeDtypeStruct
@@ -34,6 +37,50 @@ def equal(array: jax.Array, values: np.ndarray[Any, Any]) -> bool:
         np.array_equal(np.asarray(shard.data), values[shard.index])
         for shard in array.addressable_shards
     )
+
+
+def of_one(process: int, mesh: Mesh) -> jax.Array:
+    """An array of which all other processes have nothing."""
+    there = NamedSharding(Mesh(mesh.devices[process], ("device",)), P("device"))
+    values = np.arange(4, dtype=np.float32)
+    return jax.make_array_from_callback((4,), there, lambda i: values[i], dtype=np.float32)
+
+
+def save(checkpointer: mtckpt.Checkpointer, step: int, state: Any) -> None:
+    checkpointer.save(step, state).wait("staged")
+
+
+def raised(call: Callable[[], object]) -> Exception | None:
+    try:
+        call()
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def refused(checkpointer: mtckpt.Checkpointer, rank: int, mesh: Mesh, state: Any) -> None:
+    """What one rank cannot save is named there, called off elsewhere, and the next save works."""
+    gone = jax.device_put(np.ones(3), jax.local_devices()[0])
+    if rank == 1:
+        gone.delete()
+    for step, bad, culprit in [(4, of_one(1, mesh), 0), (6, gone, 1)]:
+        before = {each.step for each in checkpointer.steps()}
+        whole = {**state, "more": [{"w": bad}]}
+        error = raised(functools.partial(save, checkpointer, step, whole))
+        if rank == culprit:
+            assert isinstance(error, UnsupportedState), error
+            assert error.details["path"] == "more/0/w"
+            assert "nothing was written" in str(error)
+        else:
+            assert isinstance(error, SaveFailed), error
+            assert f"rank {culprit}" in str(error), error
+        save(checkpointer, step + 1, state)
+        assert {each.step for each in checkpointer.steps()} - before == {step + 1}
+    there = of_one(1, mesh).sharding
+    template = {"own": Described((7,), jnp.int32, sharding=there), "rank": -1}
+    error = raised(lambda: checkpointer.restore(template))
+    assert isinstance(error, StateMismatch), error
+    print(rank, vars(error)["differing"])
 
 
 def main() -> None:
@@ -78,6 +125,7 @@ def main() -> None:
         assert found["own"].tolist() == [int(rank)] * 7
         assert found["rank"] == int(rank)
         checkpointer.save(3, found).wait("staged")
+        refused(checkpointer, int(rank), mesh, found)
     print(f"rank {rank}: good", flush=True)
 
 

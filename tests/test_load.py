@@ -17,7 +17,7 @@ from builders import build_incarnation, build_metrics, build_save
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtckpt import _load, _manifest, _reading, errors
+from mtckpt import _bands, _manifest, _reading, errors
 from mtckpt._load import load, steps
 
 WEIGHT = np.arange(1_000_000, dtype=np.float32).reshape(1000, 1000)
@@ -317,7 +317,7 @@ def test_boxes_with_a_hole_are_damage(tmp_path: Path) -> None:
     ],
 )
 def test_covers(boxes: Any, whole: Any, covered: bool) -> None:
-    assert _load._covers(boxes, whole) is covered
+    assert _bands._covers(boxes, whole) is covered
 
 
 def test_other_frameworks_have_the_same_values(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import msgspec
 from mtckpt import _state
 from mtckpt._boxes import Box, cover, whole
 from mtckpt._building import Pieced
-from mtckpt._dtypes import DTYPES
+from mtckpt._dtypes import DTYPES, check_dtype
 from mtckpt._node import MAX_DEPTH
 from mtckpt._state import ArraySpec, Node, escape
 from mtckpt.errors import Damaged, FormatError, UnsupportedPlatform, UnsupportedState, UsageError
@@ -263,11 +263,11 @@ class _Reader:
         """One of NumPy's, whose bytes were in the pickle."""
         data = base64.b64decode(array.data)
         framework = "numpy.scalar" if array.is_scalar else "numpy"
-        spec = ArraySpec(_state.check_dtype(array.dtype, path), array.shape, framework)
+        spec = ArraySpec(check_dtype(array.dtype, path), array.shape, framework)
         return self._add(path, spec, lambda: iter([memoryview(data)]))
 
     def _tensor(self, tensor: _Tensor, path: str) -> Node:
-        spec = ArraySpec(_state.check_dtype(tensor.dtype, path), tensor.shape, "torch")
+        spec = ArraySpec(check_dtype(tensor.dtype, path), tensor.shape, "torch")
         boxes = []
         for chunk in tensor.chunks:
             self._check(chunk, tensor, path)

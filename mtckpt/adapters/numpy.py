@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from mtckpt._state import ArraySpec, check_dtype
+from mtckpt._dtypes import check_dtype
+from mtckpt._state import ArraySpec
 from mtckpt.errors import UnsupportedState
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ class NumpyAdapter:
         name = check_dtype(value.dtype.name, path, _INSTEAD.get(value.dtype.kind, _OTHERWISE))
         kind = self.framework if isinstance(value, np.ndarray) else SCALAR
         return ArraySpec(name, tuple(value.shape), kind)
+
+    def misfit(self, live: Any) -> str:
+        """Empty: an array is filled where it is."""
+        del live
+        return ""
 
     def survey(self, state: object) -> None:
         """Nothing here says anything of the rest."""

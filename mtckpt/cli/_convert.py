@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import uuid
@@ -62,7 +63,8 @@ def import_(
                     size_bytes = build_save(
                         tier, incarnation, number, item.arrays, item.root, item.plain, show
                     )
-                saved.append({"step": number, "arrays": len(item.arrays), "size_bytes": size_bytes})
+                num_arrays = len({each.path for each in item.arrays})
+                saved.append({"step": number, "arrays": num_arrays, "size_bytes": size_bytes})
         finally:
             if not saved:
                 tier.delete(key)  # so that the same command may be given again
@@ -150,7 +152,7 @@ def export_(
     """Write one step as DIRECTORY, which ocp.StandardCheckpointer and others of Orbax restore.
 
     Every byte is verified on the way. Arrays of NumPy type are what comes back without a template;
-    with one, arrays of JAX with its shardings. One array is in memory at a time.
+    with one, arrays of JAX with its shardings. A few bands of one array are in memory at a time.
 
     With --to dcp, it is a directory that torch.distributed.checkpoint loads. What several ranks
     have under one name is there as the first of them has it.
@@ -192,12 +194,13 @@ def _write_orbax(checkpoint: Any, directory: Path, *, ocdbt: bool) -> int:
     root, plain = _load.state_of(shard)
     orbax = converter("orbax_export")
     leaves = [
-        orbax.Leaf(entry.dtype, entry.framework, _reader(checkpoint, entry.path))
+        orbax.Leaf(
+            entry.dtype,
+            entry.framework,
+            checkpoint.shape(entry.path),
+            functools.partial(checkpoint._read_bands, entry.path),
+        )
         for entry in shard.entries
     ]
     written: int = orbax.write(directory, root, plain, leaves, ocdbt=ocdbt)
     return written
-
-
-def _reader(checkpoint: Any, path: str) -> Any:
-    return lambda: checkpoint.read(path)

@@ -151,7 +151,7 @@ def test_the_sharding_may_change_between_saves(tmp_path: Path) -> None:
             assert bits(restored["w"]) == bits(whole + step)
 
 
-def test_shards_that_are_gone_and_shardings_that_do_not_fit(tmp_path: Path) -> None:
+def test_shards_that_are_gone_are_named_and_the_next_save_works(tmp_path: Path) -> None:
     array = jax.device_put(np.zeros((8, 2), np.float32), on({"x": 8}, "x"))
     with open_run(tmp_path) as checkpointer:
         checkpointer.save(1, {"w": array}).wait("staged", timeout_s=20)
@@ -162,11 +162,61 @@ def test_shards_that_are_gone_and_shardings_that_do_not_fit(tmp_path: Path) -> N
         assert caught.value.details["path"] == "w"
         with pytest.raises(StateMismatch, match=r"float32\[4, 2\] here, float32\[8, 2\] in the"):
             checkpointer.restore({"w": jnp.zeros((4, 2))})
-        misfit = jax.ShapeDtypeStruct((8, 2), np.float32, sharding=on({"x": 8}, None, "x"))
-        with pytest.raises(UnsupportedState, match="does not fit") as caught:
-            checkpointer.restore({"w": misfit})
-        assert caught.value.details["path"] == "w"
         checkpointer.save(3, {"w": array}).wait("staged", timeout_s=20)
+
+
+def test_all_that_is_wrong_with_a_template_is_said_at_once(tmp_path: Path) -> None:
+    rows = on({"x": 8}, "x")
+    names = ("fits", "shape", "dtype", "extra", "odd", "both", "abstract")
+    state = {"all": {name: jax.device_put(np.ones((8, 2), np.float32), rows) for name in names}}
+    right = dict.fromkeys(names, jax.ShapeDtypeStruct((8, 2), np.float32, sharding=rows))
+    nowhere = jax.sharding.NamedSharding(
+        jax.sharding.AbstractMesh((8,), ("x",)), jax.sharding.PartitionSpec("x")
+    )
+    wrong = {
+        "shape": jax.ShapeDtypeStruct((16, 2), np.float32, sharding=rows),
+        "dtype": jax.ShapeDtypeStruct((8, 2), np.int32, sharding=rows),
+        "odd": jax.ShapeDtypeStruct((8, 2), np.float32, sharding=on({"x": 8}, None, "x")),
+        "both": jax.ShapeDtypeStruct((9, 2), np.float32, sharding=rows),
+        "abstract": jax.ShapeDtypeStruct((8, 2), np.float32, sharding=nowhere),
+        "more": jnp.zeros(2),
+    }
+    host = np.zeros((8, 2), np.float32)
+    live = {"all": {**right, **wrong, "fits": host}}
+    del live["all"]["extra"]
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, state).wait("staged", timeout_s=20)
+        with pytest.raises(StateMismatch) as caught:
+            checkpointer.restore(live)
+        found = vars(caught.value)
+        assert (found["missing"], found["unused"]) == (("all/more",), ("all/extra",))
+        said = dict(line.split(": ", 1) for line in found["differing"])
+        assert said.keys() == {f"all/{name}" for name in wrong if name != "more"}
+        assert said["all/shape"] == "float32[16, 2] here, float32[8, 2] in the checkpoint"
+        assert said["all/dtype"] == "int32[8, 2] here, float32[8, 2] in the checkpoint"
+        for name in ("odd", "both", "abstract"):
+            assert "its sharding does not fit: " in said[f"all/{name}"]
+            assert said[f"all/{name}"] in str(caught.value)
+        assert said["all/both"].startswith("float32[9, 2] here, float32[8, 2] in the")
+        assert not host.any()
+        assert checkpointer.restore({"all": {**right, "fits": host}})
+        assert host.all()
+
+
+def test_addends_of_values_are_not_saved_as_values(tmp_path: Path) -> None:
+    mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    partial = jax.sharding.NamedSharding(mesh, P(unreduced={"x"}))
+    addends = jax.make_array_from_single_device_arrays(
+        (3,), partial, [jax.device_put(np.full(3, i, np.float32), jax.devices()[i]) for i in (0, 1)]
+    )
+    with open_run(tmp_path) as checkpointer:
+        with pytest.raises(UnsupportedState, match="unreduced") as caught:
+            checkpointer.save(1, {"w": addends})
+        assert caught.value.details["path"] == "w"
+        checkpointer.save(2, {"w": jnp.ones(3)}).wait("staged", timeout_s=20)
+        wanted = jax.ShapeDtypeStruct((3,), np.float32, sharding=partial)
+        with pytest.raises(StateMismatch, match="w: its sharding is unreduced"):
+            checkpointer.restore({"w": wanted})
 
 
 def test_the_tree_of_a_killed_worker_is_whole() -> None:

@@ -149,7 +149,7 @@ def test_arrays_come_in_bands_of_whole_chunks(
     from mtckpt.adapters.jax import orbax_export, orbax_files
 
     monkeypatch.setattr(orbax_files, "BAND_BYTES", 100_000)
-    monkeypatch.setattr(orbax_export, "CHUNK_BYTES", 60_000)
+    monkeypatch.setattr(orbax_export, "BAND_BYTES", 60_000)
     rng = np.random.default_rng(7)
     tree: dict[str, Any] = {
         "w": rng.normal(size=(1000, 37)),

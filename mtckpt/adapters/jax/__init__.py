@@ -34,6 +34,10 @@ class JaxAdapter:
         """Raises UnsupportedState for arrays that are deleted, traced or out of reach."""
         return leaves.spec_of(value, path, template=template)
 
+    def misfit(self, live: Any) -> str:
+        """A sharding that cannot be, or is elsewhere."""
+        return leaves.misfit(live)
+
     def survey(self, state: object) -> None:
         """Nothing: a sharding says all there is to say about its array."""
 

@@ -6,15 +6,18 @@ of other frameworks: a template without ``cast`` takes the very types that were 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mtckpt._state import ArraySpec, check_dtype
+from mtckpt._dtypes import check_dtype
 from mtckpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from mtckpt._state import ArraySpec
 
 __all__ = ["CAST", "Cast", "cast", "converted", "stored_type"]
 

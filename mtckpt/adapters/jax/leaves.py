@@ -23,7 +23,8 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from mtckpt._state import ArraySpec, check_dtype
+from mtckpt._dtypes import check_dtype
+from mtckpt._state import ArraySpec
 from mtckpt.adapters.jax import casting
 from mtckpt.capture.addresses import on_device as addresses_on
 from mtckpt.capture.driver import Driver
@@ -42,6 +43,7 @@ __all__ = [
     "identity",
     "is_leaf",
     "made",
+    "misfit",
     "new",
     "number",
     "on_device",
@@ -120,23 +122,32 @@ def _refusal(value: Any, template: bool) -> tuple[str, str]:
     if isinstance(value, jax.ShapeDtypeStruct):
         if not template:
             return "a jax.ShapeDtypeStruct has no bytes", "save the array that it describes"
-        return _unusable(value.sharding, tuple(value.shape))
-    if value.is_deleted() and not template:
+        return "", ""
+    if template:
+        return "", ""
+    if value.is_deleted():
         return (
             "the memory of this array was given back: it was donated or deleted",
             "save the arrays that the step returned, not those that were donated to it",
         )
-    return "", ""
+    return misfit(value), "let every process save what has a part on a device of its own"
 
 
-def _unusable(sharding: Sharding | None, shape: tuple[int, ...]) -> tuple[str, str]:
+def misfit(value: Any) -> str:
+    """Why an array of this shape and sharding cannot be here; empty if it can, or has none."""
+    sharding = value.sharding
     if sharding is None:
-        return "", ""
+        return ""
     try:
-        sharding.shard_shape(shape)
+        sharding.shard_shape(tuple(value.shape))
+        here = sharding.addressable_devices
     except ValueError as error:
-        return f"the sharding of this template does not fit: {error}", "give it another sharding"
-    return "", ""
+        return f"its sharding does not fit: {error}"
+    if not here:
+        return f"its sharding has no device of this process, {jax.process_index()}"
+    if getattr(getattr(sharding, "spec", None), "unreduced", None):
+        return "its sharding is unreduced: devices hold addends of its values"
+    return ""
 
 
 def _impl(value: Any) -> str:

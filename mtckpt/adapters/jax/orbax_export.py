@@ -1,13 +1,13 @@
-"""A checkpoint written as a directory that Orbax restores: one array in memory at a time.
+"""A checkpoint written as a directory that Orbax restores: a few bands in memory at a time.
 
 Knows what Orbax wants to find beside the arrays. Does not use Orbax, only TensorStore, and reads
-arrays through a function that it is given. The directory appears whole or not at all.
+arrays through a function that it is given, so that none has to be in memory whole. The directory
+appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import uuid
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Leaf", "write"]
 
-CHUNK_BYTES = 64 * 1024 * 1024
+# Of an array at a time: what is a chunk of TensorStore's too.
+BAND_BYTES = 32 * 1024 * 1024
 _SEQUENCE, _MAPPING = 1, 2
 _KEY = "jax.key."
 _EMPTY = {_state.DICT: "Dict", _state.LIST: "List", _state.TUPLE: "Tuple"}
@@ -33,11 +34,16 @@ _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardC
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One array: ``read`` gives it as an ndarray; ``framework`` is that of its ArraySpec."""
+    """One array; ``framework`` is that of its ArraySpec.
+
+    ``bands`` gives it as ndarrays of up to so many bytes, each with its offsets: all of them of one
+    shape, the first one's, but for those at the end of an axis.
+    """
 
     dtype: str
     framework: str
-    read: Callable[[], Any]
+    shape: tuple[int, ...]
+    bands: Callable[[int], Iterator[tuple[tuple[int, ...], Any]]]
 
 
 @dataclass(slots=True)
@@ -144,15 +150,15 @@ def _fill(
             value_type, described.strings[name] = "string", plain[node.index]
         elif node.kind == _state.PLAIN and plain[node.index] is not None:
             value_type = "scalar"
-            _write_array(directory, name, np.asarray(plain[node.index]), ocdbt=ocdbt)
+            value = np.asarray(plain[node.index])
+            _write_array(directory, name, (), iter([((), value)]), ocdbt=ocdbt)
         elif node.kind == _state.ARRAY:
             leaf = leaves[node.index]
-            array = np.asarray(leaf.read())
-            size_bytes += array.nbytes
             value_type = "np.ndarray"
             if leaf.framework.startswith(_KEY):
-                described.keys.append(_key_entry(name, array.shape, leaf.framework[len(_KEY) :]))
-            _write_array(directory, name, array, ocdbt=ocdbt)
+                described.keys.append(_key_entry(name, leaf.shape, leaf.framework[len(_KEY) :]))
+            bands = leaf.bands(BAND_BYTES)
+            size_bytes += _write_array(directory, name, leaf.shape, bands, ocdbt=ocdbt)
         _describe(described, keys, value_type)
     _write_json(
         directory / "_METADATA",
@@ -196,34 +202,41 @@ def _key_entry(name: str, shape: tuple[int, ...], impl: str) -> Any:
     }
 
 
-def _write_array(directory: Path, name: str, array: Any, *, ocdbt: bool) -> None:
+def _write_array(
+    directory: Path,
+    name: str,
+    shape: tuple[int, ...],
+    bands: Iterator[tuple[tuple[int, ...], Any]],
+    *,
+    ocdbt: bool,
+) -> int:
+    """Write an array band by band, each of them a chunk; returns its bytes."""
     import tensorstore
 
-    shape = array.shape
-    height = 0
-    if shape:
-        row_bytes = math.prod(shape[1:]) * array.dtype.itemsize
-        height = max(1, min(shape[0], CHUNK_BYTES // max(1, row_bytes)))
     base = {"driver": "file", "path": f"{directory}/"}
     kvstore: dict[str, Any] = {"driver": "file", "path": f"{directory}/{name}/"}
     if ocdbt:
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-    spec = {
-        "driver": "zarr",
-        "kvstore": kvstore,
-        "metadata": {
-            "shape": list(shape),
-            "chunks": [height, *(max(1, size) for size in shape[1:])] if shape else [],
-            "compressor": {"id": "zstd", "level": 1},
-        },
-        "store_data_equal_to_fill_value": True,
-    }
-    store = tensorstore.open(
-        spec, create=True, open=True, dtype=tensorstore.dtype(array.dtype)
-    ).result()
-    for first in range(0, shape[0], height) if shape else (None,):
-        part = ... if first is None else slice(first, min(first + height, shape[0]))
-        store[part].write(array[part]).result()
+    store: Any = None
+    size_bytes = 0
+    for offsets, band in bands:
+        if store is None:
+            spec = {
+                "driver": "zarr",
+                "kvstore": kvstore,
+                "metadata": {
+                    "shape": list(shape),
+                    "chunks": [max(1, size) for size in band.shape],
+                    "compressor": {"id": "zstd", "level": 1},
+                },
+                "store_data_equal_to_fill_value": True,
+            }
+            dtype = tensorstore.dtype(band.dtype)
+            store = tensorstore.open(spec, create=True, open=True, dtype=dtype).result()
+        place = tuple(slice(o, o + n) for o, n in zip(offsets, band.shape, strict=True))
+        store[place].write(band).result()
+        size_bytes += band.nbytes
+    return size_bytes
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -3,21 +3,26 @@
 Knows what Orbax writes beside its arrays (``_METADATA`` and its companions) and how a checkpoint
 manager lays out steps and items. Does not use Orbax, only TensorStore, so that no array has to be
 in memory as a whole, and no pytree has to be there at all. Does not know mtckpt's tiers.
+
+A chunk of TensorStore's is read whole, and once. Where a row of them is more than can be in memory,
+the array becomes several boxes, each a strip of whole chunks.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mtckpt import _state
+from mtckpt._boxes import Box, whole
 from mtckpt._building import Pieced
 from mtckpt._dtypes import DTYPES
 from mtckpt._node import MAX_DEPTH
@@ -29,7 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Item", "find_steps", "read_step"]
 
-BAND_BYTES = 64 * 1024 * 1024
+BAND_BYTES = 32 * 1024 * 1024
+# An array of so many bands is read in larger ones.
+MAX_BANDS = 4096
 MAX_METADATA_BYTES = 256 * 1024 * 1024
 _METADATA = "_METADATA"
 _STRINGS = "_strings.json"
@@ -45,11 +52,16 @@ _ARRAYS = {"jax.Array": "jax", "np.ndarray": "numpy"}
 
 @dataclass(slots=True)
 class Item:
-    """What was read of a directory: arrays to come, the tree around them, and plain values."""
+    """What was read of a directory: arrays to come, the tree around them, and plain values.
+
+    Of an array that comes in several boxes, the first is where the tree says, and the others are
+    behind all arrays.
+    """
 
     arrays: list[Pieced] = field(default_factory=list)
     plain: list[Any] = field(default_factory=list)
     root: Node = field(default_factory=lambda: Node(_state.DICT, keys=[]))
+    boxes: list[Pieced] = field(default_factory=list)
 
 
 def find_steps(source: Path) -> dict[int | None, Path]:
@@ -90,21 +102,24 @@ def read_step(path: Path) -> Item:
     that mtckpt lacks.
     """
     item = Item()
+    item.root = _read_items(path, item)
+    item.arrays += item.boxes
+    return item
+
+
+def _read_items(path: Path, item: Item) -> Node:
     if (path / _METADATA).is_file():
-        item.root = _read_tree(path, (), item)
-        return item
+        return _read_tree(path, (), item)
     items = _items(path)
     if list(items) == ["default"]:
-        item.root = _read_tree(items["default"], (), item)
-        return item
+        return _read_tree(items["default"], (), item)
     children = []
     for name, part in items.items():
         if (part / _METADATA).is_file():
             children.append(_read_tree(part, (name,), item))
         else:
             children.append(_plain_tree(_read_json(part / "metadata"), item))
-    item.root = Node(_state.DICT, keys=list(items), children=children)
-    return item
+    return Node(_state.DICT, keys=list(items), children=children)
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -177,8 +192,9 @@ def _leaf(reader: _Reader, names: list[str], path: str, kind: str, item: Item) -
             state="nothing was written",
             actions=("save it from Orbax as an array or a plain number",),
         )
-    spec, pieces = reader.array(names, path, _ARRAYS[kind])
-    item.arrays.append(Pieced(path, spec, pieces))
+    first, *others = reader.array(names, path, _ARRAYS[kind])
+    item.arrays.append(first)
+    item.boxes += others
     return Node(_state.ARRAY, index=len(item.arrays) - 1)
 
 
@@ -208,9 +224,8 @@ class _Reader:
             raise Damaged("a number has a shape", leaf=".".join(names)[:200])
         return _read(store).item()
 
-    def array(
-        self, names: list[str], path: str, framework: str
-    ) -> tuple[ArraySpec, Callable[[], Any]]:
+    def array(self, names: list[str], path: str, framework: str) -> list[Pieced]:
+        """An array, or the boxes that it is read in."""
         store = self._open(names)
         dtype = store.dtype.numpy_dtype.name
         if dtype not in DTYPES:
@@ -222,8 +237,19 @@ class _Reader:
             )
         impl = self._impls.get(".".join(names))
         framework = framework if impl is None else f"jax.key.{impl}"
+        shape = tuple(store.shape)
         _check_memory(store, path)
-        return ArraySpec(dtype, tuple(store.shape), framework), lambda: _bands(self._open(names))
+        strips = _strips(store)
+        specs = [ArraySpec(dtype, box.shape, framework, box.offsets, shape) for box in strips]
+        if len(strips) == 1:
+            specs = [ArraySpec(dtype, shape, framework)]
+        return [
+            Pieced(path, spec, functools.partial(self._pieces, names, box))
+            for spec, box in zip(specs, strips, strict=True)
+        ]
+
+    def _pieces(self, names: list[str], strip: Box) -> Iterator[memoryview]:
+        return _bands(self._open(names), strip)
 
     def _open(self, names: list[str]) -> Any:
         import tensorstore
@@ -242,34 +268,57 @@ class _Reader:
             raise Damaged(f"an array cannot be opened: {error}", path=name[:200]) from error
 
 
-def _bands(store: Any) -> Iterator[memoryview]:
-    """The bytes of an array in C order: rows of whole chunks, as many as make up a band."""
+def _bands(store: Any, strip: Box) -> Iterator[memoryview]:
+    """The bytes of a strip in C order, a tile at a time."""
     import numpy as np
 
-    shape = tuple(store.shape)
-    if not math.prod(shape):
+    if strip.is_empty:
         return
-    axis, height = _cut(store)
-    for outer in itertools.product(*map(range, shape[:axis])):
-        part = store[outer] if outer else store
-        for first in range(0, shape[axis] if shape else 1, height):
-            rows = part[first : min(first + height, shape[axis])] if shape else part
-            yield np.ascontiguousarray(_read(rows)).reshape(-1).view(np.uint8).data
+    tile, axis = _tile(store)
+    ends = tuple(map(int.__add__, strip.offsets, strip.shape))
+    rest = tuple(map(slice, strip.offsets[axis + 1 :], ends[axis + 1 :]))
+    for position in itertools.product(*map(range, strip.shape[:axis])):
+        for first in range(0, ends[axis], tile[axis]) if ends else (0,):
+            rows = (slice(first, min(first + tile[axis], ends[axis])),) if ends else ()
+            part = store[(*position, *rows, *rest)]
+            yield np.ascontiguousarray(_read(part)).reshape(-1).view(np.uint8).data
 
 
-def _cut(store: Any) -> tuple[int, int]:
-    """The axis along which an array is cut, and how many rows of it are read at a time.
+def _tile(store: Any) -> tuple[tuple[int, ...], int]:
+    """As many whole chunks as make up a band, along the last axes first; and its first long axis.
 
-    The first one, or the next if it has one row a chunk and those are too large: chunks are read
-    whole, and none of them twice.
+    Tiles follow one another in C order along that axis and those before it.
     """
     shape, chunk = tuple(store.shape), _chunk_of(store)
-    axis, rows_bytes = 0, 0
-    for axis in range(len(shape)):
-        rows_bytes = chunk[axis] * math.prod(shape[axis + 1 :]) * store.dtype.numpy_dtype.itemsize
-        if rows_bytes <= BAND_BYTES or chunk[axis] > 1:
+    item_bytes = store.dtype.numpy_dtype.itemsize
+    band_bytes = max(BAND_BYTES, math.prod(shape) * item_bytes // MAX_BANDS)
+    tile = list(chunk)
+    for axis in reversed(range(len(shape))):
+        row_bytes = math.prod(tile) * item_bytes
+        tile[axis] = min(shape[axis], chunk[axis] * max(1, band_bytes // row_bytes))
+        if tile[axis] < shape[axis]:
             break
-    return axis, chunk[axis] * max(1, BAND_BYTES // max(1, rows_bytes)) if shape else 1
+    long = next((axis for axis, length in enumerate(tile) if length > 1), len(tile) - 1)
+    return tuple(tile), long
+
+
+def _strips(store: Any) -> list[Box]:
+    """An array as boxes that are as wide as a tile: one, where tiles have all of its last axes."""
+    shape = tuple(store.shape)
+    if not math.prod(shape):
+        return [whole(shape)]
+    tile, axis = _tile(store)
+    corners = [range(0, size, step) for size, step in zip(shape, tile, strict=True)][axis + 1 :]
+    return [
+        Box(
+            (*([0] * len(shape[: axis + 1])), *corner),
+            (
+                *shape[: axis + 1],
+                *map(min, tile[axis + 1 :], map(int.__sub__, shape[axis + 1 :], corner)),
+            ),
+        )
+        for corner in itertools.product(*corners)
+    ]
 
 
 def _chunk_of(store: Any) -> tuple[int, ...]:
@@ -280,12 +329,10 @@ def _chunk_of(store: Any) -> tuple[int, ...]:
 def _check_memory(store: Any, path: str) -> None:
     """Raise FormatError where no read can be made: a few bytes of metadata can claim any chunk, and
     TensorStore ends the process that has no memory for one."""
-    shape, item_bytes = tuple(store.shape), store.dtype.numpy_dtype.itemsize
-    if not math.prod(shape):
+    if not math.prod(store.shape):
         return
-    axis, height = _cut(store)
-    rows_bytes = min(height, shape[axis]) * math.prod(shape[axis + 1 :]) if shape else 1
-    needed_bytes = max(rows_bytes, math.prod(_chunk_of(store))) * item_bytes
+    tile, _ = _tile(store)
+    needed_bytes = math.prod(tile) * store.dtype.numpy_dtype.itemsize
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed_bytes > memory_bytes // 2:
         raise FormatError(
