@@ -175,11 +175,11 @@ class Saver:
         room_bytes = free_bytes + _bytes_below(os.path.join(path, self.run.key))
         return Needs(size_bytes - shared_bytes, shared_bytes, slots, room_bytes)
 
-    def _finish(self, writing: _writing.Writing, save: Save, grant: protocol.SlotGrant) -> None:
+    def _finish(self, writing: _writing.Writing, save: Save, grant: protocol.SlotGrant) -> bytes:
         """In the background: wait for what devices still copy. Raises CaptureFailed."""
         self._leaving = True
         try:
-            writing.finish()
+            return writing.finish()
         except Exception as error:  # noqa: BLE001 - raised again, named
             # Here, too; the error is then told of the save.
             self.steps.discard(save.step)

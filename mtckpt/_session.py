@@ -226,12 +226,13 @@ class Session:
         seal: protocol.Seal,
         save: Save,
         after: Callable[[], None],
-        finish: Callable[[], None] | None = None,
+        finish: Callable[[], bytes] | None = None,
     ) -> None:
         """Hand a captured slot over, in the background. ``after`` runs once a next one is known.
 
-        ``finish`` runs before, where not all bytes are in the slot yet; what it raises
-        (CheckpointError) is told of the save, which is then not handed over.
+        ``finish`` runs before, where not all bytes are in the slot yet; what it returns is
+        ``Seal.left``, what it raises (CheckpointError) is told of the save, which is then not
+        handed over.
         """
         self._saves[save.id] = save
         self._start_threads()
@@ -258,11 +259,11 @@ class Session:
         seal: protocol.Seal,
         save: Save,
         after: Callable[[], None],
-        finish: Callable[[], None] | None,
+        finish: Callable[[], bytes] | None,
     ) -> None:
         try:
             if finish is not None:
-                finish()
+                seal = msgspec.structs.replace(seal, left=finish())
             sealed = self.call("seal", seal, protocol.Sealed)
         except CheckpointError as error:
             self._tell(save, failed={"ram": error})

@@ -28,7 +28,7 @@ import msgspec
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128_digest, xxh3_128_hexdigest
 
 from mtckpt._dtypes import DTYPES, size_bytes_of
-from mtckpt.errors import Damaged, FormatTooNew, UnsupportedState
+from mtckpt.errors import Damaged, FormatError, FormatTooNew, UnsupportedState
 
 __all__ = [
     "CHUNK_BYTES",
@@ -342,6 +342,15 @@ class Table:
         ):
             raise Damaged("digest table is not of this shard, or the shard's header is damaged")
         return Table(header_digest, generation, view[TABLE_HEADER.size :].cast("Q"))
+
+    @staticmethod
+    def is_of(data: bytes | memoryview, layout: ShardLayout) -> bool:
+        """Whether it is the table of a shard of this layout, of whichever save."""
+        try:
+            Table.parse(data, layout)
+        except FormatError:
+            return False
+        return True
 
 
 def header_digest(header: bytes) -> str:

@@ -38,10 +38,14 @@ from mtckpt._crash import crash_point
 from mtckpt._manifest import Record, SaveName
 from mtckpt._room import check_room, ram_full
 from mtckpt._run_files import is_there, size_bytes_at, unlink
+from mtckpt._shard import Table
 from mtckpt._source import Mapped
 from mtckpt.errors import AlreadyExists, Damaged, FormatError, ObjectNotFound, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mtckpt._left import Left, Looked
     from mtckpt._run_files import RunFiles
     from mtckpt.tiers.local import LocalTier
 
@@ -119,9 +123,19 @@ class Slots:
             return self._slot(run_key, slot_id, slots_fd)
 
     def seal(
-        self, run_key: str, slot_id: str, inode: int, name: SaveName, rank: int, *, verify: bool
+        self,
+        run_key: str,
+        slot_id: str,
+        inode: int,
+        name: SaveName,
+        rank: int,
+        *,
+        verify: bool,
+        left: Left | None = None,
     ) -> tuple[Record, bool]:
         """Turn a captured slot into the shard of ``rank``; also True if it was one already.
+
+        All of its data is read, or the chunks that were ``left`` as they lay there, or none.
 
         Raises:
             Damaged, FormatTooNew: what lies in the slot is not that shard; the slot is freed.
@@ -133,7 +147,8 @@ class Slots:
             if (record := self._sealed_before(run_key, inode, name, rank)) is not None:
                 return record, True
             try:
-                record = self._check_captured(run_key, slot_id, inode, name, rank, slots_fd, verify)
+                with self._captured(run_key, slot_id, inode, slots_fd) as fd:
+                    record = self._check(slot_id, fd, name, rank, slots_fd, verify, left)
             except FormatError:
                 self._free(slot_id, slots_fd)
                 raise
@@ -342,57 +357,76 @@ class Slots:
             self._files.read(dir_fd, name, _manifest.MAX_RECORD_BYTES), Record
         )
 
-    def _check_captured(
+    @contextlib.contextmanager
+    def _captured(self, run_key: str, slot_id: str, inode: int, slots_fd: int) -> Iterator[int]:
+        """The data of a slot, open. ObjectNotFound if it is not there, or another file."""
+        key = f"{run_key}/{DIRECTORY}/{slot_id}"
+        try:
+            fd = self._files.open(slots_fd, _slot_file(slot_id, DATA))
+        except FileNotFoundError as error:
+            raise ObjectNotFound(f"no slot {slot_id}", tier=self._tier.name, key=key) from error
+        try:
+            if (found := os.fstat(fd).st_ino) != inode:
+                raise ObjectNotFound(
+                    f"slot {slot_id} is another file by now",
+                    tier=self._tier.name, key=key, inode=found, wanted_inode=inode,
+                )  # fmt: skip
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _check(
         self,
-        run_key: str,
         slot_id: str,
-        inode: int,
+        fd: int,
         name: SaveName,
         rank: int,
         slots_fd: int,
         verify: bool,
+        left: Left | None,
     ) -> Record:
         """The record of a slot whose three files belong together and are that shard."""
         try:
-            fd = self._files.open(slots_fd, _slot_file(slot_id, DATA))
+            record = self._read_record(slots_fd, _slot_file(slot_id, RECORD))
+            table_data = self._files.read(slots_fd, _slot_file(slot_id, TABLE), MAX_TABLE_BYTES)
         except FileNotFoundError as error:
-            raise ObjectNotFound(
-                f"no slot {slot_id}",
-                tier=self._tier.name,
-                key=f"{run_key}/{DIRECTORY}/{slot_id}",
+            raise Damaged(
+                f"slot {slot_id} lacks a file: {error.filename}", slot_id=slot_id
             ) from error
-        try:
-            info = os.fstat(fd)
-            if info.st_ino != inode:
-                raise ObjectNotFound(
-                    f"slot {slot_id} is another file by now",
-                    tier=self._tier.name,
-                    key=f"{run_key}/{DIRECTORY}/{slot_id}",
-                    inode=info.st_ino,
-                    wanted_inode=inode,
-                )
-            try:
-                record = self._read_record(slots_fd, _slot_file(slot_id, RECORD))
-                table_data = self._files.read(slots_fd, _slot_file(slot_id, TABLE), MAX_TABLE_BYTES)
-            except FileNotFoundError as error:
-                raise Damaged(
-                    f"slot {slot_id} lacks a file: {error.filename}", slot_id=slot_id
-                ) from error
-            _inventory.check_record(record, name, rank)
-            header = _shard.read_header(fd, info.st_size)
-            if not verify:
-                # Its trainer lives and planned that header: the digests tell that it is the one.
-                _inventory.check_digests(record, header, info.st_size, table_data)
-            else:
-                layout, table = _inventory.check_identity(record, header, info.st_size, table_data)
-                reader = Mapped(fd, info.st_size)
-                try:
-                    _shard.verify_mapped(layout, table, reader.window(0, info.st_size))
-                finally:
-                    reader.close()
+        _inventory.check_record(record, name, rank)
+        size_bytes = os.fstat(fd).st_size
+        header = _shard.read_header(fd, size_bytes)
+        if not (verify or left):
+            # Its trainer lives and planned that header: the digests tell that it is the one.
+            _inventory.check_digests(record, header, size_bytes, table_data)
             return record
-        finally:
-            os.close(fd)
+        layout, table = _inventory.check_identity(record, header, size_bytes, table_data)
+        with contextlib.closing(Mapped(fd, size_bytes)) as reader:
+            view = reader.window(0, size_bytes)
+            if verify:
+                _shard.verify_mapped(layout, table, view)
+            elif left:
+                left.check(layout, table.digests, view)
+        return record
+
+    def look_ahead(
+        self, run_key: str, slot_id: str, inode: int, left: bytes, looked: Looked
+    ) -> None:
+        """Look at chunks of a slot that is given out, before it is captured into again.
+
+        Nothing comes of a slot that is being captured into, or is gone.
+        """
+        with (
+            contextlib.suppress(FormatError, ObjectNotFound),
+            self._files.directory(run_key, DIRECTORY) as slots_fd,
+            self._captured(run_key, slot_id, inode, slots_fd) as fd,
+        ):
+            data = self._files.read(slots_fd, _slot_file(slot_id, TABLE), MAX_TABLE_BYTES)
+            size_bytes = os.fstat(fd).st_size
+            layout = _shard.parse_layout(_shard.read_header(fd, size_bytes), size_bytes)
+            table = Table.parse(data, layout)
+            with contextlib.closing(Mapped(fd, size_bytes)) as reader:
+                looked.look(layout, table.digests, reader.window(0, size_bytes), left)
 
     def _sealed_before(self, run_key: str, inode: int, name: SaveName, rank: int) -> Record | None:
         """The record, if this very slot is that shard already. AlreadyExists if another one is."""

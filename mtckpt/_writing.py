@@ -58,23 +58,28 @@ class Writing:
         self._keep = captured  # the arrays, for as long as they are read
         self._draft = _draft(captured.plan, identity, plain, due, metrics, every)
         table = slot.table.view
-        generation_at = _shard.GENERATION_OFFSET
-        table[generation_at : generation_at + 8] = bytes(8)
+        is_known = Table.is_of(table, layout)
+        # The digests of a shard whose bytes change say nothing of them any more.
+        table[: _shard.TABLE_HEADER.size] = bytes(_shard.TABLE_HEADER.size)
         # Every time: since this process last had the slot, another rank may have had it.
         slot.data.view[: layout.data_start] = layout.header
         self._digests = table[_shard.TABLE_HEADER.size :].cast("Q")
         self._capture = engine.capture(
-            captured.sources, captured.plan.spans, slot.data.address, self._digests, mode
-        )
+            captured.sources, captured.plan.spans, slot.data.address, self._digests, mode,
+            is_known=is_known,
+        )  # fmt: skip
         self.is_captured = self._capture.is_captured
         self.is_done = self._capture.is_done
 
     @collector_paused()
-    def finish(self) -> None:
-        """Raises what the capture does, TierFull for the record."""
+    def finish(self) -> bytes:
+        """Which chunks were left as they lay in the slot, a bit each: nobody has looked at them.
+
+        Raises what the capture does, TierFull for the record.
+        """
         layout = self._keep.plan.layout
         table = self._slot.table.view
-        self._capture.finish(self._digests)
+        left = self._capture.finish(self._digests)
         crash_point("capture.copied")
         header = Table.header(layout, _manifest.generation_of(self._identity.save_id))
         table_digest = xxh3_128(header)
@@ -85,6 +90,7 @@ class Writing:
         at = _shard.GENERATION_OFFSET
         table[: len(header)] = header[:at] + bytes(8) + header[at + 8 :]
         table[at : at + 8] = header[at : at + 8]
+        return left
 
 
 def _draft(

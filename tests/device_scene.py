@@ -77,10 +77,16 @@ class Scene:
             self.engine.register(self.mapping.address, self.end)
         return self.mapping
 
-    def capture(self, mode: CaptureMode = "auto") -> tuple[Any, memoryview]:
-        digests = memoryview(bytearray(8 * self.num_chunks)).cast("Q")
+    def capture(
+        self, mode: CaptureMode = "auto", known: memoryview | None = None
+    ) -> tuple[Any, memoryview]:
+        """Also gives the digests: those of what lies in the slot, ``known``, or new ones."""
+        digests = memoryview(bytearray(8 * self.num_chunks)).cast("Q") if known is None else known
         base = self.slot().address
-        return self.engine.capture(self.sources, self.spans, base, digests, mode), digests
+        capture = self.engine.capture(
+            self.sources, self.spans, base, digests, mode, is_known=known is not None
+        )
+        return capture, digests
 
     def check(self, values: Sequence[bytes], digests: memoryview) -> None:
         data = self.path.read_bytes()

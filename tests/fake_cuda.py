@@ -65,6 +65,7 @@ class FakeCuda:
         self._library.fake_adopt.argtypes = [u64, u64, ctypes.c_int]
         self._library.fake_capture.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         self._library.fake_log.argtypes = [text, u64]
+        self._library.fake_copied_out.restype = u64
 
     def reset(self, num_devices: int = 2) -> None:
         """Forget everything; drivers, addresses and handles from before are not to be used."""
@@ -88,6 +89,10 @@ class FakeCuda:
     def flip(self, *, skip: int = 0) -> None:
         """Change a bit in a copy between host and device, the one after ``skip`` others."""
         self._library.fake_flip(skip)
+
+    def copied_out(self) -> int:
+        """Bytes that were to leave devices since the last time this was asked."""
+        return int(self._library.fake_copied_out())
 
     def adopt(self, address: int, size_bytes: int, ordinal: int = 0) -> None:
         """Let memory of an array count as a device's, until ``disown`` or ``reset``."""

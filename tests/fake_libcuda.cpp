@@ -45,7 +45,6 @@ const std::map<int, const char *> NAMES = {
 struct Stream;
 struct Context {
     int ordinal, holders = 0;
-    std::vector<std::shared_ptr<struct Mark>> barriers;
 };
 // What an event stands for after it was recorded: done when every stream came past its part of it.
 struct Mark {
@@ -92,6 +91,7 @@ int num_devices = 2, mode = 1, sticky = OK, capability = 90;
 long pid_of_init = 0;
 u64 random_state = 1, total_bytes = 80ull << 30;
 int flip_after = -1;
+u64 copied_out = 0;
 std::map<int, Context> contexts;
 std::map<u64, Region> regions;
 std::set<Stream *> streams;
@@ -241,8 +241,6 @@ int unsafe_while_capturing() {
 
 Stream *new_stream(Context *context) {
     Stream *stream = new Stream{context, {}};
-    for (const Marked &mark : context->barriers)
-        if (mark->remaining) stream->queue.push_back({nullptr, mark, nullptr});
     streams.insert(stream);
     return stream;
 }
@@ -286,6 +284,7 @@ int copy_async(u64 target, u64 source, u64 size, void *handle, bool to_device, b
     NEED(!to_device || on_device(target, size), INVALID_VALUE);
     NEED(!from_device || on_device(source, size), INVALID_VALUE);
     const u64 host = to_device ? source : target;
+    if (!to_device) copied_out += size;
     const bool only_device = to_device && from_device, is_pinned = !only_device && pinned(host, size);
     NEED(only_device || !on_device(host, 1), INVALID_VALUE);
     const int code = enqueue(stream, {[=] { copy_now(target, source, size, to_device, from_device, is_pinned); },
@@ -411,12 +410,6 @@ API int cuCtxPopCurrent_v2(Context **context) {
     NEED_CONTEXT;
     *context = stack.back();
     stack.pop_back();
-    return OK;
-}
-
-API int cuCtxGetCurrent(Context **context) {
-    ENTER("cuCtxGetCurrent");
-    *context = stack.empty() ? nullptr : stack.back();
     return OK;
 }
 
@@ -634,39 +627,6 @@ API int cuEventSynchronize(Event *event) {
     return sticky;
 }
 
-namespace {
-int no_capture_in(Context *context) {
-    int code = OK;
-    for (Stream *stream : all_streams(context))
-        if (stream->capture) {
-            stream->capture = 2;
-            code = CAPTURE_UNSUPPORTED;
-        }
-    return code;
-}
-}  // namespace
-
-API int cuCtxRecordEvent(Context *context, Event *event) {
-    ENTER("cuCtxRecordEvent");
-    NEED(context && context->holders > 0, INVALID_CONTEXT);
-    NEED(events.count(event) && event->context == context, INVALID_HANDLE);
-    if (int code = no_capture_in(context)) return code;
-    return record(event, all_streams(context));
-}
-
-API int cuCtxWaitEvent(Context *context, Event *event) {
-    ENTER("cuCtxWaitEvent");
-    NEED(context && context->holders > 0, INVALID_CONTEXT);
-    NEED(events.count(event), INVALID_HANDLE);
-    if (int code = no_capture_in(context)) return code;
-    if (!event->mark) return OK;
-    context->barriers.push_back(event->mark);
-    for (Stream *stream : all_streams(context))
-        stream->queue.push_back({nullptr, event->mark, nullptr});
-    progress();
-    return sticky;
-}
-
 API int cuMemcpyDtoHAsync_v2(void *target, u64 source, size_t size, void *stream) {
     ENTER("cuMemcpyDtoHAsync_v2");
     return copy_async(u64(target), source, size, stream, false, true);
@@ -821,6 +781,14 @@ API void fake_fail(const char *call, int code, int skip, int times) {
 API void fake_flip(int skip) {
     std::lock_guard<std::recursive_mutex> held(lock);
     flip_after = skip;
+}
+
+// Bytes that were to be copied from devices to the host since the last time this was asked.
+API u64 fake_copied_out() {
+    std::lock_guard<std::recursive_mutex> held(lock);
+    const u64 found = copied_out;
+    copied_out = 0;
+    return found;
 }
 
 // Host memory of somebody else that counts as a device's from now on; size 0: no longer.

@@ -49,5 +49,6 @@ BUGS = (
     *tiers.RESTORE,
     *stores.STORES,
     *devices.ORDER,
+    *devices.LEFT,
     *devices.FAULTS,
 )

@@ -15,8 +15,8 @@ SLOTS = (
     Bug(
         "sealed-without-looking-at-the-inode",
         "_slots.py",
-        "            if info.st_ino != inode:",
-        "            if not info.st_ino:",
+        "            if (found := os.fstat(fd).st_ino) != inode:",
+        "            if not (found := os.fstat(fd).st_ino):",
         ("test_slots.py::test_seal_refuses_another_file_under_the_name_of_the_slot",),
     ),
     Bug(

@@ -6,6 +6,7 @@ from planted_bug import Bug
 
 _FAULTS = "capture/test_cuda_faults.py::"
 _RUNS = "capture/test_device_runs.py::"
+_LEFT = "capture/test_left_on_devices.py::"
 
 ORDER = (
     Bug(
@@ -42,6 +43,54 @@ ORDER = (
         "        scope.engine.settle(_targets(parts, repeats))  # in this thread; others read\n",
         "",
         (f"{_RUNS}test_a_restore_waits_for_what_its_caller_had_put_on_the_device",),
+    ),
+)
+
+LEFT = (
+    Bug(
+        "left-though-its-digest-is-another",
+        "capture/windows.py",
+        "    rows = np.flatnonzero(is_wanted) + cut[0].first\n",
+        "    rows = np.flatnonzero(is_wanted)[1:] + cut[0].first\n",
+        (f"{_LEFT}test_bytes_are_right_whatever_has_changed",),
+    ),
+    Bug(
+        "changed-chunk-copied-from-another-window",
+        "capture/draining.py",
+        "source = self.at[number] + part.begin - self.cut[number].begin",
+        "source = self.at[0] + part.begin - self.cut[0].begin",
+        (f"{_LEFT}test_bytes_are_right_whatever_has_changed",),
+    ),
+    Bug(
+        "digests-vouch-for-what-was-written-by-half",
+        "_writing.py",
+        "        table[: _shard.TABLE_HEADER.size] = bytes(_shard.TABLE_HEADER.size)\n",
+        "        table[40:48] = bytes(8)\n",
+        (f"{_RUNS}test_digests_of_a_slot_that_was_written_by_half_say_nothing",),
+    ),
+    Bug(
+        "what-was-left-is-not-looked-at",
+        "_slots.py",
+        "                left.check(layout, table.digests, view)\n",
+        "                left.size_bytes = len(view)\n",
+        (
+            f"{_RUNS}test_a_bit_that_flipped_in_what_was_left_is_found",
+            "test_left.py::test_a_seal_looks_at_what_was_left",
+        ),
+    ),
+    Bug(
+        "looked-at-with-another-digest",
+        "_left.py",
+        "            if digests[chunk] == looked.digests[chunk]:\n",
+        "            if looked.sound[chunk]:\n",
+        ("test_left.py::test_what_was_looked_at_and_is_to_have_another_digest_is_read",),
+    ),
+    Bug(
+        "word-of-who-looked-ahead-taken-twice",
+        "agent/carry.py",
+        "self._looked.pop(command.inode, None)",
+        "self._looked.get(command.inode)",
+        ("test_left.py::test_a_seal_takes_the_word_of_who_looked_ahead_once",),
     ),
 )
 

@@ -244,7 +244,7 @@ CAPTURE = (
     Bug(
         "word-of-the-last-capture-kept",
         "_writing.py",
-        "        table[generation_at : generation_at + 8] = bytes(8)\n",
+        "        table[: _shard.TABLE_HEADER.size] = bytes(_shard.TABLE_HEADER.size)\n",
         "",
         ("test_guards.py::test_a_capture_cut_short_is_no_finished_one",),
     ),

@@ -147,7 +147,7 @@ def test_what_is_no_longer_tied_is_stored_twice(make: Any) -> None:
 
 
 class _Fails(CpuEngine):
-    def capture(self, *_: Any) -> Any:
+    def capture(self, *_: Any, **__: Any) -> Any:
         raise MemoryError("while the state is copied")
 
 

@@ -378,7 +378,6 @@ def main() -> None:
             "device": driver.device_name(0),
             "cuda": driver.version(),
             "multiprocessors": driver.num_multiprocessors(0),
-            "context_events": driver.has_context_events,
             "load_ms": round(bench.load_ms, 1),
         }
         figure("machine", lambda: machine)

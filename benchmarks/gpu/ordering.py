@@ -25,12 +25,8 @@ def figures(driver: Driver) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]
     if not torch.cuda.is_available():
         return
     yield "contexts and pointers", lambda: _contexts(driver, torch)
-    yield "an event of all streams", lambda: _record_all(driver, torch)
-    yield "all streams wait for an event", lambda: _wait_all(driver, torch)
     yield "what calls cost", lambda: _calls(driver, torch)
     yield "other threads while a graph is captured", lambda: _beside_capture(driver, torch)
-    yield "an event of all streams while a graph is captured", lambda: _in_capture(driver, torch)
-    yield "after all that", lambda: _record_all(driver, torch)
 
 
 def _contexts(driver: Driver, torch: Any) -> dict[str, Any]:
@@ -59,61 +55,6 @@ def _contexts(driver: Driver, torch: Any) -> dict[str, Any]:
     return found
 
 
-def _record_all(driver: Driver, torch: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, stream in (("default", torch.cuda.default_stream()), ("side", torch.cuda.Stream())):
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(BUSY_CYCLES)
-        event = driver.event()
-        started = time.perf_counter()
-        driver.record_all(event)
-        found[f"{name}_call_us"] = round((time.perf_counter() - started) * 1e6, 1)
-        found[f"{name}_waited_for"] = not driver.event_done(event)
-        driver.event_synchronize(event)
-        found[f"{name}_done_with_it"] = stream.query()
-        # Work that comes after the event does not hold it up.
-        driver.record_all(event)
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(BUSY_CYCLES)
-        driver.event_synchronize(event)
-        found[f"{name}_later_work_not_waited_for"] = not stream.query()
-        torch.cuda.synchronize()
-        driver.destroy_event(event)
-    return found
-
-
-def _wait_all(driver: Driver, torch: Any) -> dict[str, Any]:
-    torch.cuda.synchronize()
-    ours = driver.stream()
-    side = torch.cuda.Stream()
-    event = driver.event()
-    with torch.cuda.stream(torch.cuda.ExternalStream(ours)):
-        torch.cuda._sleep(BUSY_CYCLES)
-    driver.record(event, ours)
-    started = time.perf_counter()
-    driver.wait_all(event)
-    found: dict[str, Any] = {"call_us": round((time.perf_counter() - started) * 1e6, 1)}
-    late = torch.cuda.Stream()
-    streams = {"default": torch.cuda.default_stream(), "side": side, "made_later": late}
-    own = driver.stream()
-    marks = {}
-    for name, stream in streams.items():
-        with torch.cuda.stream(stream):
-            torch.zeros(8, device="cuda").add_(1)
-            marks[name] = torch.cuda.Event()
-            marks[name].record(stream)
-    last = driver.event()
-    driver.record(last, own)
-    time.sleep(0.005)
-    found["still_busy"] = not driver.event_done(event)
-    found |= {f"{name}_waits": not mark.query() for name, mark in marks.items()}
-    found["our_other_stream_waits"] = not driver.event_done(last)
-    torch.cuda.synchronize()
-    found["all_done"] = all(mark.query() for mark in marks.values())
-    return found
-
-
 def _calls(driver: Driver, torch: Any) -> dict[str, Any]:
     """Microseconds a call, from Python, with nothing under way."""
     torch.cuda.synchronize()
@@ -133,8 +74,6 @@ def _calls(driver: Driver, torch: Any) -> dict[str, Any]:
         "capturing": lambda: driver.capturing(stream),
         "ordinal_of": lambda: driver.ordinal_of(there),
         "to_host": lambda: driver.to_host(host, there, 4096, stream),
-        "record_all": lambda: driver.record_all(event),
-        "wait_all": lambda: driver.wait_all(event),
         "memory": driver.memory,
     }
     found = {}
@@ -231,21 +170,3 @@ def _beside_capture(driver: Driver, torch: Any) -> dict[str, Any]:
 
     found["capturing"] = {**_spoils(torch, asked, in_thread=False), "is": capturing}
     return found
-
-
-def _in_capture(driver: Driver, torch: Any) -> dict[str, Any]:
-    event = driver.event()
-
-    def recorded() -> None:
-        with driver.current(0), driver.relaxed():
-            driver.record_all(event)
-
-    def waited() -> None:
-        with driver.current(0), driver.relaxed():
-            driver.wait_all(event)
-
-    return {
-        "record_all, other thread": _spoils(torch, recorded),
-        "wait_all, other thread": _spoils(torch, waited),
-        "record_all, same thread": _spoils(torch, recorded, in_thread=False),
-    }

@@ -12,24 +12,25 @@ import logging
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from mtckpt import _inventory, _transfer, _twins
+from mtckpt._left import Left, Looked
 from mtckpt._manifest import SaveName
 from mtckpt._room import check_room
 from mtckpt._slots import Slot, SlotFinding, Slots
 from mtckpt.agent import work
+from mtckpt.agent.configs import read_configs
 from mtckpt.agent.findings import save_scan, slot_scan
 from mtckpt.agent.places import close_place, open_place, without_cap
 from mtckpt.errors import (
     AccessDenied,
     AlreadyExists,
     CheckpointError,
-    Damaged,
-    FormatError,
     ObjectNotFound,
     TierUnavailable,
     UsageError,
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 PROGRESS_INTERVAL_S = 0.1
 # Longer than any upload that somebody still goes on with.
 OLD_UPLOAD_S = 7 * 86400.0
+MAX_LOOKED = 64  # slots of which something is known: many more than ranks
 Report = Callable[[work.Progress], None]
 
 
@@ -61,10 +63,12 @@ class Carrier:
         self._places: dict[work.TierRef, tuple[Place, RunFiles | None]] = {}
         self._run_locks: dict[tuple[str, str], threading.Lock] = {}
         self._peer_server: PeerServer | None = None
+        self._looked: OrderedDict[int, Looked] = OrderedDict()  # by the inode of a slot
         self._table: dict[type, Callable[..., work.Result]] = {
             work.Ping: lambda _: work.Pong(os.getpid()),
             work.Allocate: self._allocate,
             work.SealSlot: self._seal,
+            work.LookAhead: self._look_ahead,
             work.ReadRoots: self._roots,
             work.Recycle: self._recycle,
             work.Free: self._free,
@@ -152,6 +156,10 @@ class Carrier:
 
     def _seal(self, command: work.SealSlot) -> work.SealedSlot:
         name = _save_name(command.save)
+        looked = self._looked.pop(command.inode, None)
+        if looked is not None:
+            looked.over = True
+        left = Left(command.left, looked)
         with self._run_lock(command.tier, command.run_key):
             record, again = self._slots(command.tier).seal(
                 command.run_key,
@@ -160,6 +168,7 @@ class Carrier:
                 name,
                 command.rank,
                 verify=command.verify,
+                left=left,
             )
         return work.SealedSlot(
             save=command.save,
@@ -176,7 +185,17 @@ class Carrier:
             plan_digest=record.plan_digest,
             again=again,
             twins=_twins_of(record),
+            left_bytes=left.size_bytes,
         )
+
+    def _look_ahead(self, command: work.LookAhead) -> work.Looked:
+        looked = self._looked[command.inode] = Looked()
+        while len(self._looked) > MAX_LOOKED:
+            self._looked.popitem(last=False)
+        self._slots(command.tier).look_ahead(
+            command.run_key, command.slot_id, command.inode, command.left, looked
+        )
+        return work.Looked(sum(looked.sound))
 
     def _roots(self, command: work.ReadRoots) -> work.Roots:
         tier, name = self._place(command.tier).tier, _save_name(command.save)
@@ -392,31 +411,7 @@ class Carrier:
         return work.Stored()
 
     def _read_configs(self, command: work.ReadRunConfigs) -> work.RunConfigs:
-        files = self._files(command.tier)
-        configs: list[work.RunConfig] = []
-        problems: list[str] = []
-        joins: dict[str, bytes] = {}
-        for key in files.run_keys():
-            try:
-                joins[key] = files.read_secret(key)
-            except ObjectNotFound:
-                pass  # its ranks are all on this node
-            except (Damaged, AccessDenied) as error:
-                problems.append(f"{key}: {error.what}")
-            try:
-                config = msgspec.json.decode(files.read_config(key), type=work.RunConfig)
-            except ObjectNotFound:
-                continue
-            except (Damaged, AccessDenied, FormatError) as error:
-                problems.append(f"{key}: {error.what}")
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                problems.append(f"{key}: {error}")
-            else:
-                if config.run_key != key or config.version > work.RUN_CONFIG_VERSION:
-                    problems.append(f"{key}: not a configuration that this version can use")
-                else:
-                    configs.append(config)
-        return work.RunConfigs(configs, problems, joins)
+        return read_configs(self._files(command.tier))
 
 
 class _Meter:

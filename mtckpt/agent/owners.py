@@ -96,6 +96,7 @@ class Owner:
     incarnation: int = 0
     incarnation_id: str = ""
     last_step: int = -1  # the newest that it sealed or called off in this incarnation
+    left: bytes = b""  # chunks that it left in the slot of its last save, a bit each
     pidfd: int = -1
     seen: bool = True
     # Known from a file of the agent before; it has not opened the run with this one yet.

@@ -188,7 +188,10 @@ class Slots(msgspec.Struct, frozen=True):
 
 
 class Seal(msgspec.Struct, frozen=True):
-    """The trainer has written data, table (generation word last) and the record into the slot."""
+    """The trainer has written data, table (generation word last) and the record into the slot.
+
+    ``left``: chunks that had these digests before, a bit each from the lowest on: not written.
+    """
 
     holder: str
     slot_id: str
@@ -196,6 +199,7 @@ class Seal(msgspec.Struct, frozen=True):
     save_id: Uuid
     step: Step
     due: list[str] = []
+    left: bytes = b""
 
 
 class WireError(msgspec.Struct, frozen=True):

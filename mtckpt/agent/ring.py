@@ -56,7 +56,7 @@ class Ring:
             slot = await self._obtain(run, owner)
             if slot is not None:
                 self._tools.start(self._fill_up(run, owner), f"slots of {run.key}")
-                return protocol.Slots(slot.grant())
+                return protocol.Slots(self._granted(run, owner, slot))
             if not looked_at_doubtful:
                 looked_at_doubtful = True
                 if await self._free_doubtful(run, owner):
@@ -82,7 +82,21 @@ class Ring:
         except CheckpointError as error:
             logger.warning("run %s: no slot for the next save: %s", run.key, error)
             return None
-        return slot.grant() if slot else None
+        return self._granted(run, owner, slot) if slot else None
+
+    def _granted(self, run: RunState, owner: Owner, slot: Slot) -> protocol.SlotGrant:
+        """What the owner left in its last slot it is likely to leave in this one."""
+        if owner.left:
+            self._tools.start(self._look_ahead(run, owner.left, slot), f"slot of {run.key}")
+        return slot.grant()
+
+    async def _look_ahead(self, run: RunState, left: bytes, slot: Slot) -> None:
+        command = work.LookAhead(run.ram, run.key, slot.slot_id, slot.inode, left)
+        try:
+            await self._tools.call(command, work.Looked, slot.shard_bytes)
+        except CheckpointError as error:
+            # Only a head start is lost: the seal looks at all that was left.
+            logger.debug("run %s: nothing was looked at ahead: %s", run.key, error)
 
     def _take_free(self, run: RunState, owner: Owner) -> Slot | None:
         if owner.is_out:
@@ -266,15 +280,23 @@ class Ring:
                     slot_id=message.slot_id,
                     inode=message.inode,
                 )
-            await self.seal_slot(run, slot, str(name), owner.rank, verify=False)
+            await self.seal_slot(run, slot, str(name), owner.rank, verify=False, left=message.left)
+            owner.left = message.left
         return str(name)
 
     async def seal_slot(
-        self, run: RunState, slot: Slot, name: str, rank: int, *, verify: bool
+        self,
+        run: RunState,
+        slot: Slot,
+        name: str,
+        rank: int,
+        *,
+        verify: bool,
+        left: bytes = b"",
     ) -> SaveState:
         """Make a shard of a captured slot. To be called under ``run.sealing``."""
         command = work.SealSlot(
-            run.ram, run.key, slot.slot_id, slot.inode, name, rank, verify=verify
+            run.ram, run.key, slot.slot_id, slot.inode, name, rank, verify=verify, left=left
         )
         try:
             sealed = await self._tools.call(command, work.SealedSlot, slot.shard_bytes)
@@ -286,6 +308,8 @@ class Ring:
         except CheckpointError:
             slot.doubtful = slot.refused = True
             raise
+        if sealed.left_bytes:
+            run.counters["left_bytes"] += sealed.left_bytes
         return self._note_sealed(run, slot, name, sealed)
 
     def _note_sealed(

@@ -20,12 +20,31 @@ from mtckpt._handshake import PeerAddress
 from mtckpt.agent.findings import Roots, RunScan, SaveScan, SlotScan
 from mtckpt.agent.protocol import WireError
 from mtckpt.agent.run_config import RUN_CONFIG_VERSION, Owner, RunConfig, ServedRun, TierRef
+from mtckpt.agent.slot_work import (
+    Allocate,
+    Free,
+    Freed,
+    LookAhead,
+    Looked,
+    Recycle,
+    Recycled,
+    SealedSlot,
+    SealSlot,
+    SlotFiles,
+)
 
 __all__ = [
     "RUN_CONFIG_VERSION",
+    "Allocate",
     "Command",
+    "Free",
+    "Freed",
+    "LookAhead",
+    "Looked",
     "Owner",
     "Progress",
+    "Recycle",
+    "Recycled",
     "Reply",
     "Request",
     "Result",
@@ -33,7 +52,10 @@ __all__ = [
     "RunConfig",
     "RunScan",
     "SaveScan",
+    "SealSlot",
+    "SealedSlot",
     "ServedRun",
+    "SlotFiles",
     "SlotScan",
     "TierRef",
     "place_of",
@@ -50,21 +72,6 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
     """-> Pong, whatever else the process is doing."""
 
 
-class Allocate(msgspec.Struct, frozen=True, tag=True):
-    """-> SlotFiles, or TierFull with nothing left behind. AlreadyExists: free that id first.
-    Given again, it frees what the process that died had made of that id.
-
-    The pages are reserved and charged to the agent, not faulted in: measured, that does not shorten
-    the trainer's first capture, whose own page tables are what costs.
-    """
-
-    tier: TierRef
-    run_key: str
-    slot_id: str
-    shard_bytes: int
-    table_bytes: int
-
-
 class ReadRoots(msgspec.Struct, frozen=True, tag=True):
     """-> Roots: of what a rank has stored and others hold too, ``boxes`` as in ``_twins``."""
 
@@ -73,41 +80,6 @@ class ReadRoots(msgspec.Struct, frozen=True, tag=True):
     save: str
     rank: int
     boxes: str
-
-
-class SealSlot(msgspec.Struct, frozen=True, tag=True):
-    """-> SealedSlot: the captured slot becomes the shard of ``rank`` in ``save``.
-
-    ``verify`` reads all data (the owner is dead, or the agent was). Repeating a seal that
-    succeeded is answered again. Damaged: the slot is freed and nothing is offered. AlreadyExists:
-    another slot was sealed as this shard; both are unchanged. ObjectNotFound: no such slot.
-    """
-
-    tier: TierRef
-    run_key: str
-    slot_id: str
-    inode: int
-    save: str
-    rank: int
-    verify: bool = False
-
-
-class Recycle(msgspec.Struct, frozen=True, tag=True):
-    """-> Recycled: the shard stops being one and its files are slot ``slot_id``, not zeroed."""
-
-    tier: TierRef
-    run_key: str
-    save: str
-    rank: int
-    slot_id: str
-
-
-class Free(msgspec.Struct, frozen=True, tag=True):
-    """-> Freed: the slot's files are gone. A slot that is not there is no error."""
-
-    tier: TierRef
-    run_key: str
-    slot_id: str
 
 
 class Scan(msgspec.Struct, frozen=True, tag=True):
@@ -268,6 +240,7 @@ Command: TypeAlias = (
     | Allocate
     | SealSlot
     | ReadRoots
+    | LookAhead
     | Recycle
     | Free
     | Scan
@@ -306,47 +279,6 @@ def place_of(command: Command) -> TierRef | None:
 
 class Pong(msgspec.Struct, frozen=True, tag=True):
     pid: int
-
-
-class SlotFiles(msgspec.Struct, frozen=True, tag=True):
-    """A slot and what a trainer opens. ``inode`` is the data file's; the record is empty."""
-
-    slot_id: str
-    inode: int
-    data_path: str
-    table_path: str
-    record_path: str
-    shard_bytes: int
-    table_bytes: int
-
-
-class SealedSlot(msgspec.Struct, frozen=True, tag=True):
-    """What the record says. ``again``: it was sealed before. ``twins`` as in ``_twins``."""
-
-    save: str
-    save_id: str
-    step: int
-    incarnation: int
-    incarnation_id: str
-    rank: int
-    world_size: int
-    size_bytes: int
-    due: list[str] = []
-    metrics: dict[str, float] = {}
-    aborted: str = ""
-    plan_digest: str = ""
-    again: bool = False
-    twins: dict[str, str] = {}
-
-
-class Recycled(msgspec.Struct, frozen=True, tag=True):
-    """``files`` is None while a reader holds a lease; nothing was changed then."""
-
-    files: SlotFiles | None
-
-
-class Freed(msgspec.Struct, frozen=True, tag=True):
-    freed_bytes: int
 
 
 class Scanned(msgspec.Struct, frozen=True, tag=True):
@@ -426,6 +358,7 @@ Result: TypeAlias = (
     Pong
     | SlotFiles
     | SealedSlot
+    | Looked
     | Recycled
     | Freed
     | Scanned

@@ -91,6 +91,8 @@ def serve(sock: socket.socket) -> None:
         "slots": _Lane("slots", 2, serve_one),  # renames and small files
         "room": _Lane("room", 1, serve_one),  # reserving memory: seconds for many GiB
         "bulk": _Lane("bulk", 2, serve_one),  # whatever reads or writes shards
+        "left": _Lane("left", 2, serve_one),  # what a trainer waits for reads a part of a shard
+        "ahead": _Lane("ahead", 1, serve_one),  # and what nobody waits for
     }
     buffer = bytearray()
     while data := sock.recv(READ_BYTES):
@@ -111,7 +113,9 @@ def _lane_of(command: work.Command) -> str:
     if isinstance(command, work.Allocate):
         return "room"
     if isinstance(command, work.SealSlot):
-        return "bulk" if command.verify else "slots"
+        return "bulk" if command.verify else "left" if command.left else "slots"
+    if isinstance(command, work.LookAhead):
+        return "ahead"
     quick = (work.Recycle, work.Free, work.PutSmall, work.WriteRunConfig, work.ReadRunConfigs)
     return "slots" if isinstance(command, quick) else "bulk"
 

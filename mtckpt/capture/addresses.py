@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-__all__ = ["OnDevice", "has_devices", "located", "must_be_awaited", "on_device"]
+if TYPE_CHECKING:
+    from mtckpt.capture.base import Span
+
+__all__ = ["OnDevice", "by_device", "has_devices", "located", "must_be_awaited", "on_device"]
 
 
 class OnDevice(int):
@@ -48,6 +52,22 @@ def located(addresses: Sequence[int], ordinals: Sequence[int]) -> list[int]:
 def has_devices(addresses: Iterable[int]) -> bool:
     """True if one of the addresses belongs to a device."""
     return not {int}.issuperset(map(type, addresses))
+
+
+def by_device(
+    addresses: Sequence[int], spans: Sequence[Span]
+) -> tuple[dict[int, list[int]], list[int]]:
+    """Which addresses are on each device, and which in host memory; those of no bytes nowhere."""
+    there: dict[int, list[int]] = {}
+    on_host: list[int] = []
+    for i, (address, span) in enumerate(zip(addresses, spans, strict=True)):
+        if not span.size_bytes:
+            continue
+        if isinstance(address, OnDevice):
+            there.setdefault(address.ordinal, []).append(i)
+        else:
+            on_host.append(i)
+    return there, on_host
 
 
 def must_be_awaited(addresses: Iterable[int]) -> bool:

@@ -46,10 +46,12 @@ class Capture(Protocol):
     is_captured: bool
     is_done: bool
 
-    def finish(self, digests: memoryview) -> None:
+    def finish(self, digests: memoryview) -> bytes:
         """Wait until bytes and digests are all there; takes as long as the copy does.
 
-        To be called once, with the digests that ``capture`` was given. Raises CaptureFailed.
+        To be called once, with the digests that ``capture`` was given. Returns which chunks were
+        left as they lay there, a bit each from the lowest on; empty if none was. Raises
+        CaptureFailed.
         """
 
 
@@ -66,12 +68,17 @@ class Engine(Protocol):
         base: int,
         digests: memoryview,
         mode: Mode = "auto",
+        *,
+        is_known: bool = False,
     ) -> Capture:
         """Copy ``sources[i]`` to ``base + spans[i].start`` for all i, and digest it.
 
         ``digests`` (u64 a chunk) gets the XXH3-64 of each 256 KiB of the *source*, taken before
         the copy: a copy that went wrong shows. ``mode`` says what memory of a device may be used.
         What lies on devices is there once ``finish`` of the result has returned.
+
+        ``is_known``: ``digests`` are those of what lies at the places now. Chunks whose digests are
+        the same need not be copied; the caller has to look at them there.
         """
 
     def register(self, address: int, size_bytes: int) -> None:

@@ -84,8 +84,9 @@ class _Done:
     is_captured = True
     is_done = True
 
-    def finish(self, digests: memoryview) -> None:
-        """Nothing is left."""
+    def finish(self, digests: memoryview) -> bytes:
+        """Nothing is left to do, and nothing was left as it was."""
+        return b""
 
 
 _DONE = _Done()
@@ -105,8 +106,10 @@ class CpuEngine:
         base: int,
         digests: memoryview,
         mode: Mode = "auto",
+        *,
+        is_known: bool = False,
     ) -> Capture:
-        del mode  # there is but one way
+        del mode, is_known  # there is but one way: what is read for its digest is copied along
         arrays = self._arrays
         if arrays.sources != sources or arrays.spans != spans:
             arrays = self._arrays = _Arrays(sources, spans)

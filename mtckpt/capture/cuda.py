@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mtckpt.capture import gates
-from mtckpt.capture.addresses import OnDevice, must_be_awaited
+from mtckpt.capture.addresses import OnDevice, by_device, must_be_awaited
 from mtckpt.capture.arenas import Arenas
 from mtckpt.capture.base import nothing
 from mtckpt.capture.bringing import bring
@@ -157,11 +157,12 @@ class CudaEngine:
         self,
         sources: Sequence[int],
         spans: Sequence[Span],
-        by_device: dict[int, list[int]],
+        there: dict[int, list[int]],
         base: int,
         mode: Mode,
+        is_known: bool,
     ) -> tuple[CudaCapture, list[tuple[int, int]]]:
-        """Take the values of those ``sources`` that ``by_device`` names, as of now.
+        """Take the values of those ``sources`` that ``there`` names, as of now.
 
         Returns what is to be finished, and the stretches of the shard that its copies cover: bytes
         of others inside of them are overwritten until it has finished. Waits until the devices have
@@ -170,11 +171,11 @@ class CudaEngine:
         with self._lock:
             if not self._is_quiet() and self.holds(base):
                 raise CaptureStuck("a device still writes to this slot", stage="captured")
-            capture = CudaCapture(self, base)
+            capture = CudaCapture(self, base, is_known)
             self._under_way.append(capture)
             try:
                 with as_capture_failed():
-                    covered = self._begin(capture, sources, spans, by_device, mode)
+                    covered = self._begin(capture, sources, spans, there, mode)
             except BaseException as error:
                 capture.abandon(error)
                 raise
@@ -185,16 +186,16 @@ class CudaEngine:
         capture: CudaCapture,
         sources: Sequence[int],
         spans: Sequence[Span],
-        by_device: dict[int, list[int]],
+        there: dict[int, list[int]],
         mode: Mode,
     ) -> list[tuple[int, int]]:
         """Put all parts on their devices."""
         covered: list[tuple[int, int]] = []
         late = gates.late_addresses() if "overlap" in mode else set()
-        streams = {ordinal: self._streams(ordinal) for ordinal in by_device}
+        streams = {ordinal: self._streams(ordinal) for ordinal in there}
         shares = [
             (ordinal, share, is_late)
-            for ordinal, chosen in by_device.items()
+            for ordinal, chosen in there.items()
             for share, is_late in _shares(chosen, sources, late)
         ]
         for ordinal, share, is_late in shares:
@@ -318,15 +319,15 @@ class CudaEngine:
             placing()
 
         bad: list[int] = []
-        by_device = _by_device(targets, spans)
-        if whole and len(by_device) > 1:  # each has to wait for what the others say
+        there, _ = by_device(targets, spans)
+        if whole and len(there) > 1:  # each has to wait for what the others say
             nowhere = [type(target)(0) for target in targets]
             bad = self.fetch(fd, spans, nowhere, digests, lambda _: None, whole=False)
             if bad:
                 return bad
             whole = False
         with _as_restore_failed(begun):
-            for ordinal, chosen in by_device.items():
+            for ordinal, chosen in there.items():
                 at = [targets[i] for i in chosen]
                 bad += land(
                     self._driver, ordinal, self._kernels_of(ordinal),
@@ -336,16 +337,16 @@ class CudaEngine:
 
     def copy(self, moves: Sequence[Move], host_copy: Callable[[Sequence[Move]], None]) -> None:
         """See ``base.Engine``, for moves from or to devices. Raises RestoreFailed."""
-        by_device: dict[int, list[Move]] = {}
+        there: dict[int, list[Move]] = {}
         within: list[Move] = []
         for move in moves:
             if isinstance(move.source, OnDevice):
                 within.append(move)
             elif isinstance(move.target, OnDevice):
-                by_device.setdefault(move.target.ordinal, []).append(move)
+                there.setdefault(move.target.ordinal, []).append(move)
         with _as_restore_failed([True]):
             self._copy_from_devices(within)
-            for ordinal, these in by_device.items():
+            for ordinal, these in there.items():
                 bring(self._driver, ordinal, self._kernels_of(ordinal), these, host_copy)
 
     def _later(self, work: Callable[[], None]) -> None:
@@ -412,15 +413,6 @@ def _shares(
     ):
         if share:
             yield share, is_late
-
-
-def _by_device(addresses: Sequence[int], spans: Sequence[Span]) -> dict[int, list[int]]:
-    """Which of the addresses are on each device; empty arrays are on none."""
-    found: dict[int, list[int]] = {}
-    for i, address in enumerate(addresses):
-        if isinstance(address, OnDevice) and spans[i].size_bytes:
-            found.setdefault(address.ordinal, []).append(i)
-    return found
 
 
 @contextlib.contextmanager

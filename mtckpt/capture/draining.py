@@ -3,26 +3,28 @@
 Knows the driver, rows and windows. Does not know frameworks or files. One kernel reads every chunk
 of live memory once: it copies the chunk to its place in the arena and computes its digest from the
 same bytes, before they leave the device. After it the live memory may change; the arena is copied
-to the slot in pieces, so that others' copies are not starved.
+to the slot in pieces, so that others' copies are not starved. A chunk whose digest is that of what
+lies at its place already is left there.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mtckpt.capture.buffers import DeviceMemory, PinnedMemory
 from mtckpt.capture.driver import giving_back
-from mtckpt.capture.windows import ROW_WORDS, Arena, Spread, Window
+from mtckpt.capture.windows import ROW_WORDS, WINDOW_BYTES, narrowed
 from mtckpt.errors import CaptureStuck
 
 if TYPE_CHECKING:
     from mtckpt.capture.driver import Driver
     from mtckpt.capture.kernels import Kernels
+    from mtckpt.capture.windows import Arena, Spread, Window
 
 __all__ = ["Draining", "Lane"]
 
@@ -31,8 +33,15 @@ _DEPTH = 3  # copies that are on the way at once
 _POLL_S = 0.0002
 _MARKS_S = 10.0
 _GROUPS = (4, 24)  # windows after which another launch packs
+_MAX_COPIES = 512  # of one piece
+# Where less than this part of a group could be left as it was, all of it is copied: to look at what
+# was left takes the host longer than the copy.
+_LEAST_LEFT = 0.25
 _WORD_BYTES = 8
 _ROW_BYTES = ROW_WORDS * _WORD_BYTES
+
+# Where to, where from, and how many bytes.
+_Copy = tuple[int, int, int]
 
 
 class Lane:
@@ -51,6 +60,7 @@ class Lane:
             self.copying = driver.stream("lowest")
             self.captured = driver.event()
             self._ready = driver.event()
+            self.digested = driver.event()
             self._packed = [driver.event() for _ in range(_RING)]
             self._groups = [driver.event() for _ in range(len(_GROUPS) + 1)]
             self.copied = [driver.event() for _ in range(max(_RING, _DEPTH))]
@@ -60,7 +70,8 @@ class Lane:
     def close(self) -> None:
         """Give back all that the lane holds. No copy may be under way, marks of events may."""
         driver = self.driver
-        events = (self.captured, self._ready, *self._packed, *self._groups, *self.copied)
+        own = self.captured, self._ready, self.digested
+        events = (*own, *self._packed, *self._groups, *self.copied)
         with giving_back(), driver.current(self.ordinal), driver.relaxed():
             if not self.is_settled(time.monotonic() + _MARKS_S):
                 return  # to be left alone after all
@@ -116,20 +127,18 @@ class Lane:
             place = arena_address + arena.places[i]
             driver.to_host(base + window.begin, place, window.size_bytes, self.copying)
             driver.record(self.copied[i % _RING], self.copying)
-        kept = [
-            (base + window.begin, arena_address + place, window.size_bytes)
-            for window, place in zip(cut[turning:], arena.places[turning:], strict=True)
-        ]
         # The first few in a launch of their own: they are drained while the others are packed.
-        starts = {}
-        for event, (first, stop) in zip(self._groups, _groups(len(kept)), strict=False):
-            self._pack(cut[turning + first].first, cut[turning + stop - 1].stop)
+        groups = []
+        for event, (first, stop) in zip(self._groups, _groups(arena.num_kept), strict=False):
+            those = cut[turning + first : turning + stop]
+            at = [arena_address + place for place in arena.places[turning + first :]]
+            self._pack(those[0].first, those[-1].stop)
             driver.record(event, self.packing)
-            starts[first] = event
+            groups.append(_Group(event, those, at))
         driver.record(self.captured, self.packing)
-        if not kept:
+        if not groups:
             driver.wait(self.copying, self.captured)
-        return Draining(self, spread, kept, starts)
+        return Draining(self, spread, base, groups)
 
     def _pack(self, first: int, stop: int) -> None:
         rows = self.rows.address + first * _ROW_BYTES
@@ -170,21 +179,42 @@ def _groups(count: int) -> list[tuple[int, int]]:
     return [(first, stop) for first, stop in itertools.pairwise(cuts) if first < stop]
 
 
+class _Group(NamedTuple):
+    """Windows that wait in the arena ``at`` their addresses, once ``packed`` is done."""
+
+    packed: int
+    cut: Sequence[Window]
+    at: Sequence[int]
+
+    def copies(self, base: int, parts: Iterable[tuple[int, Window]]) -> Iterator[_Copy]:
+        """Those of parts of the windows, each with the number of its window."""
+        for number, part in parts:
+            source = self.at[number] + part.begin - self.cut[number].begin
+            yield base + part.begin, source, part.size_bytes
+
+
+def _pieces(copies: Iterable[_Copy]) -> Iterator[list[_Copy]]:
+    """The copies, as many at a time as others' have to wait for."""
+    piece: list[_Copy] = []
+    size_bytes = 0
+    for copy in copies:
+        if piece and (size_bytes + copy[2] > WINDOW_BYTES or len(piece) == _MAX_COPIES):
+            yield piece
+            piece, size_bytes = [], 0
+        piece.append(copy)
+        size_bytes += copy[2]
+    if piece:
+        yield piece
+
+
 class Draining:
     """A capture that has been put on the device: what is left to copy, and the digests."""
 
-    def __init__(
-        self,
-        lane: Lane,
-        spread: Spread,
-        kept: Sequence[tuple[int, int, int]],
-        starts: dict[int, int],
-    ) -> None:
-        """``starts``: the event before which a copy, and those after it, may not begin."""
+    def __init__(self, lane: Lane, spread: Spread, base: int, groups: Sequence[_Group]) -> None:
         self._lane = lane
         self._spread = spread
-        self._kept = kept
-        self._starts = starts
+        self._base = base
+        self._groups = groups
 
     def until_read(self, timeout_s: float) -> None:
         """Wait until live memory has been read, after which it may change.
@@ -195,28 +225,30 @@ class Draining:
         with lane.driver.current(lane.ordinal), lane.driver.relaxed():
             self._until(lane.captured, timeout_s)
 
-    def finish(self, digests: memoryview, bytes_per_s: float, timeout_s: float) -> None:
+    def finish(
+        self, digests: memoryview, left: bytearray | None, bytes_per_s: float, timeout_s: float
+    ) -> None:
         """Copy the rest, wait for all, and note the digests. Blocks; not for the training thread.
 
-        Raises CaptureStuck if the device has not done the next piece in time, CudaError if it
-        cannot.
+        With ``left``, a byte a chunk, ``digests`` are those of what lies in the slot: of chunks
+        that are left as they are, the bytes in ``left`` are set. Raises CaptureStuck if the device
+        has not done the next piece in time, CudaError if it cannot.
         """
         lane, driver = self._lane, self._lane.driver
         count = int(self._spread.numbers.max()) + 1
         started_s, done_bytes = time.monotonic(), 0
         with driver.current(lane.ordinal), driver.relaxed():
-            for i, (target, source, size_bytes) in enumerate(self._kept):
+            lane.host_digests.hold(count * _WORD_BYTES)
+            for i, piece in enumerate(self._pieces(digests, left, timeout_s)):
                 event = lane.copied[i % _DEPTH]
                 if i >= _DEPTH:
                     self._until(event, timeout_s)
-                if i in self._starts:
-                    driver.wait(lane.copying, self._starts[i])
                 if bytes_per_s:
                     time.sleep(max(0.0, started_s + done_bytes / bytes_per_s - time.monotonic()))
-                driver.to_host(target, source, size_bytes, lane.copying)
+                for target, source, size_bytes in piece:
+                    driver.to_host(target, source, size_bytes, lane.copying)
+                    done_bytes += size_bytes
                 driver.record(event, lane.copying)
-                done_bytes += size_bytes
-            lane.host_digests.hold(count * _WORD_BYTES)
             driver.to_host(
                 lane.host_digests.address, lane.digests.address, count * _WORD_BYTES, lane.copying
             )
@@ -224,6 +256,43 @@ class Draining:
             self._until(lane.copied[0], timeout_s)
         numbers = self._spread.numbers.astype(np.int64)
         np.frombuffer(digests, np.uint64)[numbers] = lane.host_digests.words(count)[numbers]
+
+    def _pieces(
+        self, digests: memoryview, left: bytearray | None, timeout_s: float
+    ) -> Iterator[list[_Copy]]:
+        """What is to be copied of what waits in the arena, when it may be."""
+        for group in self._groups:
+            self._lane.driver.wait(self._lane.copying, group.packed)
+            parts = list(enumerate(group.cut))
+            if left is not None:
+                parts = self._changed(group, digests, left, timeout_s)
+            yield from _pieces(group.copies(self._base, parts))
+
+    def _changed(
+        self, group: _Group, digests: memoryview, left: bytearray, timeout_s: float
+    ) -> list[tuple[int, Window]]:
+        """The parts of the windows whose digests are not those in the slot."""
+        lane, spread = self._lane, self._spread
+        first, stop = group.cut[0].first, group.cut[-1].stop
+        numbers = spread.numbers[first:stop].astype(np.int64)
+        begin, end = int(numbers.min()), int(numbers.max()) + 1
+        offset, size_bytes = begin * _WORD_BYTES, (end - begin) * _WORD_BYTES
+        lane.driver.to_host(
+            lane.host_digests.address + offset, lane.digests.address + offset, size_bytes,
+            lane.copying,
+        )  # fmt: skip
+        lane.driver.record(lane.digested, lane.copying)
+        self._until(lane.digested, timeout_s)
+        there = np.frombuffer(digests, np.uint64)[numbers]
+        parts = narrowed(spread, group.cut, lane.host_digests.words(end)[numbers] != there)
+        is_left = np.ones(stop - first, np.bool_)
+        for _, part in parts:
+            is_left[part.first - first : part.stop - first] = False
+        sizes = spread.sizes[first:stop]
+        if int(sizes[is_left].sum()) < _LEAST_LEFT * int(sizes.sum()):
+            return list(enumerate(group.cut))
+        np.frombuffer(left, np.bool_)[numbers[is_left]] = True
+        return parts
 
     def _until(self, event: int, timeout_s: float) -> None:
         driver: Driver = self._lane.driver

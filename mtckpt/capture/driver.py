@@ -44,7 +44,6 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuDevicePrimaryCtxRelease_v2": (c_int,),
     "cuCtxPushCurrent_v2": (c_void_p,),
     "cuCtxPopCurrent_v2": (_OUT_POINTER,),
-    "cuCtxGetCurrent": (_OUT_POINTER,),
     "cuCtxGetStreamPriorityRange": (_OUT_INT, _OUT_INT),
     "cuPointerGetAttribute": (c_void_p, c_int, c_uint64),
     "cuMemGetInfo_v2": (_OUT_SIZE, _OUT_SIZE),
@@ -73,11 +72,6 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuModuleUnload": (c_void_p,),
     "cuModuleGetFunction": (_OUT_POINTER, c_void_p, c_char_p),
     "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, _OUT_POINTER, _OUT_POINTER),
-}
-# CUDA 12.5 and later.
-CONTEXT_EVENTS: dict[str, tuple[Any, ...]] = {
-    "cuCtxRecordEvent": (c_void_p, c_void_p),
-    "cuCtxWaitEvent": (c_void_p, c_void_p),
 }
 
 _SUCCESS = 0
@@ -141,10 +135,6 @@ class Driver:
         self._functions = {
             name: _typed(found, name, arguments) for name, arguments in SIGNATURES.items()
         }
-        self.has_context_events = all(hasattr(found, name) for name in CONTEXT_EVENTS)
-        if self.has_context_events:
-            for name, arguments in CONTEXT_EVENTS.items():
-                self._functions[name] = _typed(found, name, arguments)
         self._contexts: dict[int, int] = {}
         self._lock = threading.Lock()
         self._do("cuInit", 0)
@@ -389,21 +379,6 @@ class Driver:
     def event_synchronize(self, event: int) -> None:
         """Wait for the event."""
         self._do("cuEventSynchronize", event)
-
-    def record_all(self, event: int) -> None:
-        """The event is done when all streams of the current context have done what they have now.
-
-        Only if ``has_context_events``. Breaks off every graph capture of the context: CudaError
-        STREAM_CAPTURE_UNSUPPORTED comes when it is too late.
-        """
-        self._do("cuCtxRecordEvent", self._made("cuCtxGetCurrent"), event)
-
-    def wait_all(self, event: int) -> None:
-        """What is put on any stream of the current context from now on waits for the event.
-
-        Only if ``has_context_events``; as to graph captures, see ``record_all``.
-        """
-        self._do("cuCtxWaitEvent", self._made("cuCtxGetCurrent"), event)
 
     # ---------------------------------------------------------------------- copies and kernels
 

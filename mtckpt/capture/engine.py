@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from mtckpt.capture.addresses import OnDevice, has_devices
+from mtckpt.capture.addresses import OnDevice, by_device, has_devices
 from mtckpt.capture.base import Span, nothing
 from mtckpt.capture.cpu import CpuEngine
 from mtckpt.capture.memory import anonymous
@@ -38,11 +38,12 @@ class _Started:
         self._aside = aside
         self._places = places
 
-    def finish(self, digests: memoryview) -> None:
+    def finish(self, digests: memoryview) -> bytes:
         """See ``base.Capture``."""
-        self._device.finish(digests)
+        left = self._device.finish(digests)
         for target, offset, size_bytes in self._places:
             ctypes.memmove(target, self._aside.address + offset, size_bytes)
+        return left
 
 
 class AnyEngine:
@@ -65,17 +66,19 @@ class AnyEngine:
         base: int,
         digests: memoryview,
         mode: Mode = "auto",
+        *,
+        is_known: bool = False,
     ) -> Capture:
         if not has_devices(sources):
             return self._host.capture(sources, spans, base, digests)
         cuda = self._devices()
         if sources is not self._split_of[0] or spans is not self._split_of[1]:
             self._split_of = sources, spans
-            self._split = _split(sources, spans)
-        by_device, on_host = self._split
+            self._split = by_device(sources, spans)
+        there, on_host = self._split
         if base in self._slots:
-            cuda.register(base, self._slots[base], next(iter(by_device)))
-        device, covered = cuda.capture(sources, spans, by_device, base, mode)
+            cuda.register(base, self._slots[base], next(iter(there)))
+        device, covered = cuda.capture(sources, spans, there, base, mode, is_known)
         try:
             return self._beside(device, covered, sources, spans, on_host, base, digests)
         except BaseException as error:
@@ -157,7 +160,7 @@ class AnyEngine:
             return self._host.fetch(
                 fd, spans, targets, digests, progress, whole=whole, placing=placing
             )
-        hosts = [i for i, target in enumerate(targets) if not isinstance(target, OnDevice)]
+        _, hosts = by_device(targets, spans)
         here, at = [spans[i] for i in hosts], [targets[i] for i in hosts]
         bad: list[int] = []
         if whole:  # the host's part goes last: it has been looked at first
@@ -208,17 +211,3 @@ def _bytes_per_s() -> float:
         state="nothing was done",
         actions=("give digits only: 2e9 is 2 GB a second, and 0 is no cap",),
     )
-
-
-def _split(sources: Sequence[int], spans: Sequence[Span]) -> tuple[dict[int, list[int]], list[int]]:
-    """Which of the sources are on each device, and which in host memory; not those of no bytes."""
-    by_device: dict[int, list[int]] = {}
-    on_host: list[int] = []
-    for i, (source, span) in enumerate(zip(sources, spans, strict=True)):
-        if not span.size_bytes:
-            continue
-        if isinstance(source, OnDevice):
-            by_device.setdefault(source.ordinal, []).append(i)
-        else:
-            on_host.append(i)
-    return by_device, on_host

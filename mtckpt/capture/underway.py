@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from mtckpt.capture import gates
 from mtckpt.capture.addresses import must_be_awaited
 from mtckpt.capture.driver import CudaError
+from mtckpt.capture.windows import bits_of
 from mtckpt.errors import CaptureFailed, CaptureStuck
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ class Owner(Protocol):
 class CudaCapture:
     """See ``base.Capture``. Whatever it uses is kept until nothing of it is under way."""
 
-    def __init__(self, owner: Owner, base: int) -> None:
+    def __init__(self, owner: Owner, base: int, is_known: bool = False) -> None:
         self.base = base
+        self._is_known = is_known
         self.is_captured = True
         self.is_lost = False  # kept for good: a device did not come to the end of it
         self._owner = owner
@@ -76,17 +78,19 @@ class CudaCapture:
             if must_be_awaited(sources[i] for i in share):
                 part.until_read(_FINISH_S)
 
-    def finish(self, digests: memoryview) -> None:
+    def finish(self, digests: memoryview) -> bytes:
         """Wait until all bytes and digests are in host memory. Raises CaptureFailed."""
+        left = bytearray(len(digests)) if self._is_known else None
         try:
             while self._parts:
                 with as_capture_failed():
-                    self._parts[0].finish(digests, self._owner.bytes_per_s, _FINISH_S)
+                    self._parts[0].finish(digests, left, self._owner.bytes_per_s, _FINISH_S)
                 del self._parts[0], self._arenas[0]
         except BaseException as error:
             self.abandon(error)
             raise
         self._end()
+        return bits_of(left) if left and any(left) else b""
 
     def abandon(self, error: BaseException | None = None) -> None:
         """After an error: return once nothing is under way, neither to the slot nor in the arena.

@@ -29,6 +29,8 @@ __all__ = [
     "Spread",
     "Window",
     "arena_of",
+    "bits_of",
+    "narrowed",
     "room_bytes",
     "windows",
 ]
@@ -113,6 +115,36 @@ def windows(spread: Spread, limit_bytes: int, *, alone: bool) -> list[Window]:
             found.append(Window(first, stop, int(begins[first]), int(ends[stop - 1])))
             first = stop
     return found
+
+
+def narrowed(
+    spread: Spread, cut: Sequence[Window], is_wanted: np.ndarray[tuple[int], np.dtype[np.bool_]]
+) -> list[tuple[int, Window]]:
+    """The stretches of windows that have the wanted rows, and the number of the window of each.
+
+    ``is_wanted`` is about the rows of ``cut``, which follow each other. Stretches with little
+    between them are one: what lies there is moved along.
+    """
+    rows = np.flatnonzero(is_wanted) + cut[0].first
+    if not len(rows):
+        return []
+    which = np.searchsorted([window.first for window in cut], rows, "right") - 1
+    begins, ends = spread.begins[rows], spread.ends[rows]
+    is_break = (begins[1:] > ends[:-1] + np.uint64(_GAP_BYTES)) | (which[1:] != which[:-1])
+    breaks = np.flatnonzero(is_break) + 1
+    firsts, lasts = [0, *breaks], [*(breaks - 1), len(rows) - 1]
+    return [
+        (
+            int(which[first]),
+            Window(int(rows[first]), int(rows[last]) + 1, int(begins[first]), int(ends[last])),
+        )
+        for first, last in zip(firsts, lasts, strict=True)
+    ]
+
+
+def bits_of(flags: bytearray) -> bytes:
+    """A bit for each byte, set where that is not 0, from the lowest on."""
+    return np.packbits(np.frombuffer(flags, np.bool_), bitorder="little").tobytes()
 
 
 class Arena(NamedTuple):

@@ -28,7 +28,7 @@ from mtckpt.capture.arenas import Arenas
 from mtckpt.capture.base import Span
 from mtckpt.capture.engine import AnyEngine
 from mtckpt.capture.memory import map_file
-from mtckpt.errors import CaptureFailed, CaptureStuck, SaveFailed
+from mtckpt.errors import CaptureFailed, CaptureStuck, Damaged, SaveFailed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -371,3 +371,83 @@ def test_what_is_dropped_without_a_word_is_given_back(tmp_path: Path, devices: D
     del ring
     gc.collect()
     assert devices.fake.counts()._replace(contexts=0) == before._replace(contexts=0)
+
+
+# -- what does not change ------------------------------------------------------------------------
+
+
+def mostly_frozen(devices: Devices) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    state = {"base": torch.randn(1 << 20), "tuned": torch.ones(1000)}
+    devices.move(list(state.values()))
+    return state
+
+
+def saved_twice(checkpointer: mtckpt.Checkpointer, state: dict[str, torch.Tensor]) -> None:
+    """Both slots have been captured into, and the older one is the next."""
+    for step in (1, 2):
+        state["tuned"] += 1
+        checkpointer.save(step, state).wait("local", timeout_s=20)
+    assert checkpointer._session.wait_idle(20)
+
+
+def assert_restored(
+    checkpointer: mtckpt.Checkpointer, state: dict[str, torch.Tensor], step: int
+) -> None:
+    wanted = {name: tensor.clone() for name, tensor in state.items()}
+    for tensor in state.values():
+        tensor.zero_()
+    restored = checkpointer.restore(state)
+    assert (restored.step, set(restored.sources)) == (step, {"ram"})
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+def test_what_does_not_change_is_left_in_its_slot(tmp_path: Path, devices: Devices) -> None:
+    state = mostly_frozen(devices)
+    with open_run(tmp_path, slots=2) as checkpointer:
+        saved_twice(checkpointer, state)
+        devices.fake.copied_out()
+        for step in (3, 4, 5):
+            state["tuned"] += 1
+            checkpointer.save(step, state).wait("local", timeout_s=20)
+        assert devices.fake.copied_out() < 4 << 20
+        assert checkpointer.status().counters["left_bytes"] == 3 * (4 << 20)
+        state["base"][7] += 1
+        checkpointer.save(6, state).wait("local", timeout_s=20)
+        assert_restored(checkpointer, state, 6)
+
+
+def test_a_bit_that_flipped_in_what_was_left_is_found(tmp_path: Path, devices: Devices) -> None:
+    state = mostly_frozen(devices)
+    with open_run(tmp_path, slots=2) as checkpointer:
+        saved_twice(checkpointer, state)
+        grant = checkpointer._session.next_slot
+        assert grant is not None
+        checkpointer._saver.ring._slots[grant.inode].data.view[3 << 20] ^= 4
+        save = checkpointer.save(3, state)
+        with pytest.raises(SaveFailed):
+            save.wait("staged", timeout_s=20)
+        assert isinstance(save.exception(), Damaged)
+        with pytest.raises(SaveFailed):
+            checkpointer.save(4, state)
+        for step in (5, 6, 7):
+            checkpointer.save(step, state).wait("local", timeout_s=20)
+        assert_restored(checkpointer, state, 7)
+
+
+def test_digests_of_a_slot_that_was_written_by_half_say_nothing(
+    tmp_path: Path, devices: Devices
+) -> None:
+    """Values as they were two saves ago are copied all the same: others have been there since."""
+    state = mostly_frozen(devices)
+    with open_run(tmp_path, slots=2) as checkpointer:
+        saved_twice(checkpointer, state)
+        before = state["base"].clone()
+        state["base"] += 1
+        devices.fake.fail("cuMemcpyDtoHAsync_v2", 719, skip=2)
+        told(checkpointer, checkpointer.save(3, state))
+        state["base"].copy_(before)
+        with pytest.raises(SaveFailed):
+            checkpointer.save(4, state)
+        checkpointer.save(5, state).wait("local", timeout_s=20)
+        assert_restored(checkpointer, state, 5)

@@ -17,7 +17,7 @@ import pytest
 from fake_cuda import FakeCuda, Mode
 
 from mtckpt.capture import driver as module
-from mtckpt.capture.driver import CONTEXT_EVENTS, SIGNATURES, CudaError, Driver
+from mtckpt.capture.driver import SIGNATURES, CudaError, Driver
 
 MIB = 1 << 20
 
@@ -133,7 +133,7 @@ def c_type(text: str) -> Any:
 
 
 @pytest.mark.skipif(not HEADERS, reason="no cuda.h on this machine")
-@pytest.mark.parametrize("call", sorted(SIGNATURES | CONTEXT_EVENTS))
+@pytest.mark.parametrize("call", sorted(SIGNATURES))
 def test_signatures_are_those_of_the_header(call: str) -> None:
     header = HEADERS[-1].read_text(encoding="utf-8")
     plain = call.removesuffix("_v2")
@@ -142,7 +142,7 @@ def test_signatures_are_those_of_the_header(call: str) -> None:
     declared = re.search(rf"^CUresult CUDAAPI {plain}\(([^)]*)\)", header, re.MULTILINE)
     assert declared
     wanted = [c_type(text) for text in declared[1].split(",")]
-    ours = list((SIGNATURES | CONTEXT_EVENTS)[call])
+    ours = list(SIGNATURES[call])
     if call == "cuModuleLoadData":  # text that ends with a NUL, which ctypes adds
         ours[1] = ctypes.c_void_p
     assert ours == wanted
@@ -296,32 +296,6 @@ def test_streams_wait_for_events_of_one_another(
         ctypes.memset(host, 43 if mode == Mode.IMMEDIATE else 42, 64)
         driver.synchronize(before)
         assert bytes_at(host, 1) == (b"\x2b" if mode == Mode.IMMEDIATE else b"\x2a")
-
-
-def test_all_streams_at_once(driver: Driver, fake_cuda: FakeCuda) -> None:
-    assert driver.has_context_events
-    with driver.current(0):
-        streams = [driver.stream() for _ in range(3)]
-        host, there = driver.alloc_host(64), driver.alloc(192)
-        ctypes.memset(host, 9, 64)
-        for i, stream in enumerate(streams):
-            driver.to_device(there + 64 * i, host, 64, stream)
-        before = driver.event()
-        driver.record_all(before)
-        late = driver.stream()
-        driver.wait(late, before)
-        back = driver.alloc_host(192)
-        driver.to_host(back, there, 192, late)
-        after = driver.event()
-        driver.record(after, late)
-        driver.wait_all(after)
-        driver.to_device(there, back, 192, streams[1])  # not before it was read
-        driver.synchronize(streams[1])
-        assert bytes_at(back, 192) == b"\x09" * 192
-        fake_cuda.capture(streams[2])
-        with pytest.raises(CudaError, match="CAPTURE_UNSUPPORTED"):
-            driver.record_all(before)
-        assert not fake_cuda.end_capture(streams[2])
 
 
 def test_a_thread_can_leave_the_captures_of_others_alone(
