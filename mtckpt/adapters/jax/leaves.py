@@ -15,7 +15,7 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ __all__ = [
     "check",
     "fingerprint",
     "identity",
+    "is_as_held",
     "is_leaf",
     "made",
     "misfit",
@@ -423,6 +424,16 @@ def made(fresh: Fresh | Arriving, like: Any = None) -> Any:
         return jax.device_put(array, sharding, may_alias=True)
     arrays = [jax.device_put(array, device) for device in sharding.addressable_devices]
     return jax.make_array_from_single_device_arrays(array.shape, sharding, arrays)
+
+
+def is_as_held(fresh: Fresh | Arriving, like: Any) -> TypeGuard[Fresh]:
+    """True for host memory with the very bytes that ``like``'s devices are to have."""
+    return (
+        isinstance(fresh, Fresh)
+        and fresh.spec.framework == PLAIN
+        and getattr(like, "casts_to", None) in (None, fresh.host.dtype)
+        and not is_key(like)
+    )
 
 
 def on_device(fresh: Fresh | Arriving, like: Any, device: Any) -> Any:
