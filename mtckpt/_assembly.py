@@ -8,7 +8,7 @@ where they are wanted; of the others the wanted bytes are taken out of scratch m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,11 +47,12 @@ class Stores:
 
     ``levels`` has all ranks, those first that are asked first: what ranks of one level have makes
     those of the next superfluous, and their records are not looked at. ``entries`` gives a rank's.
+    What ``Shards`` counts beyond the ranks are shards like any others here.
     """
 
     def __init__(
         self,
-        levels: Sequence[Sequence[int]],
+        levels: Sequence[Iterable[int]],
         entries: Callable[[int], Sequence[ArrayEntry]],
     ) -> None:
         self._levels = [level for level in levels if level]
@@ -69,7 +70,7 @@ class Stores:
             found = self._known(wanted, step)
         return found
 
-    def _learn(self, ranks: Sequence[int]) -> None:
+    def _learn(self, ranks: Iterable[int]) -> None:
         for rank in ranks:
             for index, entry in enumerate(self._entries(rank)):
                 check_box(entry)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from mtckpt import _inventory
-from mtckpt._delivery import Loaded, Place, describe
+from mtckpt._delivery import Copy, Loaded, Place, describe
 from mtckpt._holdings import whole_of
 from mtckpt.errors import Damaged, FormatError, NoHealthyStep, TierError
 
@@ -67,6 +67,10 @@ class Scope:
 class Shards:
     """See the module. ``usable`` has the places whose small files agree, by rank.
 
+    Of some ranks a place has a copy only that leaves out what is in others' shards there. Where
+    that comes first, and those others are not there any more, a shard that leaves nothing out is
+    counted beyond the ranks: ``rank`` and as many as there are ranks.
+
     ``base`` is the rank whose private state this one takes: its own where the save has one, and
     else the one that ``rank`` is modulo the number of ranks that saved.
     """
@@ -78,9 +82,10 @@ class Shards:
         self._loaded: dict[int, Loaded] = {}
         self._records: dict[tuple[str, int], Record | None] = {}
         self._far: dict[int, Iterator[Place]] = {}
+        self._variants: dict[int, list[Copy]] = {}
         self.usable: dict[int, list[Place]] = {}
         self.reasons: list[str] = []
-        world_size = len(candidate.sources)
+        self._world_size = world_size = len(candidate.sources)
         self.base = scope.rank % world_size
         if scope.rank >= world_size > 1:
             logger.warning(
@@ -89,11 +94,24 @@ class Shards:
             )  # fmt: skip
 
     def keys(self, rank: int) -> tuple[str, str, str]:
+        rank %= self._world_size
         return _inventory.shard_keys(self._scope.run_key, self._candidate.name, rank)
 
-    def levels(self) -> list[list[int]]:
+    def levels(self) -> list[Iterable[int]]:
         """All ranks, in groups: those whose shards are near, those far away; in each the one first
-        whose shard is read anyway."""
+        whose shard is read anyway. Last what is counted beyond the ranks."""
+        return [*self._levels(), self._whole()]
+
+    def _whole(self) -> Iterator[int]:
+        for rank in sorted(self._candidate.sources):
+            try:
+                if self.record(rank).left_out:
+                    self.record(rank + self._world_size)
+                    yield rank + self._world_size
+            except NoHealthyStep:
+                continue  # nobody has more of it
+
+    def _levels(self) -> list[list[int]]:
         near: list[int] = []
         far: list[int] = []
         for rank in sorted(self._candidate.sources):
@@ -120,7 +138,7 @@ class Shards:
             return loaded.record
         for place in self._places(rank):
             record = self._record(place, rank)
-            if record is not None:
+            if record is not None and not (record.left_out and rank >= self._world_size):
                 return record
         raise self._nothing(rank)
 
@@ -132,7 +150,7 @@ class Shards:
         loaded = self.open(self.base)
         lacking = set(wanted).difference(entry.path for entry in loaded.entries)
         others: dict[str, ArrayEntry] = {}
-        for rank in itertools.chain(*self.levels()) if lacking else ():
+        for rank in itertools.chain(*self._levels()) if lacking else ():
             for entry in self.entries(rank):
                 if entry.path in lacking and entry.offsets is not None:
                     others.setdefault(entry.path, entry)
@@ -165,17 +183,36 @@ class Shards:
             if place.label not in self._attempt.silent and self._look(rank, place):
                 yield place
 
+    def others(self, rank: int, names: set[str]) -> Iterator[Copy]:
+        """Other shards that may have tensors of these names as ``rank`` has them: other copies of
+        its own, which leave out more or less, then what ranks have that hold the same arrays."""
+        yield from self._variants.get(rank, ())
+        for other in itertools.chain(*self._levels()):
+            try:
+                if other == rank or not any(
+                    entry.offsets is not None
+                    and 0 not in entry.shape
+                    and entry.stored_name in names
+                    for entry in self.entries(other)
+                ):
+                    continue
+                loaded = self.open(other)
+            except NoHealthyStep:
+                continue
+            for place in itertools.chain(self.usable[other], self.further(other)):
+                yield Copy(place, self.keys(other)[0], loaded)
+
     def _places(self, rank: int) -> list[Place]:
         """Where the shard is said to be, without the places that have stopped answering."""
         return [
             self._scope.places[label]
-            for label in self._candidate.sources[rank]
+            for label in self._candidate.sources[rank % self._world_size]
             if label in self._scope.places and label not in self._attempt.silent
         ]
 
     def _look(self, rank: int, place: Place) -> bool:
         record = self._record(place, rank)
-        if record is None:
+        if record is None or (record.left_out and rank >= self._world_size):
             return False
         look = functools.partial(describe, place, self.keys(rank), record)
         try:
@@ -187,12 +224,14 @@ class Shards:
         if found.record.shard != loaded.record.shard:
             first = self.usable[rank][0].label
             self.reasons.append(f"{place.label}: another shard than {first} has")
+            self._variants.setdefault(rank, []).append(Copy(place, self.keys(rank)[0], found))
             return False
         self.usable[rank].append(place)
         return True
 
     def _record(self, place: Place, rank: int) -> Record | None:
         """The record at a place, from what was scanned or read now; None where it is not sound."""
+        rank %= self._world_size
         name = self._candidate.name
         inventory = self._scope.inventories.get(place.label)
         if inventory is not None and name in inventory.saves:

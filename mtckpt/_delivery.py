@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from mtckpt import _shard
-from mtckpt._dtypes import DTYPES
-from mtckpt._shard import ShardLayout, Table
-from mtckpt._source import hold
+from mtckpt._describing import Copy, Loaded, Place, Want, describe, whole_wants
+from mtckpt._held import hold
 from mtckpt.capture.base import Engine, Move, Span
 from mtckpt.capture.memory import Mapping as MemoryMapping
 from mtckpt.capture.memory import anonymous
@@ -31,32 +30,26 @@ from mtckpt.errors import (
 from mtckpt.tiers._blocks import in_threads
 
 if TYPE_CHECKING:
-    from mtckpt._manifest import ArrayEntry, Record
-    from mtckpt._source import Held
-    from mtckpt.tiers import Tier
+    from mtckpt._held import Held
+    from mtckpt._shard import StoredTensor
 
-__all__ = ["Attempt", "Delivery", "Loaded", "Place", "Want", "Within", "describe", "whole_wants"]
+__all__ = [
+    "Attempt",
+    "Copy",
+    "Delivery",
+    "Loaded",
+    "Place",
+    "Want",
+    "Within",
+    "describe",
+    "whole_wants",
+]
 
 
 class Within(Protocol):
     """Runs a look into a tier in bounded time; the more bytes it is about, the longer."""
 
     def __call__(self, label: str, work: Callable[[], Any], size_bytes: int = 0) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A tier to read from. ``mapped``: its files may be mapped (tmpfs); others are read.
-
-    ``near``: it is of this node, so that a look into it costs nothing that others pay for.
-    ``streams``: how many threads read what is large, where one does not use what the way there has.
-    """
-
-    label: str
-    tier: Tier
-    mapped: bool
-    near: bool = True
-    streams: int = 1
 
 
 @dataclass(slots=True)
@@ -78,103 +71,6 @@ class Attempt:
             self.silent.setdefault(place.label, error.what)
         else:
             self.bad.append((place.label, key, error.what))
-
-
-@dataclass(slots=True)
-class Loaded:
-    """A shard's description, read from the first source whose small files are sound.
-
-    ``numbers`` has for each entry the number, in file order, of the tensor whose bytes it has.
-    """
-
-    record: Record
-    layout: ShardLayout
-    table: Table
-    entries: list[ArrayEntry]
-    numbers: list[int]
-
-
-def describe(place: Place, keys: tuple[str, str, str], record: Record) -> Loaded:
-    data_key, table_key, _ = keys
-    prefix = bytearray(8)
-    place.tier.read_into(data_key, memoryview(prefix))
-    file_bytes = place.tier.stat(data_key).size_bytes
-    header = bytearray(_shard.header_length(bytes(prefix), file_bytes))
-    place.tier.read_into(data_key, memoryview(header))
-    layout = _shard.parse_layout(bytes(header), file_bytes)
-    table_size = place.tier.stat(table_key).size_bytes
-    if table_size != layout.table_bytes:
-        raise Damaged("digest table has another size than the shard needs", key=table_key)
-    table_bytes = bytearray(table_size)
-    place.tier.read_into(table_key, memoryview(table_bytes))
-    if _shard.table_digest(bytes(table_bytes)) != record.shard.table_digest:
-        raise Damaged("digest table is not the one the record names", key=table_key)
-    table = Table.parse(memoryview(table_bytes), layout)
-    entries = record.array_entries()
-    return Loaded(record, layout, table, entries, _numbers(entries, layout, data_key))
-
-
-def _numbers(entries: Sequence[ArrayEntry], layout: ShardLayout, key: str) -> list[int]:
-    """Which tensor of the file each entry is. Raises Damaged where the two disagree."""
-    tensors = layout.tensors
-    number_of = {tensor.name: number for number, tensor in enumerate(tensors)}
-    numbers = []
-    for entry in entries:
-        twin = entry if entry.same_as is None else entries[entry.same_as]
-        number = number_of.get(twin.path if twin.offsets is None else twin.stored_name, -1)
-        dtype = DTYPES.get(entry.dtype)
-        if (
-            number < 0
-            or dtype is None
-            or tensors[number].code != dtype.stored_code
-            or tensors[number].shape != dtype.stored_shape(entry.shape)
-            or (twin is not entry and (twin.same_as is not None or twin.dtype != entry.dtype))
-        ):
-            raise Damaged("record and shard header disagree", key=key, leaf=entry.path)
-        numbers.append(number)
-    return numbers
-
-
-# -- what is wanted of one shard -------------------------------------------------------------------
-
-
-class Want(NamedTuple):
-    """Whole chunks of tensor ``number`` of the file, all of them or some, and where they are to be.
-
-    ``span`` begins where one of the tensor's chunks does.
-    """
-
-    number: int
-    span: Span
-    address: int
-
-
-# From their fields in order: calling the class takes three times as long.
-_span_of: Callable[[tuple[Any, ...]], Span] = functools.partial(tuple.__new__, Span)
-_want_of: Callable[[tuple[int, Span, int]], Want] = functools.partial(tuple.__new__, Want)
-
-
-def whole_wants(
-    loaded: Loaded, addresses: Sequence[tuple[int, int]]
-) -> tuple[list[Want], list[Move]]:
-    """Wants for ``(address, entry)`` of whole tensors, in the order of the file.
-
-    What is wanted at several addresses is brought to one of them and copied on by the moves.
-    """
-    tensors, numbers = loaded.layout.tensors, loaded.numbers
-    targets: dict[int, int] = {}
-    repeats: list[Move] = []
-    for address, index in addresses:
-        number = numbers[index]
-        if number in targets:
-            repeats.append(Move(targets[number], address, tensors[number].size_bytes))
-        elif tensors[number].size_bytes:
-            targets[number] = address
-    wants = []
-    for number in sorted(targets):
-        span = _span_of(tensors[number][3:6])  # start, size and first chunk
-        wants.append(_want_of((number, span, targets[number])))
-    return wants, repeats
 
 
 # -- bytes from one place --------------------------------------------------------------------------
@@ -222,13 +118,16 @@ class Delivery:
         further: Iterator[Place],
         reasons: list[str],
         *,
+        others: Callable[[set[str]], Iterable[Copy]] = lambda _: (),
         last_resort: bool,
         check: Literal["", "keep", "drop"] = "",
     ) -> None:
         """Get every byte here, and check it. Raises NoHealthyStep if no place has all of them.
 
-        ``further`` is looked at where ``usable`` places are not enough. With ``check`` no byte is
-        placed anywhere; what was staged for it is kept for the next call, or dropped.
+        ``further`` is looked at where ``usable`` places are not enough, and then ``others``: shards
+        that may have tensors of these names, of which those count that have the same digests.
+        With ``check`` no byte is placed anywhere; what was staged for it is kept for the next call,
+        or dropped.
         """
         wanted = [i for i in range(len(self._wants)) if i not in self._staged_wants]
         sound: list[tuple[Place, list[int]]] = []
@@ -237,7 +136,8 @@ class Delivery:
             last = last_resort and place is usable[-1]
             try:
                 if not place.mapped or self._size_of(wanted) <= _CHEAP_BYTES:
-                    left = self._staged(place, wanted)
+                    spans = dict(zip(wanted, self._spans(wanted), strict=True))
+                    left = self._staged(Copy(place, self._key, self._loaded), spans)
                 elif check:
                     left = self._checked(place, wanted)
                     sound.append((place, sorted(set(wanted).difference(left))))
@@ -253,6 +153,8 @@ class Delivery:
                 continue
             self._note_bad(place, left, reasons)
             wanted = left
+        if wanted:
+            wanted = self._from_others(others, wanted, reasons)
         if check == "drop":
             self._moves, self._stages, self._staged_wants = [], [], set()
         if not check and not wanted:
@@ -278,7 +180,7 @@ class Delivery:
         spans, digests = self._spans(wanted), self._loaded.table.digests
         # What is wanted on a device is checked there: nowhere, on that device.
         nowhere = [type(self._wants[i].address)(0) for i in wanted]
-        with self._within(place.label, functools.partial(self._hold, place)) as held:
+        with self._within(place.label, functools.partial(self._hold_at, place)) as held:
             check = functools.partial(self._engine.fetch, held.fd, spans, nowhere, digests, _ignore)
             bad = self._read(place, check, self._size_of(wanted))
         return sorted(wanted[i] for i in bad)
@@ -291,7 +193,7 @@ class Delivery:
         size_bytes = self._size_of(wanted)
         spans, digests = self._spans(wanted), self._loaded.table.digests
         targets = [self._wants[i].address for i in wanted]
-        with self._within(place.label, functools.partial(self._hold, place)) as held:
+        with self._within(place.label, functools.partial(self._hold_at, place)) as held:
             place_all = functools.partial(
                 self._engine.fetch, held.fd, spans, targets, digests, self._count,
                 whole=whole, placing=self._touch,
@@ -334,40 +236,81 @@ class Delivery:
                 raise
             raise _Late(error.what, tier=place.label, key=self._key) from error
 
-    def _staged(self, place: Place, wanted: list[int]) -> list[int]:
-        fetch = functools.partial(self._stage, place, wanted)
+    def _from_others(
+        self,
+        others: Callable[[set[str]], Iterable[Copy]],
+        wanted: list[int],
+        reasons: list[str],
+    ) -> list[int]:
+        """What is left once shards have been asked that hold some of the same tensors."""
+        tensors = self._loaded.layout.tensors
+        for copy in others({tensors[self._wants[i].number].name for i in wanted}):
+            spans = self._alike(copy.loaded, wanted)
+            if not spans:
+                continue
+            try:
+                left = self._staged(copy, spans)
+            except (FormatError, TierError) as error:
+                reasons.append(f"{copy.place.label}: {error.what}")
+                self._attempt.refuse(copy.place, copy.key, error)
+                continue
+            wanted = sorted({*wanted} - spans.keys() | {*left})
+            if not wanted:
+                break
+        return wanted
+
+    def _alike(self, loaded: Loaded, wanted: Iterable[int]) -> dict[int, Span]:
+        """What is wanted and is there too, by the digests of the tensors, and where."""
+        theirs, own = loaded.layout.by_name(), self._loaded
+        spans: dict[int, Span] = {}
+        for i in wanted:
+            number, span, _ = self._wants[i]
+            tensor = own.layout.tensors[number]
+            there = theirs.get(tensor.name)
+            if there is not None and _digests(own, tensor) == _digests(loaded, there):
+                start = span.start - tensor.start + there.start
+                chunk = span.chunk - tensor.first_chunk + there.first_chunk
+                spans[i] = Span(start, span.size_bytes, chunk)
+        return spans
+
+    def _staged(self, copy: Copy, spans: dict[int, Span]) -> list[int]:
+        fetch = functools.partial(self._stage, copy, spans)
         left: list[int]
-        left, moves, memory = self._within(place.label, fetch, self._loaded.layout.size_bytes)
+        place = copy.place
+        left, moves, memory = self._within(place.label, fetch, copy.loaded.layout.size_bytes)
         self._stages.append(memory)
         self._moves += moves
-        self._staged_wants.update(set(wanted).difference(left))
+        self._staged_wants.update(spans.keys() - {*left})
         self._credit(place, sum(move.size_bytes for move in moves))
         return left
 
     def _stage(
-        self, place: Place, wanted: list[int]
+        self, copy: Copy, wanted: dict[int, Span]
     ) -> tuple[list[int], list[Move], MemoryMapping]:
         """Runs in a thread that may be given up: it touches nothing but what it returns."""
-        with self._hold(place):
-            memory = anonymous(self._loaded.layout.size_bytes)
-            spans = self._spans(wanted)
+        place, loaded = copy.place, copy.loaded
+        with self._hold(copy):
+            memory = anonymous(loaded.layout.size_bytes)
+            spans = sorted(wanted.values(), key=lambda span: span.start)
             view = memory.view if memory.size_bytes else memoryview(b"")
             pieces = iter(_pieces(_extents(spans), _STAGE_BYTES // place.streams))
 
             def read(_: int) -> None:
                 for begin, end in pieces:
-                    place.tier.read_into(self._key, view[begin:end], begin)
+                    place.tier.read_into(copy.key, view[begin:end], begin)
                     self._count(end - begin)
 
             in_threads(place.streams, read)
             base = memory.address
-            bad = set(self._engine.verify(base, spans, self._loaded.table.digests))
+            numbers = list(wanted)
+            checked = self._engine.verify(base, list(wanted.values()), loaded.table.digests)
+            left = {numbers[i] for i in checked}
         moves = [
-            Move(base + span.start, self._wants[which].address, span.size_bytes)
-            for i, (which, span) in enumerate(zip(wanted, spans, strict=True))
-            if i not in bad
+            Move(base + span.start, self._wants[i].address, span.size_bytes)
+            for i, span in wanted.items()
+            if i not in left
         ]
-        return sorted(wanted[i] for i in bad), moves, memory
+        return sorted(left), moves, memory
 
     def finish(self) -> None:
         """Every byte is here: copy what was staged to where it is wanted."""
@@ -380,12 +323,15 @@ class Delivery:
     def _touch(self) -> None:
         self._attempt.touched = True
 
-    def _hold(self, place: Place) -> Held:
-        held = hold(place.tier, self._key)
-        if held.size_bytes != self._loaded.layout.size_bytes:
+    def _hold(self, copy: Copy) -> Held:
+        held = hold(copy.place.tier, copy.key)
+        if held.size_bytes != copy.loaded.layout.size_bytes:
             held.close()
-            raise Damaged("shard has another size", key=self._key, tier=place.label)
+            raise Damaged("shard has another size", key=copy.key, tier=copy.place.label)
         return held
+
+    def _hold_at(self, place: Place) -> Held:
+        return self._hold(Copy(place, self._key, self._loaded))
 
     def _size_of(self, wanted: Sequence[int]) -> int:
         return sum(self._wants[i].span.size_bytes for i in wanted)
@@ -405,6 +351,11 @@ class Delivery:
 
 class _Late(TierUnavailable):
     """A place that did not answer in time, as opposed to one that answered with an error."""
+
+
+def _digests(loaded: Loaded, tensor: StoredTensor) -> bytes:
+    first = tensor.first_chunk
+    return loaded.table.digests[first : first + tensor.num_chunks].tobytes()
 
 
 def _ignore(_: int) -> None:

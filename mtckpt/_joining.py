@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mtckpt._placement import Layout
     from mtckpt._schedule import SlowTier
 
-__all__ = ["Needs", "joined_of", "layout_of", "node_of", "nowhere", "warnings_of"]
+__all__ = ["Needs", "joined_of", "layout_of", "node_of", "nowhere", "ring_of", "warnings_of"]
 
 
 class Needs(NamedTuple):
@@ -51,7 +51,7 @@ def layout_of(
 ) -> Layout:
     """How nodes divide what they hold alike, from what each rank has told of itself: by sharing it
     out where one of them does not have the memory for all of it."""
-    copies = sum(tier.copies for tier in tiers if isinstance(tier, Peers))
+    copies = _copies(tiers)
     found = []
     for ranks in nodes:
         needs = [told[rank] for rank in ranks]
@@ -66,6 +66,19 @@ def layout_of(
             )
         )
     return next((layout for layout in found if layout.name == "spread"), found[0])
+
+
+def ring_of(
+    nodes: Sequence[protocol.NodeOfRun], tiers: Sequence[SlowTier]
+) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """The ranks of each node, in the order in which nodes are partners, and how many partners each
+    has."""
+    copies = _copies(tiers)
+    return tuple(node.ranks for node in placement_of(nodes, copies).nodes), copies
+
+
+def _copies(tiers: Sequence[SlowTier]) -> int:
+    return sum(tier.copies for tier in tiers if isinstance(tier, Peers))
 
 
 def joined_of(nodes: Sequence[str], told: list[Any]) -> protocol.Join:

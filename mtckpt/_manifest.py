@@ -103,6 +103,9 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     ``due`` names the slower tiers that this save is to reach, so that the next agent knows what an
     agent that died still owed. ``aborted`` says why a save was called off. ``saved_at_s`` (Unix
     time) is for people to read; nothing is ordered by it. ``every`` carries the automatic interval.
+
+    ``left_out``: of a copy that was made without arrays which the shards beside it have as well:
+    how many bytes. Of those arrays it has empty boxes.
     """
 
     version: int
@@ -126,6 +129,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     metrics: dict[str, float] = {}
     due: tuple[str, ...] = ()
     aborted: str = ""
+    left_out: Bytes = 0
 
     @property
     def name(self) -> SaveName:

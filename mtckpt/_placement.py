@@ -12,6 +12,7 @@ levels at once, whenever any rule with that balance could survive it: when it ha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -384,27 +385,43 @@ def choose_layout(
 
     ``private_bytes`` are of one node's ranks alone, ``shared_bytes`` those that ``num_nodes`` nodes
     hold alike. With "node" each of them captures all of these; with "spread" they share them out,
-    and each byte is captured by one. Partners copy in both what a node has captured, so that with
-    "spread" every byte is on ``1 + copies`` nodes.
+    and each byte is captured by ``1 + copies``. Partners copy in both what they have not captured
+    themselves.
     """
     fewer = min(copies, num_nodes - 1)
-    share_bytes = -(-shared_bytes // num_nodes)
+    held, lacking = _parts_of_spread(num_nodes, fewer)
+    part_bytes = -(-shared_bytes // num_nodes)
     needed = {
-        name: memory_bytes(own_bytes, slots, own_bytes * fewer)
-        for name, own_bytes in (
-            ("node", private_bytes + shared_bytes),
-            ("spread", private_bytes + share_bytes),
-        )
+        "node": memory_bytes(private_bytes + shared_bytes, slots, private_bytes * fewer),
+        "spread": memory_bytes(
+            private_bytes + held * part_bytes, slots, private_bytes * fewer + lacking * part_bytes
+        ),
     }
-    if needed["node"] <= room_bytes or needed["spread"] == needed["node"]:
+    if needed["node"] <= room_bytes or needed["spread"] >= needed["node"]:
         fits = needed["node"] <= room_bytes
         reason = f"each node captures all that its ranks need: {_of(needed['node'], room_bytes)}"
         return Layout("node", needed["node"], fits, reason)
     reason = (
-        f"what {num_nodes} nodes hold alike is captured by one of them, byte by byte: all of it on"
-        f" each would take {_of(needed['node'], room_bytes)}, this {needed['spread'] / GIB:.2f} GiB"
+        f"what {num_nodes} nodes hold alike is captured by {1 + fewer} of them, byte by byte: all"
+        f" of it on each would take {_of(needed['node'], room_bytes)}, this"
+        f" {needed['spread'] / GIB:.2f} GiB"
     )
     return Layout("spread", needed["spread"], needed["spread"] <= room_bytes, reason)
+
+
+@functools.lru_cache(maxsize=64)
+def _parts_of_spread(num_nodes: int, copies: int) -> tuple[int, int]:
+    """Of as many parts as there are nodes: how many a node captures at most, and how many of those
+    of other nodes, which it holds copies of, it does not."""
+    seats = [set[int]() for _ in range(num_nodes)]
+    for part in range(num_nodes):
+        for seat in seats_of(part, num_nodes, copies):
+            seats[seat].add(part)
+    lacking = [0] * num_nodes
+    for seat in range(num_nodes):
+        for partner in seats_of(seat, num_nodes, copies)[1:]:
+            lacking[partner] += len(seats[seat] - seats[partner])
+    return max(map(len, seats)), max(lacking)
 
 
 def held_in(
@@ -412,6 +429,7 @@ def held_in(
     nodes: Sequence[Node],
     private_bytes: int,
     shared_bytes: int,
+    copies: int = 0,
 ) -> list[Held]:
     """What a save leaves on equal nodes, before a copy is made; ``shared_bytes`` all hold alike."""
     ring, _ = _ring_of(nodes)
@@ -422,7 +440,8 @@ def held_in(
         return [*held, Held(tuple(rank for node in ring for rank in node.ranks), shared_bytes)]
     for seat in range(len(ring)):
         first, stop = (shared_bytes * at // len(ring) for at in (seat, seat + 1))
-        held.append(Held(ring[seat].ranks, stop - first))
+        ranks = [rank for at in seats_of(seat, len(ring), copies) for rank in ring[at].ranks]
+        held.append(Held(tuple(ranks), stop - first))
     return held
 
 

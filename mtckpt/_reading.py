@@ -14,15 +14,16 @@ from xxhash import xxh3_64_intdigest
 
 from mtckpt import _inventory, _shard
 from mtckpt._dtypes import DTYPES
+from mtckpt._held import hold
 from mtckpt._shard import CHUNK_BYTES
-from mtckpt._source import hold, placed, read_identity
+from mtckpt._source import placed, read_identity
 from mtckpt.errors import Damaged, FormatError, FormatTooNew
 
 if TYPE_CHECKING:
+    from mtckpt._held import Held
     from mtckpt._manifest import ArrayEntry, Record, SaveName
     from mtckpt._places import Place
     from mtckpt._shard import ShardLayout, StoredTensor, Table
-    from mtckpt._source import Held
 
 __all__ = ["OpenShard", "check_box", "open_shard"]
 

@@ -139,7 +139,7 @@ class _Fetching:
         for rank, delivery in deliveries.items():
             delivery.fetch(
                 shards.usable[rank], shards.further(rank), shards.reasons,
-                last_resort=last, check=check,
+                others=functools.partial(shards.others, rank), last_resort=last, check=check,
             )  # fmt: skip
             if not check:
                 self._deliveries.append(delivery)

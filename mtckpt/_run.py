@@ -211,7 +211,8 @@ class Run:
         nodes = tuple(tuple(node.ranks) for node in self.session.joined.nodes)
         layout = _joining.layout_of(needs, nodes, self.tiers)
         if layout.name == "spread":
-            self.members = replace(self.members, spread=nodes)
+            ring, copies = _joining.ring_of(self.session.joined.nodes, self.tiers)
+            self.members = replace(self.members, spread=ring, copies=copies)
             if self.group.rank == 0:
                 logger.warning("run %s: %s", self.name, layout.reason)
 

@@ -35,11 +35,11 @@ from typing import TYPE_CHECKING
 
 from mtckpt import _inventory, _manifest, _shard
 from mtckpt._crash import crash_point
+from mtckpt._held import Mapped
 from mtckpt._manifest import Record, SaveName
 from mtckpt._room import check_room, ram_full
 from mtckpt._run_files import is_there, size_bytes_at, unlink
 from mtckpt._shard import Table
-from mtckpt._source import Mapped
 from mtckpt.errors import AlreadyExists, Damaged, FormatError, ObjectNotFound, UsageError
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from mtckpt import _commit, _inventory, _manifest, _reuse, _shard
 from mtckpt._crash import crash_point
+from mtckpt._held import open_bytes
 from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Manifest, ManifestEntry, SaveName
 from mtckpt._shard import verify_mapped
@@ -27,7 +28,6 @@ from mtckpt._source import (
     Place,
     Progress,
     VerifyingSource,
-    open_bytes,
     open_shard,
 )
 from mtckpt.errors import (
@@ -55,6 +55,7 @@ __all__ = [
     "copy_shard",
     "delete_save",
     "heal_shard",
+    "store_shard",
     "verify_mapped",
     "verify_shard",
     "write_manifest",
@@ -95,29 +96,39 @@ def copy_shard(
     Raises Damaged for the source, and what the target's ``put`` raises; what this call stored is
     then gone again.
     """
+    with open_shard(source, run_key, name, rank, progress=progress) as shard:
+        same = _reuse.same_parts(target.tier, run_key, base, rank, shard) if base else None
+        return store_shard(shard, target, run_key, name, rank, same)
+
+
+def store_shard(
+    shard: OpenShard,
+    target: Place,
+    run_key: str,
+    name: SaveName,
+    rank: int,
+    same: Same | None = None,
+) -> CopyResult:
+    """As ``copy_shard``, of a shard that is open. ``same``: what the target can copy by itself."""
     result = CopyResult()
     stored: list[str] = []
     data_key, table_key, record_key = shard_keys(run_key, name, rank)
-    with open_shard(source, run_key, name, rank, progress=progress) as shard:
-        steps: list[tuple[str, Source, Callable[[], bool]]] = [
-            (data_key, shard.data, lambda: _is_right(target, data_key, shard)),
-            (table_key, BytesSource(shard.table_data), lambda: _same(target, table_key, shard)),
-            (record_key, BytesSource(shard.record_data), lambda: _same(target, record_key, shard)),
-        ]
-        same = _reuse.same_parts(target.tier, run_key, base, rank, shard) if base else None
-        try:
-            for point, (key, content, is_right) in zip(
-                ("data", "table", "record"), steps, strict=True
-            ):
-                if _put(target, key, content, is_right, result, same if point == "data" else None):
-                    stored.append(key)
-                crash_point(f"flush.{point}")
-        except BaseException:
-            _take_back(target, stored)
-            raise
-        result.record[record_key] = shard.record_data
-        if isinstance(shard.data, ArrivingSource):
-            result.reread_bytes = shard.data.reread_bytes
+    steps: list[tuple[str, Source, Callable[[], bool]]] = [
+        (data_key, shard.data, lambda: _is_right(target, data_key, shard)),
+        (table_key, BytesSource(shard.table_data), lambda: _same(target, table_key, shard)),
+        (record_key, BytesSource(shard.record_data), lambda: _same(target, record_key, shard)),
+    ]
+    try:
+        for point, (key, content, is_right) in zip(("data", "table", "record"), steps, strict=True):
+            if _put(target, key, content, is_right, result, same if point == "data" else None):
+                stored.append(key)
+            crash_point(f"flush.{point}")
+    except BaseException:
+        _take_back(target, stored)
+        raise
+    result.record[record_key] = shard.record_data
+    if isinstance(shard.data, ArrivingSource):
+        result.reread_bytes = shard.data.reread_bytes
     return result
 
 

@@ -23,7 +23,17 @@ from mtckpt.errors import Damaged, FormatTooNew
 if TYPE_CHECKING:
     from mtckpt._manifest import ArrayEntry, Record
 
-__all__ = ["Divergence", "Twins", "by_ranks", "compare", "divergences", "roots_of", "twins_of"]
+__all__ = [
+    "Alike",
+    "Divergence",
+    "Twins",
+    "alike_in",
+    "by_ranks",
+    "compare",
+    "divergences",
+    "roots_of",
+    "twins_of",
+]
 
 _ROOT_BYTES = 16
 # By the digest of a record's arrays: of each rank of a node, for a plan or two.
@@ -49,14 +59,57 @@ class Divergence(NamedTuple):
         return f"copies of {self.leaf} differ: those of {' and of '.join(said)}"
 
 
-def _stored(record: Record) -> dict[str, tuple[list[str], array[int]]]:
-    """The arrays that other ranks hold too: their paths, and where their roots are in the record's;
-    by the digest of what they are and of the group that holds them."""
+class Alike(NamedTuple):
+    """A box of an array that other ranks hold too: equal for all that have stored it."""
+
+    group: str
+    path: str
+    dtype: str
+    offsets: tuple[int, ...] | None
+    shape: tuple[int, ...]
+    global_shape: tuple[int, ...] | None
+
+
+def alike_in(record: Record) -> dict[Alike, bytes]:
+    """The boxes that a rank has stored of what others hold too, with their roots.
+
+    Raises Damaged, FormatTooNew, UnsupportedState for a record that does not describe a shard.
+    """
+    if b'"alike"' not in bytes(record.arrays):
+        return {}
+    entries = _firsts(record)
+    index_of = _index_of(entries)
+    held = [entry for entry in entries if entry.alike and entry.shape and 0 not in entry.shape]
+    roots = _roots(record, array("L", [index_of[entry.stored_name] for entry in held]))
+    return {alike_of(entry): root for entry, root in zip(held, roots, strict=True)}
+
+
+def alike_of(entry: ArrayEntry) -> Alike:
+    """What of an entry is the same for all ranks that have stored the box."""
+    return Alike(
+        entry.alike, entry.path, entry.dtype, entry.offsets, entry.shape, entry.global_shape
+    )
+
+
+def _firsts(record: Record) -> list[ArrayEntry]:
+    """The entries that have bytes of their own."""
     entries = [entry for entry in record.array_entries() if entry.same_as is None]
     if not {entry.dtype for entry in entries} <= DTYPES.keys():
         raise FormatTooNew("a leaf of unknown type", step=record.step)
+    return entries
+
+
+def _index_of(entries: Iterable[ArrayEntry]) -> dict[str, int]:
+    """Where the tensors of entries come in the file, and so their roots in the record."""
     layout = _shard.plan_layout((e.stored_name, e.dtype, e.shape) for e in entries)
-    index_of = {tensor.name: i for i, tensor in enumerate(layout.tensors)}
+    return {tensor.name: i for i, tensor in enumerate(layout.tensors)}
+
+
+def _stored(record: Record) -> dict[str, tuple[list[str], array[int]]]:
+    """The arrays that other ranks hold too: their paths, and where their roots are in the record's;
+    by the digest of what they are and of the group that holds them."""
+    entries = _firsts(record)
+    index_of = _index_of(entries)
     groups: dict[str, list[ArrayEntry]] = {}
     for entry in sorted(entries, key=operator.attrgetter("stored_name")):
         if entry.alike and 0 not in entry.shape:

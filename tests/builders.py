@@ -55,6 +55,7 @@ def build_save(
     same_as: Mapping[str, str] | None = None,
     dtypes: Mapping[str, str] | None = None,
     ranks: tuple[int, ...] | None = None,
+    alike: str = "",
     metrics: Mapping[str, float] | None = None,
     parent: tuple[int, int] | None = None,
     aborted: str = "",
@@ -63,14 +64,17 @@ def build_save(
 
     ``boxes`` gives offsets and global shape of an array that is a part of a global one, ``same_as``
     the first path of a tied one, ``dtypes`` the type of an array that NumPy has no name for,
-    ``ranks`` those that the global arrays are spread over.
+    ``ranks`` those that the global arrays are spread over, ``alike`` is there if others hold them.
     """
     build_incarnation(root, run, incarnation, parent)
     id_ = incarnation_id(run, incarnation)
     save_id = _manifest.save_id(id_, step, 0)
     save_dir = root / _manifest.run_key(run) / str(_manifest.save_name(step, incarnation, save_id))
     _directory(save_dir)
-    entries = _entries(arrays, boxes or {}, same_as or {}, dtypes or {}, ranks)
+    entries = [
+        msgspec.structs.replace(entry, alike=alike) if entry.offsets is not None else entry
+        for entry in _entries(arrays, boxes or {}, same_as or {}, dtypes or {}, ranks)
+    ]
     layout, data, table, roots = _shard_bytes(entries, arrays, save_id)
     structure, plain_values = _structure([entry.path for entry in entries], plain or {})
     record = Record(

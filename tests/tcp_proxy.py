@@ -37,6 +37,7 @@ class TcpProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.hits = 0
+        self.sent_bytes = 0  # by the server, as far as it has come through
 
     def __enter__(self) -> TcpProxy:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -76,6 +77,8 @@ class TcpProxy:
         with contextlib.suppress(OSError):
             while data := server.recv(1 << 16):
                 start, seen = seen, seen + len(data)
+                with self._lock:
+                    self.sent_bytes += len(data)
                 if start <= at < seen and self._take():
                     if not self._hit(client, bytearray(data), at - start):
                         return

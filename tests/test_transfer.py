@@ -304,7 +304,7 @@ def test_an_unreadable_sector_is_damage_and_a_dead_device_is_not(
             raise OSError(number, os.strerror(number))
 
         with monkeypatch.context() as patch:
-            patch.setattr("mtckpt._source.os.preadv", fail)
+            patch.setattr("mtckpt._held.os.preadv", fail)
             if damaged:
                 (reason,) = verify_shard(disk, RUN, shard.name, 0).damaged.values()
                 assert "EIO" in reason

@@ -28,7 +28,8 @@ class SaveScan(msgspec.Struct, frozen=True):
     """One save in one tier. No ranks: a directory without a record, no save (yet, or any more).
 
     ``committed``: a store has its marker. ``saved_at_s`` is the writer's clock: for a rule in hours
-    and for people, never for order. ``shard_bytes`` is in the order of ``ranks``.
+    and for people, never for order. ``shard_bytes`` is in the order of ``ranks``. ``thin`` are the
+    ranks of which there is only a copy that leaves something out.
     """
 
     save: str
@@ -49,6 +50,7 @@ class SaveScan(msgspec.Struct, frozen=True):
     committed: bool = False
     shard_bytes: list[int] = []
     plan_digest: str = ""
+    thin: list[int] = []
 
 
 class SlotScan(msgspec.Struct, frozen=True):
@@ -125,4 +127,5 @@ def save_scan(save: SaveEntry) -> SaveScan:
         saved_at_s=first.saved_at_s,
         shard_bytes=[record.shard.size_bytes for _, record in sorted(save.records.items())],
         plan_digest=first.plan_digest,
+        thin=[rank for rank, record in sorted(save.records.items()) if record.left_out],
     )

@@ -188,8 +188,11 @@ class Guests:
                 pull.total_bytes = max(pull.total_bytes, news.total_bytes)
 
         where = msgspec.structs.replace(offer.address, agent_id="")
-        command = work.Pull(PULLING, run.key, str(save.name), rank, where, run.secret, run.ram)
-        done = await self._tools.call(command, work.Flushed, save.size_bytes, progress)
+        done = await self._tools.call(
+            _pull_of(run, save, rank, where), work.Flushed, save.size_bytes, progress
+        )
+        run.counters["pulled_bytes"] += done.copied_bytes
+        run.counters["left_out_bytes"] += done.reused_bytes
         if done.reread_bytes:
             run.counters["reread_bytes"] += done.reread_bytes
             logger.warning(
@@ -230,8 +233,7 @@ class Guests:
                 if run.layout is None or owner in (None, run.layout.here):
                     raise AgentUnavailable("its owner is not known")
                 where = msgspec.structs.replace(run.layout.nodes[owner].address, agent_id="")
-                name, secret = str(save.name), run.secret
-                pull = work.Pull(PULLING, run.key, name, rank, where, secret, run.ram)
+                pull = _pull_of(run, save, rank, where)
                 await self._tools.call(pull, work.Flushed, save.size_bytes)
                 run.counters["healed"] += 1
             except CheckpointError as error:
@@ -294,6 +296,13 @@ class Guests:
     def _peers_name(self, run: RunState) -> str:
         layout = run.layout
         return str(layout.nodes[layout.here].address) if layout else "the other node"
+
+
+def _pull_of(run: RunState, save: SaveState, rank: int, where: PeerAddress) -> work.Pull:
+    """A copy that leaves out what this node's own ranks have captured."""
+    beside = sorted(save.ranks.get(RAM, ()))
+    name = str(save.name)
+    return work.Pull(PULLING, run.key, name, rank, where, run.secret, run.ram, beside)
 
 
 def _without_room(error: TierFull, where: str) -> TierFull:

@@ -125,8 +125,9 @@ class Healer:
         for number in dict.fromkeys([*sorted(save.held_on), *others]):
             where = msgspec.structs.replace(run.layout.nodes[number].address, agent_id="")
             pull = work.Pull(
-                PULLING, run.key, str(save.name), rank, where, run.secret, _ref(run, label)
-            )
+                PULLING, run.key, str(save.name), rank, where, run.secret, _ref(run, label),
+                mends=True,
+            )  # fmt: skip
             try:
                 return len((await self._tools.call(pull, work.Flushed, size_bytes)).rewritten)
             except CheckpointError as error:

@@ -396,7 +396,7 @@ class RunState:
             save.diverged = save.diverged or self.noted_diverged.get(entry.save, {})
             own = set(entry.ranks)
             if label == RAM:
-                save.guests = own.intersection(self.noted_guests.get(entry.save, ()))
+                save.guests = own & {*self.noted_guests.get(entry.save, ()), *entry.thin}
                 own -= save.guests
             if own:
                 save.ranks[label] = own

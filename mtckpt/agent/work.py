@@ -121,6 +121,10 @@ class Pull(msgspec.Struct, frozen=True, tag=True):
     """-> Flushed: one shard of another node's memory copied to this one's, received and verified by
     several streams, record last; streams Progress. What is there already and right is kept.
 
+    ``beside`` are the ranks whose shards of this save have been captured here: what those have too,
+    byte for byte, does not come, and the copy says that it leaves it out. ``mends``: the shard is
+    one of those itself, and damaged; it becomes what it was, from any shards over there.
+
     Any error leaves nothing on the target that this command stored. TierFull before a byte of it
     has come. Damaged: what the other node has, or sends again and again, is not that shard.
     """
@@ -132,6 +136,8 @@ class Pull(msgspec.Struct, frozen=True, tag=True):
     address: PeerAddress
     secret: str
     target: TierRef
+    beside: list[int] = []
+    mends: bool = False
 
     def __repr__(self) -> str:
         return f"Pull({self.run_key!r}, {self.save!r}, rank={self.rank}, from={self.address})"
@@ -294,7 +300,8 @@ class Scanned(msgspec.Struct, frozen=True, tag=True):
 class Flushed(msgspec.Struct, frozen=True, tag=True):
     """Of a Pull, ``reread_bytes`` had to be asked for again: they came otherwise than they went.
     ``complete``: every rank's record is there now. ``rewritten``: keys that were damaged.
-    ``weak``: the store could not make the commit atomic. ``reused_bytes`` were not sent."""
+    ``weak``: the store could not make the commit atomic. ``reused_bytes`` were not sent, and of a
+    Pull not stored either: they are in shards beside it."""
 
     copied_bytes: int
     elapsed_s: float

@@ -74,7 +74,7 @@ def estimate(
         slots=slots,
         room_bytes=room_bytes,
     )
-    held = held_in(layout.name, nodes, private_bytes, shared_bytes)
+    held = held_in(layout.name, nodes, private_bytes, shared_bytes, copies)
     placement = place(nodes, held, copies, strict=strict)
     if as_json:
         print_json(_as_object(layout, placement, room_bytes, slots))

@@ -40,11 +40,13 @@ _PEER_TIMEOUT_S = 5.0
 
 @dataclass(slots=True)
 class Shard:
-    """One rank's: the place it comes from, and the reason for each other place."""
+    """One rank's: the place it comes from, and the reason for each other place. ``left_out``: how
+    much of it is taken from other shards, since this is a copy made without that."""
 
     rank: int
     size_bytes: int = 0
     source: str = ""
+    left_out: int = 0
     rejected: dict[str, str] = field(default_factory=dict)
 
 
@@ -68,6 +70,7 @@ class Looked:
 def explain(target: str, step: int | None, as_json: bool) -> int:
     """Say where a restore would take each shard from, and why not from anywhere else.
 
+    "4 GiB elsewhere": a copy that leaves out what other shards of the step have too, byte for byte.
     Exit status 1 if a place is silent or damaged, or no step can be restored.
     """
     with find(target) as found:
@@ -197,6 +200,7 @@ def _shard(looked: Looked, candidate: Candidate, rank: int) -> Shard:
             shard.rejected[label] = f"not needed: {shard.source} comes first"
         else:
             shard.source, shard.size_bytes = label, record.shard.size_bytes
+            shard.left_out = record.left_out
     return shard
 
 
@@ -241,6 +245,7 @@ def _object(
                 "rank": shard.rank,
                 "size_bytes": shard.size_bytes,
                 "source": shard.source,
+                "left_out_bytes": shard.left_out,
                 "rejected": [
                     {"tier": label, "reason": why} for label, why in shard.rejected.items()
                 ],
@@ -277,7 +282,7 @@ def _print(
         (
             shard.rank,
             size_text(shard.size_bytes),
-            shard.source,
+            shard.source + (f", {size_text(shard.left_out)} elsewhere" if shard.left_out else ""),
             "; ".join(f"{label}: {why}" for label, why in shard.rejected.items()),
         )
         for shard in shards

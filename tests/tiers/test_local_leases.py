@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mtckpt import errors
-from mtckpt._source import Mapped
+from mtckpt._held import Mapped
 from mtckpt.tiers import BytesSource, LocalTier, Survives
 
 ROOT = Path(__file__).resolve().parents[2]
