@@ -37,6 +37,7 @@ BUGS = (
     *ranks.AGREEMENT,
     *peers.COPIES,
     *peers.TRANSFER,
+    *peers.THIN,
     *peers.STRANGERS,
     *nodes.SAVES,
     *nodes.DECISIONS,

@@ -102,9 +102,59 @@ TRANSFER = (
     Bug(
         "no-room-found-half-way",
         "agent/receiving.py",
-        "if not _is_there(target, keys):",
-        "if _is_there(target, keys):",
+        "if not _is_there(target, shard_keys(*at)):",
+        "if _is_there(target, shard_keys(*at)):",
         ("agent/test_receiving.py::test_no_room_is_said_before_a_byte_comes",),
+    ),
+)
+
+THIN = (
+    Bug(
+        "left-out-what-differs",
+        "_thinning.py",
+        "if captured.get(box) == root}",
+        "if box in captured and root}",
+        ("agent/test_thin_copies.py::test_a_replica_that_differs_is_no_copy",),
+    ),
+    Bug(
+        "left-out-of-the-root-of-another-tensor",
+        "_twins.py",
+        'array("L", [index_of[stored_name(entry)] for entry in held]))',
+        'array("L", range(len(held))))',
+        ("agent/test_thin_copies.py::test_what_was_captured_here_too_neither_comes_nor_is_stored",),
+    ),
+    Bug(
+        "thin-copies-taken-for-parts-of-own-ranks",
+        "agent/findings.py",
+        "if record.left_out]",
+        "if record.left_out < 0]",
+        ("agent/test_thin_copies.py::test_a_node_has_all_of_a_save_with_thin_copies_of_the_rest",),
+    ),
+    Bug(
+        "mended-with-a-thin-copy",
+        "agent/receiving.py",
+        "if not copy.record.left_out:",
+        "if copy.record:",
+        (
+            "agent/test_thin_copies.py::test_a_shard_is_mended_from_a_thin_copy_and_what_is_beside[-5]",
+        ),
+    ),
+    Bug(
+        "other-shards-read-without-comparing-digests",
+        "_delivery.py",
+        "if there is not None and _digests(own, tensor) == _digests(loaded, there):",
+        "if there is not None:",
+        ("agent/test_thin_copies.py::test_what_others_have_of_the_same_name_is_not_taken_for_it",),
+    ),
+    Bug(
+        "nothing-behind-a-thin-copy",
+        "_copies.py",
+        "return [*self._levels(), self._whole()]",
+        "return [*self._levels()]",
+        (
+            "agent/test_thin_copies.py::"
+            "test_a_shard_that_leaves_nothing_out_is_found_behind_those_that_do",
+        ),
     ),
 )
 

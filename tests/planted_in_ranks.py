@@ -83,7 +83,7 @@ BOXES = (
     Bug(
         "what-only-others-have-not-looked-for",
         "_copies.py",
-        "for rank in itertools.chain(*self.levels()) if lacking else ():",
+        "for rank in itertools.chain(*self._levels()) if lacking else ():",
         "for rank in ():",
         ("test_assembly.py::" + _BY_PATH,),
     ),

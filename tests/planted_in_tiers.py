@@ -118,8 +118,8 @@ TRANSFER = (
     Bug(
         "half-a-copy-stays",
         "_transfer.py",
-        "            _take_back(target, stored)\n",
-        "",
+        "        _take_back(target, stored)\n        raise",
+        "        raise",
         ("test_transfer.py::test_a_target_that_fails_holds_nothing_of_the_save",),
     ),
     Bug(
@@ -205,8 +205,8 @@ RESTORE = (
     Bug(
         "bytes-placed-without-looking",
         "_delivery.py",
-        "bad = set(self._engine.verify(base, spans, self._loaded.table.digests))",
-        "bad = set(spans[:0])",
+        "left = {numbers[i] for i in checked}",
+        "left = set(numbers[:0])",
         ("test_checkpointer.py::test_a_damaged_disk_copy_falls_back_and_says_so",),
     ),
     Bug(

@@ -106,7 +106,7 @@ def test_all_is_captured_on_each_where_memory_holds_it(cluster: Make) -> None:
 
 
 def test_one_node_without_room_decides_for_all() -> None:
-    roomy, tight = Needs(10, 90, 2, 1000), Needs(10, 90, 2, 300)
+    roomy, tight = Needs(10, 90, 2, 1000), Needs(10, 90, 2, 200)
     nodes = [(0, 1), (2,)]
     assert layout_of([roomy, roomy, roomy], nodes, [Disk("/d")]).name == "node"
     assert layout_of([roomy, tight, roomy], nodes, [Disk("/d")]).name == "spread"

@@ -416,7 +416,8 @@ def test_a_layout_leaves_every_byte_on_enough_nodes(
     else:
         placement = place(nodes, held, copies)
         ring = place(nodes, own(nodes), copies)
-        assert placement.survival.any["node"] == fewer
-        assert placement.survival.any == ring.survival.any
+        assert placement.survival.any["node"] >= fewer
+        # More, where those that have captured a part anyway are all in one domain.
+        assert all(placement.survival.any[at] >= n for at, n in ring.survival.any.items())
     with_own = place(nodes, held_in(layout, nodes, 7, shared, copies), copies)
     assert min(with_own.pulled_bytes().values()) >= 7 * fewer

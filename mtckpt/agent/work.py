@@ -120,13 +120,9 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
 class Pull(msgspec.Struct, frozen=True, tag=True):
     """-> Flushed: one shard of another node's memory copied to this one's, received and verified by
     several streams, record last; streams Progress. What is there already and right is kept.
-
-    ``beside`` are the ranks whose shards of this save have been captured here: what those have too,
-    byte for byte, does not come, and the copy says that it leaves it out. ``mends``: the shard is
-    one of those itself, and damaged; it becomes what it was, from any shards over there.
-
-    Any error leaves nothing on the target that this command stored. TierFull before a byte of it
-    has come. Damaged: what the other node has, or sends again and again, is not that shard.
+    ``beside``: ranks that have captured their shards here; what is in those too, the copy leaves
+    out. ``mends``: it is one of those itself, damaged. Any error leaves nothing on the target that
+    this stored. TierFull before a byte of it comes. Damaged: what is over there is not that shard.
     """
 
     tier: TierRef
@@ -299,9 +295,8 @@ class Scanned(msgspec.Struct, frozen=True, tag=True):
 
 class Flushed(msgspec.Struct, frozen=True, tag=True):
     """Of a Pull, ``reread_bytes`` had to be asked for again: they came otherwise than they went.
-    ``complete``: every rank's record is there now. ``rewritten``: keys that were damaged.
-    ``weak``: the store could not make the commit atomic. ``reused_bytes`` were not sent, and of a
-    Pull not stored either: they are in shards beside it."""
+    ``complete``: every rank's record is there now. ``rewritten``: keys that were damaged. ``weak``:
+    the store could not make the commit atomic. ``reused_bytes`` were not sent, or left out."""
 
     copied_bytes: int
     elapsed_s: float

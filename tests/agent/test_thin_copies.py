@@ -200,7 +200,7 @@ def test_what_is_not_captured_here_any_more_comes_with_the_next_offer(scene: Sce
 
 
 @pytest.mark.parametrize("at", [-5, 4096 + 5])
-def test_a_shard_is_mended_from_a_thin_copy_and_what_lies_beside_it(scene: Scene, at: int) -> None:
+def test_a_shard_is_mended_from_a_thin_copy_and_what_is_beside(scene: Scene, at: int) -> None:
     """Here lies what rank 2 captured; over there a copy that leaves out what ranks 0 and 1 have."""
     path = scene.file("here", 2)
     whole_one = path.read_bytes()
@@ -259,6 +259,20 @@ def test_what_is_damaged_in_memory_comes_from_whoever_has_the_same_bytes(scene: 
     assert found["peers-b"] == HALF * 8000 + MORE.nbytes + 40_000
     flip(scene.file("here", 2), scene.file("here", 2).stat().st_size - 5)
     with pytest.raises(NoHealthyStep):
+        restored(roots, 0)
+
+
+def test_what_others_have_of_the_same_name_is_not_taken_for_it(scene: Scene) -> None:
+    """A replica that differs: what it has is sound, and not what this rank had."""
+    other = SHARED.copy()
+    other[3, 7] += 1
+    for rank in (2, 3):
+        scene.write(rank, {"shared": other, "more": MORE, "own": own(rank)})
+    roots = {"ram": scene.roots["there"], "peers-b": scene.roots["here"]}
+    assert restored(roots, 0).keys() == {"ram"}
+    path = scene.file("there", 0)
+    flip(path, path.stat().st_size - 5)
+    with pytest.raises(NoHealthyStep, match="ram: 1 tensors differ"):
         restored(roots, 0)
 
 
