@@ -22,6 +22,7 @@ from mtckpt.errors import CheckpointError, NodeDraining
 if TYPE_CHECKING:
     from mtckpt._events import EventStream
     from mtckpt.agent.copies import Copies
+    from mtckpt.agent.owners import Owner
     from mtckpt.agent.runs import RunState
 
 __all__ = ["Drainer"]
@@ -32,22 +33,33 @@ _POLL_S = 0.05
 
 
 class Drainer:
-    """See the module. One for the agent; ``reason`` is empty while the node is to stay."""
+    """See the module. One for the agent; ``reason`` is empty while the node is to stay. ``told``
+    are the runs of which it was said where their newest step is: none becomes whole here then.
+    """
 
     def __init__(self, runs: dict[str, RunState], copies: Copies, events: EventStream) -> None:
         self._runs = runs
         self._copies = copies
         self._events = events
         self.reason = ""
+        self.told: set[str] = set()
 
     def refuse(self) -> None:
         """Raises NodeDraining where something new would be begun here."""
         if self.reason:
             raise NodeDraining(self.reason, state="nothing was done")
 
+    def is_late(self, run: RunState, owner: Owner, step: int) -> bool:
+        """Whether a rank comes with its part after it was said where the newest step is: others
+        would let go of that one."""
+        save = run.save_at(owner.incarnation, step)
+        has_it = save is not None and owner.rank in save.ranks.get(RAM, ())
+        return run.key in self.told and not has_it
+
     def cancel(self) -> None:
         """The node stays. Others use it again as they hear of that: when it offers them copies."""
         self.reason = ""
+        self.told.clear()
         for run in self._runs.values():
             run.draining = ""
             run.touch()
@@ -85,6 +97,7 @@ class Drainer:
                 handing.append(self._start(handover.of_own(newest), deadline_s, handover))
             busy = run.settling or self._coming(run) or self._owed(run, handover)
             if not busy or time.monotonic() >= deadline_s:
+                self.told.add(run.key)  # a slot that was given ahead may still be sealed
                 break
             await asyncio.sleep(_POLL_S)  # many things end it: seals, flushes, failures, copies
         await asyncio.gather(*handing)

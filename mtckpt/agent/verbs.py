@@ -333,6 +333,9 @@ class Verbs:
     async def seal(self, run: RunState, message: protocol.Seal) -> protocol.Sealed:
         """The save is RAM's when this returns; slower tiers follow by themselves."""
         owner = run.owner_of(message.holder)
+        if self._registry.drainer.is_late(run, owner, message.step):
+            no = protocol.CallOff(message.holder, message.save_id, message.step, run.draining)
+            await self._registry.agreement.declined(run, owner, no)
         name = await self._ring.seal(run, owner, message)
         await self._registry.agreement.sealed(run, owner)
         next_slot = await self._ring.next_for(run, owner)
