@@ -35,9 +35,9 @@ def as_json(*words: object, code: int = 0) -> dict[str, Any]:
         (("10GiB", "--nodes", 4, "--copies", 1), (3 + 2 * 1) * 10, "node"),
         (("10GiB", "--nodes", 4, "--copies", 2), (3 + 2 * 2) * 10, "node"),
         (("10GiB", "--nodes", 2, "--copies", 2), (3 + 2 * 1) * 10, "node"),
-        (("0", "--shared", "20GiB", "--nodes", 4, "--copies", 1), (3 + 2) * 20, "node"),
-        (("0", "--shared", "40GiB", "--nodes", 4, "--copies", 1), (3 + 2) * 10, "spread"),
-        (("4GiB", "--shared", "40GiB", "--nodes", 4, "--copies", 1), (3 + 2) * 14, "spread"),
+        (("0", "--shared", "20GiB", "--nodes", 4, "--copies", 1), 3 * 20, "node"),
+        (("0", "--shared", "40GiB", "--nodes", 4, "--copies", 1), 3 * 20, "spread"),
+        (("4GiB", "--shared", "40GiB", "--nodes", 4, "--copies", 1), 3 * 24 + 2 * 4, "spread"),
     ],
 )
 def test_slots_and_twice_the_copies(words: tuple[object, ...], needed: int, layout: str) -> None:
