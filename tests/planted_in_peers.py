@@ -119,7 +119,7 @@ THIN = (
     Bug(
         "left-out-of-the-root-of-another-tensor",
         "_twins.py",
-        'array("L", [index_of[stored_name(entry)] for entry in held]))',
+        'array("L", [index_of[entry.stored_name] for entry in held]))',
         'array("L", range(len(held))))',
         ("agent/test_thin_copies.py::test_what_was_captured_here_too_neither_comes_nor_is_stored",),
     ),
