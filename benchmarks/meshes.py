@@ -30,7 +30,7 @@ LAYERS = 8
 
 def main() -> None:
     chosen = measuring.options(
-        __doc__, rounds=0, size_mib=0, only="", role="", run="", kind="fsdp", path=""
+        __doc__, rounds=0, size_mib=0, only="", role="", saved="", kind="fsdp", path=""
     )
     if chosen.role:
         import torch
@@ -55,12 +55,12 @@ def _torchrun(num_ranks: int, role: str, size_mib: int, **more: Any) -> dict[str
         [*command, f"--size-mib={size_mib}", *words],
         cwd=measuring.ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
+        capture_output=True,  # DCP's processes tell of their parents' end at length
         text=True,
         timeout=TORCHRUN_S,
     )
     if done.returncode:
-        sys.exit(f"{role} on {num_ranks} ranks: status {done.returncode}")
+        sys.exit(f"{role} on {num_ranks} ranks: status {done.returncode}\n{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -118,7 +118,7 @@ def _boxes(model: Any, optimizer: Any) -> list[tuple[Any, Any]]:
         for axis, (length, first) in enumerate(zip(*placed, strict=True)):
             along = torch.arange(first, first + length, dtype=torch.int32) * (131, 7)[axis]
             value = value + along.view([-1 if a == axis else 1 for a in range(tensor.ndim)])
-        found.append((tensor.to_local(), value.add_(number).remainder_(65521)))
+        found.append((tensor.detach().to_local(), value.add_(number).remainder_(65521)))
     return found
 
 
@@ -302,13 +302,13 @@ def mesh(size_mib: int, rounds: int) -> None:
             ("two", 2, "fsdp"),
             ("tensor", 4, "tensor"),
         ):
-            _torchrun(num_ranks, "save", size_mib, run=run, kind=kind)
+            _torchrun(num_ranks, "save", size_mib, saved=run, kind=kind)
         for name, (num_ranks, kind, other, same) in _PAIRS.items():
             took: dict[str, list[float]] = {other: [], same: []}
             peaks: dict[str, list[float]] = {other: [], same: []}
             for round_ in range(rounds):
                 for run in (other, same) if round_ % 2 else (same, other):
-                    told = _torchrun(num_ranks, "restore", size_mib, run=run, kind=kind)
+                    told = _torchrun(num_ranks, "restore", size_mib, saved=run, kind=kind)
                     took[run].append(told["restore_s"])
                     peaks[run].append(max(told["peaks"]))
             facts = {"state_bytes": told["state_bytes"]}
@@ -330,7 +330,7 @@ def _save(chosen: Any) -> None:
     for local, value in _boxes(model, optimizer):
         local.copy_(value)
     tiers = [mtckpt.Ram(every=1, slots=2)]
-    checkpointer = mtckpt.Checkpointer(chosen.run, tiers, max_stall_s=60)
+    checkpointer = mtckpt.Checkpointer(chosen.saved, tiers, max_stall_s=60)
     state = {"model": model, "optimizer": optimizer}
     checkpointer.restore(state)
     for step in (1, 2):
@@ -347,7 +347,7 @@ def _restore(chosen: Any) -> None:
 
     model, optimizer, _ = _trainer(chosen.kind, chosen.size_mib)
     own_bytes = _own_bytes(model)
-    checkpointer = mtckpt.Checkpointer(chosen.run, [mtckpt.Ram(every=1)], max_stall_s=60)
+    checkpointer = mtckpt.Checkpointer(chosen.saved, [mtckpt.Ram(every=1)], max_stall_s=60)
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before_bytes = _memory_bytes("VmRSS")

@@ -40,9 +40,15 @@ MESSAGES_BYTES = 1_000_000
 
 
 def main() -> None:
-    chosen = measuring.options(__doc__, rounds=0, size_mib=0, only="")
-    for name in chosen.only.split(",") if chosen.only else _ROWS:
-        _ROWS[name](chosen.size_mib, chosen.rounds)
+    chosen = measuring.options(__doc__, rounds=0, size_mib=0, only="", ranks=0, tensors=0)
+    for name in chosen.only.split(",") if chosen.only else [*_ROWS, *_ELSEWHERE]:
+        if name in _ELSEWHERE:
+            module, options = _ELSEWHERE[name]
+            given = {**vars(chosen), "only": name}
+            words = [f"--{each.replace('_', '-')}={given[each]}" for each in options]
+            print(measuring.child(f"benchmarks.{module}", *words), end="", flush=True)
+        else:
+            _ROWS[name](chosen.size_mib, chosen.rounds)
 
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -318,24 +324,12 @@ def _memory_for(job: Scene, layout: str, size_mib: int) -> Iterator[str]:
             subprocess.run(["umount", "-l", str(node.places.ram)], check=False)
 
 
-def _elsewhere(module: str, row: str) -> Callable[[int, int], None]:
-    """A row of a module that is imported when it is asked for."""
-
-    def take(size_mib: int, rounds: int) -> None:
-        words = [f"--size-mib={size_mib}", f"--rounds={rounds}", f"--only={row}"]
-        done = measuring.child(f"benchmarks.{module}", *words)
-        print(done, end="", flush=True)
-
-    return take
-
-
-_ROWS: dict[str, Callable[[int, int], None]] = {
-    "lost": lost,
-    "crashed": crashed,
-    "fsdp": _elsewhere("meshes", "fsdp"),
-    "mesh": _elsewhere("meshes", "mesh"),
-    "agree": _elsewhere("agreed", "agree"),
-    "ddp": ddp,
+_ROWS: dict[str, Callable[[int, int], None]] = {"lost": lost, "crashed": crashed, "ddp": ddp}
+# Rows of other modules, and what is passed on to them.
+_ELSEWHERE = {
+    "fsdp": ("meshes", ("size_mib", "rounds", "only")),
+    "mesh": ("meshes", ("size_mib", "rounds", "only")),
+    "agree": ("agreed", ("rounds", "ranks", "tensors")),
 }
 
 
