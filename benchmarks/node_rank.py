@@ -53,7 +53,7 @@ class Trainer:
 
         tiers: list[Any] = [mtckpt.Ram(every=1, slots=2), mtckpt.Peers(copies=1)]
         if store:
-            tiers.append(mtckpt.ObjectStore(store, every=1, keep=1))
+            tiers.append(mtckpt.ObjectStore(store, every=1, keep=2))
         checkpointer = mtckpt.Checkpointer("bench", tiers, max_stall_s=60)
         restored = checkpointer.restore(self.state)
         self.sources, self.restored = dict(restored.sources), restored.step
