@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from mtckpt.agent.nodes import News
     from mtckpt.agent.protocol import WireError
 
 __all__ = ["Told"]
+
+_T = TypeVar("_T", int, str)
 
 
 class Told:
@@ -90,9 +92,8 @@ class Told:
         return {label: why for news in self._failing.values() for label, why in news.failed.items()}
 
 
-def _add(counts: Counter[str] | Counter[int], values: Iterable[str | int], sign: int) -> None:
-    known: Counter[str | int] = counts  # type: ignore[assignment]  # of either
+def _add(counts: Counter[_T], values: Iterable[_T], sign: int) -> None:
     for value in values:
-        known[value] += sign
-        if not known[value]:
-            del known[value]
+        counts[value] += sign
+        if not counts[value]:
+            del counts[value]
