@@ -295,7 +295,7 @@ _PAIRS = {
 
 def mesh(size_mib: int, rounds: int) -> None:
     """The same processes restore what was saved on another mesh, and on their own."""
-    size_mib, rounds = size_mib or 512, rounds or 5
+    size_mib, rounds = size_mib or 1024, rounds or 5
     with measuring.places():
         for run, num_ranks, kind in (
             ("four", 4, "fsdp"),
