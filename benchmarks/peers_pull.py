@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import http.client
-import mmap
 import os
 import socket
 import subprocess
@@ -26,12 +25,10 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
-from benchmarks import measuring
+from benchmarks import measuring, raw_copy
+from benchmarks.raw_copy import PIECE_BYTES, STREAMS
 
 AGENT, SECRET = "a" * 16, bytes(range(32))
-STREAMS = 2
-PIECE_BYTES = 4 * measuring.MIB
-RANGE_BYTES = 32 * measuring.MIB
 _servers: list[int] = []
 
 
@@ -110,7 +107,10 @@ def _ways(
         lambda: _in_streams(source, target, lambda v, i: _pull_peer(port, source, v, i)),
     )
     raw_port = _start(stack, "raw", source)
-    yield "raw", lambda: _in_streams(source, target, lambda v, i: _pull_raw(raw_port, v, i))
+    yield (
+        "raw",
+        lambda: _in_streams(source, target, lambda v, i: raw_copy.pull_stream(raw_port, v, i)),
+    )
     http_port = _start(stack, "aiohttp", source)
     yield (
         "aiohttp, not verified",
@@ -191,30 +191,8 @@ def _pull_ours(port: int, source: Path, target: str, tls: dict[str, str] | None 
 
 def _in_streams(source: Path, target: str, pull: Callable[[memoryview, int], None]) -> Path:
     path = Path(target) / "raw"
-    size_bytes = source.stat().st_size
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    os.posix_fallocate(fd, 0, size_bytes)
-    with mmap.mmap(fd, size_bytes) as mapped, memoryview(mapped) as view:
-        threads = [threading.Thread(target=pull, args=(view, i)) for i in range(STREAMS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    os.close(fd)
+    raw_copy.in_streams(path, source.stat().st_size, pull)
     return path
-
-
-def _ranges(size_bytes: int, stream: int) -> Iterator[tuple[int, int]]:
-    for start in range(stream * RANGE_BYTES, size_bytes, STREAMS * RANGE_BYTES):
-        yield start, min(start + RANGE_BYTES, size_bytes)
-
-
-def _pull_raw(port: int, view: memoryview, stream: int) -> None:
-    with socket.create_connection(("127.0.0.1", port)) as sock:
-        for start, stop in _ranges(len(view), stream):
-            sock.sendall(b"%016d%016d" % (start, stop))
-            while start < stop:
-                start += sock.recv_into(view[start : min(stop, start + PIECE_BYTES)])
 
 
 def _pull_peer(port: int, source: Path, view: memoryview, stream: int) -> None:
@@ -223,14 +201,14 @@ def _pull_peer(port: int, source: Path, view: memoryview, stream: int) -> None:
 
     run_key, *rest = source.parts[-3:]
     tier = PeerTier(PeerAddress("127.0.0.1", 1, port), run_key, SECRET)
-    for start, stop in _ranges(len(view), stream):
+    for start, stop in raw_copy.ranges(len(view), stream):
         tier.read_into("/".join((run_key, *rest)), view[start:stop], start)
     tier.close()
 
 
 def _pull_http(port: int, view: memoryview, stream: int) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    for start, stop in _ranges(len(view), stream):
+    for start, stop in raw_copy.ranges(len(view), stream):
         connection.request("GET", "/", headers={"Range": f"bytes={start}-{stop - 1}"})
         with connection.getresponse() as response:
             while start < stop:
@@ -257,9 +235,12 @@ def _pull_flight(port: int, view: memoryview, stream: int) -> None:
 
 def serve(kind: str, path: str) -> None:
     """Print a port and serve the file there until killed."""
-    {"peer": _serve_peer, "raw": _serve_raw, "aiohttp": _serve_aiohttp, "flight": _serve_flight}[
-        kind
-    ](Path(path))
+    {
+        "peer": _serve_peer,
+        "raw": raw_copy.serve,
+        "aiohttp": _serve_aiohttp,
+        "flight": _serve_flight,
+    }[kind](Path(path))
 
 
 def _say(port: int) -> None:
@@ -274,22 +255,6 @@ def _serve_peer(path: Path) -> None:
     run = work.ServedRun(path.parts[-3], SECRET.hex(), [ref])
     _say(PeerServer().serve(work.ServePeers(ref, AGENT, "127.0.0.1", 0, [run])).port)
     threading.Event().wait()
-
-
-def _serve_raw(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-
-    def answer(sock: socket.socket) -> None:
-        while words := sock.recv(32, socket.MSG_WAITALL):
-            start, stop = int(words[:16]), int(words[16:])
-            while start < stop:
-                start += os.sendfile(sock.fileno(), fd, start, stop - start)
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    _say(listener.getsockname()[1])
-    while True:
-        sock, _ = listener.accept()
-        threading.Thread(target=answer, args=(sock,), daemon=True).start()
 
 
 def _serve_aiohttp(path: Path) -> None:

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Assembly", "Stores", "assemble"]
 
-# How much memory besides the live one a restore onto another mesh takes at a time.
+# How much memory besides the live one a restore onto another mesh takes at a time: a share of what
+# is wanted, which counts twice at most, within bounds.
+SCRATCH_SHARE = 32
+MIN_SCRATCH_BYTES = 8 * 1024 * 1024
 MAX_SCRATCH_BYTES = 256 * 1024 * 1024
 
 
@@ -124,6 +127,9 @@ def assemble(
     """
     own = open_shard(base)
     drafts = [_Draft(open_shard)]
+    items = [DTYPES[own.entries[index].dtype].item_bytes for _, index, _ in wanted]
+    sizes = [math.prod(box.shape) * n for (_, _, box), n in zip(wanted, items, strict=True)]
+    limit = min(MAX_SCRATCH_BYTES, max(MIN_SCRATCH_BYTES, sum(sizes) // SCRATCH_SHARE))
     for address, index, box in wanted:
         entry = own.entries[index]
         stored = (
@@ -131,19 +137,19 @@ def assemble(
             if entry.offsets is None
             else stores.of(entry, box, own.record.step)
         )
-        for slab_address, slab in _slabs(address, box, entry):
-            if drafts[-1].scratch_bytes >= MAX_SCRATCH_BYTES:
+        for slab_address, slab in _slabs(address, box, entry, limit):
+            if drafts[-1].scratch_bytes >= limit:
                 drafts.append(_Draft(open_shard))
             _plan_box(drafts[-1], slab_address, slab, entry, stored, own.record.step)
     return [draft.finished() for draft in drafts]
 
 
-def _slabs(address: int, box: Box, entry: ArrayEntry) -> Iterator[tuple[int, Box]]:
+def _slabs(address: int, box: Box, entry: ArrayEntry, limit: int) -> Iterator[tuple[int, Box]]:
     """A box in slabs of rows, where the chunks that it is cut out of would be too many at once."""
     whole = entry.shape if entry.global_shape is None else entry.global_shape
     item_bytes = DTYPES[entry.dtype].item_bytes
     length = box.shape[0] if box.shape else 0
-    most = max(1, MAX_SCRATCH_BYTES // max(1, math.prod(whole[1:]) * item_bytes))
+    most = max(1, limit // max(1, math.prod(whole[1:]) * item_bytes))
     if length <= most or box.shape[1:] == whole[1:]:
         yield address, box
         return

@@ -189,6 +189,11 @@ def seats_of(seat: int, num_seats: int, copies: int) -> tuple[int, ...]:
     return tuple((seat + turn * num_seats // count) % num_seats for turn in range(count))
 
 
+def _held_by(here: int, num_seats: int, copies: int) -> list[int]:
+    """The seats whose ``seats_of`` has ``here`` among them, in order."""
+    return sorted((2 * here - seat) % num_seats for seat in seats_of(here, num_seats, copies))
+
+
 def spread_of(
     shape: tuple[int, ...],
     size_bytes: int,
@@ -208,18 +213,17 @@ def spread_of(
         return [whole(shape)]
     num_nodes, length = len(nodes), shape[0]
     here = next(seat for seat, ranks in enumerate(nodes) if rank in ranks)
-    is_divided = size_bytes >= MIN_SPLIT_BYTES and length >= num_nodes
-    if is_divided:
-        parts = [
-            (k, length * k // num_nodes, length * (k + 1) // num_nodes) for k in range(num_nodes)
-        ]
+    if size_bytes >= MIN_SPLIT_BYTES and length >= num_nodes:
+        seats = _held_by(here, num_nodes, copies)
+        parts = [(length * k // num_nodes, length * (k + 1) // num_nodes) for k in seats]
     else:
         # Another choice than that of a member: who is first on its node is not always asked.
-        parts = [(xxh3_64_intdigest(name.encode(), seed=1) % num_nodes, 0, length)]
+        seat = xxh3_64_intdigest(name.encode(), seed=1) % num_nodes
+        parts = [(0, length)] if here in seats_of(seat, num_nodes, copies) else []
     boxes = []
     member, members = nodes[here].index(rank), len(nodes[here])
-    for seat, first, stop in parts:
-        if here in seats_of(seat, num_nodes, copies) and first < stop:
+    for first, stop in parts:
+        if first < stop:
             part_bytes = size_bytes * (stop - first) // length
             share = share_of((stop - first, *shape[1:]), part_bytes, name, member, members)
             if not share.is_empty:

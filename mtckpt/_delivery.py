@@ -84,9 +84,11 @@ class Delivery:
     """Brings what is wanted of one shard to its targets, from one place after the other.
 
     From storage, and where there is little of it, everything is brought to staging memory and
-    checked there before the first live byte changes. A large copy in RAM is not copied twice: each
-    chunk is checked and then placed while it is in the cache. The last copy of the last step that
-    could be restored is checked as a whole first: should it be damaged, live state is as it was.
+    checked there before the first live byte changes. ``beside`` is how many shards may do so at the
+    same time, 0 where some of what is wanted has been placed by then. A large copy in RAM is not
+    copied twice: each chunk is checked and then placed while it is in the cache. The last copy of
+    the last step that could be restored is checked as a whole first: should it be damaged, live
+    state is as it was.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class Delivery:
         within: Within,
         attempt: Attempt,
         progress: Callable[[int], None],
+        beside: int = 1,
     ) -> None:
+        self._cheap_bytes = _CHEAP_BYTES // beside if beside else -1
         self._loaded = loaded
         self._key = key
         self._engine = engine
@@ -135,7 +139,7 @@ class Delivery:
         while wanted and (place := next(places, None)) is not None:
             last = last_resort and place is usable[-1]
             try:
-                if not place.mapped or self._size_of(wanted) <= _CHEAP_BYTES:
+                if not place.mapped or self._size_of(wanted) <= self._cheap_bytes:
                     spans = dict(zip(wanted, self._spans(wanted), strict=True))
                     left = self._staged(Copy(place, self._key, self._loaded), spans)
                 elif check:

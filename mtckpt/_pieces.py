@@ -60,13 +60,7 @@ class Piece(NamedTuple):
     held: ArraySpec | None = None
     holders: tuple[int, ...] = ()
     ranks: tuple[int, ...] | None = None
-
-    @property
-    def alike(self) -> str:
-        """The same for all ranks that hold the part; empty for one that this rank holds alone."""
-        if len(self.holders) < 2:
-            return ""
-        return xxh3_64_hexdigest(msgspec.json.encode(sorted(self.holders)))[:8]
+    alike: str = ""
 
 
 # Values of ``Piece.part`` that name no part: a leaf of this rank's own, and one that is replicated.
@@ -113,6 +107,7 @@ def divide(flat: Flat, specs: Sequence[ArraySpec], members: Members) -> Recipe:
     shared: list[tuple[str, str, tuple[int, ...]]] = []
     replicas = replicas_of(flat, members)
     empty: dict[int, Any] = {}
+    crowds = _Crowds(members)
     for leaf, (owner, array, path) in enumerate(
         zip(flat.owners, flat.arrays, flat.paths, strict=True)
     ):
@@ -125,11 +120,11 @@ def divide(flat: Flat, specs: Sequence[ArraySpec], members: Members) -> Recipe:
         if parts is None:
             firsts.append(Piece(leaf, specs[leaf]))
             continue
-        ranks = _spread_over(parts, members)
+        ranks = crowds.spread_over(parts)
         if ranks is None:
             spec = parts[0].spec
             shared.append((path, spec.dtype, spec.whole_shape))
-        pieces = [piece._replace(ranks=ranks) for piece in _pieces_of(leaf, path, parts, members)]
+        pieces = [piece._replace(ranks=ranks) for piece in _pieces_of(leaf, path, parts, crowds)]
         if whole_of_it:
             pieces = [piece._replace(part=WHOLE) for piece in pieces]
             if not pieces[0].spec.size_bytes:
@@ -182,15 +177,55 @@ def _look(
     return [owner.fingerprint(values) for owner, values in by_owner.values()]
 
 
-def _spread_over(parts: Sequence[Part], members: Members) -> tuple[int, ...] | None:
-    """The ranks that have a part in a global array; None for all of the job."""
-    ranks = {members.rank}
-    for part in parts:
-        ranks.update(part.sharers or part.holders)
-    return None if len(ranks) == members.world_size else tuple(sorted(ranks))
+class _Crowd(NamedTuple):
+    """The ranks that hold one part: whether this one is of them, which are on this node, and where
+    nodes share it out, node by node."""
+
+    has_this: bool
+    here: list[int]
+    nodes: list[list[int]]
+    alike: str
 
 
-def _pieces_of(leaf: int, name: str, parts: Sequence[Part], members: Members) -> list[Piece]:
+class _Crowds:
+    """Groups of ranks as this one sees them, each worked out once for however many arrays: there
+    may be thousands of either."""
+
+    def __init__(self, members: Members) -> None:
+        self.members = members
+        # By the tuple itself and not by its value, which takes as long to compare as to work out.
+        self._known: dict[int, tuple[tuple[int, ...], _Crowd]] = {}
+        self._spread: dict[tuple[int, ...], tuple[object, tuple[int, ...] | None]] = {}
+
+    def of(self, holders: tuple[int, ...]) -> _Crowd:
+        """What there is to know of the ranks that hold a part."""
+        found = self._known.get(id(holders))
+        if found is None:
+            members, ranks = self.members, frozenset(holders)
+            nodes = [[rank for rank in node if rank in ranks] for node in members.spread]
+            near = frozenset(members.node)
+            alike = xxh3_64_hexdigest(msgspec.json.encode(sorted(holders)))[:8]
+            crowd = _Crowd(
+                members.rank in ranks,
+                [rank for rank in holders if rank in near],
+                [node for node in nodes if node],
+                alike if len(holders) > 1 else "",
+            )
+            found = self._known[id(holders)] = holders, crowd
+        return found[1]
+
+    def spread_over(self, parts: Sequence[Part]) -> tuple[int, ...] | None:
+        """The ranks that have a part in a global array; None for all of the job."""
+        groups = [part.sharers or part.holders for part in parts]
+        key = tuple(map(id, groups))
+        if key not in self._spread:
+            ranks = {self.members.rank}.union(*groups)
+            everybody = len(ranks) == self.members.world_size
+            self._spread[key] = groups, None if everybody else tuple(sorted(ranks))
+        return self._spread[key][1]
+
+
+def _pieces_of(leaf: int, name: str, parts: Sequence[Part], crowds: _Crowds) -> list[Piece]:
     """Each box once, and of those that others of this node hold as well this rank's share."""
     pieces: list[Piece] = []
     known: set[Box] = set()
@@ -200,8 +235,9 @@ def _pieces_of(leaf: int, name: str, parts: Sequence[Part], members: Members) ->
         if box in known:
             continue
         known.add(box)
-        for share in _shares(spec, name, part, members):
-            piece = Piece(leaf, spec, number, None, part.spec, part.holders)
+        crowd = crowds.of(part.holders)
+        for share in _shares(spec, name, crowd, crowds.members):
+            piece = Piece(leaf, spec, number, None, spec, part.holders, None, crowd.alike)
             if share != whole(spec.shape):
                 rows = (share.offsets[0], share.offsets[0] + share.shape[0])
                 offsets = (box.offsets[0] + rows[0], *box.offsets[1:])
@@ -214,18 +250,16 @@ def _pieces_of(leaf: int, name: str, parts: Sequence[Part], members: Members) ->
     return full or pieces[:1]
 
 
-def _shares(spec: ArraySpec, name: str, part: Part, members: Members) -> list[Box]:
+def _shares(spec: ArraySpec, name: str, crowd: _Crowd, members: Members) -> list[Box]:
     """What this rank stores of a box that it holds, as boxes of that box; one may be empty."""
-    if members.rank not in part.holders:
+    if not crowd.has_this:
         return [whole(spec.shape)]
     size_bytes = size_bytes_of(spec.dtype, spec.shape)
     if members.spread:
-        holding = [[r for r in node if r in part.holders] for node in members.spread]
-        nodes = [ranks for ranks in holding if ranks]
         nothing = [Box((0,) * len(spec.shape), (0, *spec.shape[1:]))]
-        found = spread_of(spec.shape, size_bytes, name, nodes, members.rank, members.copies)
+        found = spread_of(spec.shape, size_bytes, name, crowd.nodes, members.rank, members.copies)
         return found or nothing
-    here = [rank for rank in part.holders if rank in members.node]
+    here = crowd.here
     return [share_of(spec.shape, size_bytes, name, here.index(members.rank), len(here))]
 
 

@@ -83,17 +83,17 @@ def restore_from(
         parts = _join(placing, shards)
         parts[0].wants[shards.base] = wants + parts[0].wants.get(shards.base, [])
         scope.engine.settle(_targets(parts, repeats))  # in this thread; others read
-    fetching = _Fetching(scope, shards, attempt, progress)
+    fetching, only = _Fetching(scope, shards, attempt, progress), len(parts) == 1
     with scope.together("fetch"):
         if last and sum(len(part.wants) for part in parts) > 1:
             # One shard after the other is placed: that the last of them is sound is seen first.
             for part in parts:
-                fetching.fetch(part, last=True, check="keep" if len(parts) == 1 else "drop")
+                fetching.fetch(part, last=True, only=only, check="keep" if only else "drop")
             last = False
         while len(parts) > 1:  # this one's scratch memory goes before the next needs some
-            fetching.fetch(parts[0], last=last)
+            fetching.fetch(parts[0], last=last, only=only)
             fetching.place(parts.pop(0))
-        fetching.fetch(parts[0], last=last)
+        fetching.fetch(parts[0], last=last, only=only)
     with scope.together("place"):
         fetching.place(parts.pop())
         attempt.touched |= bool(repeats)
@@ -125,13 +125,21 @@ class _Fetching:
         self._kept: dict[int, Delivery] = {}
         self._before_bytes = 0
 
-    def fetch(self, part: Assembly, *, last: bool, check: Literal["", "keep", "drop"] = "") -> None:
-        """Get every byte of a part here. Raises NoHealthyStep; see ``Delivery.fetch``."""
+    def fetch(
+        self,
+        part: Assembly,
+        *,
+        last: bool,
+        only: bool,
+        check: Literal["", "keep", "drop"] = "",
+    ) -> None:
+        """Get every byte of a part here, which may be the ``only`` one. Raises NoHealthyStep; see
+        ``Delivery.fetch``."""
         shards = self._shards
         deliveries = self._kept or {
             rank: Delivery(
                 shards.open(rank), shards.keys(rank)[0], wants, self._scope.engine,
-                self._scope.within, self._attempt, self._told,
+                self._scope.within, self._attempt, self._told, len(part.wants) if only else 0,
             )
             for rank, wants in part.wants.items()
         }  # fmt: skip

@@ -8,8 +8,8 @@ SAVES = (
     Bug(
         "committed-without-the-news-of-all-nodes",
         "agent/saves.py",
-        "return len(here | self._elsewhere(label)) >= self.world_size",
-        "return bool(here | self._elsewhere(label))",
+        "return _number_of(here, self.told.ranks(label)) >= self.world_size",
+        "return bool(here or self.told.ranks(label))",
         ("agent/test_nodes.py::test_complete_is_what_all_nodes_have_together",),
     ),
     Bug(

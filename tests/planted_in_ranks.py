@@ -131,8 +131,8 @@ SHARES = (
     Bug(
         "share-of-ranks-on-another-node",
         "_pieces.py",
-        "here = [rank for rank in part.holders if rank in members.node]",
-        "here = list(part.holders)",
+        "[rank for rank in holders if rank in near]",
+        "list(holders)",
         ("test_pieces.py::test_every_byte_once_for_each_node",),
     ),
     Bug(

@@ -26,8 +26,8 @@ BUGS = (
     SimulatedBug(
         "committed-without-the-news-of-all-nodes",
         "agent/saves.py",
-        "return len(here | self._elsewhere(label)) >= self.world_size",
-        "return bool(here | self._elsewhere(label))",
+        "return _number_of(here, self.told.ranks(label)) >= self.world_size",
+        "return bool(here or self.told.ranks(label))",
         2,
     ),
     SimulatedBug(

@@ -167,6 +167,51 @@ def test_scratch_memory_is_bounded(
     assert (len(taken) == 1) is (limit > 2 * arrays["a"].nbytes)
 
 
+def memory_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How large each piece of memory is that a restore takes besides the live one."""
+    taken: list[int] = []
+
+    def anonymous(size_bytes: int) -> Any:
+        taken.append(size_bytes)
+        return memory.anonymous(size_bytes)
+
+    for module in (_assembly, _delivery):
+        monkeypatch.setattr(module, "anonymous", anonymous)
+    return taken
+
+
+def test_shards_of_many_ranks_take_no_more_memory_than_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them is little enough to be staged, and all of them are not."""
+    shape = (48, CHUNK_BYTES // 32)
+    array = np.random.default_rng(1).standard_normal(shape)
+    write(tmp_path, {"w": (array, rows(shape, 6))})
+    taken = memory_taken(monkeypatch)
+    monkeypatch.setattr(_delivery, "_CHEAP_BYTES", 4 * CHUNK_BYTES)
+    with boxed_arrays():
+        live = Boxed(shape, float, [whole(shape)])
+        restore(tmp_path, {"w": live})
+        assert live.equals(array)
+    assert sum(taken) <= 4 * CHUNK_BYTES
+
+
+def test_another_mesh_takes_a_small_share_of_what_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_assembly, "MIN_SCRATCH_BYTES", 0)
+    monkeypatch.setattr(_delivery, "_CHEAP_BYTES", 0)
+    shape = (8192, 2048)
+    array = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    write(tmp_path, {"w": (array, rows(shape, 4))})
+    taken = memory_taken(monkeypatch)
+    with boxed_arrays():
+        live = Boxed(shape, np.float32, columns(shape, 2)[1])
+        restore(tmp_path, {"w": live})
+        assert live.equals(array)
+    assert max(taken) <= live.arrays[0].nbytes / 10
+
+
 def test_only_the_chunks_that_are_needed_are_read(tmp_path: Path) -> None:
     rows_bytes = CHUNK_BYTES // 4
     array = np.arange(64 * rows_bytes // 8).reshape(64, -1)  # 16 chunks, 4 rows each

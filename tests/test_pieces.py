@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 from boxed import Boxed, BoxedAdapter, place
 from hypothesis import given
 from hypothesis import strategies as st
@@ -192,3 +194,34 @@ def test_alone_nothing_is_divided() -> None:
     recipe, _ = recipe_of({"w": Replicated(np.zeros(6))}, Members())
     assert recipe.is_plain
     assert recipe.pieces[0].spec.offsets is None
+
+
+class Looked(tuple[int, ...]):
+    """Ranks, and how often somebody has gone through them."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[int]:
+        Looked.times += 1
+        return super().__iter__()
+
+    def __contains__(self, rank: object) -> bool:
+        Looked.times += 1
+        return super().__contains__(rank)
+
+
+@pytest.mark.parametrize("copies", [0, 1])
+def test_ranks_are_gone_through_once_however_many_arrays_they_hold(copies: int) -> None:
+    world_size = 400
+    nodes = tuple(tuple(range(first, first + 8)) for first in range(0, world_size, 8))
+    members = Members(9, world_size, nodes[1], nodes if copies else (), copies)
+    Looked.times = 0
+    everybody = Looked(range(world_size))
+    state = {
+        f"w{number}": Boxed((8, 4), float, [whole((8, 4))], everybody, sharers=everybody)
+        for number in range(50)
+    }
+    recipe, _ = recipe_of(state, members)
+    assert len({piece.alike for piece in recipe.pieces}) == 1
+    assert all(piece.ranks is None for piece in recipe.pieces)
+    assert Looked.times < 10

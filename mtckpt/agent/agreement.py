@@ -71,13 +71,14 @@ class Agreement:
                 actions=("build the same state on every rank",),
             )
             return error, step
-        last_steps = run.last_steps(save.name.incarnation)
-        lacking = _lacking(run, save)
-        ahead = next((rank for rank in lacking if last_steps.get(rank, -1) > step), None)
-        if ahead is None:
+        ahead, last_step = min(
+            ((rank, last) for rank, last in run.ahead_of(save.order) if _may_miss(run, save, rank)),
+            default=(-1, step),
+        )
+        if last_step == step:
             return None
-        last_step = last_steps[ahead]
-        has = sorted(set(range(save.world_size)).difference(lacking))
+        lacking = set(_lacking(run, save))
+        has = [rank for rank in range(save.world_size) if rank not in lacking]
         host = f" on {run.layout.host_of(ahead)}" if run.layout else ""
         error = StepDisagreement(
             f"ranks {has[:8]} saved step {step}, rank {ahead}{host} went on to step"
@@ -111,7 +112,7 @@ class Agreement:
     async def left(self, run: RunState, owner: Owner) -> None:
         """A rank is gone: what it has no part in cannot become whole."""
         for save in run.open_saves(owner.incarnation):
-            if owner.rank in save.lacking():
+            if save.lacks(owner.rank):
                 error = RankTimeout(
                     f"rank {owner.rank} ended without its part of step {save.name.step}",
                     stage="staged",
@@ -228,10 +229,15 @@ class Agreement:
         run.touch(save)
 
 
+def _may_miss(run: RunState, save: SaveState, rank: int) -> bool:
+    """Whether this node may call a save off for want of that rank's part: of any at the lead, else
+    of its own. What its own ranks have is told to the lead, and may be whole by then."""
+    is_ours = not run.layout or run.layout.is_lead or rank in run.layout.own
+    return is_ours and save.lacks(rank)
+
+
 def _lacking(run: RunState, save: SaveState) -> list[int]:
-    """Ranks without whose parts this node may call a save off: all at the lead, else its own. What
-    its own ranks have is told to the lead, and may be whole by then."""
-    lacking = save.lacking()
+    """All such ranks."""
     if run.layout and not run.layout.is_lead:
-        lacking = sorted(run.layout.own.intersection(lacking))
-    return lacking
+        return sorted(rank for rank in run.layout.own if save.lacks(rank))
+    return save.lacking()

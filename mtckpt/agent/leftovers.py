@@ -88,5 +88,5 @@ def _is_missing(run: RunState, found: work.SlotScan) -> bool:
     """Whether a finished capture is a save, or the part of one, that is not there yet."""
     save = run.save_at(found.incarnation, found.step)
     return save is None or (
-        str(save.name) == found.save and save.is_open and found.rank in save.lacking()
+        str(save.name) == found.save and save.is_open and save.lacks(found.rank)
     )

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mtckpt._handshake import PeerAddress
     from mtckpt.agent.agreement import Agreement
     from mtckpt.agent.flushing import Flusher
+    from mtckpt.agent.nodes import Layout
     from mtckpt.agent.peers import Peers
     from mtckpt.agent.replicas import Replicas
     from mtckpt.agent.ring import Ring
@@ -56,9 +57,11 @@ MAX_CALLS = 32
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """What one node was told, by the name of the save, and where it is itself."""
+    """What one node was told, by the name of the save, and where it is itself. ``wake`` is set when
+    there may be something to tell it."""
 
     sent: dict[str, News] = field(default_factory=dict)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
     seq: int = -1
     agent_id: str = ""
     told_by: str = ""
@@ -72,6 +75,17 @@ class Link:
         """Another agent is there now: it knows nothing."""
         self.sent.clear()
         self.seq = -1
+        self.wake.set()
+
+
+@dataclass(slots=True, eq=False)
+class _Words:
+    """What there is to tell of each save, made once for however many are told: with its number of
+    when it had last changed. Good for one layout and incarnation."""
+
+    layout: Layout
+    incarnation: int
+    made: dict[str, tuple[int, News | None]] = field(default_factory=dict)
 
 
 class Links:
@@ -92,6 +106,7 @@ class Links:
         self._flusher = flusher
         self._replicas = replicas
         self._peers = peers
+        self._words: dict[str, _Words] = {}
         self._threads = ThreadPoolExecutor(MAX_CALLS, "mtckpt-links")
         peers.verbs["tell"] = (Tell, self.hear)
 
@@ -113,11 +128,14 @@ class Links:
             save.found = True
         for number in run.links:
             self._tools.start(self._serve(run, number), f"telling node {number} of {run.key}")
+        self._tools.start(self._watch(run, run.secret), f"watching news of {run.key}")
 
     def leave(self, run: RunState) -> None:
         """Tell nobody any more. Idempotent."""
         if run.layout is None:
             return
+        for link in run.links.values():
+            link.wake.set()  # for the last time
         run.layout, run.secret, run.links = None, "", {}
         run.touch()
 
@@ -144,20 +162,55 @@ class Links:
         layout = run.layout
         assert layout is not None
         fresh = sorted((s for s in run.saves.values() if s.seq > link.seq), key=lambda s: s.order)
-        made = [
-            news_for_nodes(save) if layout.is_lead else news_for_lead(save, layout, run.incarnation)
-            for save in fresh
-        ]
+        made = [self._word(run, layout, save) for save in fresh]
         for at, save in enumerate(fresh):
             is_old = save.name.incarnation < run.incarnation
             if made[at] is None and (is_old or not save.stages) and str(save.name) in link.sent:
                 made[at] = nothing_of(save)  # what was told of it is not so any more
         return [news for news in made if news is not None and news != link.sent.get(news.save)]
 
+    def _word(self, run: RunState, layout: Layout, save: SaveState) -> News | None:
+        """What there is to tell of a save; at the lead that is the same for all nodes."""
+        words = self._words.get(run.key)
+        if words is None or (words.layout, words.incarnation) != (layout, run.incarnation):
+            words = self._words[run.key] = _Words(layout, run.incarnation)
+        name = str(save.name)
+        seq, made = words.made.get(name, (-1, None))
+        if seq != save.seq:
+            if layout.is_lead:
+                made = news_for_nodes(save)
+            else:
+                made = news_for_lead(save, layout, run.incarnation)
+            if save.seq <= run.seq:  # else more may change under the same number
+                words.made[name] = save.seq, made
+        return made
+
+    async def _watch(self, run: RunState, secret: str) -> None:
+        """Wake those who tell other nodes when there is something new for them, and no earlier:
+        things change as often as there are nodes, each of which would look for itself."""
+        known: dict[str, News | None] = {}
+        incarnation, seq = -1, -1
+        while not run.gone and run.layout is not None and run.secret == secret:
+            changed, layout = run.changed, run.layout
+            if incarnation != run.incarnation:
+                known, incarnation, seq = {}, run.incarnation, -1
+            fresh = [(name, save) for name, save in run.saves.items() if save.seq > seq]
+            found = {name: self._word(run, layout, save) for name, save in fresh}
+            seq = run.seq
+            if any(known.get(name) != news for name, news in found.items()):
+                for link in run.links.values():
+                    link.wake.set()
+            known = {name: news for name, news in known.items() if name in run.saves}
+            known.update(found)
+            await changed.wait()
+        for link in run.links.values():
+            link.wake.set()
+
     async def _serve(self, run: RunState, number: int) -> None:
         link, attempt, greeted = run.links[number], 0, False
         while not run.gone and run.links.get(number) is link:
-            changed, seq = run.changed, run.seq
+            link.wake.clear()
+            seq = run.seq
             news = self._news(run, link)
             if news or not greeted:
                 part = news[:MAX_TOLD]
@@ -177,7 +230,7 @@ class Links:
             link.seq = seq
             known = run.saves
             link.sent = {name: news for name, news in link.sent.items() if name in known}
-            await changed.wait()
+            await link.wake.wait()
 
     async def _tell(self, run: RunState, number: int, news: list[News]) -> None:
         link, layout, here = run.links[number], run.layout, self._peers.address
@@ -223,6 +276,8 @@ class Links:
                 run.note_leaving(message.node, False)  # another agent has its place
             link.told_by = message.address.agent_id
             await self.follow(run, message.node, message.address)
+        owed = _owed(run)
+        before = {news.save: self._standing(run, news.save) for news in message.saves}
         heard = [save for news in message.saves if (save := self._take_in(run, message.node, news))]
         run.discharge(scanned=False)
         for save in sorted(heard, key=lambda s: s.order):
@@ -232,7 +287,12 @@ class Links:
             self._settle(run, save)
             self._replicas.look(run, save)
         run.discharge(scanned=False)
-        run.touch()
+        # Nobody looks up for one part of many that are still to come.
+        for save in heard:
+            if self._standing(run, str(save.name)) != before[str(save.name)]:
+                run.touch(save)
+        if _owed(run) != owed:
+            run.touch()
         for label in {label for save in heard for label in save.ranks if label in run.tiers}:
             self._flusher.look_again(run, run.tiers[label])
         return Heard(here.agent_id)
@@ -275,7 +335,22 @@ class Links:
         for label, tier in run.tiers.items():
             if save.is_complete(label) and label not in save.uncommitted:
                 run.reach(save, tier.stage)
-        run.touch(save)
+
+    def _standing(self, run: RunState, name: str) -> object:
+        """All of a save that anybody waits for: trainers, tiers, other nodes."""
+        save, layout = run.saves.get(name), run.layout
+        if save is None or layout is None:
+            return None
+        told = (
+            news_for_nodes(save) if layout.is_lead else news_for_lead(save, layout, run.incarnation)
+        )
+        tiers = [(save.is_complete(t), save.is_verified(t), save.is_damaged(t)) for t in run.tiers]
+        return save.change(), told, tiers, save.is_complete(RAM), save.diverged
+
+
+def _owed(run: RunState) -> list[tuple[object, ...]]:
+    """What tiers and slots may wait for, of all saves: it changes as more is known of one."""
+    return [(save.remains, len(save.due), len(save.superseded)) for save in run.saves.values()]
 
 
 def _weight(news: News | None) -> tuple[object, ...]:

@@ -127,7 +127,7 @@ class Replicas:
 def all_twins(save: SaveState) -> Twins:
     """Of this node's ranks, and of those of other nodes that have told of theirs."""
     found: Twins = {}
-    for twins in [save.twins, *(news.twins for news in save.told.values())]:
+    for twins in [save.twins, *(news.twins for news in save.told)]:
         for boxes, roots in twins.items():
             for digest, ranks in roots.items():
                 found.setdefault(boxes, {}).setdefault(digest, []).extend(ranks)

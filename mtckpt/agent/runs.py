@@ -124,20 +124,16 @@ class RunState:
             owner_host=current.host if current else "",
         )
 
-    def last_steps(self, incarnation: int) -> dict[int, int]:
-        """The step that each rank came to in an incarnation, as far as it is known here."""
-        far = {
-            rank: link.last_step
-            for number, link in self.links.items()
-            if self.layout and link.incarnation == incarnation
-            for rank in self.layout.nodes[number].ranks
-        }
-        here = {
-            owner.rank: owner.last_step
-            for owner in self.owners.values()
-            if owner.incarnation == incarnation
-        }
-        return {**far, **here}
+    def ahead_of(self, order: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        """Ranks that have come further in an incarnation, and to which step, as far as it is known
+        here."""
+        incarnation, step = order
+        for number, link in self.links.items():
+            if self.layout and link.incarnation == incarnation and link.last_step > step:
+                yield from ((rank, link.last_step) for rank in self.layout.nodes[number].ranks)
+        for owner in self.owners.values():
+            if owner.incarnation == incarnation and owner.last_step > step:
+                yield owner.rank, owner.last_step
 
     # -- news ------------------------------------------------------------------------------------
 

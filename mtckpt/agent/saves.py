@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from mtckpt._manifest import on_line
 from mtckpt.agent.protocol import SaveChange, SlotGrant, TierConfig, WireError
 from mtckpt.agent.queue import SaveFacts, SlotState
+from mtckpt.agent.told import Told
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from mtckpt._manifest import SaveName
     from mtckpt._twins import Twins
-    from mtckpt.agent.nodes import News
     from mtckpt.agent.work import SlotFiles, TierRef
 
 __all__ = ["RAM", "Line", "Plan", "SaveState", "Slot", "TierState", "new_id"]
@@ -105,7 +105,7 @@ class SaveState:
     reported: bool = False
     due: set[str] = field(default_factory=set)
     ranks: dict[str, set[int]] = field(default_factory=dict)
-    told: dict[int, News] = field(default_factory=dict)
+    told: Told = field(default_factory=Told)
     guests: set[int] = field(default_factory=set)
     held_by: set[str] = field(default_factory=set)
     held_on: set[int] = field(default_factory=set)
@@ -152,29 +152,24 @@ class SaveState:
         here = self.ranks.get(label)
         if not here or self.disputed:
             return False
-        if any(label in news.whole for news in self.told.values()):
+        if self.told.is_whole(label):
             return True
         if label == RAM and self.chosen:
             return True
-        return len(here | self._elsewhere(label)) >= self.world_size
-
-    def _elsewhere(self, label: str) -> set[int]:
-        """Ranks whose records other nodes have."""
-        return {rank for news in self.told.values() for rank in news.parts.get(label, ())}
+        return _number_of(here, self.told.ranks(label)) >= self.world_size
 
     def is_verified(self, label: str) -> bool:
         """Whether all of it was read back there, by each node what it has."""
         if label not in self.verified:
             return False
-        told = [news for news in self.told.values() if label in news.read_back]
-        if any(label in news.whole for news in told):
+        if self.told.is_whole_and_read_back(label):
             return True
-        far = {rank for news in told for rank in news.parts.get(label, ())}
-        return len(self.ranks.get(label, set()) | far) >= self.world_size
+        here, far = self.ranks.get(label, set()), self.told.ranks_read_back(label)
+        return _number_of(here, far) >= self.world_size
 
     def is_damaged(self, label: str) -> bool:
         """Whether some of it was found damaged there, on this node or another."""
-        return label in self.damaged or any(label in news.damaged for news in self.told.values())
+        return label in self.damaged or self.told.is_damaged(label)
 
     def is_foreign(self, incarnation_id: str) -> bool:
         """Whether it is only known by name, of another incarnation of the same number."""
@@ -184,27 +179,29 @@ class SaveState:
 
     def in_part(self, label: str) -> bool:
         """Whether some ranks have it there, on some node, and others do not."""
-        far = self._elsewhere(label)
-        return bool(self.ranks.get(label) or far) and not self.is_complete(label)
+        somewhere = self.ranks.get(label) or self.told.ranks(label)
+        return bool(somewhere) and not self.is_complete(label)
 
     @property
     def is_open(self) -> bool:
         """Whether parts of it are in RAM, on some node, and others may still come."""
         return self.in_part(RAM) and not (self.called_off or self.stages or self.remains)
 
+    def lacks(self, rank: int) -> bool:
+        """Whether its part is not in RAM, as far as is known here."""
+        return rank not in self.ranks.get(RAM, ()) and rank not in self.told.ranks(RAM)
+
     def lacking(self) -> list[int]:
-        """Ranks whose parts are not in RAM, as far as is known here."""
-        here = self.ranks.get(RAM, set())
-        return sorted(set(range(self.world_size)) - here - self._elsewhere(RAM))
+        """All such ranks; to be asked where it matters which, as there may be many."""
+        return [rank for rank in range(self.world_size) if self.lacks(rank)]
 
     def failures(self) -> dict[str, WireError]:
         """Why it does not reach some tiers: for all ranks, since one of them fails for all."""
-        far = {label: why for news in self.told.values() for label, why in news.failed.items()}
-        return {**far, **self.failed}
+        return {**self.told.failures(), **self.failed}
 
     def passed_over(self) -> set[str]:
         """Tiers that take a newer save instead, on some node and so on all."""
-        return self.superseded.union(*(news.superseded for news in self.told.values()))
+        return self.superseded.union(self.told.superseded())
 
     @property
     def owed(self) -> frozenset[str]:
@@ -303,6 +300,11 @@ class TierState:
     def is_peers(self) -> bool:
         """Whether what it has is in the memory of other nodes, whose agents look after it."""
         return self.config.kind == "peers"
+
+
+def _number_of(here: set[int], far: Collection[int]) -> int:
+    """Ranks of either; the first are few."""
+    return len(far) + sum(rank not in far for rank in here)
 
 
 def new_id() -> str:

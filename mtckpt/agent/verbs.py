@@ -395,7 +395,7 @@ class Verbs:
         owner = run.owner_of(message.holder)
         staged = run.newest_staged()
         # Other ranks may not have sealed their parts of the newest one yet.
-        coming = [s for s in run.open_saves(owner.incarnation) if owner.rank not in s.lacking()]
+        coming = [s for s in run.open_saves(owner.incarnation) if not s.lacks(owner.rank)]
         save = max([*coming, *([staged] if staged else [])], key=lambda s: s.order, default=None)
         if save is None:
             return protocol.Done("nothing is staged")

@@ -116,7 +116,8 @@ def test_complete_is_what_all_nodes_have_together(
     here: set[int], told: dict[int, News], complete: bool
 ) -> None:
     state = save(ram=here)
-    state.told.update(told)
+    for node, each in told.items():
+        state.told[node] = each
     assert state.is_complete(RAM) is complete
     assert state.is_staged is complete
     state.disputed = True
@@ -150,7 +151,8 @@ def test_read_back_is_what_each_node_has_read_back(
 ) -> None:
     state = save(disk={0, 1})
     state.verified |= here
-    state.told.update(told)
+    for node, each in told.items():
+        state.told[node] = each
     assert state.is_verified("disk") is verified
 
 
