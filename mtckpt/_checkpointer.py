@@ -17,6 +17,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import msgspec
+
 from mtckpt import _manifest, _restorer, _retention
 from mtckpt._gathering import survey
 from mtckpt._handle import Restored, Save, Status, Step, check_seconds, stage_of_tier
@@ -35,6 +37,7 @@ from mtckpt._schedule import (
 )
 from mtckpt._session import Session
 from mtckpt._steps import list_steps, metrics_of, step_number
+from mtckpt._turns import Turns, in_turn
 from mtckpt.agent import protocol
 from mtckpt.capture.engine import AnyEngine
 from mtckpt.errors import (
@@ -132,8 +135,10 @@ class Checkpointer:
         )
         self._pid = os.getpid()
         self._closed = False
+        self._offered = 0  # the highest step that ``save`` was called with
         self._pending: list[SaveFailed] = []
         self._lock = threading.Lock()
+        self._turns = Turns(timeout_s)
         self._restored: Restored | None = None
         self._tempo = Tempo()
         self._open_key = (self._run_key, getattr(group, "rank", 0))  # a thread may be a rank
@@ -162,6 +167,7 @@ class Checkpointer:
         Raises:
             SaveFailed: an *earlier* save failed to reach a tier (once, with the tier's error).
             StepExists: this step was saved already since the job started.
+            UsageError: the step is lower than one that was offered before.
             UnsupportedState: a value that cannot be saved, with its path.
             CaptureFailed: the state could not be read; the step was not started.
             RunLocked: another process took the run over.
@@ -171,14 +177,21 @@ class Checkpointer:
         if (
             tiers == "due"
             and type(step) is int
-            and step >= 0
+            and step >= self._offered
             and not self._schedule.is_due(step, time.monotonic())
             and not self._pending
             and self._session.fenced is None
             and self._pid == os.getpid()
             and not self._closed
         ):
+            self._offered = step
             return Save(step)
+        return self._save(step, state, metrics or {}, tiers)
+
+    @in_turn
+    def _save(
+        self, step: int, state: Any, metrics: Mapping[str, float], tiers: Literal["due", "all"]
+    ) -> Save:
         started_s = time.perf_counter()
         step = self._check_save(step)
         self._link.join()
@@ -196,21 +209,22 @@ class Checkpointer:
         if self._link.group.world_size > 1:
             # All ranks are due at the same steps, whatever comes of this one here.
             self._schedule.done(step, labels, time.monotonic())
-        save = self._saver.save(step, state, metrics or {}, labels, self._schedule.every_to_carry)
+        save = self._saver.save(step, state, metrics, labels, self._schedule.every_to_carry)
         # A save that raised was not started: the tiers are still due.
         self._schedule.done(step, labels, time.monotonic())
         wanted = self._tempo.note(step, time.perf_counter() - started_s)
         self._schedule.adapt(wanted, self.run, at_once=self._link.group.world_size == 1)
         return save
 
+    @in_turn
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics of a saved step that became known later (an evaluation)."""
-        self._check_alive()
         step = step_number(step)
         message = protocol.Report(self._session.holder, step, metrics_of(step, metrics))
         self._session.wait_idle(self._timeout_s)
         self._session.call("report", message, protocol.Done)
 
+    @in_turn
     def restore(
         self,
         state: State,
@@ -241,12 +255,12 @@ class Checkpointer:
             GroupMissing: the job has several ranks, and nothing joins them.
             RankTimeout: other ranks did not come; restore has to be called on all of them.
         """
-        self._check_alive()
         if step not in ("latest", "best"):
             step = step_number(step)
         started_s = time.perf_counter()
         self._link.join()
         self._session.open()
+        self._saver.await_staged(self._timeout_s / 2)
         restored = _restorer.restore(self._link, self._engine, state, step, source, partial, rename)
         restored.elapsed_s = time.perf_counter() - started_s
         if restored:
@@ -255,6 +269,7 @@ class Checkpointer:
                 self._schedule.tiers[0].every_steps = restored._every
             self._saver.steps.clear()
             self._schedule.resumed(restored.step or 0, time.monotonic())
+        self._offered = 0
         self._restored = restored
         logger.info("run %s: %s", self.run, restored)
         return restored
@@ -264,14 +279,14 @@ class Checkpointer:
         self._check_alive()
         return _restorer.records_of(self._link, self._engine, step)
 
+    @in_turn
     def steps(self) -> list[Step]:
         """Every step of this run in every tier that answers, newest last."""
-        self._check_alive()
         return list_steps(survey(self._link))
 
+    @in_turn
     def status(self) -> Status:
         """What each tier holds and owes."""
-        self._check_alive()
         self._link.enter()
         self._session.open()
         agent = self._session.status()
@@ -279,7 +294,7 @@ class Checkpointer:
         return Status(
             run=self.run,
             incarnation=run.incarnation if run else 0,
-            tiers=tuple(_as_dict(tier) for tier in run.tiers) if run else (),
+            tiers=tuple(map(msgspec.structs.asdict, run.tiers)) if run else (),
             counters={**(run.counters if run else {}), **self._saver.counters},
             every=self._schedule.tiers[0].every_steps,
         )
@@ -293,6 +308,10 @@ class Checkpointer:
         check_seconds("timeout_s", timeout_s)
         if self._closed or self._pid != os.getpid():
             return
+        with self._turns.take("close"):
+            self._close(timeout_s)
+
+    def _close(self, timeout_s: float) -> None:
         self._closed = True
         errors: list[CheckpointError] = list(self._pending)
         self._pending.clear()
@@ -347,7 +366,7 @@ class Checkpointer:
 
     def _check_save(self, step: int) -> int:
         self._check_alive()
-        number = step_number(step)
+        self._offered = number = step_number(step, least=self._offered)
         restored = self._restored
         if restored is not None and restored._must_read:
             raise RestoreIgnored(
@@ -454,10 +473,6 @@ class Checkpointer:
             older._closed = True
             older._session.close(0.1, last=older._saver.ring.close)
         _open_runs[self._open_key] = weakref.ref(self)
-
-
-def _as_dict(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__struct_fields__}
 
 
 def _left_s(deadline_s: float, most_s: float) -> float:

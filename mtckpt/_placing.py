@@ -306,13 +306,10 @@ class Placing:
             placed = adapter.place_object(live, node, path, self)
             if placed is not None:
                 return placed
-        if hasattr(live, "state_dict") and hasattr(live, "load_state_dict"):
+        access = _state.accessors(live)
+        if access is not None:
             tree = self.tree(node, path)
-            self.finish.append(lambda: live.load_state_dict(settle(tree)))
-            return live
-        if hasattr(live, "get_state") and hasattr(live, "set_state"):
-            tree = self.tree(node, path)
-            self.finish.append(lambda: live.set_state(settle(tree)))
+            self.finish.append(lambda: access[1](settle(tree)))
             return live
         if isinstance(live, Mapping):
             return self._match_dict(live, node, path, top)

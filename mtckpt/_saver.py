@@ -25,8 +25,11 @@ from mtckpt.capture import gates
 from mtckpt.errors import (
     AgentUnavailable,
     CheckpointError,
+    SaveFailed,
+    StageNotPlanned,
     TierFull,
     TierUnavailable,
+    WaitTimeout,
 )
 
 if TYPE_CHECKING:
@@ -288,6 +291,15 @@ class Saver:
         except (CheckpointError, OSError) as error:
             # Only a head start is lost: the next save asks for its slot itself and raises.
             logger.debug("run %s: no slot ahead of time: %s", self.run.name, error)
+
+    def await_staged(self, timeout_s: float) -> None:
+        """Wait until the newest save is in memory of the node, or never will be: a restore that
+        looked earlier would find an older one, or nothing."""
+        deadline_s = time.monotonic() + timeout_s
+        idle, last = self._session.wait_idle(timeout_s), self.last
+        if idle and last is not None:
+            with contextlib.suppress(SaveFailed, StageNotPlanned, WaitTimeout):
+                last.wait("staged", timeout_s=max(0.0, deadline_s - time.monotonic()))
 
     def decline(self, step: int, reason: str) -> None:
         """Take no part in a step that this rank does not come to save."""

@@ -13,7 +13,7 @@ never be written: what does not match is flattened anew.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -236,6 +236,12 @@ class Flat:
 
 
 _CONTAINERS = frozenset({dict, list, tuple})
+# PyTorch's names, those of Grain's iterators and of NumPy's old generator, and those of Python's.
+_ACCESSORS = (
+    ("state_dict", "load_state_dict"),
+    ("get_state", "set_state"),
+    ("getstate", "setstate"),
+)
 
 
 def escape(component: object) -> str:
@@ -393,10 +399,15 @@ def _inner_state(value: Any, adapters: Sequence[StateAdapter]) -> tuple[object] 
         inner = adapter.state_of(value)
         if inner is not None:
             return (inner,)
-    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
-        return (value.state_dict(),)
-    if hasattr(value, "get_state") and hasattr(value, "set_state"):  # Grain's iterators
-        return (value.get_state(),)
+    access = accessors(value)
+    return None if access is None else (access[0](),)
+
+
+def accessors(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
+    """What an object says its state with, and what it takes it back with; None if it has no two."""
+    for get, put in _ACCESSORS:
+        if hasattr(value, get) and hasattr(value, put):
+            return getattr(value, get), getattr(value, put)
     return None
 
 

@@ -23,10 +23,11 @@ __all__ = ["list_steps", "metrics_of", "step_number"]
 logger = logging.getLogger(__name__)
 
 
-def step_number(step: Any) -> int:
+def step_number(step: Any, *, least: int = 0) -> int:
     """A step as an int, whatever kind of integer it is: NumPy's, or a tensor of one element.
 
     Raises UsageError for everything else: what is no step must never pass for "the newest one".
+    And for one that is lower than ``least``, the highest that was offered: it would not be newest.
     """
     try:
         number = operator.index(step)
@@ -36,6 +37,16 @@ def step_number(step: Any) -> int:
         raise UsageError(
             f"step must be an integer from 0 to {_manifest.MAX_STEP - 1:,}, not {step!r}",
             state="nothing was done",
+        )
+    if number < least:
+        raise UsageError(
+            f"step {number} comes after step {least}, and the newest step is the highest",
+            step=number,
+            state="nothing was saved",
+            actions=(
+                "count steps over all passes through the data, from restored.next_step on",
+                "to go back on purpose, restore(step=...)",
+            ),
         )
     return number
 

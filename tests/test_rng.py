@@ -13,6 +13,7 @@ import torch
 from state_harness import restore, save
 
 from mtckpt._rng import rng
+from mtckpt.errors import StateMismatch
 
 GLOBAL: Any = np.random  # its stub lacks the functions that exchange the generator
 
@@ -55,6 +56,45 @@ def test_another_global_bit_generator_of_numpy() -> None:
         assert draw() == expected
     finally:
         GLOBAL.set_bit_generator(before)
+
+
+BITS = [np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64]
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_generators_of_numpy_that_the_user_made(kind: Any) -> None:
+    state = {"rng": np.random.Generator(kind(1)), "bits": kind(2)}
+    for generator in (state["rng"], np.random.Generator(state["bits"])):
+        generator.random(3, dtype=np.float32)  # leaves half a word behind
+    saved = save(state)
+    expected = [state["rng"].random(5), state["bits"].random_raw(5)]
+    again = {"rng": np.random.Generator(kind(7)), "bits": kind(8)}
+    before = dict(again)
+    restore(saved, again)
+    assert again == before  # the same objects
+    assert np.array_equal(again["rng"].random(5), expected[0])
+    assert np.array_equal(again["bits"].random_raw(5), expected[1])
+
+
+def test_a_generator_of_another_kind_is_a_difference() -> None:
+    saved = save({"rng": np.random.default_rng(1), "weights": np.ones(2)})
+    other, weights = np.random.Generator(np.random.MT19937(1)), np.zeros(2)
+    with pytest.raises(StateMismatch, match="rng: a generator of kind MT19937 here, PCG64 in"):
+        restore(saved, {"rng": other, "weights": weights})
+    assert not weights.any()
+    with pytest.raises(StateMismatch, match="rng: a generator of kind MT19937 here, array in"):
+        restore(save({"rng": np.ones(1)}), {"rng": other})
+
+
+def test_generators_of_python_and_of_old_numpy_that_the_user_made() -> None:
+    python, numpy = random.Random(1), np.random.RandomState(1)
+    python.gauss(0, 1)
+    numpy.randn()
+    saved = save({"python": python, "numpy": numpy})
+    expected = [python.gauss(0, 1), python.random(), numpy.randn(), numpy.rand()]
+    python, numpy = random.Random(5), np.random.RandomState(5)
+    restore(saved, {"python": python, "numpy": numpy})
+    assert [python.gauss(0, 1), python.random(), numpy.randn(), numpy.rand()] == expected
 
 
 def test_a_part_of_a_framework_that_is_absent_is_left_out(

@@ -1,8 +1,9 @@
-"""NumPy arrays and scalars as leaves, with the small float types of ml_dtypes.
+"""NumPy arrays and scalars as leaves, with ml_dtypes' small float types; and its generators.
 
-Knows ``numpy.ndarray``, ``numpy.memmap``, ``numpy.matrix`` and NumPy's scalars. Does not know
-objects, strings, dates, records or masked arrays: they are refused with their path. Byte order is
-not kept, values are: what was stored big-endian comes back the same number.
+Knows ``numpy.ndarray``, ``numpy.memmap``, ``numpy.matrix``, NumPy's scalars, and what
+``numpy.random.default_rng`` makes. Does not know objects, strings, dates, records or masked arrays:
+they are refused with their path. Byte order is not kept, values are: what was stored big-endian
+comes back the same number.
 
 NumPy is imported by the first call that needs it, so a process without arrays never pays for it.
 """
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from mtckpt._dtypes import check_dtype
+from mtckpt._settling import settle
 from mtckpt._state import ArraySpec
 from mtckpt.errors import UnsupportedState
 
@@ -122,9 +124,9 @@ class NumpyAdapter:
         return (_address(value), value.shape, value.strides, value.dtype.str, value.dtype.name)
 
     def state_of(self, value: object) -> object | None:
-        """None: NumPy has no objects that carry a tree."""
-        del value
-        return None
+        """What a random generator says of itself: names, numbers, and arrays for some kinds."""
+        bits = _bit_generator(value)
+        return None if bits is None else bits.state
 
     def writable_address(self, value: Any) -> int | None:
         """The address of a writable, C-contiguous array of native byte order."""
@@ -191,9 +193,30 @@ class NumpyAdapter:
         """Nothing: NumPy keeps no record of writes."""
 
     def place_object(self, live: Any, node: Node, path: str, placing: Any) -> Any | None:
-        """None: NumPy has no objects that carry a tree."""
-        del live, node, path, placing
+        """Match a random generator with a saved one of its kind."""
+        bits = _bit_generator(live)
+        if bits is None:
+            return None
+        state = placing.tree(node, path)
+        saved = state.get("bit_generator") if isinstance(state, dict) else None
+        kind = bits.state["bit_generator"]
+        if saved == kind:
+            placing.finish.append(lambda: setattr(bits, "state", settle(state)))
+        else:
+            placing.diff.differing.append(
+                f"{path}: a generator of kind {kind} here, {saved or node.kind} in the checkpoint"
+            )
+        return live
+
+
+def _bit_generator(value: object) -> Any | None:
+    """What has the state of a random generator of NumPy's, but of the old ``RandomState``."""
+    random = sys.modules.get("numpy.random")
+    if random is None:
         return None
+    if isinstance(value, random.Generator):
+        return value.bit_generator
+    return value if isinstance(value, random.BitGenerator) else None
 
 
 def _dtype(name: str) -> Any:

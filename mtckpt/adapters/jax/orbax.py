@@ -14,7 +14,7 @@ import asyncio
 import json
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import orbax.checkpoint as ocp
 
@@ -23,13 +23,12 @@ from mtckpt.errors import CheckpointError, FormatError, SaveFailed, StageNotPlan
 
 if TYPE_CHECKING:
     from mtckpt import Checkpointer
-    from mtckpt._handle import Save
+    from mtckpt._handle import Save, Stage
 
 __all__ = ["Handler", "registry"]
 
 POINTER = "mtckpt.json"
 MAX_POINTER_BYTES = 64 * 1024
-_Stage = Literal["staged", "local", "durable"]
 _DEFAULT = "default"  # what Orbax calls the only item of a step
 _TEMPORARY = r"\.orbax-checkpoint-tmp.*"
 
@@ -59,7 +58,7 @@ class _Items:
 def registry(
     checkpointer: Checkpointer,
     *,
-    stage: _Stage | None = None,
+    stage: Stage | None = None,
     timeout_s: float = 600.0,
 ) -> Any:
     """What ``ocp.CheckpointManager(handler_registry=...)`` takes to save pytrees through tiers.
@@ -95,12 +94,12 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         self,
         checkpointer: Checkpointer,
         *,
-        stage: _Stage | None = None,
+        stage: Stage | None = None,
         timeout_s: float = 600.0,
     ) -> None:
         super().__init__()
         self._checkpointer = checkpointer
-        self._stage: _Stage | None = stage
+        self._stage: Stage | None = stage
         self._timeout_s = timeout_s
         self._items: dict[Any, _Items] = {}
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     )
 
     from mtckpt import Checkpointer
-    from mtckpt._handle import Save
+    from mtckpt._handle import Save, Stage
     from mtckpt.adapters.torch.dcp_catalog import Catalog
 
 __all__ = ["Reader", "Writer"]
@@ -77,13 +77,13 @@ class Writer(StorageWriter, AsyncStager):
         step: int | None = None,
         *,
         tiers: Literal["due", "all"] = "all",
-        stage: Literal["staged", "local", "durable"] = "staged",
+        stage: Stage = "staged",
         timeout_s: float = 600.0,
     ) -> None:
         self._checkpointer = checkpointer
         self._given = self._step = step
         self._tiers: Literal["due", "all"] = tiers
-        self._stage: Literal["staged", "local", "durable"] = stage
+        self._stage: Stage = stage
         self._timeout_s = timeout_s
         self._together = True
         self._staged: tuple[Save, frozenset[str]] | None = None
