@@ -421,10 +421,9 @@ class SaveEntry:
 
     @property
     def unfinished(self) -> bool:
-        """Some ranks' parts are here, whole, and it was never more: no step was lost."""
-        return not (self.complete or self.problems or self.aborted or self.has_manifest) and bool(
-            self.records
-        )
+        """It has begun to be here, and was never whole: no step was lost."""
+        whole_once = self.complete or self.has_manifest or self.committed
+        return not (whole_once or self.problems or self.aborted)
 
     @property
     def complete(self) -> bool:

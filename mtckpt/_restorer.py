@@ -78,7 +78,7 @@ def _restore_newest(
     if not candidates and source is not None:
         raise _no_source(gathered, source)
     if not candidates:
-        return Restored(None, state)
+        return Restored(None, state, skipped=skipped)
     skipped.update(_mute(gathered.silent))
     scope = _scope(run, engine, gathered, candidates)
     attempt = _restore.Attempt()

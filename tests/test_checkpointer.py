@@ -310,6 +310,26 @@ def test_every_step_damaged_is_no_fresh_start(tmp_path: Path) -> None:
         checkpointer.restore(make_state())
 
 
+def test_a_first_flush_that_was_cut_off_is_no_step(tmp_path: Path) -> None:
+    """With the power: memory is lost, and the disk has data of a step and never had a record."""
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1)).wait("local", timeout_s=20)
+    (saved,) = (tmp_path / "disk" / "r").glob("step-*")
+    (saved / "rank-00000.json").unlink()
+    with open_run(tmp_path) as checkpointer, pytest.raises(NoHealthyStep, match="no record"):
+        checkpointer.restore(make_state())  # its manifest says that it was whole
+    (saved / "manifest.json").unlink()
+    with open_run(tmp_path) as checkpointer:
+        restored = checkpointer.restore(make_state())
+        assert not restored
+        assert restored.skipped == {"step 1": "no record is in disk"}
+        checkpointer.save(1, make_state(2)).wait("local", timeout_s=20)
+    with open_run(tmp_path) as checkpointer:
+        state = make_state()
+        assert checkpointer.restore(state).step == 1
+        assert (state["w"] == 2).all()
+
+
 def test_a_model_goes_on_bit_for_bit(tmp_path: Path) -> None:
     def build() -> tuple[torch.nn.Module, torch.optim.Optimizer, dict[str, Any]]:
         torch.manual_seed(1)
