@@ -221,7 +221,7 @@ def test_memory_of_the_host_is_no_memory_of_the_device(devices: Devices) -> None
 def test_a_device_that_never_reads_is_told(
     tmp_path: Path, devices: Devices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mtckpt.capture.underway._FINISH_S", 0.0)
+    monkeypatch.setattr("mtckpt.capture.underway.FINISH_S", 0.0)
     monkeypatch.setattr("mtckpt.capture.driver.Driver.event_done", lambda *_: False)
     with open_run(tmp_path) as checkpointer, pytest.raises(CaptureStuck):
         checkpointer.save(1, {"w": devices.put(np.arange(1000.0))})
