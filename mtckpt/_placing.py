@@ -1,7 +1,7 @@
 """What goes where: a checkpoint's tree matched against the live template, before a byte moves.
 
 Knows trees, live objects and adapters. Does not read files: it says which stored array is wanted
-at which host address (``fills``) and what is left to do once the bytes are there (``finish``).
+at which address (``addresses``, ``boxes``), and what is left once the bytes are there (``finish``).
 Matching changes nothing that lives; whatever differs is collected in ``diff`` and raised as one.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -23,7 +22,7 @@ from mtckpt._settling import assign_items, has_objects, later, sequence_like, se
 from mtckpt._state import CODECS, MAPPINGS, ArraySpec, Node, StateAdapter, codec_named, escape
 from mtckpt.errors import UnsupportedState
 
-__all__ = ["Diff", "Fill", "Placing", "Stored", "later", "rename_tree", "settle"]
+__all__ = ["Diff", "Placing", "Stored", "later", "rename_tree", "settle"]
 
 
 # What the names of element types begin with that hold such numbers.
@@ -32,15 +31,6 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
     int: ("int", "uint"),
     float: ("float", "bfloat"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """``size_bytes`` of stored array ``index`` are wanted at host ``address``."""
-
-    index: int
-    address: int
-    size_bytes: int
 
 
 class Placing:
@@ -66,20 +56,13 @@ class Placing:
         self._has_boxes = any(stored.spec.offsets is not None for stored in arrays)
         self._owners: dict[type, StateAdapter | None] = {}
         self._fresh: dict[int, Any] = {}
+        # What has no address yet: whose it is, the array, and what is wanted there.
+        self._promised: list[tuple[StateAdapter, Any, int, Box | None]] = []
         self._in_place: dict[str, tuple[StateAdapter, list[Any]]] = {}
 
     @property
-    def fills(self) -> list[Fill]:
-        """Every wanted array once an address, tied ones not twice."""
-        arrays = self.arrays
-        return [
-            Fill(arrays[index].bytes_of, address, arrays[index].spec.size_bytes)
-            for address, index in self._wanted.items()
-        ]
-
-    @property
     def addresses(self) -> list[tuple[int, int]]:
-        """Where bytes are wanted, and of which stored array: ``fills`` without the sizes."""
+        """Where all bytes of stored arrays are wanted, and of which; tied ones not twice."""
         arrays = self.arrays
         return [(address, arrays[index].bytes_of) for address, index in self._wanted.items()]
 
@@ -117,8 +100,7 @@ class Placing:
             if spec.offsets is not None:
                 spec = ArraySpec(spec.dtype, spec.whole_shape, spec.framework)
             owner = self._adapter_named(spec.framework)
-            array, address = self._new(owner, spec, stored.path, like)
-            self.into(index, address)
+            array = self._new(owner, spec, stored.path, like, index)
             self._fresh[stored.bytes_of] = array
         return array
 
@@ -195,23 +177,41 @@ class Placing:
         shape = stored.whole_shape if box is None else box.shape
         is_own = stored.framework.partition(".")[0] == owner.framework
         framework = stored.framework if is_own else owner.framework
-        array, fresh_address = self._new(
-            owner, ArraySpec(stored.dtype, shape, framework), path, live
-        )
-        self.into(index, fresh_address, box)
+        spec = ArraySpec(stored.dtype, shape, framework)
+        array = self._new(owner, spec, path, live, index, box)
         self.replaced = self.replaced or owner.replaces
         return later(lambda: owner.assign(live, array))
 
     def _new(
-        self, owner: StateAdapter, spec: ArraySpec, path: str, like: object | None
-    ) -> tuple[Any, int]:
-        """``StateAdapter.new``, whose errors get the path."""
+        self,
+        owner: StateAdapter,
+        spec: ArraySpec,
+        path: str,
+        like: object | None,
+        index: int,
+        box: Box | None = None,
+    ) -> Any:
+        """``StateAdapter.new``, whose errors get the path, wanted for array ``index``."""
         try:
-            return owner.new(spec, like)
+            array, address = owner.new(spec, like)
         except UnsupportedState as error:
             facts = {**error.details, "path": path}
             told: dict[str, Any] = {"state": error.state, "actions": error.actions, **facts}
             raise UnsupportedState(error.what, **told) from error
+        if address is None:
+            self._promised.append((owner, array, index, box))
+        else:
+            self.into(index, address, box)
+        return array
+
+    def reserve(self) -> None:
+        """Once all is matched: get the memory that is wanted, and know where it is."""
+        promised, self._promised = self._promised, []
+        for owner in {id(owner): owner for owner, *_ in promised}.values():
+            own = [(array, index, box) for other, array, index, box in promised if other is owner]
+            addresses = owner.reserved([array for array, _, _ in own])
+            for (_, index, box), address in zip(own, addresses, strict=True):
+                self.into(index, address, box)
 
     def arrays_into(
         self, lives: Sequence[Any], nodes: Sequence[Node], paths: Sequence[str]

@@ -198,6 +198,7 @@ def _match(
     placing = Placing(stored, plain, adapters, partial=partial)
     resolved = placing.match(state, root)
     placing.raise_diff(record.step)
+    placing.reserve()
     return placing, resolved
 
 

@@ -195,8 +195,14 @@ class StateAdapter(Protocol):
         looked at one by one.
         """
 
-    def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int]:
-        """A fresh host array in memory of its own, and its address. ``like`` gives the kind."""
+    def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int | None]:
+        """A fresh array in memory of its own, and its address. ``like`` gives the kind.
+
+        Without an address it is a promise, which ``reserved`` makes true. Only with ``like``.
+        """
+
+    def reserved(self, freshes: Sequence[Any]) -> list[int]:
+        """The addresses of fresh arrays that had none, once all that is wanted is known."""
 
     def finished(self, fresh: Any, spec: ArraySpec) -> Any:
         """What the user gets for a fresh array of this spec, once its bytes are there."""

@@ -35,7 +35,7 @@ class Scene:
         self.fake = fake
         self.random = random.Random(seed)
         self.engine = AnyEngine()
-        self.engine._cuda = cuda.CudaEngine(driver)
+        self.engine._cuda = cuda.CudaEngine(driver, self.engine._host.copy)
         self.arrays: list[np.ndarray[Any, Any]] = []
         self.spans: list[Span] = []
         self.sources: list[int] = []

@@ -7,6 +7,7 @@ from planted_bug import Bug
 _FAULTS = "capture/test_cuda_faults.py::"
 _RUNS = "capture/test_device_runs.py::"
 _LEFT = "capture/test_left_on_devices.py::"
+_PASSING = "capture/test_passing.py::"
 
 ORDER = (
     Bug(
@@ -15,6 +16,13 @@ ORDER = (
         "driver.wait(self.packing, self.copied[i % _RING])",
         "driver.wait(self.packing, self._packed[i % _RING])",
         (f"{_FAULTS}test_a_place_is_packed_again_only_once_it_is_copied",),
+    ),
+    Bug(
+        "taken-out-of-pinned-memory-before-it-is-there",
+        "capture/passing.py",
+        "        wait(event)\n",
+        "",
+        (f"{_PASSING}test_bytes_are_those_at_the_call_and_no_device_copies_to_the_slot",),
     ),
     Bug(
         "values-taken-before-the-caller-has-made-them",

@@ -82,10 +82,28 @@ def plan(
     return placing, result
 
 
+@dataclass(frozen=True)
+class Fill:
+    """``size_bytes`` of stored array ``index`` are wanted at ``address``."""
+
+    index: int
+    address: int
+    size_bytes: int
+
+
+def fills(placing: Placing) -> list[Fill]:
+    """Every wanted array once an address."""
+    return [
+        Fill(index, address, placing.arrays[index].spec.size_bytes)
+        for address, index in placing.addresses
+    ]
+
+
 def restore(saved: Saved, live: Any, **options: Any) -> Any:
     """Put a saved state into a live one; returns what stands in its place."""
     placing, result = plan(saved, live, **options)
-    for fill in placing.fills:
+    placing.reserve()
+    for fill in fills(placing):
         assert fill.size_bytes == len(saved.data[fill.index])
         ctypes.memmove(fill.address, saved.data[fill.index], fill.size_bytes)
     for work in placing.finish:

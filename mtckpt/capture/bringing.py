@@ -7,7 +7,7 @@ memory, copied as one, and spread on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +19,7 @@ from mtckpt.capture.windows import ROW_WORDS
 if TYPE_CHECKING:
     from mtckpt.capture.driver import Driver
     from mtckpt.capture.kernels import Kernels
+    from mtckpt.capture.passing import HostCopy
 
 __all__ = ["batches", "bring"]
 
@@ -66,7 +67,7 @@ def bring(
     ordinal: int,
     kernels: Kernels,
     moves: Sequence[Move],
-    host_copy: Callable[[Sequence[Move]], None],
+    host_copy: HostCopy,
 ) -> None:
     """Copy every move from host memory to one device. ``host_copy`` copies within host memory.
 

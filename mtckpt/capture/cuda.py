@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from mtckpt.capture import gates
+from mtckpt.capture import gates, underway
 from mtckpt.capture.addresses import OnDevice, by_device, must_be_awaited
 from mtckpt.capture.arenas import Arenas
 from mtckpt.capture.base import nothing
@@ -30,6 +30,7 @@ from mtckpt.errors import CaptureFailed, CaptureStuck, RestoreFailed
 
 if TYPE_CHECKING:
     from mtckpt.capture.base import Mode, Move, Span
+    from mtckpt.capture.passing import HostCopy
 
 __all__ = ["CudaEngine"]
 
@@ -73,10 +74,11 @@ class _Device:
 class CudaEngine:
     """Captures from devices. One capture at a time, from any thread."""
 
-    def __init__(self, driver: Driver, bytes_per_s: float = 0.0) -> None:
+    def __init__(self, driver: Driver, host_copy: HostCopy, bytes_per_s: float = 0.0) -> None:
         """``bytes_per_s``: what a drain takes of the bus at most; 0 is no limit."""
         self.bytes_per_s = bytes_per_s
         self._driver = driver
+        self._host_copy = host_copy
         # By ordinal and whether it is for values that are taken during training.
         self._devices: dict[tuple[int, bool], _Device] = {}
         self._kernels: dict[int, Kernels] = {}
@@ -91,8 +93,9 @@ class CudaEngine:
     def register(self, address: int, size_bytes: int, ordinal: int | None = None) -> bool:
         """Pin memory of a slot, so that devices copy straight to it; False where that is refused.
 
-        Slower then, and said once. It is done by way of a device that is used anyway: ``ordinal``,
-        or one that was captured from before; without any, it is left to the capture.
+        Copies pass through pinned memory then, which is said once. It is done by way of a device
+        that is used anyway: ``ordinal``, or one that was captured from before; without any, it is
+        left to the capture.
         """
         if ordinal is None:
             ordinal = next((known for known, _ in self._devices), None)
@@ -105,7 +108,11 @@ class CudaEngine:
                 self._register(address, size_bytes)
         except CudaError as error:
             self._refused = True
-            logger.warning("slots cannot be registered with the device (%s): slower", error)
+            logger.warning(
+                "slots cannot be registered with the device (%s): copies go through other memory,"
+                " which is slower",
+                error,
+            )
             return False
         self._registered[address] = ordinal
         return True
@@ -253,7 +260,20 @@ class CudaEngine:
         address, owner = lent
         at = sources if len(chosen) == len(sources) else [sources[i] for i in chosen]
         capture.uses(device.lane, owner)  # before anything is under way
-        capture.add(device.lane.start(spread, cut, arena, address, at, capture.base, streams))
+        host_copy = None if capture.base in self._registered else self._host_copy
+        capture.add(
+            device.lane.start(
+                spread,
+                cut,
+                arena,
+                address,
+                at,
+                capture.base,
+                streams,
+                host_copy,
+                underway.FINISH_S,
+            )
+        )
         covered += [(window.begin, window.end) for window in cut]
 
     def _streams(self, ordinal: int) -> list[int]:
@@ -335,7 +355,7 @@ class CudaEngine:
                 )  # fmt: skip
         return sorted(bad)
 
-    def copy(self, moves: Sequence[Move], host_copy: Callable[[Sequence[Move]], None]) -> None:
+    def copy(self, moves: Sequence[Move]) -> None:
         """See ``base.Engine``, for moves from or to devices. Raises RestoreFailed."""
         there: dict[int, list[Move]] = {}
         within: list[Move] = []
@@ -347,7 +367,7 @@ class CudaEngine:
         with _as_restore_failed([True]):
             self._copy_from_devices(within)
             for ordinal, these in there.items():
-                bring(self._driver, ordinal, self._kernels_of(ordinal), these, host_copy)
+                bring(self._driver, ordinal, self._kernels_of(ordinal), these, self._host_copy)
 
     def _later(self, work: Callable[[], None]) -> None:
         """Do in the background what nobody has to wait for, before the engine is closed."""

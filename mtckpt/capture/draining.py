@@ -9,6 +9,7 @@ lies at its place already is left there.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +19,14 @@ import numpy as np
 
 from mtckpt.capture.buffers import DeviceMemory, PinnedMemory
 from mtckpt.capture.driver import giving_back
+from mtckpt.capture.passing import Passage
 from mtckpt.capture.windows import ROW_WORDS, WINDOW_BYTES, narrowed
 from mtckpt.errors import CaptureStuck
 
 if TYPE_CHECKING:
     from mtckpt.capture.driver import Driver
     from mtckpt.capture.kernels import Kernels
+    from mtckpt.capture.passing import Copy, HostCopy
     from mtckpt.capture.windows import Arena, Spread, Window
 
 __all__ = ["Draining", "Lane"]
@@ -39,9 +42,6 @@ _MAX_COPIES = 512  # of one piece
 _LEAST_LEFT = 0.25
 _WORD_BYTES = 8
 _ROW_BYTES = ROW_WORDS * _WORD_BYTES
-
-# Where to, where from, and how many bytes.
-_Copy = tuple[int, int, int]
 
 
 class Lane:
@@ -66,6 +66,7 @@ class Lane:
             self.copied = [driver.event() for _ in range(max(_RING, _DEPTH))]
             self.host_rows, self.host_digests = PinnedMemory(driver), PinnedMemory(driver)
             self.rows, self.digests = DeviceMemory(driver), DeviceMemory(driver)
+        self._passage: Passage | None = None
 
     def close(self) -> None:
         """Give back all that the lane holds. No copy may be under way, marks of events may."""
@@ -84,6 +85,8 @@ class Lane:
             for memory in (self.host_rows, self.host_digests, self.rows, self.digests):
                 with giving_back():
                     memory.free()
+            if self._passage is not None:
+                self._passage.close()
 
     def is_settled(self, deadline_s: float) -> bool:
         """Wait until nothing that was put on the lane is under way; False if it still is then."""
@@ -96,6 +99,19 @@ class Lane:
                     time.sleep(_POLL_S)
         return True
 
+    def until(self, event: int, timeout_s: float) -> None:
+        """Wait for an event. Raises CaptureStuck if it is not done in time."""
+        deadline_s = time.monotonic() + timeout_s
+        pause_s = _POLL_S
+        while not self.driver.event_done(event):
+            if time.monotonic() > deadline_s:
+                raise CaptureStuck(
+                    f"device {self.ordinal} has not come to the copy of the state in time",
+                    stage="captured",
+                )
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, 0.005)
+
     def start(
         self,
         spread: Spread,
@@ -105,13 +121,19 @@ class Lane:
         sources: Sequence[int],
         base: int,
         producers: Sequence[int],
+        host_copy: HostCopy | None,
+        timeout_s: float,
     ) -> Draining:
         """Put the packing on the device, and the copies of windows that share a place.
 
-        Values are those after all that ``producers`` (streams) have now been given. Call within
-        ``current`` and ``relaxed``.
+        Values are those after all that ``producers`` (streams) have now been given. With
+        ``host_copy`` the driver does not know the slot: that takes what passes through pinned
+        memory there. Windows that share a place are waited for then: CaptureStuck if the device
+        has not come to one of them in ``timeout_s``. Call within ``current`` and ``relaxed``.
         """
         driver = self.driver
+        passage = None if host_copy is None else self._passed(host_copy)
+        wait = functools.partial(self.until, timeout_s=timeout_s)
         self._upload(spread, cut, arena, arena_address, sources)
         self.digests.hold((int(spread.numbers.max()) + 1) * _WORD_BYTES)
         for stream in producers:
@@ -125,7 +147,11 @@ class Lane:
             driver.record(self._packed[i % _RING], self.packing)
             driver.wait(self.copying, self._packed[i % _RING])
             place = arena_address + arena.places[i]
-            driver.to_host(base + window.begin, place, window.size_bytes, self.copying)
+            copy = base + window.begin, place, window.size_bytes
+            if passage is None:
+                driver.to_host(*copy, self.copying)
+            else:
+                passage.put([copy], self.copying, wait)
             driver.record(self.copied[i % _RING], self.copying)
         # The first few in a launch of their own: they are drained while the others are packed.
         groups = []
@@ -138,7 +164,15 @@ class Lane:
         driver.record(self.captured, self.packing)
         if not groups:
             driver.wait(self.copying, self.captured)
-        return Draining(self, spread, base, groups)
+        if passage is not None:
+            passage.finish(wait)
+        return Draining(self, spread, base, groups, passage)
+
+    def _passed(self, host_copy: HostCopy) -> Passage:
+        if self._passage is None:
+            self._passage = Passage(self.driver, host_copy)
+        self._passage.forget()
+        return self._passage
 
     def _pack(self, first: int, stop: int) -> None:
         rows = self.rows.address + first * _ROW_BYTES
@@ -186,16 +220,16 @@ class _Group(NamedTuple):
     cut: Sequence[Window]
     at: Sequence[int]
 
-    def copies(self, base: int, parts: Iterable[tuple[int, Window]]) -> Iterator[_Copy]:
+    def copies(self, base: int, parts: Iterable[tuple[int, Window]]) -> Iterator[Copy]:
         """Those of parts of the windows, each with the number of its window."""
         for number, part in parts:
             source = self.at[number] + part.begin - self.cut[number].begin
             yield base + part.begin, source, part.size_bytes
 
 
-def _pieces(copies: Iterable[_Copy]) -> Iterator[list[_Copy]]:
+def _pieces(copies: Iterable[Copy]) -> Iterator[list[Copy]]:
     """The copies, as many at a time as others' have to wait for."""
-    piece: list[_Copy] = []
+    piece: list[Copy] = []
     size_bytes = 0
     for copy in copies:
         if piece and (size_bytes + copy[2] > WINDOW_BYTES or len(piece) == _MAX_COPIES):
@@ -210,8 +244,17 @@ def _pieces(copies: Iterable[_Copy]) -> Iterator[list[_Copy]]:
 class Draining:
     """A capture that has been put on the device: what is left to copy, and the digests."""
 
-    def __init__(self, lane: Lane, spread: Spread, base: int, groups: Sequence[_Group]) -> None:
+    def __init__(
+        self,
+        lane: Lane,
+        spread: Spread,
+        base: int,
+        groups: Sequence[_Group],
+        passage: Passage | None,
+    ) -> None:
+        """``passage``: what copies pass through to a slot that the driver does not know."""
         self._lane = lane
+        self._passage = passage
         self._spread = spread
         self._base = base
         self._groups = groups
@@ -223,7 +266,7 @@ class Draining:
         """
         lane = self._lane
         with lane.driver.current(lane.ordinal), lane.driver.relaxed():
-            self._until(lane.captured, timeout_s)
+            lane.until(lane.captured, timeout_s)
 
     def finish(
         self, digests: memoryview, left: bytearray | None, bytes_per_s: float, timeout_s: float
@@ -237,29 +280,35 @@ class Draining:
         lane, driver = self._lane, self._lane.driver
         count = int(self._spread.numbers.max()) + 1
         started_s, done_bytes = time.monotonic(), 0
+        wait = functools.partial(lane.until, timeout_s=timeout_s)
         with driver.current(lane.ordinal), driver.relaxed():
             lane.host_digests.hold(count * _WORD_BYTES)
             for i, piece in enumerate(self._pieces(digests, left, timeout_s)):
                 event = lane.copied[i % _DEPTH]
                 if i >= _DEPTH:
-                    self._until(event, timeout_s)
+                    wait(event)
                 if bytes_per_s:
                     time.sleep(max(0.0, started_s + done_bytes / bytes_per_s - time.monotonic()))
-                for target, source, size_bytes in piece:
-                    driver.to_host(target, source, size_bytes, lane.copying)
-                    done_bytes += size_bytes
+                if self._passage is None:
+                    for copy in piece:
+                        driver.to_host(*copy, lane.copying)
+                else:
+                    self._passage.put(piece, lane.copying, wait)
+                done_bytes += sum(size_bytes for _, _, size_bytes in piece)
                 driver.record(event, lane.copying)
             driver.to_host(
                 lane.host_digests.address, lane.digests.address, count * _WORD_BYTES, lane.copying
             )
             driver.record(lane.copied[0], lane.copying)
-            self._until(lane.copied[0], timeout_s)
+            wait(lane.copied[0])
+            if self._passage is not None:
+                self._passage.finish(wait)
         numbers = self._spread.numbers.astype(np.int64)
         np.frombuffer(digests, np.uint64)[numbers] = lane.host_digests.words(count)[numbers]
 
     def _pieces(
         self, digests: memoryview, left: bytearray | None, timeout_s: float
-    ) -> Iterator[list[_Copy]]:
+    ) -> Iterator[list[Copy]]:
         """What is to be copied of what waits in the arena, when it may be."""
         for group in self._groups:
             self._lane.driver.wait(self._lane.copying, group.packed)
@@ -282,7 +331,7 @@ class Draining:
             lane.copying,
         )  # fmt: skip
         lane.driver.record(lane.digested, lane.copying)
-        self._until(lane.digested, timeout_s)
+        lane.until(lane.digested, timeout_s)
         there = np.frombuffer(digests, np.uint64)[numbers]
         parts = narrowed(spread, group.cut, lane.host_digests.words(end)[numbers] != there)
         is_left = np.ones(stop - first, np.bool_)
@@ -293,16 +342,3 @@ class Draining:
             return list(enumerate(group.cut))
         np.frombuffer(left, np.bool_)[numbers[is_left]] = True
         return parts
-
-    def _until(self, event: int, timeout_s: float) -> None:
-        driver: Driver = self._lane.driver
-        deadline_s = time.monotonic() + timeout_s
-        pause_s = _POLL_S
-        while not driver.event_done(event):
-            if time.monotonic() > deadline_s:
-                raise CaptureStuck(
-                    f"device {self._lane.ordinal} has not come to the copy of the state in time",
-                    stage="captured",
-                )
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, 0.005)

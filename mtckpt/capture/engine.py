@@ -183,7 +183,7 @@ class AnyEngine:
             (there if is_there else on_host).append(move)
         self._host.copy(on_host)
         if there:
-            self._devices().copy(there, self._host.copy)
+            self._devices().copy(there)
 
     def _devices(self) -> CudaEngine:
         if self._cuda is None:
@@ -195,7 +195,7 @@ class AnyEngine:
                 raise CaptureFailed(
                     "arrays are on a CUDA device, and there is no driver for it", stage="captured"
                 )
-            self._cuda = CudaEngine(driver, self._bytes_per_s)
+            self._cuda = CudaEngine(driver, self._host.copy, self._bytes_per_s)
         return self._cuda
 
 

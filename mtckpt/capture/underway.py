@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from mtckpt.capture.draining import Draining, Lane
     from mtckpt.capture.gates import Gate
 
-__all__ = ["CudaCapture", "Owner", "as_capture_failed"]
+__all__ = ["FINISH_S", "CudaCapture", "Owner", "as_capture_failed"]
 
 logger = logging.getLogger(__name__)
 
-_FINISH_S = 600.0
+FINISH_S = 600.0
 _SETTLE_S = 60.0  # after an error, until nothing is under way
 
 
@@ -76,7 +76,7 @@ class CudaCapture:
         """Wait for those parts whose sources are ``awaited``; the shares go with the parts."""
         for part, share in zip(self._parts, shares, strict=True):
             if must_be_awaited(sources[i] for i in share):
-                part.until_read(_FINISH_S)
+                part.until_read(FINISH_S)
 
     def finish(self, digests: memoryview) -> bytes:
         """Wait until all bytes and digests are in host memory. Raises CaptureFailed."""
@@ -84,7 +84,7 @@ class CudaCapture:
         try:
             while self._parts:
                 with as_capture_failed():
-                    self._parts[0].finish(digests, left, self._owner.bytes_per_s, _FINISH_S)
+                    self._parts[0].finish(digests, left, self._owner.bytes_per_s, FINISH_S)
                 del self._parts[0], self._arenas[0]
         except BaseException as error:
             self.abandon(error)

@@ -14,8 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mtckpt import _probe
+from mtckpt.capture.base import Move
+from mtckpt.capture.buffers import PinnedMemory
+from mtckpt.capture.cpu import CpuEngine
 from mtckpt.capture.driver import CudaError, Driver
 from mtckpt.capture.kernels import Kernels
+from mtckpt.capture.passing import Passage
 from mtckpt.cli._judge import MIB, Gpu
 
 __all__ = ["device_facts"]
@@ -23,6 +27,7 @@ __all__ = ["device_facts"]
 _SIZE_BYTES = 64 * MIB
 _LEAST_BYTES = 4 * MIB  # two large pages
 _REPEATS = 3
+_PIECE_BYTES = 16 * MIB
 _LIMIT_S = 1.0  # devices beyond are named only
 
 
@@ -48,7 +53,8 @@ def device_facts(ram_path: str) -> dict[str, Any]:
     try:
         with _slot(ram_path) as (address, size_bytes), contextlib.ExitStack() as held:
             facts |= _registered(driver, address, size_bytes, held)
-            facts["gpus"] = _measured(driver, count, address, size_bytes)
+            is_known = facts["slot_bytes_per_s"] is not None
+            facts["gpus"] = _measured(driver, count, address, size_bytes, is_known=is_known)
     except OSError:  # no room in the RAM tier, which has a finding of its own
         facts["gpus"] = tuple(Gpu(**_named(driver, ordinal)) for ordinal in range(count))
     except CudaError as error:
@@ -82,14 +88,16 @@ def _registered(
     return {"slot_bytes_per_s": size_bytes / elapsed_s}
 
 
-def _measured(driver: Driver, count: int, address: int, size_bytes: int) -> tuple[Gpu, ...]:
+def _measured(
+    driver: Driver, count: int, address: int, size_bytes: int, *, is_known: bool
+) -> tuple[Gpu, ...]:
     started_s = time.perf_counter()
     found = []
     for ordinal in range(count):
         gpu = _named(driver, ordinal)
         if time.perf_counter() - started_s < _LIMIT_S:
             try:
-                gpu.update(_rates(driver, ordinal, address, size_bytes))
+                gpu.update(_rates(driver, ordinal, address, size_bytes, is_known=is_known))
             except CudaError as error:
                 gpu["problem"] = str(error)
         found.append(Gpu(**gpu))
@@ -108,8 +116,13 @@ def _named(driver: Driver, ordinal: int) -> dict[str, Any]:
     }
 
 
-def _rates(driver: Driver, ordinal: int, address: int, size_bytes: int) -> dict[str, Any]:
-    """Copies both ways, as captures and restores make them: the best of a few."""
+def _rates(
+    driver: Driver, ordinal: int, address: int, size_bytes: int, *, is_known: bool
+) -> dict[str, Any]:
+    """Copies both ways, as captures and restores make them: the best of a few.
+
+    To and from memory that is not ``is_known`` to the driver they go through pinned memory.
+    """
     with driver.current(ordinal), contextlib.ExitStack() as held:
         kernels = Kernels(driver, ordinal)
         held.callback(kernels.close)
@@ -118,12 +131,30 @@ def _rates(driver: Driver, ordinal: int, address: int, size_bytes: int) -> dict[
         stream = driver.stream()
         held.callback(driver.destroy_stream, stream)
 
+        host_copy = CpuEngine().copy
+        passage = Passage(driver, host_copy)
+        held.callback(passage.close)
+        pinned = PinnedMemory(driver)
+        held.callback(pinned.free)
+
         def to_host() -> None:
-            driver.to_host(address, memory, size_bytes, stream)
-            driver.synchronize(stream)
+            if is_known:
+                driver.to_host(address, memory, size_bytes, stream)
+                driver.synchronize(stream)
+                return
+            for first in range(0, size_bytes, _PIECE_BYTES):
+                piece_bytes = min(_PIECE_BYTES, size_bytes - first)
+                copy = address + first, memory + first, piece_bytes
+                passage.put([copy], stream, driver.event_synchronize)
+            passage.finish(driver.event_synchronize)
 
         def to_device() -> None:
-            driver.to_device(memory, address, size_bytes, stream)
+            source = address
+            if not is_known:
+                pinned.hold(size_bytes)
+                host_copy([Move(address, pinned.address, size_bytes)])
+                source = pinned.address
+            driver.to_device(memory, source, size_bytes, stream)
             driver.synchronize(stream)
 
         return {

@@ -249,7 +249,7 @@ def _gpu_slots(facts: Facts) -> Finding:
         name,
         "cannot be registered",
         "note",
-        f"{facts.slot_problem}; saves and restores fall back to copies through the driver's memory",
+        f"{facts.slot_problem}; copies pass through pinned memory and threads of the host",
         actions,
     )
 

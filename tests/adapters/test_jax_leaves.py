@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from state_harness import plan, restore, save
+from state_harness import fills, plan, restore, save
 
 from mtckpt.adapters import active_adapters
 from mtckpt.errors import StateMismatch, UnsupportedState
@@ -69,7 +69,7 @@ def test_bytes_are_taken_where_they_lie_and_new_ones_adopted() -> None:
     assert (addresses, copies) == ([array.unsafe_buffer_pointer()], [])
     saved = save([array])
     placing, result = plan(saved, [jnp.zeros(1000)])
-    (fill,) = placing.fills
+    (fill,) = fills(placing)
     for work in placing.finish:
         work()
     assert restore(saved, [jnp.zeros(1000)])[0].unsafe_buffer_pointer() % 64 == 0

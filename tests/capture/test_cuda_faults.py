@@ -122,7 +122,7 @@ def test_what_a_device_that_is_stuck_may_use_is_left_to_it(
     for _ in range(3):
         scene.add(20 << 20, 0)
     capture, digests = scene.capture("blocking")
-    monkeypatch.setattr(underway, "_FINISH_S", 0.0)
+    monkeypatch.setattr(underway, "FINISH_S", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(type(driver), "event_done", lambda *_: False)
         with pytest.raises(CaptureStuck):
@@ -167,7 +167,7 @@ def test_each_piece_has_its_time(scene: Scene, monkeypatch: pytest.MonkeyPatch) 
 
     clock = SimpleNamespace(monotonic=lambda: passed_s[0], sleep=sleep)
     monkeypatch.setattr("mtckpt.capture.draining.time", clock)
-    monkeypatch.setattr(underway, "_FINISH_S", 2.0)
+    monkeypatch.setattr(underway, "FINISH_S", 2.0)
     capture.finish(digests)
     assert passed_s[0] >= 4.0
     scene.check(scene.values(), digests)

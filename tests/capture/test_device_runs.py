@@ -274,14 +274,14 @@ def test_a_slot_that_a_stuck_device_may_write_to_is_not_granted_again(
     checkpointer._saver._max_stall_s = 1
     ring = checkpointer._saver.ring
     checkpointer.save(1, state).wait("staged", timeout_s=20)
-    monkeypatch.setattr(underway, "_FINISH_S", 0.0)
+    monkeypatch.setattr(underway, "FINISH_S", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(type(driver), "event_done", lambda *_: False)
         stuck = checkpointer.save(2, state)
         assert isinstance(told(checkpointer, stuck), CaptureStuck)
     withheld = ring.withheld()
     assert len(withheld) == 1
-    monkeypatch.setattr(underway, "_FINISH_S", 20.0)
+    monkeypatch.setattr(underway, "FINISH_S", 20.0)
     with pytest.raises(SaveFailed):
         checkpointer.save(3, state)
     given: list[str] = []

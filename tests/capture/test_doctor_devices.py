@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_cuda import FakeCuda
+from fake_cuda import FakeCuda, Mode
 
 from mtckpt.capture import driver as driver_module
 from mtckpt.cli._devices import device_facts
@@ -68,6 +68,33 @@ def test_what_is_refused_is_told(
         assert text in facts[field]
     others = {"slot_problem", "gpu_problem", "gpu 0", "gpu 1"} - set(told)
     assert not any(facts.get(field) for field in others)
+    assert sum(known_driver.counts()) == 0
+
+
+def test_rates_are_those_of_the_way_that_is_taken(
+    known_driver: FakeCuda, ram_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No device copies to memory that its driver refused."""
+    known_driver.mode(Mode.LAZY)
+    known_driver.fail("cuMemHostRegister_v2", 801)
+    registered: list[int] = []
+    targets: list[int] = []
+    register, to_host = driver_module.Driver.register, driver_module.Driver.to_host
+
+    def refused(self: Any, address: int, *rest: Any) -> None:
+        registered.append(address)
+        register(self, address, *rest)
+
+    def noted(self: Any, target: int, *rest: Any) -> None:
+        targets.append(target)
+        to_host(self, target, *rest)
+
+    monkeypatch.setattr(driver_module.Driver, "register", refused)
+    monkeypatch.setattr(driver_module.Driver, "to_host", noted)
+    facts = device_facts(str(ram_dir))
+    assert [bool(gpu.to_host_bytes_per_s) for gpu in facts["gpus"]] == [True, True]
+    assert [bool(gpu.to_device_bytes_per_s) for gpu in facts["gpus"]] == [True, True]
+    assert not set(registered) & set(targets)
     assert sum(known_driver.counts()) == 0
 
 

@@ -17,15 +17,22 @@ from fake_cuda import FakeCuda, Mode
 import mtckpt
 from mtckpt.capture import driver as driver_module
 from mtckpt.capture.addresses import OnDevice
-from mtckpt.errors import CaptureStuck
+from mtckpt.errors import CaptureStuck, StateMismatch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mtckpt.capture.driver import Driver
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
-from mtckpt.adapters.jax import JaxAdapter, leaves  # noqa: E402 - after JAX is known to be there
+from mtckpt.adapters.jax import (  # noqa: E402 - after JAX is known to be there
+    JaxAdapter,
+    arriving,
+    leaves,
+)
+from mtckpt.adapters.jax.arriving import Kind, empties  # noqa: E402 - likewise
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
 
@@ -67,14 +74,13 @@ def devices(fake_cuda: FakeCuda, driver: Driver, monkeypatch: pytest.MonkeyPatch
     found = Devices(fake_cuda)
     monkeypatch.setattr(driver_module.Driver, "_loaded", (os.getpid(), driver))
     monkeypatch.setattr(leaves, "ordinal_of", found.ordinal_of)
-    empty = leaves.empty
 
-    def noted(*arguments: Any) -> Array:
-        array = found.hold(empty(*arguments))
-        found.made.append(array)
-        return array
+    def noted(kinds: Sequence[Kind]) -> list[Array]:
+        arrays = [found.hold(array) for array in empties(kinds)]
+        found.made += arrays
+        return arrays
 
-    monkeypatch.setattr(leaves, "empty", noted)
+    monkeypatch.setattr(leaves, "empties", noted)
     return found
 
 
@@ -214,14 +220,62 @@ def test_memory_of_the_host_is_no_memory_of_the_device(devices: Devices) -> None
     adapter = JaxAdapter()
     addresses, _ = adapter.addresses(arrays, ["a", "b"])
     assert [isinstance(address, OnDevice) for address in addresses] == [True, False]
-    fresh = [adapter.new(adapter.spec(array, ""), array)[1] for array in arrays]
-    assert [isinstance(address, OnDevice) for address in fresh] == [True, False]
+    fresh = [adapter.new(adapter.spec(array, ""), array) for array in arrays]
+    assert [address is None for _, address in fresh] == [True, False]
+    assert isinstance(adapter.reserved([fresh[0][0]])[0], OnDevice)
 
 
 def test_a_device_that_never_reads_is_told(
     tmp_path: Path, devices: Devices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mtckpt.capture.underway._FINISH_S", 0.0)
+    monkeypatch.setattr("mtckpt.capture.underway.FINISH_S", 0.0)
     monkeypatch.setattr("mtckpt.capture.driver.Driver.event_done", lambda *_: False)
     with open_run(tmp_path) as checkpointer, pytest.raises(CaptureStuck):
         checkpointer.save(1, {"w": devices.put(np.arange(1000.0))})
+
+
+# -- memory for what comes back ------------------------------------------------------------------
+
+
+def test_one_program_makes_one_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes a device's compiler tens of milliseconds: it is done for sets of arrays."""
+    monkeypatch.setattr(arriving, "_BATCH", 30)
+    arriving._program.cache_clear()
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+    of_size = [Kind((n, 3), np.dtype(np.float32), place) for n in range(1, 41)]
+    elsewhere = Kind((5,), np.dtype(np.int8), None)
+    kinds = [*of_size, *of_size[:2] * 6, elsewhere, *of_size[1:2]]
+    arrays = empties(kinds)
+    for kind, array in zip(kinds, arrays, strict=True):
+        assert (array.shape, array.dtype) == (kind.shape, kind.dtype)
+        if kind.sharding is not None:
+            assert array.sharding == place
+    assert not arrays[-2].committed
+    addresses = {array.unsafe_buffer_pointer() for array in arrays}
+    assert len(addresses) == len(arrays)
+    # Once each, in two programs, as there are many; the first two six times more; one once more.
+    assert arriving._program.cache_info().misses == 5
+    empties(kinds)
+    assert arriving._program.cache_info().misses == 5
+
+
+def test_what_a_device_lays_out_otherwise_comes_through_the_host(
+    tmp_path: Path, devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = np.arange(6000.0).reshape(60, 100)
+    w = devices.put(numbers)
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, {"w": w}).wait("staged", timeout_s=20)
+        monkeypatch.setattr(leaves, "_is_dense", lambda _: False)
+        found = checkpointer.restore({"w": devices.put(numbers - 1)}).state["w"]
+    np.testing.assert_array_equal(found, numbers)
+    assert found.devices() == {devices.places[0]}
+
+
+def test_nothing_is_reserved_for_a_template_that_differs(tmp_path: Path, devices: Devices) -> None:
+    w, b = devices.put(np.arange(10.0)), devices.put(np.arange(5.0))
+    with open_run(tmp_path) as checkpointer:
+        checkpointer.save(1, {"w": w, "b": b}).wait("staged", timeout_s=20)
+        with pytest.raises(StateMismatch):
+            checkpointer.restore({"w": w, "b": devices.put(np.arange(6.0))})
+        assert devices.made == []

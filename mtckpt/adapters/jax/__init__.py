@@ -84,9 +84,13 @@ class JaxAdapter:
         del values, specs
         return None
 
-    def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int]:
+    def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int | None]:
         """Memory that ``finished`` or ``assign`` make an array of: host's, or a CUDA device's."""
         return leaves.new(spec, like)
+
+    def reserved(self, freshes: Sequence[Any]) -> list[int]:
+        """Memory of CUDA devices, of all that is wanted there at once."""
+        return leaves.reserved(freshes)
 
     def finished(self, fresh: Any, spec: ArraySpec) -> Any:
         """An array on the default device."""

@@ -26,6 +26,7 @@ from jax.sharding import SingleDeviceSharding
 from mtckpt._dtypes import check_dtype
 from mtckpt._state import ArraySpec
 from mtckpt.adapters.jax import casting
+from mtckpt.adapters.jax.arriving import Arriving, Kind, empties
 from mtckpt.capture.addresses import on_device as addresses_on
 from mtckpt.capture.driver import Driver
 from mtckpt.errors import UnsupportedState
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PLAIN",
-    "Arriving",
     "Fresh",
     "addresses_of",
     "check",
@@ -49,6 +49,7 @@ __all__ = [
     "number",
     "on_device",
     "ordinal_of",
+    "reserved",
     "spec_of",
 ]
 
@@ -75,13 +76,6 @@ class Fresh:
 
     host: np.ndarray[Any, Any]
     spec: ArraySpec
-
-
-@dataclass(frozen=True, slots=True)
-class Arriving:
-    """An array on its device that nobody has seen, and that is waiting for bytes."""
-
-    array: Any
 
 
 def is_leaf(value: object) -> bool:
@@ -298,8 +292,9 @@ def identity(value: Any) -> object | None:
 # -- from bytes to arrays --------------------------------------------------------------------------
 
 
-def new(spec: ArraySpec, like: Any = None) -> tuple[Fresh | Arriving, int]:
-    """Memory for an array that is to stand in the place of ``like``: its device's, or host's.
+def new(spec: ArraySpec, like: Any = None) -> tuple[Fresh | Arriving, int | None]:
+    """Memory for an array that is to stand in the place of ``like``: host's, or its device's,
+    which is ``reserved`` later.
 
     Raises UnsupportedState where JAX would not keep its type.
     """
@@ -309,9 +304,13 @@ def new(spec: ArraySpec, like: Any = None) -> tuple[Fresh | Arriving, int]:
     if casts_to is not None:
         dtype = casting.stored_type(spec)
     if like is not None and casts_to in (None, dtype) and _is_dense_kind(spec, dtype):
-        arriving = _reserved(spec, dtype, like)
-        if arriving is not None:
-            return arriving
+        place = _place_of(like)
+        if place is not None and (ordinal := ordinal_of(place[0])) >= 0:
+            return Arriving(Kind(spec.shape, dtype, place[1]), ordinal), None
+    return _on_host(spec, dtype)
+
+
+def _on_host(spec: ArraySpec, dtype: np.dtype[Any]) -> tuple[Fresh, int]:
     host = _aligned(spec.size_bytes).view(dtype).reshape(spec.shape)
     return Fresh(host, spec), address_of(host)
 
@@ -321,21 +320,21 @@ def _is_dense_kind(spec: ArraySpec, dtype: np.dtype[Any]) -> bool:
     return spec.framework == PLAIN and dtype not in _PACKED_ON_DEVICE and spec.size_bytes > 0
 
 
-def _reserved(spec: ArraySpec, dtype: np.dtype[Any], like: Any) -> tuple[Arriving, int] | None:
-    """An array of no values yet where ``like`` is; None unless that is memory of a CUDA device."""
-    place = _place_of(like)
-    if place is None:
-        return None
-    device, sharding = place
-    ordinal = ordinal_of(device)
-    if ordinal < 0:
-        return None
-    array = empty(spec.shape, dtype, sharding)
-    if not _is_dense(array):
-        return None
+def reserved(arrivings: Sequence[Arriving]) -> list[int]:
+    """Have arrays of no values yet on their devices; where their memory is."""
+    arrays = empties([arriving.kind for arriving in arrivings])
     # Until now XLA may still have used this memory for others.
-    array.block_until_ready()
-    return Arriving(array), addresses_on(ordinal)(array.unsafe_buffer_pointer())
+    jax.block_until_ready(arrays)  # type: ignore[no-untyped-call]  # jax leaves it untyped
+    addresses: list[int] = []
+    for arriving, array in zip(arrivings, arrays, strict=True):
+        if _is_dense(array):
+            arriving.array = array
+            addresses.append(addresses_on(arriving.ordinal)(array.unsafe_buffer_pointer()))
+        else:
+            shape, dtype, _ = arriving.kind
+            arriving.host, address = _on_host(ArraySpec(dtype.name, shape, PLAIN), dtype)
+            addresses.append(address)
+    return addresses
 
 
 def _place_of(like: Any) -> tuple[Any, Sharding | None] | None:
@@ -356,16 +355,6 @@ def _place_of(like: Any) -> tuple[Any, Sharding | None] | None:
         return None
     device = min(sharding.addressable_devices, key=operator.attrgetter("id"))
     return device, SingleDeviceSharding(device)
-
-
-def empty(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding | None) -> Any:
-    """An array of no values yet. Compiled once for each shape, type and place."""
-    return _emptier(shape, dtype, sharding)()
-
-
-@functools.lru_cache(maxsize=4096)
-def _emptier(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding | None) -> Any:
-    return jax.jit(lambda: jnp.empty(shape, dtype), out_shardings=sharding)
 
 
 def check(spec: ArraySpec, path: str, *, state: str) -> np.dtype[Any]:
@@ -417,6 +406,7 @@ def made(fresh: Fresh | Arriving, like: Any = None) -> Any:
     sharding = None if like is None else like.sharding
     if not getattr(like, "committed", True):
         sharding = None
+    fresh = _filled(fresh)
     if isinstance(fresh, Fresh):
         return _put(fresh, like, sharding)
     array = fresh.array
@@ -440,9 +430,16 @@ def on_device(fresh: Fresh | Arriving, like: Any, device: Any) -> Any:
     """What the memory of one box becomes on one device of those that ``like`` is on."""
     kind = like.sharding.memory_kind
     there = SingleDeviceSharding(device, memory_kind=kind)
+    fresh = _filled(fresh)
     if isinstance(fresh, Arriving):
         return jax.device_put(fresh.array, there, may_alias=True)
     return _put(fresh, like, there)
+
+
+def _filled(fresh: Fresh | Arriving) -> Fresh | Arriving:
+    """Where the bytes are by now."""
+    host: Fresh | None = fresh.host if isinstance(fresh, Arriving) else None
+    return host or fresh
 
 
 def _put(fresh: Fresh, like: Any, where: Any) -> Any:

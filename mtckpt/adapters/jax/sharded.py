@@ -20,6 +20,8 @@ from mtckpt.adapters.jax import leaves
 if TYPE_CHECKING:
     from jax.sharding import Sharding
 
+    from mtckpt.adapters.jax.arriving import Arriving
+
 __all__ = ["Cell", "assembled", "is_sharded", "parts_of"]
 
 _Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -75,7 +77,7 @@ def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part]
     ]
 
 
-def assembled(live: Any, freshes: Sequence[leaves.Fresh | leaves.Arriving]) -> Any:
+def assembled(live: Any, freshes: Sequence[leaves.Fresh | Arriving]) -> Any:
     """A global array of filled boxes, each put on every device that has it."""
     parts = parts_of(live, "", template=True)
     assert parts is not None

@@ -97,6 +97,11 @@ class TorchAdapter:
         del like
         return leaves.new_tensor(spec)
 
+    def reserved(self, freshes: Sequence[Any]) -> list[int]:
+        """Nothing: what is new has its memory at once."""
+        del freshes
+        return []
+
     def finished(self, fresh: Any, spec: ArraySpec) -> Any:
         """The tensor itself, in the memory order that it was saved in."""
         return leaves.laid_out(fresh, spec)
