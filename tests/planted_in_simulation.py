@@ -82,8 +82,8 @@ BUGS = (
     SimulatedBug(
         "disputed-save-is-whole",
         "agent/saves.py",
-        "        if not here or self.disputed:",
-        "        if not here:",
+        "        if self.disputed or (label == RAM and self.called_off):",
+        "        if label == RAM and self.called_off:",
         79,
     ),
     SimulatedBug(

@@ -202,22 +202,26 @@ class Ring:
                 files = (await self._tools.call(command, work.Recycled)).files
         except ObjectNotFound:  # deleted by a command whose answer was lost
             run.drop_shard(save, shard.slot_id, shard.rank)
+            self.note_gone(run, save)
             return None
         finally:
             save.recycling = False
         if files is None:
             return None
-        if save.is_complete(RAM):
-            self._note_superseded(run, save)
         run.drop_shard(save, shard.slot_id, shard.rank)
+        self.note_gone(run, save)
         slot = Slot.of(files, SlotState.CAPTURING)
         run.slots[slot.slot_id] = slot
         run.touch(save)
         return slot
 
-    def _note_superseded(self, run: RunState, save: SaveState) -> None:
-        for label in queue.superseded_by_recycling(run.slot_facts(save)):
-            self.supersede(run, save, label)
+    def note_gone(self, run: RunState, save: SaveState) -> None:
+        """Some of a save was let go: tiers that nobody can give it to any more take a newer one."""
+        if save.called_off:
+            return
+        for label in save.owed:
+            if run.source_for(save, label) is None:
+                self.supersede(run, save, label)
 
     def supersede(self, run: RunState, save: SaveState, label: str) -> None:
         """A tier takes a newer save instead of this one: counted, no error."""
@@ -466,8 +470,8 @@ class Ring:
                     return False
         finally:
             save.recycling = False
-        self._note_superseded(run, save)
         run.drop_copy(save, RAM)
+        self.note_gone(run, save)
         run.touch(save)
         return True
 

@@ -149,13 +149,18 @@ class SaveState:
 
     def is_complete(self, label: str) -> bool:
         """Whether all ranks have it there, those of other nodes on theirs; some are here."""
-        here = self.ranks.get(label)
-        if not here or self.disputed:
+        return bool(self.ranks.get(label)) and self.is_whole(label)
+
+    def is_whole(self, label: str) -> bool:
+        """Whether all ranks have it there, on whatever node. Of what is called off parts may be
+        left, and are no save."""
+        if self.disputed or (label == RAM and self.called_off):
             return False
         if any(label in news.whole for news in self.told.values()):
             return True
+        here = self.ranks.get(label, set())
         if label == RAM and self.chosen:
-            return True
+            return bool(here)
         return len(here | self._elsewhere(label)) >= self.world_size
 
     def _elsewhere(self, label: str) -> set[int]:
@@ -164,7 +169,7 @@ class SaveState:
 
     def is_verified(self, label: str) -> bool:
         """Whether all of it was read back there, by each node what it has."""
-        if label not in self.verified:
+        if self.ranks.get(label) and label not in self.verified:
             return False
         told = [news for news in self.told.values() if label in news.read_back]
         if any(label in news.whole for news in told):
@@ -185,7 +190,7 @@ class SaveState:
     def in_part(self, label: str) -> bool:
         """Whether some ranks have it there, on some node, and others do not."""
         far = self._elsewhere(label)
-        return bool(self.ranks.get(label) or far) and not self.is_complete(label)
+        return bool(self.ranks.get(label) or far) and not self.is_whole(label)
 
     @property
     def is_open(self) -> bool:
