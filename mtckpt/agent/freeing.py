@@ -55,10 +55,12 @@ class Freer:
         else:
             return
         self._tools.events.emit("ram.freed", run=run.run, reason=why, lost=not safe or None)
-        await self.wipe(run)
+        async with run.opening:
+            await self.wipe(run)
 
     async def wipe(self, run: RunState) -> None:
-        """Free all of a run's RAM and forget it; slower tiers keep what they have."""
+        """Free all of a run's RAM and forget it; slower tiers keep what they have. To be called
+        under ``run.opening``: who comes back meanwhile waits, and opens it anew."""
         run.gone = run.half_wiped = True
         for tier in run.tiers.values():
             tier.wake.set()

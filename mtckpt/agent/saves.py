@@ -275,12 +275,14 @@ class SaveState:
 
 @dataclass(slots=True, eq=False)
 class TierState:
-    """A slower tier of a run. ``wake`` is set when there may be something to do for it."""
+    """A slower tier of a run. ``wake`` is set when there may be something to do for it, ``retry``
+    when what failed is to be tried again at once."""
 
     label: str
     config: TierConfig
     ref: TierRef
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    retry: asyncio.Event = field(default_factory=asyncio.Event)
     scanned: bool = False
     problem: str = ""
     attempts: int = 0

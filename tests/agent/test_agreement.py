@@ -86,7 +86,8 @@ class Scene:
 
     def links(self) -> Links:
         address = PeerAddress("10.0.0.0", 1, 2, agent_id="a")
-        peers = SimpleNamespace(verbs={}, address=address, joined=lambda _: None)
+        joined = {"joined": lambda _: None, "joining": asyncio.Lock()}
+        peers = SimpleNamespace(verbs={}, address=address, **joined)
         tools = Tools(cast(Any, None), LIMITS, EventStream())
         names = ("note_staged", "look_again", "look")
         unused = cast(Any, SimpleNamespace(**dict.fromkeys(names, _nothing)))
