@@ -49,7 +49,7 @@ class Drainer:
         """The node stays. Others use it again as they hear of that: when it offers them copies."""
         self.reason = ""
         for run in self._runs.values():
-            run.draining = ""
+            run.draining, run.drained = "", False
             run.touch()
         self._events.emit("node.stays")
 
@@ -83,10 +83,11 @@ class Drainer:
                 newest.want_in(run.tiers)
                 run.touch(newest)
                 handing.append(self._start(handover.of_own(newest), deadline_s, handover))
-            busy = run.settling or self._coming(run) or self._owed(run, handover)
-            if not busy or time.monotonic() >= deadline_s:
+            coming = run.settling or run.sealing.locked() or self._coming(run)
+            if not (coming or self._owed(run, handover)) or time.monotonic() >= deadline_s:
                 break
             await asyncio.sleep(_POLL_S)  # many things end it: seals, flushes, failures, copies
+        run.drained = True
         await asyncio.gather(*handing)
         return handover.told()
 

@@ -251,7 +251,8 @@ class Ring:
     # -- sealing ---------------------------------------------------------------------------------
 
     async def seal(self, run: RunState, owner: Owner, message: protocol.Seal) -> str:
-        """The captured slot becomes a save; its name. The caller asks for the next slot."""
+        """The captured slot becomes a save; its name, "" where none is taken any more. The caller
+        asks for the next slot."""
         name = _manifest.save_name(message.step, owner.incarnation, message.save_id)
         async with run.sealing:
             run.owner_of(owner.holder)
@@ -262,6 +263,10 @@ class Ring:
                 return str(name)
             if save is not None and owner.rank in save.ranks.get(RAM, ()):
                 return str(name)  # the reply to the first try was lost
+            if run.drained:
+                # Other nodes would let go of the step before, which this one has brought away.
+                await self.release(run, owner, message.slot_id)
+                return ""
             other = run.save_at(owner.incarnation, message.step)
             if other is not save and other is not None and other.is_foreign(owner.incarnation_id):
                 other = run.forgotten(other)  # its nodes were lost, and its number with them
@@ -310,7 +315,7 @@ class Ring:
             run.touch()
             raise
         except CheckpointError:
-            slot.doubtful = slot.refused = True
+            slot.doubtful = slot.refused = run.doubted = True
             raise
         if sealed.left_bytes:
             run.counters["left_bytes"] += sealed.left_bytes

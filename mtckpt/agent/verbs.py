@@ -95,6 +95,8 @@ class Verbs:
     async def _open(self, run: RunState, caller: Caller, message: protocol.Open) -> protocol.Opened:
         """Under ``run.opening``."""
         self._admit(run, caller, message)
+        # While nobody was there, memory may have been emptied by whoever tidies up.
+        run.doubted = run.doubted or not run.living()
         await self._registry.freer.look_again(run)
         fenced_pid = await self._claim(run, caller, message)
         owner = run.owners[message.rank]
@@ -333,12 +335,20 @@ class Verbs:
     # -- saves -----------------------------------------------------------------------------------
 
     async def want_slots(self, run: RunState, message: protocol.WantSlots) -> protocol.Slots:
-        return await self._ring.want(run, run.owner_of(message.holder), message)
+        owner = run.owner_of(message.holder)
+        if run.doubted:
+            await self._registry.freer.look_again(run)
+            await self._registry.write_config(run)
+        return await self._ring.want(run, owner, message)
 
     async def seal(self, run: RunState, message: protocol.Seal) -> protocol.Sealed:
         """The save is RAM's when this returns; slower tiers follow by themselves."""
         owner = run.owner_of(message.holder)
         name = await self._ring.seal(run, owner, message)
+        if not name:
+            why = protocol.CallOff(message.holder, message.save_id, message.step, run.draining)
+            await self._registry.agreement.declined(run, owner, why)
+            return protocol.Sealed("", staged=False, called_off=run.draining)
         await self._registry.agreement.sealed(run, owner)
         next_slot = await self._ring.next_for(run, owner)
         save = run.saves.get(name)
@@ -357,6 +367,7 @@ class Verbs:
 
     async def release(self, run: RunState, message: protocol.Release) -> protocol.Done:
         await self._ring.release(run, run.owner_of(message.holder), message.slot_id)
+        run.doubted = True  # why nothing was captured is not said
         return protocol.Done()
 
     async def report(self, run: RunState, message: protocol.Report) -> protocol.Done:
