@@ -120,6 +120,7 @@ class Saver:
             if writing.is_done:
                 writing.finish()
         except Exception as error:  # noqa: BLE001 - raised again, named
+            # Whatever went wrong, the slot goes back first.
             return self._give_up(save, grant, error)
         except BaseException:
             # An interrupt: the slot is free for the next save, unless a device still writes to it.
