@@ -109,7 +109,7 @@ EMPTIED = (
     Bug(
         "slots-given-that-are-gone",
         "agent/verbs.py",
-        "        run.doubted = run.doubted or not run.living()\n",
+        "        run.doubted |= bool(run.slots or run.saves) and not run.living()\n",
         "",
         ("crash/test_lost_memory.py::test_the_next_job_has_the_disk_and_saves",),
         quick=False,

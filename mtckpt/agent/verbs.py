@@ -96,7 +96,7 @@ class Verbs:
         """Under ``run.opening``."""
         self._admit(run, caller, message)
         # While nobody was there, memory may have been emptied by whoever tidies up.
-        run.doubted = run.doubted or not run.living()
+        run.doubted |= bool(run.slots or run.saves) and not run.living()
         await self._registry.freer.look_again(run)
         fenced_pid = await self._claim(run, caller, message)
         owner = run.owners[message.rank]
