@@ -15,8 +15,8 @@ SAVES = (
     Bug(
         "whole-elsewhere-is-whole-here",
         "agent/saves.py",
-        "if not here or self.disputed:",
-        "if here is None or self.disputed:",
+        "return bool(self.ranks.get(label)) and self.is_whole(label)",
+        "return label in self.ranks and self.is_whole(label)",
         ("agent/test_nodes.py::test_complete_is_what_all_nodes_have_together",),
     ),
     Bug(
@@ -36,8 +36,8 @@ SAVES = (
     Bug(
         "lead-says-whole-before-the-store-was-told",
         "agent/nodes.py",
-        "if save.is_complete(label)} - save.uncommitted",
-        "if save.is_complete(label)}",
+        "set(filter(save.is_whole, labels)) - save.uncommitted",
+        "set(filter(save.is_whole, labels))",
         ("agent/test_nodes.py::test_the_lead_says_nothing_of_what_is_not_settled",),
     ),
 )

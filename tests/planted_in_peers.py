@@ -59,6 +59,15 @@ COPIES = (
         ),
     ),
     Bug(
+        "saves-taken-by-a-node-that-is-drained",
+        "agent/ring.py",
+        "            if run.drained:",
+        "            if False:",
+        (
+            "test_drains_over_nodes.py::test_without_copies_another_node_takes_what_a_drained_one_has",
+        ),
+    ),
+    Bug(
         "strict-placement-that-is-not",
         "_joining.py",
         "strict=tier.strict_placement",

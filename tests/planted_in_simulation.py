@@ -45,13 +45,6 @@ BUGS = (
         1,
     ),
     SimulatedBug(
-        "parts-of-lost-nodes-hold-slots",
-        "agent/agreement.py",
-        "elif save.ranks.get(RAM) and not save.is_complete(RAM):",
-        "elif run.layout and save.ranks.get(RAM) and not save.is_complete(RAM):",
-        124,
-    ),
-    SimulatedBug(
         "one-number-for-all-starts-of-the-job",
         "_run.py",
         "number=max(highest for highest, *_ in told) + 1",
@@ -82,8 +75,8 @@ BUGS = (
     SimulatedBug(
         "disputed-save-is-whole",
         "agent/saves.py",
-        "        if not here or self.disputed:",
-        "        if not here:",
+        "        if self.disputed or (label == RAM and self.called_off):",
+        "        if label == RAM and self.called_off:",
         79,
     ),
     SimulatedBug(
@@ -98,7 +91,7 @@ BUGS = (
         "agent/verbs.py",
         "        await self._registry.agreement.begun(run, message.number, message.parent)\n",
         "",
-        3,
+        27,
     ),
     SimulatedBug(
         "slots-given-by-an-earlier-agent-never-settled",

@@ -135,7 +135,7 @@ class Agreement:
             if save.name.incarnation >= number:
                 continue
             if save.order == at:
-                save.chosen = True
+                save.chosen, save.called_off = True, ""
             elif save.is_open and (at is None or save.order > at):
                 await self._call_off(run, save, "the job was started anew before all ranks had it")
             elif save.ranks.get(RAM) and not save.is_complete(RAM):

@@ -22,7 +22,6 @@ from mtckpt.errors import CheckpointError, NodeDraining
 if TYPE_CHECKING:
     from mtckpt._events import EventStream
     from mtckpt.agent.copies import Copies
-    from mtckpt.agent.owners import Owner
     from mtckpt.agent.runs import RunState
 
 __all__ = ["Drainer"]
@@ -42,26 +41,17 @@ class Drainer:
         self._copies = copies
         self._events = events
         self.reason = ""
-        self.told: set[str] = set()
 
     def refuse(self) -> None:
         """Raises NodeDraining where something new would be begun here."""
         if self.reason:
             raise NodeDraining(self.reason, state="nothing was done")
 
-    def is_late(self, run: RunState, owner: Owner, step: int) -> bool:
-        """Whether a rank comes with its part after it was said where the newest step is: others
-        would let go of that one."""
-        save = run.save_at(owner.incarnation, step)
-        has_it = save is not None and owner.rank in save.ranks.get(RAM, ())
-        return run.key in self.told and not has_it
-
     def cancel(self) -> None:
         """The node stays. Others use it again as they hear of that: when it offers them copies."""
         self.reason = ""
-        self.told.clear()
         for run in self._runs.values():
-            run.draining = ""
+            run.draining, run.drained = "", False
             run.touch()
         self._events.emit("node.stays")
 
@@ -95,11 +85,11 @@ class Drainer:
                 newest.want_in(run.tiers)
                 run.touch(newest)
                 handing.append(self._start(handover.of_own(newest), deadline_s, handover))
-            busy = run.settling or self._coming(run) or self._owed(run, handover)
-            if not busy or time.monotonic() >= deadline_s:
-                self.told.add(run.key)  # a slot that was given ahead may still be sealed
+            coming = run.settling or run.sealing.locked() or self._coming(run)
+            if not (coming or self._owed(run, handover)) or time.monotonic() >= deadline_s:
                 break
             await asyncio.sleep(_POLL_S)  # many things end it: seals, flushes, failures, copies
+        run.drained = True
         await asyncio.gather(*handing)
         return handover.told()
 

@@ -67,6 +67,7 @@ class Fetcher:
         return protocol.Fetched(fetch.task.result(), fetch.total_bytes, fetch.total_bytes)
 
     async def _bring(self, run: RunState, store: TierState, save: SaveState) -> str:
+        await self._look_for_all(run, store, save)
         disks = [tier for tier in run.tiers.values() if tier.config.kind == "disk"]
         places = [(RAM, run.ram), *((tier.label, tier.ref) for tier in disks)]
         full: TierFull | None = None
@@ -84,6 +85,15 @@ class Fetcher:
             return label
         assert full is not None  # RAM at least was tried
         raise full
+
+    async def _look_for_all(self, run: RunState, store: TierState, save: SaveState) -> None:
+        """What other nodes brought to a store is known here by their word: the records say more."""
+        if len(save.ranks[store.label]) < save.world_size:
+            scanned = await self._tools.call(work.Scan(store.ref, run.key), work.Scanned)
+            found = next((scan for scan in scanned.runs if scan.run_key == run.key), None)
+            run.note_scan(store.label, found or work.RunScan(run.key))
+        if len(save.ranks.get(store.label, ())) < save.world_size:
+            raise ObjectNotFound("the store does not have all of that save", key=str(save.name))
 
     async def _copy(
         self, run: RunState, store: TierState, save: SaveState, label: str, ref: TierRef

@@ -8,6 +8,7 @@ not delete either (``keeping``).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -45,8 +46,9 @@ class Flusher:
         self._stopping = False
 
     def start(self, run: RunState) -> None:
-        """See that every tier of the run has its task."""
+        """See that every tier of the run has its task, and that none lets a new start wait."""
         for tier in run.tiers.values():
+            tier.retry.set()
             if tier.task is None or tier.task.done():
                 tier.task = self._tools.start(
                     self._serve(run, tier), f"flush {run.key} to {tier.label}"
@@ -63,6 +65,7 @@ class Flusher:
     async def _serve(self, run: RunState, tier: TierState) -> None:
         while not run.gone and not self._stopping:
             tier.wake.clear()
+            tier.retry.clear()
             try:
                 if tier.ref.access.withheld:
                     raise TierUnavailable(
@@ -276,7 +279,8 @@ class Flusher:
         tier.attempts += 1
         run.counters["retries"] += 1
         pause_s = queue.backoff_s(tier.attempts, random.random())
-        await asyncio.sleep(pause_s)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(tier.retry.wait(), pause_s)
 
     async def _failed(
         self, run: RunState, tier: TierState, save: SaveState, error: CheckpointError

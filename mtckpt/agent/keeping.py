@@ -165,13 +165,9 @@ class Keeper:
             save.ranks[tier.label] = set()
             return True
         run.drop_copy(save, tier.label)
-        for label in save.owed:
-            if run.source_for(save, label) is None:
-                # Nobody has it any more for a store that did not answer in time.
-                self._ring.supersede(run, save, label)
-                run.touch(save)
+        self._ring.note_gone(run, save)  # for a store that did not answer in time
         run.counters["deleted"] += 1
         self._tools.count("save_deleted", tier.label)
         self._tools.events.emit("save.deleted", run=run.run, step=save.name.step, tier=tier.label)
-        run.touch()
+        run.touch(save)
         return True

@@ -299,12 +299,17 @@ class Links:
 
     async def follow(self, run: RunState, number: int, address: PeerAddress) -> None:
         """Another agent has the place of one that joined: it is spoken to where it is."""
-        layout, join = run.layout, self._peers.joined(run.key)
-        if layout is None or join is None or join.nodes[number].address == address:
-            return
-        join = moved(join, number, address)
-        await self._peers.replace(run, join)
-        run.layout = layout_of(join, join.nodes[layout.here].ranks[0])
+        secret = run.secret
+        async with self._peers.joining:
+            layout, join = run.layout, self._peers.joined(run.key)
+            if layout is None or join is None or not run.secret == join.secret == secret:
+                return  # another start of the job has come meanwhile
+            if join.nodes[number].address == address:
+                return
+            join = moved(join, number, address)
+            await self._peers.replace(run, join)
+            if run.secret == secret:
+                run.layout = layout_of(join, join.nodes[layout.here].ranks[0])
 
     def _take_in(self, run: RunState, number: int, news: News) -> SaveState | None:
         name = SaveName.parse(news.save)

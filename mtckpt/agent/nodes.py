@@ -177,9 +177,11 @@ def news_for_lead(save: SaveState, layout: Layout, incarnation: int) -> News | N
 
 
 def news_for_nodes(save: SaveState) -> News | None:
-    """What every other node is to know, from the lead; None while that is nothing."""
+    """What every other node is to know, from the lead; None while that is nothing. The lead may
+    have no part of it: of an earlier start."""
+    labels = save.ranks.keys() | set(save.told.labels())
     whole = sorted(
-        {label for label in save.ranks if save.is_complete(label)} - save.uncommitted
+        set(filter(save.is_whole, labels)) - save.uncommitted
         # Its own parts may have been recycled since.
         | ({RAM} if "staged" in save.stages else set())
     )
@@ -191,7 +193,7 @@ def news_for_nodes(save: SaveState) -> News | None:
         due=sorted(save.due),
         whole=whole,
         read_back=[label for label in whole if save.is_verified(label)],
-        damaged=sorted(label for label in save.ranks if save.is_damaged(label)),
+        damaged=sorted(filter(save.is_damaged, labels)),
         superseded=sorted(superseded),
         failed=failed,
         called_off=save.called_off,

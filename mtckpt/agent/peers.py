@@ -62,6 +62,8 @@ class Peers:
     """See the module. One for the agent.
 
     ``verbs`` is what agents of other nodes can ask: name -> (type of the message, what answers it).
+    ``joining`` is held while a run's nodes are taken over, so that what was told before does not
+    come last.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -74,6 +76,7 @@ class Peers:
         self._address: PeerAddress | None = None
         self._changing = asyncio.Lock()
         self._telling = asyncio.Lock()
+        self.joining = asyncio.Lock()
         self.verbs: dict[str, PeerVerb] = {}
 
     @property

@@ -122,11 +122,6 @@ def pick_recycle(saves: Sequence[SaveFacts], busy: frozenset[str] = frozenset())
     return None
 
 
-def superseded_by_recycling(save: SaveFacts) -> tuple[str, ...]:
-    """The tiers that will take a newer save instead, once this one's slot is recycled."""
-    return tuple(sorted(save.owed))
-
-
 def is_owed(error: BaseException) -> bool:
     """True for what is retried (no answer, not in time), False for what is reported as failed."""
     if isinstance(error, (errors.TierFull, errors.TierReadOnly, errors.AccessDenied)):

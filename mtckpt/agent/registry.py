@@ -227,7 +227,8 @@ class Registry:
                 run=run.run,
                 path=root,
             )
-        await self.freer.wipe(run)
+        async with run.opening:
+            await self.freer.wipe(run)
 
     def _note_root(self, root: str) -> None:
         kept = [*self._roots, root]

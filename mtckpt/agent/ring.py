@@ -202,22 +202,26 @@ class Ring:
                 files = (await self._tools.call(command, work.Recycled)).files
         except ObjectNotFound:  # deleted by a command whose answer was lost
             run.drop_shard(save, shard.slot_id, shard.rank)
+            self.note_gone(run, save)
             return None
         finally:
             save.recycling = False
         if files is None:
             return None
-        if save.is_complete(RAM):
-            self._note_superseded(run, save)
         run.drop_shard(save, shard.slot_id, shard.rank)
+        self.note_gone(run, save)
         slot = Slot.of(files, SlotState.CAPTURING)
         run.slots[slot.slot_id] = slot
         run.touch(save)
         return slot
 
-    def _note_superseded(self, run: RunState, save: SaveState) -> None:
-        for label in queue.superseded_by_recycling(run.slot_facts(save)):
-            self.supersede(run, save, label)
+    def note_gone(self, run: RunState, save: SaveState) -> None:
+        """Some of a save was let go: tiers that nobody can give it to any more take a newer one."""
+        if save.called_off:
+            return
+        for label in save.owed:
+            if run.source_for(save, label) is None:
+                self.supersede(run, save, label)
 
     def supersede(self, run: RunState, save: SaveState, label: str) -> None:
         """A tier takes a newer save instead of this one: counted, no error."""
@@ -247,7 +251,8 @@ class Ring:
     # -- sealing ---------------------------------------------------------------------------------
 
     async def seal(self, run: RunState, owner: Owner, message: protocol.Seal) -> str:
-        """The captured slot becomes a save; its name. The caller asks for the next slot."""
+        """The captured slot becomes a save; its name, "" where none is taken any more. The caller
+        asks for the next slot."""
         name = _manifest.save_name(message.step, owner.incarnation, message.save_id)
         async with run.sealing:
             run.owner_of(owner.holder)
@@ -258,6 +263,10 @@ class Ring:
                 return str(name)
             if save is not None and owner.rank in save.ranks.get(RAM, ()):
                 return str(name)  # the reply to the first try was lost
+            if run.drained:
+                # Other nodes would let go of the step before, which this one has brought away.
+                await self.release(run, owner, message.slot_id)
+                return ""
             other = run.save_at(owner.incarnation, message.step)
             if other is not save and other is not None and other.is_foreign(owner.incarnation_id):
                 other = run.forgotten(other)  # its nodes were lost, and its number with them
@@ -306,7 +315,7 @@ class Ring:
             run.touch()
             raise
         except CheckpointError:
-            slot.doubtful = slot.refused = True
+            slot.doubtful = slot.refused = run.doubted = True
             raise
         if sealed.left_bytes:
             run.counters["left_bytes"] += sealed.left_bytes
@@ -466,8 +475,8 @@ class Ring:
                     return False
         finally:
             save.recycling = False
-        self._note_superseded(run, save)
         run.drop_copy(save, RAM)
+        self.note_gone(run, save)
         run.touch(save)
         return True
 

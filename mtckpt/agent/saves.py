@@ -149,18 +149,23 @@ class SaveState:
 
     def is_complete(self, label: str) -> bool:
         """Whether all ranks have it there, those of other nodes on theirs; some are here."""
-        here = self.ranks.get(label)
-        if not here or self.disputed:
+        return bool(self.ranks.get(label)) and self.is_whole(label)
+
+    def is_whole(self, label: str) -> bool:
+        """Whether all ranks have it there, on whatever node. Of what is called off parts may be
+        left, and are no save."""
+        if self.disputed or (label == RAM and self.called_off):
             return False
         if self.told.is_whole(label):
             return True
+        here = self.ranks.get(label, set())
         if label == RAM and self.chosen:
-            return True
+            return bool(here)
         return _number_of(here, self.told.ranks(label)) >= self.world_size
 
     def is_verified(self, label: str) -> bool:
         """Whether all of it was read back there, by each node what it has."""
-        if label not in self.verified:
+        if self.ranks.get(label) and label not in self.verified:
             return False
         if self.told.is_whole_and_read_back(label):
             return True
@@ -180,7 +185,7 @@ class SaveState:
     def in_part(self, label: str) -> bool:
         """Whether some ranks have it there, on some node, and others do not."""
         somewhere = self.ranks.get(label) or self.told.ranks(label)
-        return bool(somewhere) and not self.is_complete(label)
+        return bool(somewhere) and not self.is_whole(label)
 
     @property
     def is_open(self) -> bool:
@@ -267,12 +272,14 @@ class SaveState:
 
 @dataclass(slots=True, eq=False)
 class TierState:
-    """A slower tier of a run. ``wake`` is set when there may be something to do for it."""
+    """A slower tier of a run. ``wake`` is set when there may be something to do for it, ``retry``
+    when what failed is to be tried again at once."""
 
     label: str
     config: TierConfig
     ref: TierRef
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    retry: asyncio.Event = field(default_factory=asyncio.Event)
     scanned: bool = False
     problem: str = ""
     attempts: int = 0

@@ -63,6 +63,10 @@ class Told:
         ):
             _add(self._words.setdefault(what, Counter()), labels, sign)
 
+    def labels(self) -> Collection[str]:
+        """Tiers in which other nodes have some of it."""
+        return [label for label, ranks in self._ranks.items() if ranks]
+
     def ranks(self, label: str) -> Collection[int]:
         """Ranks whose records other nodes have in a tier."""
         return self._ranks.get(label, {}).keys()

@@ -86,20 +86,26 @@ class Verbs:
         known = self._registry.runs.get(key)
         if known is None or all(owner.holder != message.holder for owner in known.living()):
             self._registry.drainer.refuse()
-        run = await self._registry.run_for(key, message)
-        async with run.opening:
-            self._admit(run, caller, message)
-            await self._registry.freer.look_again(run)
-            fenced_pid = await self._claim(run, caller, message)
-            owner = run.owners[message.rank]
-            run.closing = False
-            self._registry.set_tiers(run, message.tiers)
-            await self._registry.write_config(run)
-            known_runs.note(
-                self._registry.directory, run.run, [t.config for t in run.tiers.values()]
-            )
-            self._registry.flusher.start(run)
-            finished, run.finished = run.finished, []
+        while True:
+            run = await self._registry.run_for(key, message)
+            async with run.opening:
+                if not run.gone:
+                    return await self._open(run, caller, message)
+
+    async def _open(self, run: RunState, caller: Caller, message: protocol.Open) -> protocol.Opened:
+        """Under ``run.opening``."""
+        self._admit(run, caller, message)
+        # While nobody was there, memory may have been emptied by whoever tidies up.
+        run.doubted |= bool(run.slots or run.saves) and not run.living()
+        await self._registry.freer.look_again(run)
+        fenced_pid = await self._claim(run, caller, message)
+        owner = run.owners[message.rank]
+        run.closing = False
+        self._registry.set_tiers(run, message.tiers)
+        await self._registry.write_config(run)
+        known_runs.note(self._registry.directory, run.run, [t.config for t in run.tiers.values()])
+        self._registry.flusher.start(run)
+        finished, run.finished = run.finished, []
         self._tools.events.emit(
             "run.opened", run=run.run, pid=owner.pid, rank=owner.rank, fenced_pid=fenced_pid or None
         )
@@ -307,9 +313,10 @@ class Verbs:
 
     async def join(self, run: RunState, message: protocol.Join) -> protocol.Done:
         """The nodes of a run, as each of its ranks says them."""
-        owner = run.owner_of(message.holder)
-        done = await self._registry.peers.join(run, message)
-        self._registry.links.join(run, owner.rank)
+        async with self._registry.peers.joining:
+            owner = run.owner_of(message.holder)  # another start's may have taken its place
+            done = await self._registry.peers.join(run, message)
+            self._registry.links.join(run, owner.rank)
         await self._registry.write_config(run)
         return done
 
@@ -328,15 +335,20 @@ class Verbs:
     # -- saves -----------------------------------------------------------------------------------
 
     async def want_slots(self, run: RunState, message: protocol.WantSlots) -> protocol.Slots:
-        return await self._ring.want(run, run.owner_of(message.holder), message)
+        owner = run.owner_of(message.holder)
+        if run.doubted:
+            await self._registry.freer.look_again(run)
+            await self._registry.write_config(run)
+        return await self._ring.want(run, owner, message)
 
     async def seal(self, run: RunState, message: protocol.Seal) -> protocol.Sealed:
         """The save is RAM's when this returns; slower tiers follow by themselves."""
         owner = run.owner_of(message.holder)
-        if self._registry.drainer.is_late(run, owner, message.step):
-            no = protocol.CallOff(message.holder, message.save_id, message.step, run.draining)
-            await self._registry.agreement.declined(run, owner, no)
         name = await self._ring.seal(run, owner, message)
+        if not name:
+            why = protocol.CallOff(message.holder, message.save_id, message.step, run.draining)
+            await self._registry.agreement.declined(run, owner, why)
+            return protocol.Sealed("", staged=False, called_off=run.draining)
         await self._registry.agreement.sealed(run, owner)
         next_slot = await self._ring.next_for(run, owner)
         save = run.saves.get(name)
@@ -355,6 +367,7 @@ class Verbs:
 
     async def release(self, run: RunState, message: protocol.Release) -> protocol.Done:
         await self._ring.release(run, run.owner_of(message.holder), message.slot_id)
+        run.doubted = True  # why nothing was captured is not said
         return protocol.Done()
 
     async def report(self, run: RunState, message: protocol.Report) -> protocol.Done:
@@ -442,7 +455,11 @@ class Verbs:
                     why = await self._remove_one(run, save, label, ref)
                     (kept if why else removed).append(f"{label}: {save.name}{why}")
         if message.step is None and RAM in labels and not kept:
-            await self._registry.freer.wipe(run)
+            async with run.opening:
+                living = [o for o in run.owners.values() if not o.dead]
+                if living:  # it came while the other tiers were looked at
+                    raise _locked(run, living[0])
+                await self._registry.freer.wipe(run)
             if set(labels) == set(own):
                 known_runs.forget(self._registry.directory, run.run)
         return protocol.Removed(removed, kept)

@@ -23,8 +23,8 @@ from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, SaveState, Slot, TierState
 from mtckpt.agent.tools import Tools
-from mtckpt.agent.work import SealedSlot, TierRef
-from mtckpt.errors import AgentUnavailable
+from mtckpt.agent.work import Recycled, SealedSlot, SlotFiles, TierRef
+from mtckpt.errors import AgentUnavailable, CheckpointError, ObjectNotFound, TierUnavailable
 
 ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
 OTHER_ID = "6ba7b811-9dad-51d1-80b4-00c04fd430c8"
@@ -40,8 +40,11 @@ class Slots:
 
     def __init__(self) -> None:
         self.given_back: list[str] = []
+        self.problem: CheckpointError | None = None
 
     async def recycle_shard(self, run: RunState, save: SaveState, shard: Slot) -> Slot:
+        if self.problem is not None:
+            raise self.problem
         self.given_back.append(shard.slot_id)
         run.drop_shard(save, shard.slot_id, shard.rank)
         return shard
@@ -83,7 +86,8 @@ class Scene:
 
     def links(self) -> Links:
         address = PeerAddress("10.0.0.0", 1, 2, agent_id="a")
-        peers = SimpleNamespace(verbs={}, address=address, joined=lambda _: None)
+        joined = {"joined": lambda _: None, "joining": asyncio.Lock()}
+        peers = SimpleNamespace(verbs={}, address=address, **joined)
         tools = Tools(cast(Any, None), LIMITS, EventStream())
         names = ("note_staged", "look_again", "look")
         unused = cast(Any, SimpleNamespace(**dict.fromkeys(names, _nothing)))
@@ -195,6 +199,23 @@ def test_a_save_called_off_while_it_is_sealed_gives_its_slot_back(who: str) -> N
     assert scene.slots.given_back == ["slot-1"]
 
 
+def test_what_is_called_off_stays_so_though_its_slot_could_not_be_given_back() -> None:
+    """Another node that has started anew says that it has its part, and had not heard of it."""
+    scene = Scene(0)
+    save = scene.save(1)
+    scene.slots.problem = TierUnavailable("the data process ended twice", tier=RAM)
+    message = CallOff("h", ID, 1, "no slot is free")
+    asyncio.run(scene.agreement.declined(scene.run, scene.owner, message))
+    address = PeerAddress("10.0.0.1", 1, 2, agent_id="b")
+    parts = News(str(save.name), ID, world_size=3, parts={RAM: [1, 2]})
+    asyncio.run(scene.links().hear(scene.run, Tell(1, address, [parts])))
+    assert save.ranks[RAM] == {0}
+    assert save.called_off
+    assert not save.is_complete(RAM)
+    asyncio.run(scene.agreement.begun(scene.run, 2, (1, 1)))
+    assert save.is_complete(RAM)  # it was restored from: all of it was there
+
+
 def test_a_save_called_off_before_a_rank_came_to_it_is_not_begun() -> None:
     scene = Scene(1)
     save = scene.save(1, here=False)
@@ -284,6 +305,31 @@ def test_what_others_told_stands_when_a_rank_seals_after_its_agent_restarted() -
     assert scene.run.saves[str(save.name)] is save
     assert save.is_complete(RAM)
     assert slot.save == str(save.name)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_tier_waits_for_nothing_whose_last_part_was_recycled(is_there: bool) -> None:
+    """Other nodes were faster, so that it was not whole any more when it went here. Or it had gone
+    before, by a command whose answer was lost."""
+    scene = Scene(0)
+    disk = TierRef("disk", "/nowhere", label="disk")
+    scene.run.tiers["disk"] = TierState("disk", TierConfig("disk", "disk", disk.path), disk)
+    save = scene.save(1)
+    save.due = {"disk"}
+    scene.run.reach(save, "staged")
+    for node in (1, 2):
+        scene.hear(node, save, parts={"disk": [node]})
+    assert save.owed == {"disk"}
+
+    async def call(*_: Any, **__: Any) -> Recycled:
+        if not is_there:
+            raise ObjectNotFound("there was no such shard", tier=RAM)
+        return Recycled(SlotFiles("slot-1", 5, "d", "t", "r", 100, 10))
+
+    ring = Ring(Tools(cast(Any, SimpleNamespace(call=call)), LIMITS, EventStream()))
+    asyncio.run(ring.recycle_shard(scene.run, save, scene.run.slots["slot-1"]))
+    assert not save.owed
+    assert save.change().superseded == ["disk"]
 
 
 def test_parts_that_lost_nodes_left_hold_no_slot_of_a_job_that_is_alone_now() -> None:

@@ -13,6 +13,7 @@ from mtckpt import _manifest
 from mtckpt._events import EventStream
 from mtckpt.agent import protocol, work
 from mtckpt.agent.fetching import Fetcher
+from mtckpt.agent.nodes import News
 from mtckpt.agent.pool import Pool
 from mtckpt.agent.protocol import TierConfig
 from mtckpt.agent.queue import Limits
@@ -83,6 +84,17 @@ def test_a_fetch_that_fails_at_its_second_rank_leaves_nothing(
         fetch(run)
     assert in_ram(run) == []
     assert run.slots == {}
+
+
+def test_what_other_nodes_brought_to_the_store_is_fetched_with_the_rest(run: RunState) -> None:
+    """This one knows of its own parts, and that the others' are there."""
+    (save,) = run.saves.values()
+    save.ranks["store"] = {0}
+    del save.shard_bytes[1]
+    save.told[1] = News(str(save.name), save.save_id, world_size=2, parts={"store": [1]})
+    assert fetch(run) == RAM
+    assert _manifest.shard_file(1) in in_ram(run)
+    assert {slot.rank: slot.shard_bytes for slot in run.slots.values()} == save.shard_bytes
 
 
 def test_a_cap_on_what_is_sent_does_not_slow_a_fetch(ram: work.TierRef, tmp_path: Path) -> None:

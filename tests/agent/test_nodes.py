@@ -182,6 +182,22 @@ def test_the_lead_says_nothing_of_what_is_not_settled() -> None:
     assert told.whole == [RAM]
 
 
+def test_a_lead_tells_what_others_have_whole_though_it_has_no_part_of_it() -> None:
+    """Of an earlier start, on other nodes: their rules count it then."""
+    state = save()
+    parts, failed = {RAM: [0, 1], "disk": [0, 1]}, {"store": WireError("TierFull", "no room")}
+    state.told[1] = news(parts=parts, failed=failed, read_back=["disk"])
+    state.told[2] = news(parts={"disk": [2, 3]}, damaged=["disk"])
+    told = news_for_nodes(state)
+    assert told is not None
+    assert (told.whole, told.read_back, told.damaged) == (["disk"], [], ["disk"])
+    assert not state.is_complete("disk")
+    state.told[2] = news(parts={"disk": [2, 3]}, read_back=["disk"])
+    told = news_for_nodes(state)
+    assert told is not None
+    assert (told.read_back, told.damaged) == (["disk"], [])
+
+
 def test_what_was_restored_from_was_whole() -> None:
     state = save(ram={2, 3})
     state.chosen = True

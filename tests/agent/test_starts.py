@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from mtckpt._events import EventStream
+from mtckpt._handshake import PeerAddress
 from mtckpt.agent import work
+from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.owners import Owner
-from mtckpt.agent.protocol import Begin
+from mtckpt.agent.peers import Peers
+from mtckpt.agent.protocol import PROTOCOL_VERSION, Begin, Join, NodeOfRun, Open, TierConfig
 from mtckpt.agent.queue import Limits
+from mtckpt.agent.registry import Registry as AgentRegistry
 from mtckpt.agent.runs import RunState
-from mtckpt.agent.saves import RAM
+from mtckpt.agent.saves import RAM, TierState
 from mtckpt.agent.tools import Tools
-from mtckpt.agent.verbs import Verbs
+from mtckpt.agent.verbs import Caller, Verbs
+from mtckpt.errors import RunLocked, TierUnavailable
 
 ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
 
@@ -27,20 +34,32 @@ class Registry:
     def __init__(self) -> None:
         self.tools = Tools(cast(Any, self), Limits(), EventStream())
         self.ring = None
-        self.peers = SimpleNamespace(verbs={})
+        self.peers = Peers(cast(Any, self))
         self.left = False
-        self.links = SimpleNamespace(leave=self._leave)
+        self.runs: dict[str, RunState] = {}
+        self.agent_id = "a"
+        self.links = SimpleNamespace(leave=self._leave, join=self._join)
+        self.joined: list[tuple[int, str]] = []
+        self.slow: asyncio.Event | None = None
         self.agreement = SimpleNamespace(begun=self._nothing)
         self.wait_scanned = self.write_config = self._nothing
 
     def _leave(self, _: RunState) -> None:
         self.left = True
 
+    def _join(self, run: RunState, rank: int) -> None:
+        join = self.peers.joined(run.key)
+        assert join is not None
+        self.joined.append((rank, join.secret))
+
     async def _nothing(self, *_: Any) -> None:
         """Every tier has answered; nothing is written."""
 
     async def call(self, command: work.Command, **_: Any) -> work.Stored:
-        assert isinstance(command, work.PutSmall)
+        assert isinstance(command, (work.PutSmall, work.WriteJoin))
+        if self.slow is not None:
+            slow, self.slow = self.slow, None
+            await slow.wait()
         return work.Stored()
 
 
@@ -65,3 +84,97 @@ def test_a_process_that_an_earlier_start_left_behind_is_no_rank_of_this_one(
     verbs = Verbs(cast(Any, registry))
     asyncio.run(verbs.begin(run, Begin("new", 2, ID)))
     assert registry.left is left
+
+
+def test_nodes_that_an_earlier_start_told_of_do_not_come_last() -> None:
+    """Memory took long to keep them; the rank that told of them is gone, and a new start has come
+    in the meantime, with the ranks on other nodes."""
+    registry = Registry()
+    verbs = Verbs(cast(Any, registry))
+    run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+    registry.runs["r"] = run
+    nodes = [NodeOfRun(PeerAddress(f"10.0.0.{n}", 1, 2), [n]) for n in range(2)]
+    before, after = Join("old", "00" * 32, 2, nodes), Join("new", "11" * 32, 2, nodes)
+
+    async def story() -> None:
+        registry.slow = slow = asyncio.Event()
+        run.owners[0] = Owner("old", 0, 1, 1, 1, "host", world_size=2)
+        earlier = asyncio.create_task(verbs.join(run, before))
+        await asyncio.sleep(0)
+        run.owners[0] = Owner("new", 0, 2, 2, 2, "host", world_size=2)
+        later = asyncio.create_task(verbs.join(run, after))
+        again = asyncio.create_task(verbs.join(run, before))
+        await asyncio.sleep(0)
+        slow.set()
+        await asyncio.gather(earlier, later)
+        with pytest.raises(RunLocked):
+            await again
+
+    asyncio.run(story())
+    assert registry.joined == [(0, "00" * 32), (0, "11" * 32)]
+    assert registry.peers.joined("r") == after
+
+
+def test_a_start_waits_until_memory_that_is_being_freed_is_free(tmp_path: Path) -> None:
+    """What it saves is not to go as well."""
+    freed = asyncio.Event()
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        if isinstance(command, work.Wipe):
+            await freed.wait()
+            return work.Freed(1)
+        assert isinstance(command, work.WriteRunConfig)
+        return work.Stored()
+
+    async def story() -> tuple[RunState, RunState]:
+        tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+        registry = AgentRegistry(tools, str(tmp_path), service=False)
+        registry._roots.append(str(tmp_path))
+        verbs = Verbs(registry)
+        old = registry.runs["r"] = RunState("r", "r", work.TierRef("ram", str(tmp_path), label=RAM))
+        old.closing = True
+        going = asyncio.create_task(registry.freer.let_go(old))
+        message = Open(PROTOCOL_VERSION, "r", "h", 0, 1, os.getpid(), 1, 1, str(tmp_path), [])
+        coming = asyncio.create_task(verbs.open(Caller(os.getpid(), os.geteuid()), "r", message))
+        done, _ = await asyncio.wait([coming], timeout=0.05)
+        assert not done
+        freed.set()
+        await asyncio.gather(going, coming)
+        (owner,) = registry.runs["r"].owners.values()
+        registry._unwatch(owner)
+        return old, registry.runs["r"]
+
+    old, new = asyncio.run(story())
+    assert old.gone
+    assert not new.gone
+    assert new is not old
+
+
+def test_a_start_has_a_tier_asked_again_that_was_silent_for_long() -> None:
+    asked = asyncio.Event()
+
+    async def call(*_: Any, **__: Any) -> work.Result:
+        if asked.is_set():
+            return work.Scanned()
+        asked.set()
+        raise TierUnavailable("did not answer", tier="disk")
+
+    async def story() -> None:
+        unused = cast(Any, None)
+        tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+        flusher = Flusher(tools, unused, unused, unused)
+        run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+        ref = work.TierRef("disk", "/nowhere", label="disk")
+        tier = run.tiers["disk"] = TierState("disk", TierConfig("disk", "disk", ref.path), ref)
+        tier.attempts = 10  # so that it is asked again in half a minute
+        flusher.start(run)
+        await asked.wait()
+        assert tier.problem
+        flusher.start(run)
+        changed = run.changed
+        await asyncio.wait_for(changed.wait(), 10.0)
+        assert tier.scanned
+        assert tier.task is not None
+        tier.task.cancel()
+
+    asyncio.run(story())
