@@ -65,6 +65,10 @@ class Attempt:
     silent: dict[str, str] = field(default_factory=dict)
     touched: bool = False
 
+    def touch(self) -> None:
+        """Told before live state is written to."""
+        self.touched = True
+
     def refuse(self, place: Place, key: str, error: CheckpointError) -> None:
         """Note what a place has instead of a sound copy, or that it has stopped answering."""
         if isinstance(error, TierUnavailable) and not place.near:
@@ -200,7 +204,7 @@ class Delivery:
         with self._within(place.label, functools.partial(self._hold_at, place)) as held:
             place_all = functools.partial(
                 self._engine.fetch, held.fd, spans, targets, digests, self._count,
-                whole=whole, placing=self._touch,
+                whole=whole, placing=self._attempt.touch,
             )  # fmt: skip
             try:
                 bad = self._read(place, place_all, size_bytes)
@@ -319,13 +323,9 @@ class Delivery:
     def finish(self) -> None:
         """Every byte is here: copy what was staged to where it is wanted."""
         if self._moves:
-            self._attempt.touched = True
-            self._engine.copy(self._moves)
+            self._engine.copy(self._moves, self._attempt.touch)
         self._moves = []
         self._stages = []
-
-    def _touch(self) -> None:
-        self._attempt.touched = True
 
     def _hold(self, copy: Copy) -> Held:
         held = hold(copy.place.tier, copy.key)

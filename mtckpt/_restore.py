@@ -96,8 +96,7 @@ def restore_from(
         fetching.fetch(parts[0], last=last, only=only)
     with scope.together("place"):
         fetching.place(parts.pop())
-        attempt.touched |= bool(repeats)
-        scope.engine.copy(repeats)
+        scope.engine.copy(repeats, attempt.touch)
         return _finish(candidate, loaded, placing, state, resolve, fetching.sources)
 
 
@@ -163,8 +162,7 @@ class _Fetching:
             for label, size_bytes in delivery.by_label.items():
                 self.sources[label] = self.sources.get(label, 0) + size_bytes
         self._deliveries = []
-        self._attempt.touched |= bool(part.moves)
-        self._scope.engine.copy(part.moves)
+        self._scope.engine.copy(part.moves, self._attempt.touch)
 
 
 def _join(placing: Placing, shards: Shards) -> list[Assembly]:

@@ -124,5 +124,8 @@ class Engine(Protocol):
     def verify(self, base: int, spans: Sequence[Span], digests: memoryview) -> list[int]:
         """Indexes of the spans whose bytes at ``base + start`` do not match ``digests``."""
 
-    def copy(self, moves: Sequence[Move]) -> None:
-        """Copy every move, without digests."""
+    def copy(self, moves: Sequence[Move], placing: Callable[[], None] = nothing) -> None:
+        """Copy every move, without digests. ``placing`` is told before the first byte is.
+
+        Raises RestoreFailed as a device does; of too little memory before anything was changed.
+        """

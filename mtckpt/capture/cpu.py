@@ -212,7 +212,9 @@ class CpuEngine:
         self._run(units, fetch)
         return sorted(bad)
 
-    def copy(self, moves: Sequence[Move]) -> None:
+    def copy(self, moves: Sequence[Move], placing: Callable[[], None] = nothing) -> None:
+        if moves:
+            placing()
         units: list[_Unit | _Rows] = []
         for source, target, size_bytes, count, source_step, target_step in moves:
             if count > 1:

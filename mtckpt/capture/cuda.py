@@ -18,7 +18,7 @@ from mtckpt.capture import gates, underway
 from mtckpt.capture.addresses import OnDevice, by_device, must_be_awaited
 from mtckpt.capture.arenas import Arenas
 from mtckpt.capture.base import nothing
-from mtckpt.capture.bringing import bring
+from mtckpt.capture.bringing import Bringer
 from mtckpt.capture.draining import Lane
 from mtckpt.capture.driver import ALREADY_REGISTERED, CudaError, Driver, giving_back
 from mtckpt.capture.gates import Gate
@@ -355,8 +355,10 @@ class CudaEngine:
                 )  # fmt: skip
         return sorted(bad)
 
-    def copy(self, moves: Sequence[Move]) -> None:
-        """See ``base.Engine``, for moves from or to devices. Raises RestoreFailed."""
+    def copy(
+        self, moves: Sequence[Move], on_host: Sequence[Move], placing: Callable[[], None]
+    ) -> None:
+        """See ``base.Engine``: moves from or to devices, and others. Raises RestoreFailed."""
         there: dict[int, list[Move]] = {}
         within: list[Move] = []
         for move in moves:
@@ -364,10 +366,20 @@ class CudaEngine:
                 within.append(move)
             elif isinstance(move.target, OnDevice):
                 there.setdefault(move.target.ordinal, []).append(move)
-        with _as_restore_failed([True]):
-            self._copy_from_devices(within)
+        begun: list[bool] = []
+        with _as_restore_failed(begun), contextlib.ExitStack() as opened:
+            # That there is too little memory somewhere is seen before the first byte is written.
+            bringers = []
             for ordinal, these in there.items():
-                bring(self._driver, ordinal, self._kernels_of(ordinal), these, self._host_copy)
+                bringer = Bringer(self._driver, ordinal, self._kernels_of(ordinal), these)
+                opened.callback(bringer.close)
+                bringers.append(bringer)
+            begun.append(True)
+            placing()
+            self._host_copy(on_host)
+            self._copy_from_devices(within)
+            for bringer in bringers:
+                bringer.bring(self._host_copy)
 
     def _later(self, work: Callable[[], None]) -> None:
         """Do in the background what nobody has to wait for, before the engine is closed."""

@@ -175,15 +175,16 @@ class AnyEngine:
             bad = self._host.fetch(fd, here, at, digests, progress, placing=placing)
         return sorted({*there, *(hosts[i] for i in bad)})
 
-    def copy(self, moves: Sequence[Move]) -> None:
+    def copy(self, moves: Sequence[Move], placing: Callable[[], None] = nothing) -> None:
         on_host: list[Move] = []
         there: list[Move] = []
         for move in moves:
             is_there = isinstance(move.source, OnDevice) or isinstance(move.target, OnDevice)
             (there if is_there else on_host).append(move)
-        self._host.copy(on_host)
         if there:
-            self._devices().copy(there)
+            self._devices().copy(there, on_host, placing)
+        else:
+            self._host.copy(on_host, placing)
 
     def _devices(self) -> CudaEngine:
         if self._cuda is None:
