@@ -343,7 +343,7 @@ class Run:
         self, source: str | os.PathLike[str], places: Sequence[Place]
     ) -> tuple[list[Place], str]:
         """Another run of these tiers, or the place of one: a directory, or the URL of a store."""
-        text = os.fspath(source)
+        text = os.path.expanduser(source)
         if not isinstance(source, os.PathLike) and "/" not in text:
             return list(places), _manifest.run_key(text)
         is_store = "://" in text

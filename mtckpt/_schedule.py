@@ -227,9 +227,14 @@ class ObjectStore(SlowTier):
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """The path from the root. Raises UsageError where there is none, or none that JSON can hold."""
+    """The path from the root, a ``~`` before it being whose home that is.
+
+    Raises UsageError for what is no path, where there is none, or none that JSON can hold.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise UsageError(f"path={path!r}: must be a text or a Path", state="nothing was done")
     try:
-        place = os.path.abspath(path)
+        place = os.path.abspath(os.path.expanduser(path))
         place.encode()
     except FileNotFoundError as error:
         raise UsageError(

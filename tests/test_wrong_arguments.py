@@ -59,3 +59,22 @@ def test_a_rename_that_cannot_be_called(tmp_path: Path) -> None:
         checkpointer.save(1, state).wait("local")
         with pytest.raises(CheckpointError, match="rename"):
             checkpointer.restore(state, rename={"w": "v"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", [b"disk", 3, None, ["a"]], ids=repr)
+def test_paths_that_are_none(path: Any) -> None:
+    with pytest.raises(UsageError, match=r"path=.*must be a text or a Path"):
+        mtckpt.Checkpointer("r", [mtckpt.Disk(path)])
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``mtckpt.load`` takes it: a directory called ``~`` is what nobody means."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with mtckpt.Checkpointer("r", [mtckpt.Disk("~/disk")]) as checkpointer:
+        checkpointer.save(1, {"w": np.ones(3)}, tiers="all").wait("local", timeout_s=30)
+    assert not (tmp_path / "~").exists()
+    assert [step.step for step in mtckpt.steps("~/disk/r")] == [1]
+    with mtckpt.Checkpointer("other", [mtckpt.Disk("~/disk")]) as checkpointer:
+        state = {"w": np.zeros(3)}
+        assert checkpointer.restore(state, source="~/disk/r").step == 1
