@@ -44,6 +44,10 @@ def run(*arguments: str) -> str:
             {"pulled, sealed and verified", "pulled over TLS"},
         ),
         (
+            ["benchmarks.store", "--only=gcs", "--size-mib=2", "--rounds=1"],
+            {"down, 1 object, GCS, mtckpt, gs / obstore"},
+        ),
+        (
             ["benchmarks.nodes", "--only=agree", "--ranks=80", "--tensors=20", "--rounds=1"],
             {"agree and plan", "messages a node, answers too"},
         ),
