@@ -53,6 +53,20 @@ def run(*arguments: str) -> str:
         ),
         *(
             pytest.param(
+                [
+                    "benchmarks.lost",
+                    f"--role={role}",
+                    "--size-mib=2",
+                    "--rounds=1",
+                    "--block-s=0.1",
+                ],
+                {f"training time lost, {role}", f"training time lost, {role} / ram"},
+                marks=pytest.mark.torture,
+            )
+            for role in ("ram and disk", "ram and store")
+        ),
+        *(
+            pytest.param(
                 ["benchmarks.nodes", f"--only={row}", "--size-mib=16", "--rounds=1"],
                 {figure},
                 marks=[pytest.mark.torture, pytest.mark.timeout(600)],
