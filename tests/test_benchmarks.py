@@ -60,10 +60,10 @@ def run(*arguments: str) -> str:
                     "--rounds=1",
                     "--block-s=0.1",
                 ],
-                {f"training time lost, {role}", f"training time lost, {role} / ram"},
+                {f"training time lost, {role}", f"training time lost, {role} / {last}"},
                 marks=pytest.mark.torture,
             )
-            for role in ("ram and disk", "ram and store")
+            for role, last in (("ram and disk", "ram"), ("ram and store", "ram and obstore"))
         ),
         *(
             pytest.param(
