@@ -127,14 +127,6 @@ def _own_bytes(model: Any) -> int:
     return 3 * sum(int(parameter.to_local().nbytes) for parameter in parameters)
 
 
-def _memory_bytes(what: str) -> int:
-    """Of this process, as the kernel counts it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{what}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(what)
-
-
 # -- training time lost ----------------------------------------------------------------------------
 
 
@@ -356,13 +348,13 @@ def _restore(chosen: Any) -> None:
     checkpointer = mtckpt.Checkpointer(chosen.saved, [mtckpt.Ram(every=1)], max_stall_s=60)
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before_bytes = _memory_bytes("VmRSS")
+    before_bytes = measuring.memory_bytes("VmRSS")
     before_s, started_s = time.process_time(), time.perf_counter()
     restored = checkpointer.restore({"model": model, "optimizer": optimizer})
     cpu_s = time.process_time() - before_s
     dist.barrier()
     restore_s = time.perf_counter() - started_s
-    peak = 1 + (_memory_bytes("VmHWM") - before_bytes) / own_bytes
+    peak = 1 + (measuring.memory_bytes("VmHWM") - before_bytes) / own_bytes
     if restored.step != 2 or set(restored.sources) != {"ram"}:
         sys.exit(f"{restored!r}: not from RAM")
     with torch.no_grad():

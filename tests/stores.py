@@ -65,6 +65,13 @@ class S3Server:
         aside for each, and has only so many."""
         return f"{BUCKET}/{os.urandom(6).hex()}"
 
+    def give_space_back(self) -> None:
+        """Let it take what was deleted more than a second or two ago off its disk."""
+        host, _, port = self.url.rpartition(":")
+        master = f"{host}:{int(port) + 1}"
+        if not answers(master, "/vol/vacuum?garbageThreshold=0.01", timeout_s=60):
+            raise RuntimeError(f"{master} gives no space back")
+
 
 @functools.cache
 def _client(url: str, key: str, secret: str) -> Any:
@@ -109,9 +116,9 @@ def free_ports(count: int) -> int:
     raise RuntimeError("no free ports")
 
 
-def answers(url: str, path: str) -> bool:
-    """Whether the server says that it is ready."""
-    connection = http.client.HTTPConnection(url.partition("://")[2], timeout=2)
+def answers(url: str, path: str, timeout_s: float = 2.0) -> bool:
+    """Whether the server says that it is ready, or has done what it was asked for."""
+    connection = http.client.HTTPConnection(url.partition("://")[2], timeout=timeout_s)
     try:
         connection.request("GET", path)
         return connection.getresponse().status == 200
@@ -214,7 +221,7 @@ def gcs_server(directory: Path) -> Iterator[GcsServer]:
         *bound_to_us(), str(wrapper._get_binary_path()),
         "-scheme", "http", "-backend", "filesystem",
         "-filesystem-root", str(directory / "objects"), "-host", "127.0.0.1",
-        "-port", str(port), "-external-url", url,
+        "-port", str(port), "-external-url", url, "-public-host", f"127.0.0.1:{port}",
     ]  # fmt: skip
     with open(directory / "gcs.log", "wb") as log:
         process = subprocess.Popen(

@@ -44,8 +44,26 @@ def run(*arguments: str) -> str:
             {"pulled, sealed and verified", "pulled over TLS"},
         ),
         (
+            ["benchmarks.store", "--only=gcs", "--size-mib=2", "--rounds=1"],
+            {"down, 1 object, GCS, mtckpt, gs / obstore"},
+        ),
+        (
             ["benchmarks.nodes", "--only=agree", "--ranks=80", "--tensors=20", "--rounds=1"],
             {"agree and plan", "messages a node, answers too"},
+        ),
+        *(
+            pytest.param(
+                [
+                    "benchmarks.lost",
+                    f"--role={role}",
+                    "--size-mib=2",
+                    "--rounds=1",
+                    "--block-s=0.1",
+                ],
+                {f"training time lost, {role}", f"training time lost, {role} / {last}"},
+                marks=pytest.mark.torture,
+            )
+            for role, last in (("ram and disk", "ram"), ("ram and store", "ram and obstore"))
         ),
         *(
             pytest.param(

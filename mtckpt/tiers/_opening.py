@@ -48,13 +48,19 @@ def opened(
     place = redacted(url.rstrip("/"))
     if scheme in _S3:
         return _open_s3(place, _bucket_path(rest, place), engine, options, stall_s, longest_s)
+    if scheme in _GCS:
+        if engine == "obstore":
+            raise UsageError(
+                f"engine='obstore' is not for {scheme}://: it is no faster there than the sockets"
+                " that mtckpt reads GCS with, and takes more processor time",
+                actions=["use engine='auto'"],
+            )
+        return _open_gcs(place, _bucket_path(rest, place), options, stall_s)
     if engine == "obstore":
         raise UsageError(
             f"engine='obstore' is for s3:// only, not for {scheme}://",
-            actions=["use engine='auto': gs:// and others go through fsspec"],
+            actions=["use engine='auto': others go through fsspec"],
         )
-    if scheme in _GCS:
-        return _open_gcs(place, _bucket_path(rest, place), options, stall_s)
     return _open_other(url, place, options)
 
 

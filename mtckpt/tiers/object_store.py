@@ -70,7 +70,7 @@ class ObjectStoreTier:
 
     Args:
         url: ``s3://bucket/prefix``, ``gs://bucket/prefix``, or any other that fsspec opens.
-        engine: "obstore", the fast path for s3://; "fsspec"; or the fastest that is installed.
+        engine: "obstore", a fast path for s3:// only; "fsspec"; or the fastest that is installed.
         timeout_s: for each call, besides the time for its bytes. Listing: for each page.
         min_bytes_per_s: the slowest rate that still counts as alive.
         stall_s: a connection that moves no byte for so long is given up, and the request repeated.
