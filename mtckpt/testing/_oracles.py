@@ -120,18 +120,24 @@ class Oracles:
     def required(self) -> Order | None:
         """The newest save that was acknowledged at a stage that has outlived everything so far."""
         line = _manifest.newest_line(self._begun.values())
-        kept = [
-            known.order
+        on_line = [
+            known
             for known in self._saves.values()
-            if self._survives(known)
-            and any(
+            if any(
                 known.order[0] == number and (limit is None or known.order[1] <= limit)
                 for number, limit in line
             )
         ]
+        staged = max((known.order for known in on_line if "staged" in known.stages()), default=None)
+        kept = [
+            known.order
+            for known in on_line
+            if self._survives(known, in_memory=known.order == staged)
+        ]
         return max(kept, default=None)
 
-    def _survives(self, known: Known) -> bool:
+    def _survives(self, known: Known, *, in_memory: bool) -> bool:
+        """``in_memory``: no newer one was there, for which its memory may have been taken."""
         stages = known.stages()
         if "durable" in stages and (None, "store") not in known.bad:
             return True
@@ -139,7 +145,9 @@ class Oracles:
             return True
         needed = {"staged": "ram", "local": "disk"}
         if known.closed and any(each.bad for each in self._saves.values()):
-            del needed["staged"]  # memory was freed for a copy that had been good
+            in_memory = False  # it was freed for a copy that had been good
+        if not in_memory:
+            del needed["staged"]
         return any(
             stage in stages
             and not any(
