@@ -47,13 +47,30 @@ def make_places() -> Places:
 
 def sweep(places: Places) -> None:
     """Kill the agent and whatever else was started with these places, then remove them."""
+    end_all(places.runtime)
+    shutil.rmtree(places.runtime, ignore_errors=True)
+    shutil.rmtree(places.ram, ignore_errors=True)
+
+
+def end_all(runtime: Path) -> None:
+    """Kill the agent and whatever else was started with this directory, until there is nothing."""
     for _ in range(_MAX_SWEEPS):  # what is killed may have been starting something
-        pids = {*_agent_pids(places.runtime), *_pids_with_runtime(places.runtime)}
+        pids = {*_agent_pids(runtime), *_pids_with_runtime(runtime)}
         if not (pids := pids - {os.getpid(), os.getppid()}):
             break
         _kill(pids)
-    shutil.rmtree(places.runtime, ignore_errors=True)
-    shutil.rmtree(places.ram, ignore_errors=True)
+
+
+def end_agent(runtime: Path) -> None:
+    """Kill the agent and its data processes, and wait until they have ended.
+
+    Who has opened a run would start another one: such a process has to be killed before.
+    """
+    agents = {*_agent_pids(runtime)}
+    for agent in agents:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(agent, signal.SIGSTOP)  # it starts no other data process meanwhile
+    _kill({*agents, *(child for agent in agents for child in _children(agent))})
 
 
 def sweep_dead() -> None:
@@ -80,6 +97,12 @@ def _agent_pids(runtime: Path) -> Iterator[int]:
             yield pid
     except (OSError, ValueError, IndexError):
         return  # no agent, or it is gone
+
+
+def _children(pid: int) -> Iterator[int]:
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            yield from map(int, children.read_text().split())
 
 
 def _pids_with_runtime(runtime: Path) -> Iterator[int]:

@@ -52,7 +52,7 @@ class Scene:
         reader.start()
         assert reached.wait(60), f"it does not get on: {self}"
         time.sleep(moment.uniform(0, 0.12))
-        self._kill()
+        _isolation.end_all(self.runtime)  # also what was just being started
         process.wait(20)
         reader.join(20)
         process.stdout.close()
@@ -71,11 +71,6 @@ class Scene:
             if wanted <= 0:
                 reached.set()
         reached.set()
-
-    def _kill(self) -> None:
-        """All at once, more than once: what was just being started is killed as well."""
-        for _ in range(2):
-            _isolation._kill(set(_isolation._pids_with_runtime(self.runtime)))
 
     def wipe(self) -> None:
         shutil.rmtree(self.disk, ignore_errors=True)

@@ -11,7 +11,6 @@ import contextlib
 import os
 import random
 import shutil
-import signal
 import stat
 import tempfile
 from collections import Counter
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import _isolation
 import pytest
 from block_image import Event, Replay, mounted_image, read_events, recorded_disk, why_not
 from small_writer import KEEP, Nursery, whole_steps
@@ -90,10 +90,18 @@ def places(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-def end_agent(runtime_dir: Path) -> None:
-    """Nobody may hold the disk open when it is unmounted."""
-    with contextlib.suppress(OSError, ValueError):
-        os.kill(int((runtime_dir / "agent.pid").read_text()), signal.SIGKILL)
+@contextlib.contextmanager
+def nursery_of(directory: Path, runtime_dir: Path) -> Iterator[Nursery]:
+    """At its end nobody holds the disk open, or memory: that is unmounted, or taken away, then.
+
+    Writers end before the agent: one that outlived it would start another.
+    """
+    nursery = Nursery(directory)
+    try:
+        yield nursery
+    finally:
+        nursery.close()
+        _isolation.end_agent(runtime_dir)
 
 
 def record(tmp_path: Path, places: Path, runtime_dir: Path, num_saves: int) -> Recording:
@@ -101,9 +109,7 @@ def record(tmp_path: Path, places: Path, runtime_dir: Path, num_saves: int) -> R
     log = places / "log"
     with contextlib.ExitStack() as stack:
         mounted = stack.enter_context(recorded_disk(tmp_path, log))
-        nursery = Nursery(tmp_path)
-        stack.callback(nursery.close)
-        stack.callback(end_agent, runtime_dir)
+        nursery = stack.enter_context(nursery_of(tmp_path, runtime_dir))
         (mounted / "disk").mkdir()
         os.sync()
         first_bytes = log.stat().st_size
@@ -185,9 +191,7 @@ def resume(
             stack.enter_context(mounted_image(replay.image, place))
             own = tmp_path / f"resumed-{turn}"
             own.mkdir()
-            nursery = Nursery(own)
-            stack.callback(nursery.close)
-            stack.callback(end_agent, runtime_dir)
+            nursery = stack.enter_context(nursery_of(own, runtime_dir))
             writer = nursery.start()
             writer.do("open", 100 + turn, str(place / "disk"))
             restored = writer.do("restore")
