@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent_checks import ram_root
 from small_writer import KEEP, Nursery, Writer, whole_steps
 
 __all__ = ["LONG_S", "MAX_ATTEMPTS", "SHORT_S", "Scene", "temporaries", "wait_for"]
@@ -76,10 +77,12 @@ class Scene:
                 return
         raise AssertionError(endings)
 
-    def check_disk(self) -> None:
-        """What was acknowledged is there, and two steps at least."""
+    def check_disk(self, *, unreadable: bool = False) -> None:
+        """What was acknowledged is there, and two steps at least. ``unreadable``: what the device
+        would not read is set aside until it is written anew; then it is in memory."""
         steps = whole_steps(self.disk)
-        assert self.local in steps or max(steps) > self.local, (self.local, steps)
+        there = {*steps, *(whole_steps(ram_root()) if unreadable else ())}
+        assert self.local in there or max(there) > self.local, (self.local, there)
         assert len(steps) >= KEEP, (self.local, steps)
 
     def temporaries(self) -> list[str]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import _isolation
 import pytest
 from block_image import run
 from io_scene import LONG_S, MAX_ATTEMPTS, SHORT_S, Scene, temporaries, wait_for
@@ -88,8 +89,8 @@ def fail_at(
         times=0 if for_good else 1,
     ) as tracer:
         ended = scene.save(writer, SHORT_S if for_good else LONG_S)
-        if "local" in ended["reached"] and not for_good:
-            # Retention may meet the fault; it goes on with the next save.
+        if "local" in ended["reached"]:
+            # Reading back or retention may meet the fault; that goes on with the next save.
             deadline_s = time.monotonic() + 0.2
             while not kept(scene) and time.monotonic() < deadline_s:
                 time.sleep(0.005)
@@ -101,7 +102,7 @@ def fail_at(
         scene.counts[error] += 1
     check_ending(ended, failed, for_good=for_good)
     check_synced_once(calls)
-    scene.check_disk()
+    scene.check_disk(unreadable=any(call.name in READS for call in failed))
     scene.save_again(writer)
     scene.check_disk()
     scene.save_again(writer)  # the second newer one, which what a failure left has to wait for
@@ -123,7 +124,10 @@ def check_ending(ended: dict[str, Any], failed: list[Call], *, for_good: bool) -
     """A save that did not arrive says so, with the error of the tier."""
     if "local" in ended["reached"]:
         return
-    assert failed, ended
+    if not failed:  # the machine is so slow that it had not come to that call: the wait is short
+        assert for_good, ended
+        assert ended["errors"] == ["WaitTimeout"], ended
+        return
     assert ended["errors"], ended
     known = {"SaveFailed", "CaptureFailed", "TierFull", "TierUnavailable", "WaitTimeout", "Damaged"}
     assert ended["errors"][0] in known, ended
@@ -141,7 +145,8 @@ def check_synced_once(calls: list[Call]) -> None:
 
 def sweep(
     scene: Scene, victim: str, chosen: Callable[[list[Call]], list[tuple[int, str, bool]]]
-) -> None:
+) -> int:
+    """How many calls there were to choose from."""
     writer = scene.writer()
     calls = calls_of_a_save(scene, writer, victim)
     print(victim, Counter(call.name for call in calls))
@@ -157,6 +162,7 @@ def sweep(
     wait_for(lambda: not scene.temporaries(), "temporaries are swept", scene)
     wait_for(lambda: kept(scene), "what was left is deleted", scene)
     scene.end(writer)
+    return len(calls)
 
 
 def errors_of(victim: str) -> list[str]:
@@ -219,8 +225,8 @@ def test_every_call_fails(scene: Scene, victim: str) -> None:
             for for_good in (False, True)
         ]
 
-    sweep(scene, victim, chosen)
-    assert scene.counts["failed"] >= 10
+    num_calls = sweep(scene, victim, chosen)
+    assert scene.counts["failed"] >= max(num_calls, scene.counts["not reached"])
 
 
 # -- a restore that cannot read --------------------------------------------------------------------
@@ -243,7 +249,7 @@ def newcomer(scene: Scene) -> Writer:
 def leave_disk_only(scene: Scene, writer: Writer) -> None:
     """What a reboot does to a node: processes and memory are gone."""
     scene.end(writer)
-    os.kill(int((scene.runtime_dir / "agent.pid").read_text()), signal.SIGKILL)
+    _isolation.end_agent(scene.runtime_dir)
     for path in scene.ram_dir.iterdir():
         shutil.rmtree(path)
 
