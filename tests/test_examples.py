@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from halting import halting_after
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MAX_CHANGED_LINES = 8
@@ -53,10 +54,13 @@ def test_changes_are_counted() -> None:
     assert len(changed_lines("a\nb\nc", "a\nx\nc\nd")) == 3
 
 
-def start(script: str, directory: Path) -> subprocess.Popen[str]:
+def start(
+    script: str, directory: Path, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(EXAMPLES / script), f"--steps={STEPS}"],
         cwd=directory,
+        env={**os.environ, **(environment or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -72,7 +76,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def kill_after(process: subprocess.Popen[str], losses: Path, step: int) -> None:
-    """SIGKILL once the losses of ``step`` are written."""
+    """SIGKILL once the losses of ``step`` are written, of a script that halts before its end."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline_s and process.poll() is None:
         if losses.exists() and losses.read_text().count("\n") > step:
@@ -90,7 +94,8 @@ def test_a_killed_example_ends_like_its_plain_twin(tmp_path: Path, runtime_dir: 
     for directory in (plain, killed):
         directory.mkdir()
     # Side by side: two cores, two trainers.
-    twin, victim = start("train_plain.py", plain), start("train_gpt.py", killed)
+    twin = start("train_plain.py", plain)
+    victim = start("train_gpt.py", killed, halting_after(STEPS - 2, tmp_path / "halting"))
     kill_after(victim, killed / "out" / "losses.tsv", step=STEPS // 2)
     said = finish(start("train_gpt.py", killed))
     finish(twin)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from halting import halting_after
 from test_examples import EXAMPLES, MAX_CHANGED_LINES, changed_lines, finish, kill_after
 
 pytest.importorskip("flax")
@@ -25,7 +26,12 @@ def test_the_example_is_its_twin_but_for_eight_lines() -> None:
     assert not [line for line in changed if ";" in line]
 
 
-def start(script: str, directory: Path, mesh: str = "2x2") -> subprocess.Popen[str]:
+def start(
+    script: str,
+    directory: Path,
+    mesh: str = "2x2",
+    environment: dict[str, str] | None = None,
+) -> subprocess.Popen[str]:
     directory.mkdir(exist_ok=True)
     settings = {
         # Most of the time goes to compiling, which is the same for all of them.
@@ -37,7 +43,7 @@ def start(script: str, directory: Path, mesh: str = "2x2") -> subprocess.Popen[s
     return subprocess.Popen(
         [sys.executable, str(EXAMPLES / script), f"--steps={STEPS}", f"--mesh={mesh}"],
         cwd=directory,
-        env={**os.environ, **settings},
+        env={**os.environ, **settings, **(environment or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -51,7 +57,9 @@ def test_a_killed_example_ends_like_its_plain_twin_and_moves_to_another_mesh(
     tmp_path: Path,
 ) -> None:
     killed, plain = tmp_path / "killed", tmp_path / "plain"
-    kill_after(start("train_jax.py", killed), killed / "out" / "losses.tsv", step=STEPS // 2)
+    halting = halting_after(STEPS - 2, tmp_path / "halting")
+    victim = start("train_jax.py", killed, environment=halting)
+    kill_after(victim, killed / "out" / "losses.tsv", step=STEPS // 2)
     assert "restored step" in finish(start("train_jax.py", killed))
     finish(start("train_jax_plain.py", plain))
 

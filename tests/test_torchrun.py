@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from halting import halting_after
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 100.0
@@ -19,7 +20,13 @@ STEPS = 30
 pytestmark = [pytest.mark.timeout(2 * int(TIMEOUT_S)), pytest.mark.usefixtures("runtime_dir")]
 
 
-def start(ranks: int, script: str, *arguments: object, cwd: Path) -> subprocess.Popen[str]:
+def start(
+    ranks: int,
+    script: str,
+    *arguments: object,
+    cwd: Path,
+    environment: dict[str, str] | None = None,
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", str(ROOT / script), *map(str, arguments)]
     return subprocess.Popen(
@@ -29,7 +36,12 @@ def start(ranks: int, script: str, *arguments: object, cwd: Path) -> subprocess.
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            **(environment or {}),
+        },
     )
 
 
@@ -84,7 +96,8 @@ def test_a_killed_rank_costs_nothing_but_time(tmp_path: Path) -> None:
         directory.mkdir()
     script = "examples/train_fsdp.py"
     twin = start(2, "examples/train_fsdp_plain.py", f"--steps={STEPS}", cwd=plain)
-    victim = start(2, script, f"--steps={STEPS}", cwd=killed)
+    halting = halting_after(STEPS - 2, tmp_path / "halting")
+    victim = start(2, script, f"--steps={STEPS}", cwd=killed, environment=halting)
     kill_one(victim, killed / "out" / "losses-1.tsv", STEPS // 2)
     said = finish(start(2, script, f"--steps={STEPS}", cwd=killed))
     finish(twin)
