@@ -121,8 +121,7 @@ class Saver:
                 writing.finish()
         except Exception as error:  # noqa: BLE001 - raised again, named
             # Whatever went wrong, the slot goes back first.
-            self._take_back(save, grant, error)
-            _save.raise_capture_error(step, error)
+            return self._give_up(save, grant, error)
         except BaseException:
             # An interrupt: the slot is free for the next save, unless a device still writes to it.
             self.ring.withhold(grant)
@@ -187,6 +186,15 @@ class Saver:
             _save.raise_capture_error(save.step, error)
         finally:
             self._leaving = False
+
+    def _give_up(self, save: Save, grant: protocol.SlotGrant, error: Exception) -> Save:
+        """Raise why there is no capture; where only its slot is gone, the save is called off."""
+        self._take_back(save, grant, error)
+        if not isinstance(error, FileNotFoundError) or error.filename != grant.data_path:
+            _save.raise_capture_error(save.step, error)
+        # Somebody has emptied this node's memory: the agent begins it anew.
+        self.ring.clear()
+        return self._call_off(save, "its place in memory was taken away")
 
     def _take_back(self, save: Save, grant: protocol.SlotGrant, error: Exception) -> None:
         """Whatever went wrong, the slot goes back first; it has no generation word.

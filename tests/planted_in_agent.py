@@ -105,6 +105,25 @@ SLOTS = (
     ),
 )
 
+EMPTIED = (
+    Bug(
+        "slots-given-that-are-gone",
+        "agent/verbs.py",
+        "            run.doubted |= bool(run.slots or run.saves) and not run.living()\n",
+        "",
+        ("crash/test_lost_memory.py::test_the_next_job_has_the_disk_and_saves",),
+        quick=False,
+    ),
+    Bug(
+        "slots-given-again-that-were-taken-away",
+        "agent/verbs.py",
+        "        run.doubted = True  # why nothing was captured is not said\n",
+        "",
+        ("crash/test_lost_memory.py::test_a_job_loses_a_save_and_goes_on",),
+        quick=False,
+    ),
+)
+
 FENCING = (
     Bug(
         "fenced-owner-is-still-one",

@@ -128,9 +128,15 @@ class Carrier:
 
     def _opened(self, ref: work.TierRef) -> tuple[Place, RunFiles | None]:
         with self._lock:
-            if ref not in self._places:
-                self._places[ref] = open_place(ref)
-            return self._places[ref]
+            known = self._places.get(ref)
+            if known is not None and known[0].in_memory and not known[0].local.is_there():
+                # Somebody has emptied /dev/shm, say: what the run has lost its agent finds out.
+                logger.warning("%s was taken away: memory is begun anew there", ref.path)
+                close_place(*self._places.pop(ref))
+                known = None
+            if known is None:
+                known = self._places[ref] = open_place(ref)
+            return known
 
     def _forget(self, command: work.Command) -> None:
         with self._lock:

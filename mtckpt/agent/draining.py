@@ -95,8 +95,8 @@ class Drainer:
                 newest.want_in(run.tiers)
                 run.touch(newest)
                 handing.append(self._start(handover.of_own(newest), deadline_s, handover))
-            busy = run.settling or self._coming(run) or self._owed(run, handover)
-            if not busy or time.monotonic() >= deadline_s:
+            coming = run.settling or run.sealing.locked() or self._coming(run)
+            if not (coming or self._owed(run, handover)) or time.monotonic() >= deadline_s:
                 self.told.add(run.key)  # a slot that was given ahead may still be sealed
                 break
             await asyncio.sleep(_POLL_S)  # many things end it: seals, flushes, failures, copies

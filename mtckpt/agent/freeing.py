@@ -1,4 +1,4 @@
-"""When all RAM of a run is freed, and what is known of it where that was cut off.
+"""When all RAM of a run is freed, and what is known of it where that was cut off or others did it.
 
 Knows what has to be safe elsewhere before. Does not free single slots or saves (``ring``).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from mtckpt import _inventory, _manifest
 from mtckpt.agent import queue, work
 from mtckpt.agent.saves import RAM
 
@@ -59,7 +60,7 @@ class Freer:
 
     async def wipe(self, run: RunState) -> None:
         """Free all of a run's RAM and forget it; slower tiers keep what they have."""
-        run.gone = run.half_wiped = True
+        run.gone = run.doubted = True
         for tier in run.tiers.values():
             tier.wake.set()
         try:
@@ -73,14 +74,23 @@ class Freer:
         run.touch()
 
     async def look_again(self, run: RunState) -> None:
-        """Before anybody goes on with a run that was to go: its slots and saves may have gone."""
-        if run.half_wiped and not run.gone:
+        """Before anybody goes on with a run that was to go, or that somebody may have removed: its
+        slots and saves may have gone, and with them the notes for the next agent."""
+        if not run.doubted or run.gone or any(s.readers or s.recycling for s in run.saves.values()):
+            return
+        async with run.sealing:
             scanned = await self._tools.call(
                 work.Scan(run.ram, run.key, repair=False), work.Scanned
             )
             found = next((scan for scan in scanned.runs if scan.run_key == run.key), None)
-            run.note_left(found or work.RunScan(run.key))
-            run.half_wiped = False
+            found = found or work.RunScan(run.key)
+            run.note_left(found)
+            run.doubted = False
+        there = {incarnation.number for incarnation in found.incarnations}
+        for number in run.begun.keys() - there:
+            known = run.begun[number]
+            key, data = _inventory.incarnation_key(run.key, known), _manifest.encode_sealed(known)
+            await self._tools.call(work.PutSmall(run.ram, key, data), work.Stored)
 
 
 def is_busy(run: RunState) -> bool:

@@ -306,7 +306,7 @@ class Ring:
             run.touch()
             raise
         except CheckpointError:
-            slot.doubtful = slot.refused = True
+            slot.doubtful = slot.refused = run.doubted = True
             raise
         if sealed.left_bytes:
             run.counters["left_bytes"] += sealed.left_bytes

@@ -69,7 +69,7 @@ class RunState:
     token: str = ""
     closing: bool = False
     gone: bool = False
-    half_wiped: bool = False  # all that is in RAM was to go, and it is not known what is left
+    doubted: bool = False  # what it has in RAM may not be what is there
     creator_uid: int = -1
     admitted: set[int] = field(default_factory=set)  # users who knew its token
     settling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -433,16 +433,16 @@ class RunState:
         self.touch()
 
     def note_left(self, scan: work.RunScan) -> None:
-        """RAM has what a scan of it found, and nothing else of what is known."""
+        """What a scan of RAM did not find is not there; what may be on its way to a save is."""
         slots = {(slot.slot_id, slot.inode) for slot in scan.slots}
         shards = {(entry.save, rank) for entry in scan.saves for rank in entry.ranks}
         for slot in list(self.slots.values()):
             if slot.save and (slot.save, slot.rank) not in shards:
                 self.drop_shard(self.saves[slot.save], slot.slot_id, slot.rank)
-            elif not slot.save and (slot.slot_id, slot.inode) not in slots:
+            elif slot.state is SlotState.FREE and (slot.slot_id, slot.inode) not in slots:
                 del self.slots[slot.slot_id]
-        self.noted_guests = self.all_guests()
-        self.note_scan(RAM, scan)
+        for name, save in self.saves.items():
+            save.guests = {rank for rank in save.guests if (name, rank) in shards}
 
     def discharge(self, *, scanned: bool = True) -> None:
         """Find out what is owed to nobody any more, once more is known of what lies where.

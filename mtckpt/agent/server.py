@@ -163,6 +163,10 @@ class AgentServer(HttpServer):
             raise web.HTTPNotFound
         type_, verb = found
         message = await self.message(request, type_)
+        await self._ready()
+        if type_ is protocol.Close and request.match_info["key"] not in self._registry.runs:
+            # Said again, since the first answer was lost; or the run went with another rank's end.
+            return reply(protocol.Done("was closed before"))
         return reply(await verb(await self._run(request), message))
 
     async def _get_changes(self, request: web.Request) -> web.Response:

@@ -89,6 +89,8 @@ class Verbs:
         run = await self._registry.run_for(key, message)
         async with run.opening:
             self._admit(run, caller, message)
+            # While nobody was there, memory may have been emptied by whoever tidies up.
+            run.doubted |= bool(run.slots or run.saves) and not run.living()
             await self._registry.freer.look_again(run)
             fenced_pid = await self._claim(run, caller, message)
             owner = run.owners[message.rank]
@@ -328,7 +330,11 @@ class Verbs:
     # -- saves -----------------------------------------------------------------------------------
 
     async def want_slots(self, run: RunState, message: protocol.WantSlots) -> protocol.Slots:
-        return await self._ring.want(run, run.owner_of(message.holder), message)
+        owner = run.owner_of(message.holder)
+        if run.doubted:
+            await self._registry.freer.look_again(run)
+            await self._registry.write_config(run)
+        return await self._ring.want(run, owner, message)
 
     async def seal(self, run: RunState, message: protocol.Seal) -> protocol.Sealed:
         """The save is RAM's when this returns; slower tiers follow by themselves."""
@@ -355,6 +361,7 @@ class Verbs:
 
     async def release(self, run: RunState, message: protocol.Release) -> protocol.Done:
         await self._ring.release(run, run.owner_of(message.holder), message.slot_id)
+        run.doubted = True  # why nothing was captured is not said
         return protocol.Done()
 
     async def report(self, run: RunState, message: protocol.Report) -> protocol.Done:

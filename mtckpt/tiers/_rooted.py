@@ -249,6 +249,14 @@ class Root:
                 self._users -= 1
                 self._close_if_unused()
 
+    def is_there(self) -> bool:
+        """Whether the root's path still leads to the directory that was opened."""
+        try:
+            self._check_still_there()
+        except TierUnavailable:
+            return False
+        return True
+
     def _check_still_there(self) -> None:
         """An unmounted or replaced root must not look like an empty tier."""
         try:

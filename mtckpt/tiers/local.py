@@ -137,6 +137,10 @@ class LocalTier:
     def __repr__(self) -> str:
         return f"LocalTier({str(self._root.path)!r}, name={self.name!r}, sync={self._sync})"
 
+    def is_there(self) -> bool:
+        """Whether the directory is the one that was opened: it may be unmounted, or removed."""
+        return self._root.is_there()
+
     # -- the protocol ----------------------------------------------------------------------------
 
     def put(self, key: str, source: Source) -> PutResult:

@@ -186,6 +186,9 @@ def test_unknown_verbs_and_runs(client: AgentClient) -> None:
         client.call("/v1/runs/r/dance", Done(), Done)
     with pytest.raises(AgentUnavailable, match="does not know the run"):
         client.call("/v1/runs/r/flush", protocol.Flush("h"), Done)
+    # An answer that was lost: there is nothing left to close then.
+    said = client.call("/v1/runs/r/close", protocol.Close("h", free_ram=True), Done)
+    assert said.detail == "was closed before"
     with pytest.raises(UsageError, match="name and its key differ"):
         message = protocol.Open(1, "other", "h", 0, 1, 1, 1, 1, "", [])
         client.call("/v1/runs/r/open", message, protocol.Opened)
