@@ -261,7 +261,7 @@ def test_a_sweep_leaves_what_another_host_may_be_writing(tmp_path: Path) -> None
 
 
 @pytest.mark.torture
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(3600)
 @pytest.mark.strace
 def test_killed_before_every_syscall(tmp_path: Path) -> None:
     """SIGKILL at the Nth call of the process, for every N from the opening of the root on."""
