@@ -15,11 +15,12 @@ from enum import Enum
 from typing import Any
 
 from mtckpt import _state
+from mtckpt._aliases import Aliases
 from mtckpt._boxes import Box, whole
 from mtckpt._diff import Diff, difference
 from mtckpt._renaming import Stored, rename_tree
 from mtckpt._replicas import Replicated
-from mtckpt._settling import assign_items, has_objects, later, sequence_like, settle
+from mtckpt._settling import assign_items, has_objects, later, refilled, sequence_like, settle
 from mtckpt._state import CODECS, MAPPINGS, ArraySpec, Node, StateAdapter, codec_named, escape
 from mtckpt.errors import UnsupportedState
 
@@ -66,6 +67,7 @@ class Placing:
         self._has_boxes = any(stored.spec.offsets is not None for stored in arrays)
         self._owners: dict[type, StateAdapter | None] = {}
         self._fresh: dict[int, Any] = {}
+        self._aliases = Aliases(arrays, plain)
         self._in_place: dict[str, tuple[StateAdapter, list[Any]]] = {}
 
     @property
@@ -329,6 +331,7 @@ class Placing:
     def _match_dict(self, live: Mapping[Any, Any], node: Node, path: str, top: bool) -> Any:
         if node.kind != _state.DICT:
             return self.differs(live, node, path)
+        live = self._own(live, node)
         if (
             isinstance(live, MutableMapping)
             and node.keys == list(live)
@@ -340,11 +343,8 @@ class Placing:
         prefix = f"{path}/" if path else ""
         if not top and self._is_plain(live, node):
             # Nothing but plain values on both sides: what was saved is what is wanted.
-            return self._rebuilt(
-                live,
-                {key: self.tree(child, prefix + escape(key)) for key, child in pairs},
-                replace=True,
-            )
+            values = {key: self.tree(child, prefix + escape(key)) for key, child in pairs}
+            return refilled(live, values, self.finish, replace=True)
         saved = {escape(key): child for key, child in pairs}
         changes: dict[Any, Any] = {}
         keys: list[Any] = []
@@ -371,7 +371,7 @@ class Placing:
             changes.update(zip(keys, placed, strict=True))
         elif not changes:
             return live  # every byte goes into what is there: nothing is left to do
-        return self._rebuilt(live, changes, replace=False)
+        return refilled(live, changes, self.finish, replace=False)
 
     def _match_sequence(self, live: Sequence[Any], node: Node, path: str) -> Any:
         if not live and node.kind == _state.PLAIN and self.plain[node.index] is None:
@@ -380,6 +380,7 @@ class Placing:
             return self._match_fields(_state.named_fields(live), live, node, path)
         if node.kind not in (_state.LIST, _state.TUPLE):
             return self.differs(live, node, path)
+        live = self._own(live, node)
         prefix = f"{path}/" if path else ""
         children = list(enumerate(node.children))
         if self._is_plain(live, node):
@@ -421,25 +422,11 @@ class Placing:
             for i, (item, child) in enumerate(zip(live, children, strict=True))
         ]
 
-    def _rebuilt(self, live: Mapping[Any, Any], changes: dict[Any, Any], *, replace: bool) -> Any:
-        if not isinstance(live, MutableMapping):
-            make: Any = type(live)
-            kept = {} if replace else dict(live)
-            return later(lambda: make({**kept, **settle(changes)}))
-
-        def write_back() -> None:
-            if replace:
-                for key in [key for key in live if key not in changes]:
-                    del live[key]
-            for key, value in changes.items():
-                if key in live and live[key] is value:
-                    continue  # a live object that was filled in its place
-                settled = settle(value)
-                if key not in live or live[key] is not settled:
-                    live[key] = settled
-
-        self.finish.append(write_back)
-        return live
+    def _own(self, live: Any, node: Node) -> Any:
+        """What is filled in the place of a container: itself where it can be."""
+        own = self._aliases.own(live, node)
+        self.replaced = self.replaced or own is not live
+        return own
 
     def _decoded(self, node: Node, path: str) -> Any:
         codec = codec_named(node.name, path)

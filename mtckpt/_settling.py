@@ -6,12 +6,12 @@ Knows containers. Does not know where bytes come from, trees of a checkpoint, or
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any
 
 from mtckpt._node import PLAIN_TYPES
 
-__all__ = ["assign_items", "has_objects", "later", "sequence_like", "settle"]
+__all__ = ["assign_items", "has_objects", "later", "refilled", "sequence_like", "settle"]
 
 
 class _Later:
@@ -53,6 +53,36 @@ def assign_items(live: MutableSequence[Any], values: list[Any]) -> None:
     live[:] = [settle(value) for value in values]
 
 
+def refilled(
+    live: Mapping[Any, Any],
+    changes: Mapping[Any, Any],
+    finish: list[Callable[[], object]],
+    *,
+    replace: bool,
+) -> Any:
+    """``live`` with other values, ``later`` or by ``finish``; ``replace`` keeps none of the old."""
+    if not isinstance(live, MutableMapping):
+        make: Any = type(live)
+        kept = {} if replace else dict(live)
+        return later(lambda: make({**kept, **settle(changes)}))
+    finish.append(lambda: _assign_values(live, changes, replace=replace))
+    return live
+
+
+def _assign_values(
+    live: MutableMapping[Any, Any], changes: Mapping[Any, Any], *, replace: bool
+) -> None:
+    if replace:
+        for key in [key for key in live if key not in changes]:
+            del live[key]
+    for key, value in changes.items():
+        if key in live and live[key] is value:
+            continue  # a live object that was filled in its place
+        settled = settle(value)
+        if key not in live or live[key] is not settled:
+            live[key] = settled
+
+
 def sequence_like(live: Sequence[Any], items: list[Any]) -> Any:
     """A tuple of the same kind; the same one if nothing in it has changed."""
     if not any(map(operator.is_not, items, live)) and len(items) == len(live):
@@ -62,12 +92,15 @@ def sequence_like(live: Sequence[Any], items: list[Any]) -> Any:
 
 
 def has_objects(live: Any, is_array: Callable[[Any], bool]) -> bool:
-    """True if a container holds arrays or stateful objects, which are never just replaced."""
+    """True if a container holds what is never just replaced by what was saved.
+
+    These are arrays, stateful objects, and containers whose type only the template knows.
+    """
     for item in live.values() if isinstance(live, Mapping) else live:
         if type(item) in PLAIN_TYPES:
             continue
-        if not isinstance(item, (Mapping, list, tuple)) or is_array(item):
+        if not isinstance(item, (MutableMapping, list, tuple)) or is_array(item):
             return True
-        if has_objects(item, is_array):
+        if hasattr(item, "_fields") or has_objects(item, is_array):
             return True
     return False

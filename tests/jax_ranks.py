@@ -98,6 +98,10 @@ def main() -> None:
         "rows": make(whole, mesh, P("process")),
         "both": make(whole + 1, mesh, P("device", "process")),
         "all": make(whole + 2, mesh, P()),
+        "weak": jax.jit(
+            lambda: jax.lax.full_like(2.5, 3, shape=(8,)),
+            out_shardings=NamedSharding(mesh, P("process")),
+        )(),
         "own": jnp.full(7, int(rank)),
         "rank": int(rank),
     }
@@ -112,6 +116,7 @@ def main() -> None:
         ),
         "both": make(np.zeros(SHAPE, np.float32), mesh, P("process")),
         "all": make(np.zeros(SHAPE, np.float32), mesh, P("device")),
+        "weak": make(np.zeros(8, np.float32), mesh, P("device")),
         "own": jnp.zeros(7, int),
         "rank": -1,
     }
@@ -122,6 +127,8 @@ def main() -> None:
         assert equal(found["rows"], whole)
         assert equal(found["both"], whole + 1)
         assert equal(found["all"], whole + 2)
+        assert equal(found["weak"], np.full(8, 3, np.float32))
+        assert found["weak"].weak_type
         assert found["own"].tolist() == [int(rank)] * 7
         assert found["rank"] == int(rank)
         checkpointer.save(3, found).wait("staged")

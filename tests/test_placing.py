@@ -291,3 +291,53 @@ def test_an_empty_view_takes_no_bytes_from_the_tensor_whose_storage_it_has() -> 
     restore(save(wanted), live)
     assert torch.equal(base, wanted["all"])
     assert torch.equal(live["other"], wanted["other"])
+
+
+class Nothing(NamedTuple):
+    """What Optax has where there is no state."""
+
+
+def test_named_tuples_without_arrays_stay_what_they_are() -> None:
+    frozen = MappingProxyType({"n": 1})
+    saved = save({"s": (Nothing(), Nothing()), "l": [Pair(1, 2)], "d": {"p": Pair(3, 4)}})
+    live: dict[str, Any] = {"s": (Nothing(), Nothing()), "l": [Pair(0, 0)], "d": {"p": Pair(0, 0)}}
+    assert restore(saved, live) == {
+        "s": (Nothing(), Nothing()),
+        "l": [Pair(1, 2)],
+        "d": {"p": Pair(3, 4)},
+    }
+    assert [type(each) for each in live["s"]] == [Nothing, Nothing]
+    assert [type(live["l"][0]), type(live["d"]["p"])] == [Pair, Pair]
+    again = restore(save([frozen]), [MappingProxyType({"n": 0})])
+    assert again == [frozen]
+    assert type(again[0]) is MappingProxyType
+
+
+def test_a_container_at_several_places_is_divided_where_they_differ() -> None:
+    """A template that was made in haste: Optax has one dict of zeros for several moments."""
+    zeros = {"in": {"w": np.float32(0)}, "l": [0], "e": {}}
+    saved = save(
+        {
+            "a": Pair({"in": {"w": np.float32(1)}, "l": [1], "e": {}}, 1),
+            "b": Pair({"in": {"w": np.float32(2)}, "l": [2], "e": {}}, 2),
+        }
+    )
+    template = {"a": Pair(zeros, 0), "b": Pair(zeros, 0)}
+    placing, _ = plan(saved, template)
+    assert placing.replaced
+    restored = restore(saved, template)
+    assert restored["a"] == Pair({"in": {"w": np.float32(1)}, "l": [1], "e": {}}, 1)
+    assert restored["b"] == Pair({"in": {"w": np.float32(2)}, "l": [2], "e": {}}, 2)
+    assert restored["a"].left is zeros
+
+
+def test_a_container_at_several_places_stays_one_where_they_are_equal() -> None:
+    shared = {"w": torch.ones(2), "n": [1, 2]}
+    saved = save({"a": shared, "b": {"c": shared}})
+    live = {"w": torch.zeros(2), "n": [0]}
+    template = {"a": live, "b": {"c": live}}
+    placing, _ = plan(saved, template)
+    assert not placing.replaced
+    restored = restore(saved, template)
+    assert restored["a"] is live is restored["b"]["c"]
+    assert (live["w"].tolist(), live["n"]) == ([1, 1], [1, 2])

@@ -50,6 +50,7 @@ __all__ = [
     "on_device",
     "ordinal_of",
     "spec_of",
+    "weakened",
 ]
 
 # What ArraySpec.framework says: an array whose type yields to others' (weak), a new-style key.
@@ -75,6 +76,10 @@ class Fresh:
 
     host: np.ndarray[Any, Any]
     spec: ArraySpec
+
+    @property
+    def is_weak(self) -> bool:
+        return self.spec.framework == WEAK
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +435,7 @@ def is_as_held(fresh: Fresh | Arriving, like: Any) -> TypeGuard[Fresh]:
     """True for host memory with the very bytes that ``like``'s devices are to have."""
     return (
         isinstance(fresh, Fresh)
-        and fresh.spec.framework == PLAIN
+        and fresh.spec.framework in (PLAIN, WEAK)
         and getattr(like, "casts_to", None) in (None, fresh.host.dtype)
         and not is_key(like)
     )
@@ -457,7 +462,7 @@ def _put(fresh: Fresh, like: Any, where: Any) -> Any:
         impl = kind[len(KEY) :] if kind.startswith(KEY) else _impl(like)
         array = jax.random.wrap_key_data(jax.device_put(array), impl=impl)
     array = jax.device_put(array, where, may_alias=True)
-    return _weakened(array) if kind == WEAK else array
+    return weakened(array) if kind == WEAK else array
 
 
 def number(live: Any, value: Any) -> Any | None:
@@ -475,7 +480,7 @@ def number(live: Any, value: Any) -> Any | None:
     return made(Fresh(host, ArraySpec(live.dtype.name, (), weak)), live)
 
 
-def _weakened(array: Any) -> Any:
+def weakened(array: Any) -> Any:
     """The same values with a type that yields to others', as Python's numbers have."""
     scalar: Any = array.dtype.type(0).item()
     weak = jax.lax.full_like(jnp.asarray(scalar), 0, shape=array.shape)

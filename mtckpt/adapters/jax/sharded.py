@@ -88,14 +88,19 @@ def assembled(live: Any, freshes: Sequence[leaves.Fresh | leaves.Arriving]) -> A
     hosts = {box: fresh.host for box, fresh in by_box.items() if leaves.is_as_held(fresh, live)}
     if len(hosts) == len(by_box):
         # All devices at once: one by one takes as long as the bytes do.
-        return jax.make_array_from_callback(
+        array = jax.make_array_from_callback(
             whole, sharding, lambda index: hosts[_box_at(index, whole)]
         )
-    arrays = [
-        leaves.on_device(by_box[box], live, device)
-        for device, box in _boxes(sharding, tuple(live.shape), whole).items()
-    ]
-    return jax.make_array_from_single_device_arrays(tuple(live.shape), sharding, arrays)
+    else:
+        arrays = [
+            leaves.on_device(by_box[box], live, device)
+            for device, box in _boxes(sharding, tuple(live.shape), whole).items()
+        ]
+        array = jax.make_array_from_single_device_arrays(tuple(live.shape), sharding, arrays)
+    if not all(isinstance(each, leaves.Fresh) and each.is_weak for each in freshes):
+        return array
+    # An array that is put together is never weak. Each process does its own part: nothing is sent.
+    return jax.jit(leaves.weakened, out_shardings=sharding)(array)
 
 
 def _processes(
