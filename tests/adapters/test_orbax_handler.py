@@ -50,7 +50,9 @@ def bits(state: Any) -> list[bytes]:
 def test_a_manager_saves_and_restores_through_the_tiers(tmp_path: Path) -> None:
     with (
         open_run(tmp_path) as checkpointer,
-        open_manager(tmp_path, checkpointer, save_interval_steps=2, max_to_keep=2) as manager,
+        open_manager(
+            tmp_path, checkpointer, save_interval_steps=2, max_to_keep=2, stage="local"
+        ) as manager,
     ):
         for step in range(9):
             state = make_state(step)
