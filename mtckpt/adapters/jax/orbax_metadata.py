@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mtckpt import _state
-from mtckpt.adapters.jax.leaves import KEY
+from mtckpt.adapters.jax.leaves import KEY, PLAIN
 from mtckpt.adapters.jax.nodes import key_name
 from mtckpt.errors import Damaged, FormatError, UsageError
 
@@ -38,7 +38,13 @@ _KINDS: dict[type, Any] = {
 
 
 def placements(tree: Any) -> list[tuple[Any, Any]]:
-    """Key path and sharding of every array: what is kept of a tree that may soon be gone."""
+    """Key path and sharding of every array: what is kept of a tree that may soon be gone.
+
+    Where there is but one sharding, no paths are told: they take longer than all the rest.
+    """
+    found = {leaf.sharding for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)}
+    if len(found) < 2:
+        return [((), sharding) for sharding in found]
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [(keys, leaf.sharding) for keys, leaf in leaves if isinstance(leaf, jax.Array)]
 
@@ -49,9 +55,8 @@ def write_placements(found: list[tuple[Any, Any]], directory: Any) -> None:
     of: dict[str, int] = {}
     for keys, sharding in found:
         if type(sharding) in _KINDS:
-            of[".".join(str(key_name(key)) for key in keys)] = numbers.setdefault(
-                sharding, len(numbers)
-            )
+            name = ".".join(str(key_name(key)) for key in keys)
+            of[name] = numbers.setdefault(sharding, len(numbers))
     shardings = [_KINDS[type(each)].from_jax_sharding(each) for each in numbers]
     body = {"shardings": [json.loads(each.to_serialized_string()) for each in shardings], "of": of}
     (directory / PLACEMENT).write_text(json.dumps(body))
@@ -139,7 +144,9 @@ class _Described:
                 lambda data: jax.random.wrap_key_data(data, impl=impl), numbers(shape, dtype)
             )
             shape, dtype = tuple(keys.shape), keys.dtype
-        sharding = self._placed.get(name)
+        sharding = None
+        if entry.framework.partition(".")[0] == PLAIN:
+            sharding = self._placed.get(name, self._placed.get(""))  # that of all
         return ocp.metadata.ArrayMetadata(name, self._directory, shape, sharding, dtype)
 
 
