@@ -311,12 +311,14 @@ class Checkpoint(Mapping[str, Any]):
         raw = _bands.joined(parts, entry)
         return self._make(raw, entry.dtype, _bands.whole_shape(entry), path, entry.framework)
 
-    def _read_bands(self, path: str, max_bytes: int) -> Iterator[tuple[tuple[int, ...], Any]]:
+    def _read_bands(
+        self, path: str, max_bytes: int, *, rank: int | None = None
+    ) -> Iterator[tuple[tuple[int, ...], Any]]:
         """The array at ``path`` in bands of up to so many bytes, each with its offsets.
 
         Raises as ``read``.
         """
-        parts, entry = self._parts(path, None)
+        parts, entry = self._parts(path, rank)
         for box, raw in _bands.bands(parts, entry, max_bytes):
             yield box.offsets, self._make(raw, entry.dtype, box.shape, path, entry.framework)
 

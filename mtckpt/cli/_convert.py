@@ -181,7 +181,9 @@ def _write_dcp(checkpoint: Any, directory: Path) -> int:
 
     records = {shard.record.rank: shard.record for shard in checkpoint._shards}
     written: int = converter("dcp_export").write(
-        directory, records, lambda path, rank: checkpoint.read(path, rank=rank)
+        directory,
+        records,
+        lambda path, rank, most: checkpoint._read_bands(path, most, rank=rank),
     )
     return written
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -97,6 +98,32 @@ def test_in_and_out_again_it_is_the_same(written: Path, tmp_path: Path) -> None:
     dcp.load(found, checkpoint_id=tmp_path / "out")
     assert bits(found) == bits(state_of(3))
     assert invoke("export", tmp_path / "ck" / "r", tmp_path / "out", "--to=dcp").exit_code == 2
+
+
+def test_an_export_is_written_in_bands(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtckpt.adapters.torch import dcp_export
+
+    monkeypatch.setattr(dcp_export, "BAND_BYTES", 40)
+    invoke("import", written, tmp_path / "ck", "--run=r", "--unpickle")
+    done = invoke("export", tmp_path / "ck" / "r", tmp_path / "out", "--to=dcp", "--json")
+    assert done.exit_code == 0, done.output
+    told = dcp.FileSystemReader(tmp_path / "out").read_metadata().state_dict_metadata
+    chunks = {name: each.chunks for name, each in told.items() if hasattr(each, "chunks")}
+    assert max(math.prod(chunk.sizes) for chunk in chunks["model.w"]) <= 10
+    assert max(map(len, chunks.values())) > 3
+    assert (
+        sum(
+            told[name].properties.dtype.itemsize * math.prod(chunk.sizes)
+            for name in chunks
+            for chunk in chunks[name]
+        )
+        == json.loads(done.output)["size_bytes"]
+    )
+    found = state_of(0)
+    dcp.load(found, checkpoint_id=tmp_path / "out")
+    assert bits(found) == bits(state_of(3))
 
 
 def test_pickles_are_read_only_when_that_was_said(written: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ train_state = pytest.importorskip("flax.training.train_state")
 jnp = jax.numpy
 policies = ocp.checkpoint_managers
 
+from orbax_both import Both, Options, told  # noqa: E402
+
 # What Orbax and absl do on their way is theirs.
 pytestmark = [
     pytest.mark.timeout(90),
@@ -28,70 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::Warning:orbax"),
     pytest.mark.filterwarnings("ignore::Warning:jax"),
 ]
-
-Options = dict[str, Any]
-Script = Callable[[Any], Any]
-
-
-@pytest.fixture
-def tiers(tmp_path: Path) -> Iterator[mtckpt.Checkpointer]:
-    settings = [mtckpt.Ram(every=1), mtckpt.Disk(tmp_path / "disk", every=1, keep=50)]
-    with mtckpt.Checkpointer("r", settings, timeout_s=30, max_stall_s=20) as checkpointer:
-        yield checkpointer
-
-
-class Both:
-    """Runs a script on a manager of Orbax's own and on one that saves through mtckpt."""
-
-    def __init__(self, root: Path, tiers: mtckpt.Checkpointer) -> None:
-        self.root, self.tiers = root, tiers
-
-    def open(self, whose: str, **options: Any) -> Any:
-        from mtckpt.adapters.jax.orbax import registry
-
-        made = registry(self.tiers) if whose == "mtckpt" else plain_registry()
-        chosen = ocp.CheckpointManagerOptions(**options)
-        return ocp.CheckpointManager(self.root / whose, options=chosen, handler_registry=made)
-
-    def same(self, script: Script, **options: Any) -> Any:
-        """What the script returned on both, which has to be equal."""
-        said = {}
-        for whose in ("orbax", "mtckpt"):
-            with self.open(whose, **options) as manager:
-                said[whose] = script(manager)
-        assert told(said["mtckpt"]) == told(said["orbax"])
-        return said["mtckpt"]
-
-
-def plain_registry() -> Any:
-    """Orbax's handlers for the same arguments."""
-    made = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for handler, save_kind, restore_kind in (
-        (ocp.StandardCheckpointHandler(), ocp.args.StandardSave, ocp.args.StandardRestore),
-        (ocp.PyTreeCheckpointHandler(), ocp.args.PyTreeSave, ocp.args.PyTreeRestore),
-    ):
-        made.add(None, save_kind, handler)
-        made.add(None, restore_kind, handler)
-    return made
-
-
-def told(value: Any) -> Any:
-    """A tree as what can be compared: its structure, and types and bytes of its leaves."""
-    return jax.tree.structure(value), [bits(leaf) for leaf in jax.tree.leaves(value)]
-
-
-def bits(leaf: Any) -> Any:
-    if isinstance(leaf, (str, bool, int, float)):
-        return leaf
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return str(leaf.dtype), np.asarray(jax.random.key_data(leaf)).tobytes()
-    array = np.asarray(leaf)
-    return str(array.dtype), array.shape, array.tobytes()
-
-
-@pytest.fixture
-def both(tmp_path: Path, tiers: mtckpt.Checkpointer) -> Both:
-    return Both(tmp_path, tiers)
 
 
 def state_of(step: int) -> dict[str, Any]:
@@ -143,6 +80,14 @@ DECISIONS: dict[str, Options] = {
     "synchronous": {"enable_async_checkpointing": False, "max_to_keep": 2},
     "set aside": {"max_to_keep": 2, "todelete_subdir": "gone"},
     "read only": {"read_only": True},
+    "named by a format": {
+        "step_name_format": ocp.path.step.standard_name_format(
+            step_prefix="v1.2-run", step_format_fixed_length=4
+        ),
+        "max_to_keep": 3,
+    },
+    "deleted aside": {"max_to_keep": 2, "enable_background_delete": True},
+    "largest": {"max_to_keep": 2, "best_fn": score, "best_mode": "max"},
 }
 
 
@@ -166,6 +111,7 @@ def test_the_same_steps_are_saved_and_kept(
             "again": list(manager.all_steps(read=True)),
             "arrays": found,
             "metrics": [str(manager.metrics(step)) for step in steps],
+            "items": [str(manager.item_metadata(step)["w"].shape) for step in steps],
         }
 
     for number, (name, options) in enumerate(DECISIONS.items()):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mtckpt._placing import Placing
     from mtckpt._state import Node
 
-__all__ = ["place_node", "state_of"]
+__all__ = ["key_name", "place_node", "state_of"]
 
 _EVERYBODYS = (int, float, str, bool, bytes, type(None), dict, list, tuple)
 _VALUE = "value"  # the key of what an NNX variable holds
@@ -44,7 +44,13 @@ def state_of(value: object) -> object | None:
 
 
 def place_node(live: Any, node: Node, path: str, placing: Placing) -> Any | None:
-    """See ``StateAdapter.place_object``. NNX's objects are filled, all other nodes made anew."""
+    """See ``StateAdapter.place_object``. NNX's objects are filled, all other nodes made anew.
+
+    A leaf for which the template has ``...`` is not read, and that stays.
+    """
+    if live is ...:
+        is_leaf = node.kind in (_state.ARRAY, _state.PLAIN)
+        return live if is_leaf else placing.differs(live, node, path)
     if isinstance(live, _EVERYBODYS):
         return None
     if _is_variable(live):
@@ -91,13 +97,13 @@ def _opened(value: object) -> tuple[list[tuple[Any, Any]], Any] | None:
 def _named(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, int, Any]]:
     """Name, position and child of every child that is saved."""
     return [
-        (_name(key), position, child)
+        (key_name(key), position, child)
         for position, (key, child) in enumerate(pairs)
         if not _is_structure(child)
     ]
 
 
-def _name(key: Any) -> Any:
+def key_name(key: Any) -> Any:
     """What JAX calls a child; a number where children are numbered."""
     if isinstance(key, jax.tree_util.SequenceKey):
         return key.idx
@@ -185,4 +191,4 @@ def _set_children(live: Any, pairs: Sequence[tuple[Any, Any]], matched: Sequence
         if isinstance(key, jax.tree_util.GetAttrKey):
             setattr(live, key.name, value)
         else:
-            live[_name(key)] = value
+            live[key_name(key)] = value

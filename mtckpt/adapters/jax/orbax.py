@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import orbax.checkpoint as ocp
 
-from mtckpt.adapters.jax import orbax_arguments
+from mtckpt.adapters.jax import orbax_arguments, orbax_metadata
 from mtckpt.errors import CheckpointError, FormatError, SaveFailed, StageNotPlanned, UsageError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def registry(
         *(_Save, _Restore),
     ):
         made.add(None, kind, handler)
+        made.add(_DEFAULT, kind, handler)  # so that a new manager can tell what it holds
     return made
 
 
@@ -110,22 +111,24 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
 
         Raises what ``Checkpointer.save`` does, and UsageError for ``save_args`` that change values.
         """
-        step = _step_of(directory)
+        step, item_name = _place_of(directory)
         items = self._items.setdefault(directory.parent, _Items())
         args = args or ocp.args.PyTreeSave(item, save_args)
+        custom = getattr(args, "custom_metadata", None)
+        placed = orbax_metadata.placements(args.item)
         try:
             orbax_arguments.check_save(args)
         except UsageError as error:
             items.error = error
-        items.trees[_item_of(directory)] = args.item
+        items.trees[item_name] = args.item
         await asyncio.sleep(0)  # Orbax starts all items of a step before it goes on with the first
         self._items.pop(directory.parent, None)
         save = items.saved(self._checkpointer, step)
         # The directory is made meanwhile: Orbax runs what is left once it is there.
-        left = self._commit(save, directory)
+        left = self._commit(save, directory, custom, placed)
         return [ocp.future.CommitFutureAwaitingContractedSignals(left, name="mtckpt")]
 
-    async def _commit(self, save: Save, directory: Any) -> None:
+    async def _commit(self, save: Save, directory: Any, custom: Any, placed: list[Any]) -> None:
         """Wait until the save is where it has to be, then point to it.
 
         Raises SaveFailed or WaitTimeout; Orbax then lists no such step, and raises it.
@@ -147,8 +150,10 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
             "run": self._checkpointer.run,
             "step": save.step,
             "id": save.id,
-            "item": _item_of(directory),
+            "item": _place_of(directory)[1],
+            "custom": custom,
         }
+        orbax_metadata.write_placements(placed, directory)
         (directory / POINTER).write_text(json.dumps(pointer))
 
     def restore(self, directory: Any, item: Any = None, args: Any = None) -> Any:
@@ -160,13 +165,7 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         that points nowhere.
         """
         wanted = orbax_arguments.wanted_of(args or ocp.args.PyTreeRestore(item))
-        pointer = _read_pointer(directory)
-        if pointer["run"] != self._checkpointer.run:
-            raise UsageError(
-                f"the step was saved into the run {pointer['run']!r},"
-                f" and the handler's Checkpointer is of {self._checkpointer.run!r}",
-                state="live state unchanged",
-            )
+        pointer = self._pointer(directory)
         item_name = pointer["item"]
         state = {item_name: wanted.template}
         restored = self._checkpointer.restore(
@@ -179,8 +178,24 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         del directory
 
     def metadata(self, directory: Any) -> Any:
-        """What the pointer says: run, step and id. ``mtckpt show RUN`` knows the arrays."""
-        return _read_pointer(directory)
+        """Shapes and types of the tree that the directory points to; all processes ask for them.
+
+        Raises what ``restore`` does. No array is read.
+        """
+        pointer = self._pointer(directory)
+        records = self._checkpointer._records(pointer["step"])
+        record = records[min(records)]
+        return orbax_metadata.of_record(record, pointer["item"], directory, pointer.get("custom"))
+
+    def _pointer(self, directory: Any) -> dict[str, Any]:
+        pointer = _read_pointer(directory)
+        if pointer["run"] != self._checkpointer.run:
+            raise UsageError(
+                f"the step was saved into the run {pointer['run']!r},"
+                f" and the handler's Checkpointer is of {self._checkpointer.run!r}",
+                state="live state unchanged",
+            )
+        return pointer
 
 
 @ocp.args.register_with_handler(Handler, for_save=True)
@@ -193,27 +208,23 @@ class _Restore(ocp.args.PyTreeRestore):  # type: ignore[misc]  # Orbax has no ty
     """Orbax makes these arguments where a call gives none."""
 
 
-def _step_of(directory: Any) -> int:
-    """The step in the name of a manager's directory, which may still be a temporary one."""
-    for name in (directory.parent.name, directory.name):
-        found = _step_in(name)
-        if found is not None:
-            return found
+def _place_of(directory: Any) -> tuple[int, str]:
+    """The step that a directory is of, which may still be a temporary one, and the item in it.
+
+    A manager's directory of an item is inside that of its step; a checkpointer has no items.
+    """
+    names = [re.sub(f"{_TEMPORARY}$", "", each.name) for each in (directory.parent, directory)]
+    steps = [re.fullmatch(r"(?:.+_)?(\d+)", name) for name in names]
+    above, own = (found and int(found[1]) for found in steps)
+    # Where both could be a step, the one that is a number and nothing else is: of run_7/5 and
+    # 5/layer_1 it is 5.
+    if own is not None and (above is None or (names[1].isdigit() and not names[0].isdigit())):
+        return own, _DEFAULT
+    if above is not None:
+        return above, names[1]
     raise UsageError(
         f"no step in the name of {directory}", actions=("save through ocp.CheckpointManager",)
     )
-
-
-def _step_in(name: str) -> int | None:
-    found = re.fullmatch(rf"(?:[A-Za-z_]+[_.-])?(\d+)(?:{_TEMPORARY})?", name)
-    return int(found[1]) if found else None
-
-
-def _item_of(directory: Any) -> str:
-    """What the pytree in this directory is called in its step."""
-    if _step_in(directory.parent.name) is None:
-        return _DEFAULT
-    return re.sub(f"{_TEMPORARY}$", "", directory.name)
 
 
 def _read_pointer(directory: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ makes the template that says the same, or refuses what no template can say.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mtckpt.adapters.jax.casting import Cast
+from mtckpt.adapters.jax.orbax_metadata import template_of
 from mtckpt.errors import UsageError
 
-__all__ = ["Wanted", "check_save", "wanted_of"]
+__all__ = ["MAX_CUSTOM_BYTES", "Wanted", "check_save", "wanted_of"]
+
+MAX_CUSTOM_BYTES = 48 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,19 @@ def check_save(args: Any) -> None:
 
     How Orbax would divide arrays into chunks and files says nothing here, and is passed over.
     """
+    custom = getattr(args, "custom_metadata", None)
+    try:
+        size = len(json.dumps(custom))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"custom_metadata is no JSON: {error}", state="nothing was saved"
+        ) from error
+    if size > MAX_CUSTOM_BYTES:
+        raise UsageError(
+            f"custom_metadata is {size:,} bytes of JSON, and {MAX_CUSTOM_BYTES:,} are the most",
+            state="nothing was saved",
+            actions=("save it as an item of its own: ocp.args.JsonSave(...)",),
+        )
     for each in jax.tree.leaves(getattr(args, "save_args", None)):
         if getattr(each, "dtype", None) is not None:
             raise UsageError(
@@ -60,7 +77,7 @@ def wanted_of(args: Any) -> Wanted:
             state="nothing was restored",
             actions=("give a template with the shapes, types and shardings that are wanted",),
         )
-    template = args.item
+    template = template_of(args.item)
     for_leaves = getattr(args, "restore_args", None)
     if for_leaves is not None:
         template = _told(template, for_leaves)
@@ -88,7 +105,7 @@ def _told(template: Any, for_leaves: Any) -> Any:
 
 
 def _leaf(leaf: Any, told: Any) -> Any:
-    if not isinstance(told, ocp.RestoreArgs):
+    if leaf is ocp.PLACEHOLDER or not isinstance(told, ocp.RestoreArgs):
         return leaf
     shape = getattr(told, "global_shape", None)
     if getattr(told, "strict", True) is False:

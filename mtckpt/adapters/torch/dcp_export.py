@@ -1,4 +1,4 @@
-"""A checkpoint written as a directory that ``dcp.load`` reads: one array in memory at a time.
+"""A checkpoint written as a directory that ``dcp.load`` reads: a band of an array at a time.
 
 Knows what DCP's reader wants to find. The directory appears whole or not at all. What is written
 are pickles, as DCP's are, of verified bytes; none is read.
@@ -10,12 +10,12 @@ import os
 import pickle
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from mtckpt.adapters.torch import dcp_catalog
 from mtckpt.errors import AccessDenied, TierFull, TierUnavailable, UsageError
@@ -30,16 +30,19 @@ __all__ = ["write"]
 
 _METADATA = ".metadata"
 _DATA = "__0_0.distcp"
+BAND_BYTES = 32 * 1024 * 1024
+
+_Offsets = tuple[int, ...]
+_Bands = Callable[[str, "int | None", int], Iterator[tuple[_Offsets, torch.Tensor]]]
 
 
-def write(
-    directory: Path, records: Mapping[int, Record], read: Callable[[str, int | None], torch.Tensor]
-) -> int:
+def write(directory: Path, records: Mapping[int, Record], bands: _Bands) -> int:
     """Write a save to ``directory``, which must not be there; returns the bytes of its tensors.
 
     Args:
         records: what the save says of itself, by rank.
-        read: gives the array at a path, as a rank has it; None is the first that has it.
+        bands: gives the array at a path, as a rank has it (None is the first that has it), in
+            pieces of up to so many bytes, each with its offsets.
 
     Raises:
         UsageError: the directory is there. UnsupportedState: a type that torch lacks.
@@ -52,7 +55,7 @@ def write(
     try:
         temporary.mkdir(parents=True)
         with open(temporary / _DATA, "wb") as file:
-            size_bytes, places = _write_data(file, catalog, read)
+            size_bytes, places = _write_data(file, catalog, bands)
             file.flush()
             os.fsync(file.fileno())
         catalog.metadata.storage_data = places
@@ -73,9 +76,12 @@ def write(
 
 
 def _write_data(
-    file: BinaryIO, catalog: dcp_catalog.Catalog, read: Callable[[str, int | None], torch.Tensor]
+    file: BinaryIO, catalog: dcp_catalog.Catalog, bands: _Bands
 ) -> tuple[int, dict[MetadataIndex, Any]]:
-    """Every value after the other, as ``torch.save`` has it, and where each lies."""
+    """Every value after the other, as ``torch.save`` has it, and where each lies.
+
+    Each band of an array is a chunk to DCP, and told in its metadata.
+    """
     places: dict[MetadataIndex, Any] = {}
     size_bytes = 0
 
@@ -86,19 +92,26 @@ def _write_data(
 
     def fill(path: str, array: Any) -> None:
         """Into an array inside a value, which was just made."""
-        found = read(path, None)
-        if isinstance(array, torch.Tensor):
-            array.copy_(found)
-        else:
-            bits = found.contiguous().reshape(-1).view(torch.uint8)
-            array.reshape(-1).view("uint8")[:] = bits.numpy()
+        for offsets, found in bands(path, None, BAND_BYTES):
+            at = tuple(
+                slice(start, start + size) for start, size in zip(offsets, found.shape, strict=True)
+            )
+            if isinstance(array, torch.Tensor):
+                array[at].copy_(found)
+            else:
+                bits = found.contiguous().reshape(-1).view(torch.uint8).numpy()
+                array[at] = bits.view(array.dtype).reshape(tuple(found.shape))
 
-    for name in catalog.metadata.state_dict_metadata:
+    metadata: Any  # of two kinds: those with chunks are the arrays
+    for name, metadata in catalog.metadata.state_dict_metadata.items():
         known = catalog.arrays.get(name)
         if known is None:
             add(MetadataIndex(name), catalog.value(name, fill)())
             continue
-        tensor = read(known.path, known.rank)
-        size_bytes += tensor.nbytes
-        add(MetadataIndex(name, [0] * tensor.ndim, 0), tensor)
+        chunks: list[ChunkStorageMetadata] = []
+        for offsets, tensor in bands(known.path, known.rank, BAND_BYTES):
+            size_bytes += tensor.nbytes
+            add(MetadataIndex(name, offsets, len(chunks)), tensor)
+            chunks.append(ChunkStorageMetadata(torch.Size(offsets), tensor.shape))
+        metadata.chunks = chunks
     return size_bytes, places
