@@ -97,6 +97,10 @@ class Shards:
         rank %= self._world_size
         return _inventory.shard_keys(self._scope.run_key, self._candidate.name, rank)
 
+    def fetched(self, rank: int) -> str:
+        """The store from which a shard was brought to its first place just now; "" if from none."""
+        return self._candidate.fetched.get(rank % self._world_size, "")
+
     def levels(self) -> list[Iterable[int]]:
         """All ranks, in groups: those whose shards are near, those far away; in each the one first
         whose shard is read anyway. Last what is counted beyond the ranks."""

@@ -84,6 +84,17 @@ class Gathered:
         self.places[label] = place
         return place
 
+    def called_here(self, run: Run, rank: int, label: str) -> str | None:
+        """What the place is called here that the node of a rank calls ``label``; None if it was
+        not looked into."""
+        if rank in run.members.node:
+            return label
+        address = next(node.address for node in _nodes(run) if rank in node.ranks)
+        for name, peer in self.peers.items():
+            if peer.label == label and same_place(peer.address, address):
+                return name
+        return None
+
     def close(self) -> None:
         """Let go of other nodes."""
         for label in self.peers:

@@ -50,6 +50,12 @@ def explain(node: Node) -> dict[str, Any]:
     return dict(json.loads(found.stdout))
 
 
+def in_memory(node: Node) -> list[int]:
+    """Ranks whose shards of the only step are there."""
+    records = node.places.ram.glob("*/run/step-*/rank-*.json")
+    return sorted(int(path.stem.removeprefix("rank-")) for path in records)
+
+
 def test_ranks_that_come_back_read_their_own_memory(cluster: Callable[..., Cluster]) -> None:
     job = cluster(2, per_node=2)
     assert job.all("restore") == [None] * 4
@@ -189,3 +195,32 @@ def test_another_mesh_takes_no_more_memory_than_its_own_part(
         assert "peers" in sources
         assert sum(sources.values()) < own_bytes * (1.01 if after == "rows" else 2.2)
         assert peak_bytes <= 1.1 * own_bytes
+
+
+def test_what_only_a_store_has_comes_to_the_memory_of_its_own_nodes(
+    cluster: Callable[..., Cluster],
+) -> None:
+    """Each shard once over the network, and from then on as after any save: with its copies."""
+    job = cluster(2)
+    settings = {"store": f"file://{job.path}/store", "copies": 1}
+    job.start(2, **settings)
+    job.save(1, "durable")
+    for node in job.nodes:
+        node.lose()
+    job.nodes = [Node(job.path, "c"), Node(job.path, "d")]
+    job.start(2, **settings)
+    restored = job.all("restore")
+    assert [step for step, _ in restored] == [1] * 4
+    assert [sources["store"] for _, sources in restored] == [2 * ARRAY_BYTES] * 4
+    for node in job.nodes:
+        assert node.status().counters["fetched"] == 1
+    until(lambda: [in_memory(node) for node in job.nodes] == [[0, 1, 2, 3]] * 2)
+    for node in job.nodes:
+        until(lambda: node.status().counters.get("guests") == 2)  # noqa: B023
+        assert len(node.status().slots) == 2  # its own ranks'
+        assert node.status().counters["left_out_bytes"] == ARRAY_BYTES
+    for process in job.ranks:
+        process.kill()
+    job.start(2, **settings)
+    assert job.all("restore") == [[1, {"ram": 2 * ARRAY_BYTES}]] * 4
+    job.save(2, "replicated")
