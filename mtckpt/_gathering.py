@@ -80,7 +80,8 @@ class Gathered:
         """A place of another node, called ``label`` here."""
         self.peers[label] = peer
         tier = _peer_tier(run, peer, self.run_key)
-        place = Place(label, tier, mapped=False, near=False, streams=_PEER_STREAMS)
+        node = f"{peer.address.host}:{peer.address.control_port}"
+        place = Place(label, tier, mapped=False, near=False, streams=_PEER_STREAMS, node=node)
         self.places[label] = place
         return place
 

@@ -147,6 +147,7 @@ class _Fetching:
         for rank, delivery in deliveries.items():
             delivery.fetch(
                 shards.usable[rank], shards.further(rank), shards.reasons,
+                peers=functools.partial(shards.peers, rank),
                 others=functools.partial(shards.others, rank), last_resort=last, check=check,
             )  # fmt: skip
             if not check:
