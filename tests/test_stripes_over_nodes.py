@@ -120,16 +120,18 @@ def test_what_a_node_that_dies_was_to_bring_the_other_brings(
     came, dead, asked = threading.Event(), threading.Event(), itertools.count(1)
 
     def dies() -> None:
-        if next(asked) == 2:
+        number = next(asked)
+        if number == 2:
             assert came.wait(30)
             job.nodes[1].lose()
             dead.set()
+        assert number == 1 or dead.wait(30)
 
     memory["b"].before, memory["b"].after = dies, came.set
     memory["a"].before = lambda: dead.wait(30)  # type: ignore[assignment]
     attempt = Attempt()
     found = restored(memory, 0, attempt)
-    assert 0 < found["b"] <= 2 * CHUNK_BYTES
+    assert 0 < found["b"] <= CHUNK_BYTES
     assert found["a"] == 2 * ARRAY_BYTES - found["b"]
     assert attempt.silent.keys() == {"b"}
     assert not attempt.bad
@@ -139,17 +141,21 @@ def test_what_a_node_that_dies_was_to_bring_the_other_brings(
 def test_damage_on_one_node_is_told_from_what_the_other_brought(
     job: Cluster, memory: dict[str, Watched], monkeypatch: pytest.MonkeyPatch, striped_bytes: int
 ) -> None:
-    """Of what both have, as each of them has captured it; the first to be asked has another."""
+    """The first that is asked has all of it damaged; the other has it in two shards."""
     monkeypatch.setattr(_striped, "STRIPED_BYTES", striped_bytes)
     (path,) = job.nodes[0].places.ram.glob("*/run/step-*/rank-00000.safetensors")
+    size_bytes = path.stat().st_size
     with path.open("r+b") as file:
-        file.seek(-5, 2)
-        byte = file.read(1)
-        file.seek(-5, 2)
-        file.write(bytes([byte[0] ^ 1]))
+        for at in range(size_bytes - 5, size_bytes - 2 * ARRAY_BYTES, -10_000):
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 1]))
+    asked = threading.Event()
+    memory["a"].after = asked.set
+    memory["b"].before = lambda: asked.wait(30)  # type: ignore[assignment]
     attempt = Attempt()
-    found = restored(memory, 0, attempt)
-    assert found.keys() == {"a", "b"}
+    assert restored(memory, 0, attempt) == {"b": 2 * ARRAY_BYTES}
     ((label, key, reason),) = attempt.bad
     assert (label, key.rpartition("/")[2]) == ("a", path.name)
-    assert "1 tensors differ from their digests" in reason
+    assert "differ from their digests" in reason
