@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from agent_checks import until
@@ -32,22 +28,6 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     yield make
     for each in made:
         each.close()
-
-
-def explain(node: Node) -> dict[str, Any]:
-    """What the command says on a node."""
-    found = subprocess.run(
-        [sys.executable, "-m", "mtckpt.cli", "explain", "run", "--json"],
-        env={
-            **os.environ,
-            **node.places.environment(),
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        },
-        stdout=subprocess.PIPE,
-        timeout=60,
-        check=True,
-    )
-    return dict(json.loads(found.stdout))
 
 
 def in_memory(node: Node) -> list[int]:
@@ -77,7 +57,7 @@ def test_ranks_that_come_back_on_other_nodes_read_from_peers(
     job.save(1, "local")
     job.nodes.reverse()
     job.start()
-    told = explain(job.nodes[0])
+    told = json.loads(job.nodes[0].command("explain", "run", "--json"))
     first, second = told["shards"]
     assert first["source"].startswith("peers-")
     assert first["source"].endswith("-ram")
