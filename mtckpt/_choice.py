@@ -25,7 +25,7 @@ class Candidate:
     """One save that may be restored. ``sources`` has each rank's places, fastest first.
 
     ``whole`` is what all its records have alike. ``every`` is the automatic interval that its rank
-    0 carries on. ``fetched``: the store from which the first place has it, as of just now.
+    0 carries on. ``fetched`` has the store from which a rank's first place has it, as of just now.
     """
 
     name: SaveName
@@ -33,7 +33,7 @@ class Candidate:
     whole: tuple[str, int, str]
     size_bytes: int = 0
     every: int = 0
-    fetched: str = ""
+    fetched: Mapping[int, str] = field(default_factory=dict)
 
     def labels(self) -> set[str]:
         """Every place that has a part of it."""

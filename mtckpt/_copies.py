@@ -35,6 +35,9 @@ __all__ = ["Scope", "Shards", "Together"]
 
 logger = logging.getLogger(__name__)
 
+# How many ranks' records are read to find more sources of what is large.
+_MAX_LOOKS = 16
+
 
 class Together(Protocol):
     """What the ranks of a job do at the same time: it succeeds on all of them or on none.
@@ -81,7 +84,7 @@ class Shards:
         self._attempt = attempt
         self._loaded: dict[int, Loaded] = {}
         self._records: dict[tuple[str, int], Record | None] = {}
-        self._far: dict[int, Iterator[Place]] = {}
+        self._far: dict[int, list[Place]] = {}
         self._variants: dict[int, list[Copy]] = {}
         self.usable: dict[int, list[Place]] = {}
         self.reasons: list[str] = []
@@ -96,6 +99,10 @@ class Shards:
     def keys(self, rank: int) -> tuple[str, str, str]:
         rank %= self._world_size
         return _inventory.shard_keys(self._scope.run_key, self._candidate.name, rank)
+
+    def fetched(self, rank: int) -> str:
+        """The store from which a shard was brought to its first place just now; "" if from none."""
+        return self._candidate.fetched.get(rank % self._world_size, "")
 
     def levels(self) -> list[Iterable[int]]:
         """All ranks, in groups: those whose shards are near, those far away; in each the one first
@@ -167,7 +174,7 @@ class Shards:
             return self._loaded[rank]
         self.usable[rank] = []
         places = self._places(rank)
-        self._far[rank] = iter([place for place in places if not place.near])
+        self._far[rank] = [place for place in places if not place.near]
         for place in places:
             if place.near:
                 self._look(rank, place)
@@ -179,15 +186,51 @@ class Shards:
 
     def further(self, rank: int) -> Iterator[Place]:
         """Places that are far away, each once it is known to be usable too."""
-        for place in self._far[rank]:
+        far = self._far[rank]
+        while far:
+            place = far.pop(0)
             if place.label not in self._attempt.silent and self._look(rank, place):
                 yield place
+
+    def peers(self, rank: int, names: set[str]) -> Iterator[Copy]:
+        """What other nodes have of a shard: further copies of it, then shards of ranks that hold
+        tensors of these names alike. No store is looked at, and no more than a few shards."""
+        far = self._far[rank]
+        while far and far[0].node:
+            place = far.pop(0)
+            if place.label not in self._attempt.silent and self._look(rank, place):
+                yield Copy(place, self.keys(rank)[0], self._loaded[rank])
+        yield from (copy for copy in self._variants.get(rank, ()) if copy.place.node)
+        if not self._has_alike(rank, names):
+            return
+        own, num_ranks = rank % self._world_size, self._world_size
+        ranks = (other % num_ranks for other in range(own + 1, own + num_ranks))
+        for other in itertools.islice(ranks, _MAX_LOOKS):
+            places = self._places(other)
+            if not places or not places[0].node:
+                continue  # what is near was asked before
+            try:
+                thin = bool(self.record(other).left_out)
+                for each in (other, other + num_ranks) if thin else (other,):
+                    if self._has_alike(each, names):
+                        loaded = self.open(each)
+                        for place in [place for place in self.usable[each] if place.node]:
+                            yield Copy(place, self.keys(each)[0], loaded)
+            except NoHealthyStep:
+                continue
+
+    def _has_alike(self, rank: int, names: set[str]) -> bool:
+        """Whether a rank has something under these names that others hold too."""
+        return any(
+            entry.alike and 0 not in entry.shape and entry.stored_name in names
+            for entry in self.entries(rank)
+        )
 
     def others(self, rank: int, names: set[str]) -> Iterator[Copy]:
         """Other shards that may have tensors of these names as ``rank`` has them: other copies of
         its own, which leave out more or less, then what ranks have that hold the same arrays."""
         yield from self._variants.get(rank, ())
-        for other in itertools.chain(*self._levels()):
+        for other in itertools.chain(*self.levels()):
             try:
                 if other == rank or not any(
                     entry.offsets is not None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from mtckpt import _shard
+from mtckpt import _shard, _striped
 from mtckpt._describing import Copy, Loaded, Place, Want, describe, whole_wants
 from mtckpt._held import hold
 from mtckpt.capture.base import Engine, Move, Span
@@ -32,6 +32,7 @@ from mtckpt.tiers._blocks import in_threads
 if TYPE_CHECKING:
     from mtckpt._held import Held
     from mtckpt._shard import StoredTensor
+    from mtckpt._striped import Striped
 
 __all__ = [
     "Attempt",
@@ -57,12 +58,13 @@ class Attempt:
     """What one restore has met so far.
 
     ``bad`` holds ``(tier label, key, reason)`` of damaged copies, ``silent`` the places far away
-    that did not answer; ``touched`` turns true with the first byte that may have changed in live
-    state.
+    that did not answer, ``rates`` what places have brought in a second; ``touched`` turns true with
+    the first byte that may have changed in live state.
     """
 
     bad: list[tuple[str, str, str]] = field(default_factory=list)
     silent: dict[str, str] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
     touched: bool = False
 
     def touch(self) -> None:
@@ -126,6 +128,7 @@ class Delivery:
         further: Iterator[Place],
         reasons: list[str],
         *,
+        peers: Callable[[set[str]], Iterable[Copy]] = lambda _: (),
         others: Callable[[set[str]], Iterable[Copy]] = lambda _: (),
         last_resort: bool,
         check: Literal["", "keep", "drop"] = "",
@@ -133,7 +136,8 @@ class Delivery:
         """Get every byte here, and check it. Raises NoHealthyStep if no place has all of them.
 
         ``further`` is looked at where ``usable`` places are not enough, and then ``others``: shards
-        that may have tensors of these names, of which those count that have the same digests.
+        that may have tensors of these names, of which those count that have the same digests. What
+        is large comes from other nodes side by side: ``peers`` are such shards on more of them.
         With ``check`` no byte is placed anywhere; what was staged for it is kept for the next call,
         or dropped.
         """
@@ -142,6 +146,17 @@ class Delivery:
         places = itertools.chain(list(usable), further)
         while wanted and (place := next(places, None)) is not None:
             last = last_resort and place is usable[-1]
+            if place.node and self._size_of(wanted) >= _striped.STRIPED_BYTES:
+                first = Copy(place, self._key, self._loaded)
+                copies, spare = _striped.choose(
+                    itertools.chain([first], peers(self._names(wanted))),
+                    functools.partial(self._alike, wanted=wanted),
+                )
+                again = [copy.place for copy in spare if copy.loaded is self._loaded]
+                places = itertools.chain(again, places)
+                if len(copies) > 1:
+                    wanted = self._from_several(copies, wanted, reasons)
+                    continue
             try:
                 if not place.mapped or self._size_of(wanted) <= self._cheap_bytes:
                     spans = dict(zip(wanted, self._spans(wanted), strict=True))
@@ -173,7 +188,9 @@ class Delivery:
         if wanted:
             raise NoHealthyStep("; ".join(reasons), step=self._loaded.record.step)
 
-    def _note_bad(self, place: Place, left: Sequence[int], reasons: list[str]) -> None:
+    def _note_bad(
+        self, place: Place, left: Sequence[int], reasons: list[str], key: str = ""
+    ) -> None:
         if not left:
             return
         tensors = self._loaded.layout.tensors
@@ -181,7 +198,7 @@ class Delivery:
         names = ", ".join(name[:80] for name in list(bad.values())[:3])
         reason = f"{len(bad)} tensors differ from their digests ({names})"
         reasons.append(f"{place.label}: {reason}")
-        self._attempt.bad.append((place.label, self._key, reason))
+        self._attempt.bad.append((place.label, key or self._key, reason))
 
     def _checked(self, place: Place, wanted: list[int]) -> list[int]:
         """Which of what is wanted differs from its digest there; nothing is placed."""
@@ -251,8 +268,7 @@ class Delivery:
         reasons: list[str],
     ) -> list[int]:
         """What is left once shards have been asked that hold some of the same tensors."""
-        tensors = self._loaded.layout.tensors
-        for copy in others({tensors[self._wants[i].number].name for i in wanted}):
+        for copy in others(self._names(wanted)):
             spans = self._alike(copy.loaded, wanted)
             if not spans:
                 continue
@@ -266,6 +282,42 @@ class Delivery:
             if not wanted:
                 break
         return wanted
+
+    def _from_several(
+        self, copies: Sequence[Copy], wanted: list[int], reasons: list[str]
+    ) -> list[int]:
+        """What is left once several sources have brought what they can, each what it is fast at."""
+        labels = [copy.place.label for copy in copies]
+        rates = {i: r for i, each in enumerate(labels) if (r := self._attempt.rates.get(each))}
+        spans = dict(zip(wanted, self._spans(wanted), strict=True))
+        there = [self._alike(copy.loaded, wanted) for copy in copies]
+        bring = functools.partial(
+            _striped.bring, copies, spans, there, self._engine, self._loaded.table.digests,
+            rates, self._count,
+        )  # fmt: skip
+        try:
+            done: Striped = self._within(labels[0], bring, self._size_of(wanted))
+        except TierError as error:  # all of them together were too slow
+            for copy in copies:
+                reasons.append(f"{copy.place.label}: {error.what}")
+                self._attempt.refuse(copy.place, copy.key, error)
+            return wanted
+        for source, copy in enumerate(copies):
+            if source in done.rates:
+                self._attempt.rates[copy.place.label] = done.rates[source]
+            if source in done.errors:
+                reasons.append(f"{copy.place.label}: {done.errors[source].what}")
+                self._attempt.refuse(copy.place, copy.key, done.errors[source])
+            self._note_bad(copy.place, sorted(done.bad.get(source, ())), reasons, copy.key)
+            self._credit(copy.place, done.bytes_by.get(source, 0))
+        self._stages.append(done.memory)
+        self._staged_wants.update(spans.keys() - done.left)
+        self._moves += [
+            Move(done.memory.address + span.start, self._wants[i].address, span.size_bytes)
+            for i, span in spans.items()
+            if i not in done.left
+        ]
+        return sorted(done.left)
 
     def _alike(self, loaded: Loaded, wanted: Iterable[int]) -> dict[int, Span]:
         """What is wanted and is there too, by the digests of the tensors, and where."""
@@ -336,6 +388,10 @@ class Delivery:
 
     def _hold_at(self, place: Place) -> Held:
         return self._hold(Copy(place, self._key, self._loaded))
+
+    def _names(self, wanted: Iterable[int]) -> set[str]:
+        tensors = self._loaded.layout.tensors
+        return {tensors[self._wants[i].number].name for i in wanted}
 
     def _size_of(self, wanted: Sequence[int]) -> int:
         return sum(self._wants[i].span.size_bytes for i in wanted)

@@ -29,6 +29,7 @@ class Place:
 
     ``near``: it is of this node, so that a look into it costs nothing that others pay for.
     ``streams``: how many threads read what is large, where one does not use what the way there has.
+    ``node``: whose it is, if another node's.
     """
 
     label: str
@@ -36,6 +37,7 @@ class Place:
     mapped: bool
     near: bool = True
     streams: int = 1
+    node: str = ""
 
 
 @dataclass(slots=True)

@@ -80,9 +80,21 @@ class Gathered:
         """A place of another node, called ``label`` here."""
         self.peers[label] = peer
         tier = _peer_tier(run, peer, self.run_key)
-        place = Place(label, tier, mapped=False, near=False, streams=_PEER_STREAMS)
+        node = f"{peer.address.host}:{peer.address.control_port}"
+        place = Place(label, tier, mapped=False, near=False, streams=_PEER_STREAMS, node=node)
         self.places[label] = place
         return place
+
+    def called_here(self, run: Run, rank: int, label: str) -> str | None:
+        """What the place is called here that the node of a rank calls ``label``; None if it was
+        not looked into."""
+        if rank in run.members.node:
+            return label
+        address = next(node.address for node in _nodes(run) if rank in node.ranks)
+        for name, peer in self.peers.items():
+            if peer.label == label and same_place(peer.address, address):
+                return name
+        return None
 
     def close(self) -> None:
         """Let go of other nodes."""

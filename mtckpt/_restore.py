@@ -120,7 +120,7 @@ class _Fetching:
         self._shards = shards
         self._attempt = attempt
         self._progress = progress
-        self._deliveries: list[Delivery] = []
+        self._deliveries: list[tuple[int, Delivery]] = []
         self._kept: dict[int, Delivery] = {}
         self._before_bytes = 0
 
@@ -146,21 +146,28 @@ class _Fetching:
         for rank, delivery in deliveries.items():
             delivery.fetch(
                 shards.usable[rank], shards.further(rank), shards.reasons,
+                peers=functools.partial(shards.peers, rank),
                 others=functools.partial(shards.others, rank), last_resort=last, check=check,
             )  # fmt: skip
             if not check:
-                self._deliveries.append(delivery)
+                self._deliveries.append((rank, delivery))
                 self._before_bytes += sum(delivery.by_label.values())
 
     def _told(self, size_bytes: int) -> None:
         self._progress(self._before_bytes + size_bytes)
 
+    def _fetched(self, rank: int, label: str) -> str:
+        """Where bytes came from that were brought to this node just now, or else ``label``."""
+        is_near = self._scope.places[label].near
+        return (is_near and self._shards.fetched(rank)) or label
+
     def place(self, part: Assembly) -> None:
         """Move what was fetched to where it is wanted."""
-        for delivery in self._deliveries:
+        for rank, delivery in self._deliveries:
             delivery.finish()
             for label, size_bytes in delivery.by_label.items():
-                self.sources[label] = self.sources.get(label, 0) + size_bytes
+                source = self._fetched(rank, label)
+                self.sources[source] = self.sources.get(source, 0) + size_bytes
         self._deliveries = []
         self._scope.engine.copy(part.moves, self._attempt.touch)
 
@@ -253,8 +260,6 @@ def _finish(
             live_state="undefined",
             state="live state is undefined",
         ) from error
-    if candidate.fetched:
-        sources = {candidate.fetched: sum(sources.values())}
     return Outcome(candidate.name, loaded.record, state, sources, placing.replaced, candidate.every)
 
 

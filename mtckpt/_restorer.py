@@ -86,8 +86,8 @@ def _restore_newest(
         step_at, size_bytes = candidate.name.step, candidate.size_bytes
         try:
             with progress("restore", total_bytes=size_bytes, run=run.name, step=step_at) as show:
-                if source is None and not partial:
-                    candidate = _brought_near(run, candidate, scope, show)
+                if source is None:
+                    candidate = _brought_near(run, gathered, candidate, scope, show, partial)
                 outcome = _restore.restore_from(
                     candidate, scope, state, partial=partial, rename=rename, attempt=attempt,
                     last=candidate.name == candidates[-1].name, progress=show,
@@ -199,30 +199,59 @@ def _elsewhere(rank: int, name: str, text: str) -> CheckpointError:
 
 def _brought_near(
     run: Run,
+    gathered: Gathered,
     candidate: Candidate,
     scope: _restore.Scope,
     show: Callable[[int], None],
+    partial: bool,
 ) -> Candidate:
-    """A save that only a store has, in a tier of this node as well: the next restart is from it."""
-    stores = candidate.labels()
-    if any(stage_of_tier(label) != "durable" for label in stores):
+    """What only a store has of a save, in a tier of one node each as well: it is read from the
+    store once, and the next restart is from there. All ranks call it; one that restores in part
+    brings nothing.
+
+    A rank's shard goes to the node of that rank; to one of them where there are fewer ranks now.
+    """
+    alone = len(run.members.node) == run.members.world_size
+    far = {
+        rank: min(there)
+        for rank, there in candidate.sources.items()
+        if all(stage_of_tier(label) == "durable" for label in there)
+    }
+    if not far or (alone and len(far) < len(candidate.sources)):
         return candidate
-    if len(run.members.node) < run.members.world_size:
-        return candidate  # each node would bring the shards of all
-    label = run.fetch(candidate.name, show)
+    own = [rank for rank in far if rank % run.members.world_size in run.members.node]
+    with scope.together("bring"):
+        label = _fetched(run, candidate, scope, own, show) if own and not partial else ""
+    at = [label] if alone else run.exchange("brought", label)
+    sources, fetched = dict(candidate.sources), {}
+    for rank, store in far.items():
+        number = rank % run.members.world_size
+        there = at[0 if alone else number]
+        if there and (near := gathered.called_here(run, number, there)):
+            sources[rank] = (near, *candidate.sources[rank])
+            fetched[rank] = store
+    return dataclasses.replace(candidate, sources=sources, fetched=fetched)
+
+
+def _fetched(
+    run: Run,
+    candidate: Candidate,
+    scope: _restore.Scope,
+    ranks: Sequence[int],
+    show: Callable[[int], None],
+) -> str:
+    """The tier of this node that has these ranks' shards now; "" if the store still has to do."""
+    label = run.fetch(candidate.name, ranks, show)
     if label is None or label not in scope.places:
-        return candidate
+        return ""
     tier = scope.places[label].tier
     look = functools.partial(_inventory.scan_save, tier, run.key, candidate.name)
     try:
         save = run.within(label, look)
     except CheckpointError as error:
         logger.info("run %s: %s is not looked at: %s", run.name, label, error.what)
-        return candidate  # the store still has it
-    if not save.complete:
-        return candidate
-    sources = {rank: (label, *there) for rank, there in candidate.sources.items()}
-    return dataclasses.replace(candidate, sources=sources, fetched=sorted(stores)[0])
+        return ""
+    return label if save.records.keys() >= {*ranks} else ""
 
 
 def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> Restored:

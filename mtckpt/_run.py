@@ -420,12 +420,15 @@ class Run:
             pid=told[0][3][1],
         )
 
-    def fetch(self, name: SaveName, show: Callable[[int], None]) -> str | None:
-        """Have a save brought from a store to this node; the tier that has it now, None if none.
+    def fetch(
+        self, name: SaveName, ranks: Sequence[int], show: Callable[[int], None]
+    ) -> str | None:
+        """Have the shards of some ranks brought from a store to this node; the tier that has them
+        now, None if none.
 
         ``show`` is told how many bytes have come. Restoring goes on without it: from the store.
         """
-        message = protocol.Fetch(self.session.holder, str(name))
+        message = protocol.Fetch(self.session.holder, str(name), ranks=list(ranks))
         try:
             while not (news := self.session.call("fetch", message, protocol.Fetched)).label:
                 show(news.done_bytes)

@@ -52,6 +52,18 @@ class Node:
         spec = {"disk": str(self.disk), **spec}
         return Rank([*self.prefix, sys.executable, str(WORKER), json.dumps(spec)], environment)
 
+    def command(self, *words: str) -> str:
+        """What ``mtckpt`` says on this node, where it says that all is well."""
+        environment = {
+            **os.environ,
+            **self.places.environment(),
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        }
+        command = [*self.prefix, sys.executable, "-m", "mtckpt.cli", *words]
+        return subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=True
+        ).stdout
+
     @property
     def agent_pid(self) -> int:
         return int((self.places.runtime / "agent.pid").read_text().split()[0])

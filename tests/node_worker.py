@@ -104,12 +104,14 @@ class Worker:
         slots = settings.pop("slots", "auto")
         keep = settings.pop("keep", 2)
         every = settings.pop("every", 1)
+        store = settings.pop("store", "")
         copies, strict = settings.pop("copies", 0), settings.pop("strict", False)
         _gathering._PEER_TIMEOUT_S = settings.pop("peer_s", _gathering._PEER_TIMEOUT_S)
         tiers = [
             mtckpt.Ram(every=1, slots=slots),
             mtckpt.Disk(disk, every=every, keep=keep),
             *([mtckpt.Peers(copies=copies, strict_placement=strict)] if copies else []),
+            *([mtckpt.ObjectStore(store, every=every)] if store else []),
         ]
         options = {"timeout_s": 20.0, "max_stall_s": 5.0, **settings}
         self.checkpointer = mtckpt.Checkpointer(run, tiers, group=group, **options)

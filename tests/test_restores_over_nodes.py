@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from agent_checks import until
@@ -34,20 +30,10 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
         each.close()
 
 
-def explain(node: Node) -> dict[str, Any]:
-    """What the command says on a node."""
-    found = subprocess.run(
-        [sys.executable, "-m", "mtckpt.cli", "explain", "run", "--json"],
-        env={
-            **os.environ,
-            **node.places.environment(),
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        },
-        stdout=subprocess.PIPE,
-        timeout=60,
-        check=True,
-    )
-    return dict(json.loads(found.stdout))
+def in_memory(node: Node) -> list[int]:
+    """Ranks whose shards of the only step are there."""
+    records = node.places.ram.glob("*/run/step-*/rank-*.json")
+    return sorted(int(path.stem.removeprefix("rank-")) for path in records)
 
 
 def test_ranks_that_come_back_read_their_own_memory(cluster: Callable[..., Cluster]) -> None:
@@ -71,7 +57,7 @@ def test_ranks_that_come_back_on_other_nodes_read_from_peers(
     job.save(1, "local")
     job.nodes.reverse()
     job.start()
-    told = explain(job.nodes[0])
+    told = json.loads(job.nodes[0].command("explain", "run", "--json"))
     first, second = told["shards"]
     assert first["source"].startswith("peers-")
     assert first["source"].endswith("-ram")
@@ -189,3 +175,32 @@ def test_another_mesh_takes_no_more_memory_than_its_own_part(
         assert "peers" in sources
         assert sum(sources.values()) < own_bytes * (1.01 if after == "rows" else 2.2)
         assert peak_bytes <= 1.1 * own_bytes
+
+
+def test_what_only_a_store_has_comes_to_the_memory_of_its_own_nodes(
+    cluster: Callable[..., Cluster],
+) -> None:
+    """Each shard once over the network, and from then on as after any save: with its copies."""
+    job = cluster(2)
+    settings = {"store": f"file://{job.path}/store", "copies": 1}
+    job.start(2, **settings)
+    job.save(1, "durable")
+    for node in job.nodes:
+        node.lose()
+    job.nodes = [Node(job.path, "c"), Node(job.path, "d")]
+    job.start(2, **settings)
+    restored = job.all("restore")
+    assert [step for step, _ in restored] == [1] * 4
+    assert [sources["store"] for _, sources in restored] == [2 * ARRAY_BYTES] * 4
+    for node in job.nodes:
+        assert node.status().counters["fetched"] == 1
+    until(lambda: [in_memory(node) for node in job.nodes] == [[0, 1, 2, 3]] * 2)
+    for node in job.nodes:
+        until(lambda: node.status().counters.get("guests") == 2)  # noqa: B023
+        assert len(node.status().slots) == 2  # its own ranks'
+        assert node.status().counters["left_out_bytes"] == ARRAY_BYTES
+    for process in job.ranks:
+        process.kill()
+    job.start(2, **settings)
+    assert job.all("restore") == [[1, {"ram": 2 * ARRAY_BYTES}]] * 4
+    job.save(2, "replicated")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from agent_checks import until
 from node_scene import Cluster, Node
 from node_worker import SIZE
+
+from mtckpt._handle import size_text
 
 pytestmark = pytest.mark.timeout(120)
 ARRAY_BYTES = 8 * SIZE  # each rank has one of its own, and one that all of them hold alike
@@ -51,8 +54,19 @@ def test_a_save_sends_nothing_of_what_both_nodes_hold_and_survives_one(job: Clus
         counters = node.status().counters
         assert counters["left_out_bytes"] == ARRAY_BYTES
         assert 2 * ARRAY_BYTES <= counters["pulled_bytes"] < 2 * (ARRAY_BYTES + SMALL_BYTES)
-    # A flipped bit of what both have, and one of what only its copy has too.
     own, partner = job.nodes
+    told = json.loads(own.command("explain", "run", "--json"))
+    for shard in told["shards"]:
+        assert shard["source"] == "ram"
+        assert shard["left_out_bytes"] == (0 if shard["rank"] < 2 else ARRAY_BYTES // 2)
+        assert any(
+            each["tier"].startswith("peers-") and each["reason"] == "not needed: ram comes first"
+            for each in shard["rejected"]
+        )
+    lines = [line.split() for line in own.command("explain", "run").splitlines()]
+    thin = {line[0]: " ".join(line[3:7]) for line in lines if line[6:7] == ["elsewhere"]}
+    assert thin == dict.fromkeys("23", f"ram, {size_text(ARRAY_BYTES // 2)} elsewhere")
+    # A flipped bit of what both have, and one of what only its copy has too.
     flip(own, 0, -5)
     until(lambda: own.status().counters.get("healed", 0) >= 1)
     flip(own, 1, -ARRAY_BYTES // 2 - 5)

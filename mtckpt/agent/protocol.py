@@ -270,11 +270,13 @@ class Lend(msgspec.Struct, frozen=True):
 
 
 class Fetch(msgspec.Struct, frozen=True):
-    """Bring a save from a store to this node; asked again until it is there."""
+    """Bring a save from a store to this node, all of it or the shards of some ranks; asked again
+    until it is there."""
 
     holder: str
     save: str
     wait_s: float = 1.0
+    ranks: list[Rank] = []
 
 
 class Fetched(msgspec.Struct, frozen=True):

@@ -140,6 +140,10 @@ class SaveState:
     def order(self) -> tuple[int, int]:
         return (self.name.incarnation, self.name.step)
 
+    def size_of(self, ranks: Iterable[int]) -> int:
+        """Bytes of the shards of some ranks."""
+        return sum(self.shard_bytes[rank] for rank in ranks)
+
     def want_in(self, labels: Iterable[str]) -> None:
         """Tiers that are to get it; one that refused it before tries again."""
         for label in labels:
