@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from mtckpt import _bands, _inventory, _node, _probe, _reading, _state
+from mtckpt import _bands, _codecs, _inventory, _node, _probe, _reading, _state
 from mtckpt._manifest import ArrayEntry, Record, SaveEntry, SaveName, on_line
 from mtckpt._places import Location, Place, open_places, unusable
 from mtckpt._steps import list_steps
@@ -425,7 +425,7 @@ def _build(node: Node, array: Any, plain: Sequence[Any], path: str) -> Any:
     if node.kind == _node.PLAIN:
         return plain[node.index]
     if node.kind == _node.CODEC:
-        codec = _state.codec_named(node.name, path)
+        codec = _codecs.codec_named(node.name, path)
         return codec.decode(_build(node.children[0], array, plain, path))
     built = [
         (key, _build(child, array, plain, child_path))

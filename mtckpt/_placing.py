@@ -16,11 +16,13 @@ from typing import Any
 from mtckpt import _state
 from mtckpt._aliases import Aliases
 from mtckpt._boxes import Box, whole
+from mtckpt._codecs import codec_named
 from mtckpt._diff import Diff, difference
+from mtckpt._node import MAPPINGS
 from mtckpt._renaming import Stored, rename_tree
 from mtckpt._replicas import Replicated
 from mtckpt._settling import assign_items, has_objects, later, refilled, sequence_like, settle
-from mtckpt._state import CODECS, MAPPINGS, ArraySpec, Node, StateAdapter, codec_named, escape
+from mtckpt._state import CODECS, ArraySpec, Node, StateAdapter, escape
 from mtckpt.errors import UnsupportedState
 
 __all__ = ["Diff", "Placing", "Stored", "later", "rename_tree", "settle"]

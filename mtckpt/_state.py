@@ -1,13 +1,12 @@
 """Training state without a framework: arrays, plain values, and the tree that joins them.
 
-Knows trees of dicts, lists, tuples, plain values and objects with ``state_dict``; knows arrays
-only through a ``StateAdapter``. Does not know files, slots or tiers. Does not promise that two
-runs give a leaf the same index: paths are the names, indexes live as long as one ``Node``.
+Knows trees of dicts, lists, tuples, plain values and objects with ``state_dict``, and arrays only
+through a ``StateAdapter``. Knows no files, slots or tiers. Does not promise that two runs give a
+leaf the same index: paths are the names, indexes live as long as one ``Node``.
 
-A tree is walked twice in different ways. ``flatten`` builds its ``Node`` from scratch;
-``refill`` walks the next state along an existing ``Node`` and answers False when anything about
-the structure differs. A save costs a microsecond a tensor that way, and a stale structure can
-never be written: what does not match is flattened anew.
+A tree is walked in two ways. ``flatten`` builds its ``Node`` from scratch; ``refill`` walks the next
+state along an existing ``Node``, and answers False when anything about the structure differs: so a
+save costs a microsecond a tensor, and a stale structure can never be written.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from mtckpt._codecs import CODECS, codec_named, register_codec
+from mtckpt._codecs import CODECS, register_codec
 from mtckpt._dtypes import size_bytes_of
 from mtckpt._node import (
     ARRAY,
@@ -26,7 +25,6 @@ from mtckpt._node import (
     DROPPED,
     LIST,
     MAPPING_NAMES,
-    MAPPINGS,
     MAX_DEPTH,
     OBJECT,
     PLAIN,
@@ -48,7 +46,6 @@ __all__ = [
     "DICT",
     "DROPPED",
     "LIST",
-    "MAPPINGS",
     "OBJECT",
     "PLAIN",
     "PLAIN_TYPES",
@@ -60,7 +57,6 @@ __all__ = [
     "Part",
     "StateAdapter",
     "Stateful",
-    "codec_named",
     "decode_plain",
     "encode_plain",
     "escape",

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mtckpt import _state
+from mtckpt import _codecs, _state
 from mtckpt.adapters import active_adapters
 from mtckpt.adapters.torch import leaves
 from mtckpt.errors import Damaged, UnsupportedState
@@ -229,7 +229,7 @@ def _built(value: Any, arrays: Mapping[int, Any]) -> Any:
     if isinstance(value, _Stored):
         return _adapter(value.entry).finished(arrays[id(value)], _spec(value.entry))
     if isinstance(value, _Coded):
-        return _state.codec_named(value.name, value.path).decode(_built(value.inner, arrays))
+        return _codecs.codec_named(value.name, value.path).decode(_built(value.inner, arrays))
     if isinstance(value, dict):
         return {key: _built(each, arrays) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
