@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import mtckpt
-from mtckpt.errors import StateMismatch, UsageError
+from mtckpt.errors import StateMismatch, StepExists, UsageError
 
 jax = pytest.importorskip("jax")
 ocp = pytest.importorskip("orbax.checkpoint")
 jnp = jax.numpy
 
-from orbax_both import Both  # noqa: E402
+from orbax_both import Both, told  # noqa: E402
 
 pytestmark = [
     pytest.mark.timeout(90),
@@ -135,7 +135,7 @@ def test_boxes_and_keys_are_told_as_what_they_are_parts_of(both: Both) -> None:
 
 def test_leaves_with_a_placeholder_are_not_read(both: Both) -> None:
     template = {**tree(), "w": ocp.PLACEHOLDER, "tuple": (ocp.PLACEHOLDER, tree()["tuple"][1])}
-    told = ocp.checkpoint_utils.construct_restore_args(tree())
+    arguments = ocp.checkpoint_utils.construct_restore_args(tree())
     less = {name: leaf for name, leaf in template.items() if name != "n"}
 
     def script(manager: Any) -> Any:
@@ -146,7 +146,7 @@ def test_leaves_with_a_placeholder_are_not_read(both: Both) -> None:
                 manager.restore(1, args=ocp.args.PyTreeRestore(odd))
         return [
             manager.restore(1, args=ocp.args.PyTreeRestore(template)),
-            manager.restore(1, args=ocp.args.PyTreeRestore(template, restore_args=told)),
+            manager.restore(1, args=ocp.args.PyTreeRestore(template, restore_args=arguments)),
         ]
 
     found = both.same(script)
@@ -175,3 +175,41 @@ def test_a_directory_says_which_step_it_is(tmp_path: Path, tiers: mtckpt.Checkpo
             found = checkpointer.restore(directory, args=ocp.args.PyTreeRestore({"w": None}))
             assert found["w"].tolist() == [step] * 3
     assert [each.step for each in tiers.steps()] == [1, 2, 3, 4, 5]
+
+
+def test_checkpointers_without_a_manager(tmp_path: Path, tiers: mtckpt.Checkpointer) -> None:
+    """What the test base that Orbax ships asks of a checkpointer, on both handlers."""
+    from mtckpt.adapters.jax.orbax import Handler
+
+    def script(handler: Any, directory: Path) -> Any:
+        state = {"w": jnp.arange(6.0).reshape(3, 2), "m": Moments(jnp.ones(1), jnp.ones(2))}
+        zeros = jax.tree.map(jnp.zeros_like, state)
+        arguments = ocp.checkpoint_utils.construct_restore_args(zeros)
+        directory.mkdir()
+        with ocp.Checkpointer(handler()) as one:
+            one.save(directory / "1", state)  # as it was before there were arguments
+            found = [
+                one.restore(directory / "1", item=zeros),
+                one.restore(directory / "1", item=zeros, restore_args=arguments),
+                one.restore(directory / "1"),
+            ]
+            with pytest.raises(FileNotFoundError):
+                one.restore(directory / "9")
+            with pytest.raises(ValueError, match="already exists"):
+                one.save(directory / "1", zeros)
+            save = ocp.args.PyTreeSave(state, custom_metadata={"b": 2})
+            one.save(directory / "2", args=save, custom_metadata={"a": 1})
+            metadata = one.metadata(directory / "2")
+            found += [dict(metadata.custom_metadata), described(metadata.item_metadata)]
+        with ocp.AsyncCheckpointer(handler()) as other:
+            other.save(directory / "3", args=ocp.args.PyTreeSave(state))
+            other.wait_until_finished()
+            found.append(other.restore(directory / "3", args=ocp.args.PyTreeRestore(zeros)))
+        return found
+
+    plain = script(ocp.PyTreeCheckpointHandler, tmp_path / "orbax")
+    assert told(script(lambda: Handler(tiers), tmp_path / "mtckpt")) == told(plain)
+    with ocp.Checkpointer(Handler(tiers)) as checkpointer:
+        checkpointer.save(tmp_path / "7", {"w": jnp.ones(1)})
+        with pytest.raises(StepExists):
+            checkpointer.save(tmp_path / "7", {"w": jnp.ones(1)}, force=True)
