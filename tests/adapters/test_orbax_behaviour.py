@@ -86,7 +86,6 @@ DECISIONS: dict[str, Options] = {
         ),
         "max_to_keep": 3,
     },
-    "deleted aside": {"max_to_keep": 2, "enable_background_delete": True},
     "largest": {"max_to_keep": 2, "best_fn": score, "best_mode": "max"},
 }
 
