@@ -114,6 +114,16 @@ def test_two_nodes_that_have_the_same_bytes_each_bring_some(memory: dict[str, Wa
     assert not attempt.bad
 
 
+def test_a_node_that_is_slow_holds_up_one_range_and_no_more(memory: dict[str, Watched]) -> None:
+    """It is not asked for another before the first has come; there are eight in all."""
+    enough, came = threading.Event(), itertools.count(1)
+    memory["a"].before = lambda: enough.wait(30)  # type: ignore[assignment]
+    memory["b"].after = lambda: enough.set() if next(came) == 6 else None
+    found = restored(memory, 0, Attempt())
+    assert found["a"] <= 2 * CHUNK_BYTES
+    assert sum(found.values()) == 2 * ARRAY_BYTES
+
+
 def test_what_a_node_that_dies_was_to_bring_the_other_brings(
     job: Cluster, memory: dict[str, Watched]
 ) -> None:
