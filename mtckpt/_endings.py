@@ -1,4 +1,4 @@
-"""Runs that their user did not close: closed when the process ends, or once their object is dropped.
+"""Runs that their user did not close: closed when the process ends, or once they are dropped.
 
 Knows how to close something in time, and that there may be nobody left to raise to. Does not know
 what closing means.

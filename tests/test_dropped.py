@@ -1,4 +1,4 @@
-"""A Checkpointer that its user drops without a word does what ``close()`` does, in the background."""
+"""A Checkpointer that is dropped without a word does what ``close()`` does, in the background."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fork of a process that saves from a device: it neither uses nor gives back what is its parent's.
+"""A fork of a process that saves from a device neither uses nor gives back what is its parent's.
 
 In a process of its own, which is no place for other tests' threads.
 """
