@@ -45,8 +45,11 @@ def close_dropped(found: Open) -> None:
         target=_close, args=(found, "after it was dropped", _DROPPED_S), name="mtckpt-close",
         daemon=True,
     )  # fmt: skip
+    try:
+        thread.start()
+    except RuntimeError:
+        return  # The interpreter is ending, and its agent goes on with what is owed.
     _closing[:] = [*(one for one in _closing if one.is_alive()), thread]
-    thread.start()
 
 
 def _close_if_there(reference: weakref.ref[Open]) -> None:
