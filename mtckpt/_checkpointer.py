@@ -348,10 +348,8 @@ class Checkpointer:
 
     def __del__(self) -> None:
         # Not where the constructor raised, nor in a fork, nor if nobody was spoken to.
-        if not getattr(self, "_closed", True) and self._pid == os.getpid():
-            if self._session.opened is None:
-                self._closed = True
-                return
+        is_open = not getattr(self, "_closed", True) and self._pid == os.getpid()
+        if is_open and self._session.opened is not None:
             _endings.close_dropped(self)
 
     # -- saving ----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Knows trees of dicts, lists, tuples, plain values and objects with ``state_dict`
 through a ``StateAdapter``. Knows no files, slots or tiers. Does not promise that two runs give a
 leaf the same index: paths are the names, indexes live as long as one ``Node``.
 
-A tree is walked in two ways. ``flatten`` builds its ``Node`` from scratch; ``refill`` walks the next
+A tree is walked in two ways. ``flatten`` builds its ``Node`` anew; ``refill`` walks the next
 state along an existing ``Node``, and answers False when anything about the structure differs: so a
 save costs a microsecond a tensor, and a stale structure can never be written.
 """
