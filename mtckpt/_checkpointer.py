@@ -6,7 +6,6 @@ work is done in ``_save``, ``_restore`` and the node agent; everything here is b
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import sys
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from mtckpt import _manifest, _restorer, _retention
+from mtckpt import _endings, _manifest, _restorer, _retention
 from mtckpt._gathering import survey
 from mtckpt._handle import Restored, Save, Status, Step, check_seconds, stage_of_tier
 from mtckpt._places import refuse_one_directory
@@ -58,7 +57,6 @@ __all__ = ["Checkpointer"]
 logger = logging.getLogger(__name__)
 
 State = Any
-_EXIT_S = 30.0
 # What the last words with the agent may take, though the deadline has passed.
 _GRACE_S = 1.0
 # How long close() waits until memory is free.
@@ -125,7 +123,7 @@ class Checkpointer:
             ],
             ram_path,
             timeout_s=timeout_s,
-            on_error=self._failed,
+            on_error=_told_weakly(self._failed),
         )
         slow = self._slow, self._labels
         self._link = Run(run, self._run_key, self._session, *slow, timeout_s, group)
@@ -143,7 +141,7 @@ class Checkpointer:
         self._tempo = Tempo()
         self._open_key = (self._run_key, getattr(group, "rank", 0))  # a thread may be a rank
         self._fence_older()
-        atexit.register(_close_at_exit, weakref.ref(self))
+        _endings.close_at_exit(self)
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -343,10 +341,16 @@ class Checkpointer:
             self.close()
             return
         try:
-            self.close(timeout_s=_EXIT_S)
+            self.close(timeout_s=_endings.EXIT_S)
         except CheckpointError as error:
             # The loop's own exception is on its way; ours must not hide it.
             logger.warning("run %s: while closing after an exception: %s", self.run, error)
+
+    def __del__(self) -> None:
+        # Not where the constructor raised, nor in a fork, nor if nobody was spoken to.
+        is_open = not getattr(self, "_closed", True) and self._pid == os.getpid()
+        if is_open and self._session.opened is not None:
+            _endings.close_dropped(self)
 
     # -- saving ----------------------------------------------------------------------------------
 
@@ -475,6 +479,17 @@ class Checkpointer:
         _open_runs[self._open_key] = weakref.ref(self)
 
 
+def _told_weakly(method: Callable[[Save, CheckpointError], None]) -> Any:
+    """The method, for as long as its object lives: the threads of a session keep nobody."""
+    reference = weakref.WeakMethod(method)
+
+    def tell(save: Save, error: CheckpointError) -> None:
+        if (told := reference()) is not None:
+            told(save, error)
+
+    return tell
+
+
 def _left_s(deadline_s: float, most_s: float) -> float:
     """For one more call before a deadline: what is left, but never too little for an answer."""
     return min(most_s, max(_GRACE_S, deadline_s - time.monotonic()))
@@ -482,13 +497,3 @@ def _left_s(deadline_s: float, most_s: float) -> float:
 
 def _no_one() -> None:
     return None
-
-
-def _close_at_exit(reference: weakref.ref[Checkpointer]) -> None:
-    checkpointer = reference()
-    if checkpointer is not None and not checkpointer._closed:
-        try:
-            checkpointer.close(timeout_s=_EXIT_S)
-        except CheckpointError as error:
-            # At exit there is nobody left to raise to: the log and the agent's status have it.
-            logger.warning("run %s: while closing at exit: %s", checkpointer.run, error)

@@ -327,10 +327,11 @@ def _unmap(slots: dict[int, HeldSlot], engine: Engine) -> None:
     slots.clear()
 
 
-def _let_go(slots: dict[int, HeldSlot], engine: Engine) -> None:
-    """All that devices hold for a run that is over."""
-    _unmap(slots, engine)
-    engine.close()
+def _let_go(slots: dict[int, HeldSlot], engine: Engine, pid: int) -> None:
+    """All that devices hold for a run that is over. In a fork that is all its parent's."""
+    if pid == os.getpid():
+        _unmap(slots, engine)
+        engine.close()
 
 
 class SlotRing:
@@ -342,7 +343,7 @@ class SlotRing:
         self._size: tuple[int, int] = (0, 0)
         self._withheld: dict[str, int] = {}
         # Dropped with its Checkpointer that nobody closed: devices are told before it is unmapped.
-        self._dropped = weakref.finalize(self, _let_go, self._slots, engine)
+        self._dropped = weakref.finalize(self, _let_go, self._slots, engine, os.getpid())
         self._dropped.atexit = False
 
     def held(self) -> dict[str, int]:

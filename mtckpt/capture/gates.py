@@ -6,6 +6,7 @@ without waiting here first (``guard``), and waits (``open_gates``).
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -103,3 +104,13 @@ def close(gate: Gate) -> None:
 def open_gates() -> list[Gate]:
     """Those that whoever changes guarded values has to hold on the stream that does it."""
     return list(_open)
+
+
+def _forget() -> None:
+    """In a fork: no device takes anything of it, and the thread that had the lock is not there."""
+    global _lock
+    _lock = threading.Lock()
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -61,14 +61,18 @@ def read_at(fd: int, view: memoryview, offset: int) -> int:
 
 
 class Mapping:
-    """``size_bytes`` of mapped memory at ``address``, until closed or collected."""
+    """``size_bytes`` of mapped memory at ``address``, until closed or collected.
 
-    __slots__ = ("address", "size_bytes", "writable")
+    Not in a fork: what lies at the address there may be somebody else's.
+    """
+
+    __slots__ = ("_pid", "address", "size_bytes", "writable")
 
     def __init__(self, address: int, size_bytes: int, *, writable: bool) -> None:
         self.address = address
         self.size_bytes = size_bytes
         self.writable = writable
+        self._pid = os.getpid()
 
     @property
     def view(self) -> memoryview:
@@ -91,9 +95,9 @@ class Mapping:
             # EINVAL: a kernel before 5.14. The pages then fault in during the first copy.
 
     def close(self) -> None:
-        if self.address:
+        if self.address and self._pid == os.getpid():
             _libc.munmap(self.address, self.size_bytes)
-            self.address = 0
+        self.address = 0
 
     def __del__(self) -> None:
         self.close()

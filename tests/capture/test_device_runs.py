@@ -417,6 +417,38 @@ def test_what_does_not_change_is_left_in_its_slot(tmp_path: Path, devices: Devic
         assert_restored(checkpointer, state, 6)
 
 
+def spread_out(devices: Devices, seed: int, shift: int) -> dict[str, torch.Tensor]:
+    """Tensors on two devices in turn, beginning with device ``shift``, and one in host memory."""
+    torch.manual_seed(seed)
+    state = {f"t{i}": torch.randn(50_000 + 10_000 * i) for i in range(9)}
+    for i, tensor in enumerate(list(state.values())[:-1]):
+        devices.move([tensor], (i + shift) % 2)
+    return state
+
+
+@pytest.mark.parametrize("capture", ["auto", "blocking"])
+def test_what_was_on_one_device_comes_back_to_another(
+    tmp_path: Path, devices: Devices, capture: str
+) -> None:
+    """And is left in its slot, whichever device finds that it has not changed."""
+    state = spread_out(devices, 1, 0)
+    with open_run(tmp_path, slots=2, capture=capture) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state).wait("local", timeout_s=20)
+        swapped = spread_out(devices, 2, 1)
+        assert checkpointer.restore(swapped).step == 2
+        assert all(torch.equal(swapped[name], state[name]) for name in state)
+        swapped["t3"] += 1
+        swapped["t8"] += 1
+        checkpointer.save(3, swapped).wait("local", timeout_s=20)
+        assert bool(checkpointer.status().counters.get("left_bytes")) == (capture == "auto")
+        assert_restored(checkpointer, swapped, 3)
+    other = spread_out(devices, 3, 0)
+    with open_run(tmp_path, capture=capture) as checkpointer:  # from disk
+        assert checkpointer.restore(other).step == 3
+        assert all(torch.equal(other[name], swapped[name]) for name in other)
+
+
 def test_a_bit_that_flipped_in_what_was_left_is_found(tmp_path: Path, devices: Devices) -> None:
     state = mostly_frozen(devices)
     with open_run(tmp_path, slots=2) as checkpointer:

@@ -18,6 +18,7 @@ from fake_cuda import FakeCuda, Mode
 
 from mtckpt._shard import CHUNK_BYTES
 from mtckpt.capture import cuda, draining
+from mtckpt.capture.base import MODES
 from mtckpt.capture.driver import Driver
 from mtckpt.errors import CaptureFailed
 
@@ -49,7 +50,6 @@ def scene(
     found = Scene(fake_cuda, driver, tmp_path, seed)
     yield found
     found.close()
-    assert fake_cuda.counts()._replace(contexts=0) == (0,) * 10
 
 
 @pytest.fixture
@@ -117,6 +117,16 @@ def test_what_was_cut_short_does_not_come_to_the_next_slot(scene: Scene, mode: C
     capture, digests = scene.capture(mode)
     capture.finish(digests)
     scene.check(scene.values(), digests)
+
+
+def test_nothing_is_left(scene: Scene) -> None:
+    before = scene.fake.counts()
+    scene.add(40 * CHUNK_BYTES, 0)
+    for mode in MODES:
+        capture, digests = scene.capture(mode)
+        capture.finish(digests)
+    scene.close()
+    assert scene.fake.counts()._replace(contexts=0) == before
 
 
 def test_a_slot_that_was_taken_before_is_copied_to_as_ever(

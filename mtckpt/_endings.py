@@ -1,0 +1,71 @@
+"""Runs that their user did not close: closed when the process ends, or once they are dropped.
+
+Knows how to close something in time, and that there may be nobody left to raise to. Does not know
+what closing means.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import weakref
+from typing import Protocol
+
+from mtckpt.errors import CheckpointError
+
+__all__ = ["EXIT_S", "close_at_exit", "close_dropped"]
+
+logger = logging.getLogger(__name__)
+
+EXIT_S = 30.0
+_DROPPED_S = 600.0
+
+_closing: list[threading.Thread] = []
+
+
+class Open(Protocol):
+    """What is to be closed."""
+
+    run: str
+
+    def close(self, *, timeout_s: float) -> None:
+        """Nothing if it was closed before. Raises CheckpointError."""
+
+
+def close_at_exit(found: Open) -> None:
+    """Close it when the process ends, if it is still there."""
+    atexit.register(_close_if_there, weakref.ref(found))
+
+
+def close_dropped(found: Open) -> None:
+    """Close it in a thread of its own, which keeps it until then. For ``__del__``, which may be
+    called anywhere: nothing is waited for here."""
+    thread = threading.Thread(
+        target=_close, args=(found, "after it was dropped", _DROPPED_S), name="mtckpt-close",
+        daemon=True,
+    )  # fmt: skip
+    try:
+        thread.start()
+    except RuntimeError:
+        return  # The interpreter is ending, and its agent goes on with what is owed.
+    _closing[:] = [*(one for one in _closing if one.is_alive()), thread]
+
+
+def _close_if_there(reference: weakref.ref[Open]) -> None:
+    if (found := reference()) is not None:
+        _close(found, "at exit", EXIT_S)
+
+
+def _close(found: Open, when: str, timeout_s: float) -> None:
+    try:
+        found.close(timeout_s=timeout_s)
+    except CheckpointError as error:
+        # There is nobody left to raise to: the log and the agent's status have it.
+        logger.warning("run %s: while closing %s: %s", found.run, when, error)
+
+
+@atexit.register
+def _end() -> None:
+    for thread in _closing:
+        thread.join(EXIT_S)
