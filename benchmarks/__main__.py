@@ -17,6 +17,7 @@ from benchmarks import measuring
 _ALL: dict[str, list[str]] = {
     "imported": [],
     "idle": [],
+    "looked": [],
     "staged": [],
     "small": ["benchmarks.staged", "--kind=small"],
     "restored": [],

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter, OrderedDict
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
 
 import msgspec
 
@@ -28,7 +29,9 @@ __all__ = [
     "PLAIN",
     "PLAIN_TYPES",
     "TUPLE",
+    "ArrayNodes",
     "Node",
+    "array_indexes",
     "decode_plain",
     "encode_plain",
     "node_from_json",
@@ -68,7 +71,7 @@ class Node(msgspec.Struct, eq=False):
     kind: str
     type_: Any = object
     keys: list[Any] | None = None
-    children: list[Node] = []
+    children: Sequence[Node] = []
     index: int = -1
     name: str = ""
     key_types: list[type] | None = None
@@ -80,7 +83,7 @@ class Node(msgspec.Struct, eq=False):
             # 1, 1.0 and True are equal keys and not the same; texts are equal only to texts.
             key_types = list(map(type, self.keys))
             self.key_types = None if key_types.count(str) == len(self.keys) else key_types
-        if self.children:
+        if self.children and type(self.children) is not ArrayNodes:
             # A container of nothing but arrays, or of nothing but plain values, is walked in one go
             kinds = {child.kind for child in self.children}
             if kinds == {ARRAY}:
@@ -97,6 +100,42 @@ class Node(msgspec.Struct, eq=False):
     def type(self) -> Any:
         """The type of the value that stood here."""
         return self.type_
+
+
+class ArrayNodes(Sequence[Node]):
+    """The children of a container of nothing but arrays, as a record has them: made when asked for.
+
+    Thousands of arrays in one container are matched by ``indexes`` alone.
+    """
+
+    __slots__ = ("indexes",)
+
+    def __init__(self, indexes: list[int]) -> None:
+        self.indexes = indexes
+
+    def __len__(self) -> int:
+        return len(self.indexes)
+
+    def __iter__(self) -> Iterator[Node]:
+        return (Node(ARRAY, index=index) for index in self.indexes)
+
+    @overload
+    def __getitem__(self, which: int) -> Node: ...
+    @overload
+    def __getitem__(self, which: slice) -> ArrayNodes: ...
+    def __getitem__(self, which: int | slice) -> Node | ArrayNodes:
+        if isinstance(which, slice):
+            return ArrayNodes(self.indexes[which])
+        return Node(ARRAY, index=self.indexes[which])
+
+
+def array_indexes(nodes: Sequence[Node]) -> list[int] | None:
+    """The indexes of nodes that all are arrays; else None."""
+    if isinstance(nodes, ArrayNodes):
+        return nodes.indexes
+    if {node.kind for node in nodes} != {ARRAY}:
+        return None
+    return [node.index for node in nodes]
 
 
 def encode_plain(value: Any) -> Any:
@@ -182,18 +221,10 @@ def node_from_json(tree: Any, num_arrays: int, num_plain: int, depth: int = 0) -
     if not isinstance(body, list):
         raise FormatError("not a structure of a state")
     if kind == DICT or kind in MAPPINGS:
-        keys = []
-        children = []
-        for pair in body:
-            if type(pair) is not list or len(pair) != 2:
-                raise FormatError("not a structure of a state")
-            key, child = pair
-            keys.append(key if type(key) is str else decode_plain(key))
-            index = child.get(ARRAY) if type(child) is dict and len(child) == 1 else None
-            if type(index) is int and 0 <= index < num_arrays:  # as nearly all are
-                children.append(Node(ARRAY, index=index))
-            else:
-                children.append(node_from_json(child, num_arrays, num_plain, depth + 1))
+        if not {list}.issuperset(map(type, body)) or not {2}.issuperset(map(len, body)):
+            raise FormatError("not a structure of a state")
+        keys = [key if type(key) is str else decode_plain(key) for key, _ in body]
+        children = _children([place for _, place in body], num_arrays, num_plain, depth)
         return Node(DICT, keys=keys, children=children, name=kind if kind in MAPPINGS else "")
     if kind == CODEC:
         if len(body) != 2 or not isinstance(body[0], str):
@@ -201,8 +232,13 @@ def node_from_json(tree: Any, num_arrays: int, num_plain: int, depth: int = 0) -
         child = node_from_json(body[1], num_arrays, num_plain, depth + 1)
         return Node(CODEC, children=[child], name=body[0])
     if kind in (LIST, TUPLE):
-        return Node(
-            kind,
-            children=[node_from_json(item, num_arrays, num_plain, depth + 1) for item in body],
-        )
+        return Node(kind, children=_children(body, num_arrays, num_plain, depth))
     raise FormatError(f"not a structure of a state: {kind[:40]!r}")
+
+
+def _children(places: list[Any], num_arrays: int, num_plain: int, depth: int) -> Sequence[Node]:
+    if {dict}.issuperset(map(type, places)) and {1}.issuperset(map(len, places)):
+        indexes = [place.get(ARRAY) for place in places]
+        if set(map(type, indexes)) == {int} and 0 <= min(indexes) <= max(indexes) < num_arrays:
+            return ArrayNodes(indexes)
+    return [node_from_json(place, num_arrays, num_plain, depth + 1) for place in places]

@@ -18,7 +18,7 @@ from mtckpt._aliases import Aliases
 from mtckpt._boxes import Box, whole
 from mtckpt._codecs import codec_named
 from mtckpt._diff import Diff, difference
-from mtckpt._node import MAPPINGS
+from mtckpt._node import MAPPINGS, array_indexes
 from mtckpt._renaming import Stored, rename_tree
 from mtckpt._replicas import Replicated
 from mtckpt._settling import assign_items, has_objects, later, refilled, sequence_like, settle
@@ -231,14 +231,13 @@ class Placing:
     def _all_into(self, lives: Sequence[Any], nodes: Sequence[Node]) -> bool:
         """Place arrays onto live ones if all of them fit and can be written; else do nothing."""
         examples = dict(zip(map(type, lives), lives, strict=True))
-        if not all(map(self._is_array, examples.values())):
+        if self._has_boxes or not all(map(self._is_array, examples.values())):
             return False
         owners = {self._owner(live) for live in examples.values()}
-        kinds = {node.kind for node in nodes}
-        if self._has_boxes or len(owners) != 1 or kinds != {_state.ARRAY}:
+        indexes = array_indexes(nodes)
+        if len(owners) != 1 or indexes is None:
             return False
         (owner,) = owners
-        indexes = [node.index for node in nodes]
         addresses = owner.writable_addresses(lives, [self.arrays[i].spec for i in indexes])
         if addresses is None:
             return False

@@ -156,7 +156,10 @@ def plan_layout(arrays: Iterable[tuple[str, str, tuple[int, ...]]]) -> ShardLayo
             path="",
             limit_bytes=MAX_HEADER_BYTES,
             state="nothing was written",
-            actions=("save fewer, larger tensors on each rank",),
+            actions=(
+                "stack small tensors of one shape into one, or give them shorter names",
+                "or spread them over more ranks: each has a shard of its own",
+            ),
         )
     header = struct.pack("<Q", data_start - 8) + text.ljust(data_start - 8)
     return _layout(spans, header)

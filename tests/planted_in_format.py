@@ -215,14 +215,14 @@ CAPTURE = (
     ),
     Bug(
         "conjugation-forgotten",
-        "adapters/torch/leaves.py",
+        "adapters/torch/looks.py",
         "        and COMPLEX.isdisjoint(dtypes)\n",
         "",
         ("adapters/test_torch_leaves.py::test_lazy_conjugation_and_negation",),
     ),
     Bug(
         "negation-forgotten",
-        "adapters/torch/leaves.py",
+        "adapters/torch/looks.py",
         "        and not any(map(torch.Tensor.is_neg, block))\n",
         "",
         ("adapters/test_torch_leaves.py::test_lazy_conjugation_and_negation",),
@@ -233,6 +233,13 @@ CAPTURE = (
         "            else:\n                _check_storages(values, layouts.held_bytes, paths)\n",
         "            else:\n",
         ("adapters/test_torch_leaves.py::test_memory_given_back_between_two_saves_is_noticed",),
+    ),
+    Bug(
+        "storage-not-asked-for-again",
+        "adapters/torch/looks.py",
+        "        and list(map(_held_bytes, map(_storage, block))) == held_bytes\n",
+        "",
+        ("adapters/test_torch_looks.py::test_whatever_changes_is_seen",),
     ),
     Bug(
         "ties-by-the-address-of-a-copy",

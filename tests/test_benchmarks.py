@@ -33,6 +33,7 @@ def run(*arguments: str) -> str:
     [
         (["benchmarks.imported", "--rounds=1"], {"import mtckpt"}),
         (["benchmarks.idle", "--rounds=1"], {"nothing due"}),
+        (["benchmarks.looked", "--tensors=50", "--rounds=1"], {"small tensor looked at"}),
         (["benchmarks.staged", "--size-mib=2", "--rounds=1"], {"staged", "save blocks"}),
         (
             ["benchmarks.staged", "--kind=small", "--tensors=50", "--rounds=1"],

@@ -15,6 +15,7 @@ from mtckpt.errors import StateMismatch, UnsupportedState
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
+leaves = pytest.importorskip("mtckpt.adapters.jax.leaves")
 
 TYPES = [
     *("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "float32"),
@@ -43,10 +44,13 @@ def test_every_type_comes_back(name: str, shape: tuple[int, ...]) -> None:
     host = values(name, shape)
     saved = save({"a": jax.device_put(host)})
     assert saved.data[0] == host.tobytes()
-    template = jax.ShapeDtypeStruct(shape, host.dtype)
-    result = restore(saved, {"a": template})["a"]
-    assert isinstance(result, jax.Array)
-    assert (result.dtype, result.shape, bits(result)) == (host.dtype, shape, host.tobytes())
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+    for sharding in (None, single):
+        template = jax.ShapeDtypeStruct(shape, host.dtype, sharding=sharding)
+        result = restore(saved, {"a": template})["a"]
+        assert isinstance(result, jax.Array)
+        assert (result.dtype, result.shape, bits(result)) == (host.dtype, shape, host.tobytes())
+        assert not result.weak_type
 
 
 @pytest.mark.parametrize("name", ["int64", "uint64", "float64", "complex128"])
@@ -68,12 +72,22 @@ def test_bytes_are_taken_where_they_lie_and_new_ones_adopted() -> None:
     addresses, copies = adapter.addresses([array], ["a"])
     assert (addresses, copies) == ([array.unsafe_buffer_pointer()], [])
     saved = save([array])
-    placing, result = plan(saved, [jnp.zeros(1000)])
-    (fill,) = fills(placing)
-    for work in placing.finish:
-        work()
-    assert restore(saved, [jnp.zeros(1000)])[0].unsafe_buffer_pointer() % 64 == 0
-    assert result[0].unsafe_buffer_pointer() == fill.address
+    here = jax.devices()[0]
+    for live in (jnp.zeros(1000), jax.device_put(jnp.zeros(1000), here)):
+        placing, result = plan(saved, [live])
+        (fill,) = fills(placing)
+        for work in placing.finish:
+            work()
+        assert restore(saved, [live])[0].unsafe_buffer_pointer() % 64 == 0
+        assert result[0].unsafe_buffer_pointer() == fill.address
+
+
+def test_an_array_that_is_where_it_belongs_is_not_made_once_more() -> None:
+    array = jax.device_put(jnp.zeros(3), jax.devices()[0])
+    assert leaves.made(leaves.Arriving(None, 0, array), array) is array
+    elsewhere = jax.device_put(array, jax.devices()[-1])
+    assert leaves.made(leaves.Arriving(None, 0, array), elsewhere).sharding == elsewhere.sharding
+    assert not leaves.made(leaves.Arriving(None, 0, array), jnp.zeros(3)).is_deleted()
 
 
 def test_a_transposed_layout_is_saved_in_c_order() -> None:

@@ -20,7 +20,7 @@ from fake_cuda import FakeCuda, Mode
 
 import mtckpt
 from mtckpt import _save
-from mtckpt.adapters.torch import leaves
+from mtckpt.adapters.torch import looks
 from mtckpt.capture import driver as driver_module
 from mtckpt.capture import underway
 from mtckpt.capture.addresses import on_device
@@ -65,8 +65,8 @@ def devices(
     fake_cuda.mode(Mode.LAZY)
     found = Devices(fake_cuda)
     monkeypatch.setattr(driver_module.Driver, "_loaded", (os.getpid(), driver))
-    monkeypatch.setattr(leaves, "ordinals_of", found.ordinals_of)
-    monkeypatch.setattr(leaves, "on_host", lambda block: [o < 0 for o in found.ordinals_of(block)])
+    monkeypatch.setattr(looks, "ordinals_of", found.ordinals_of)
+    monkeypatch.setattr(looks, "on_host", lambda block: [o < 0 for o in found.ordinals_of(block)])
     yield found
     for address in found.ordinals:
         fake_cuda.disown(address)

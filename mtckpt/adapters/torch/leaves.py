@@ -5,17 +5,13 @@ conjugation or negation. Does not know modules or optimizers (``objects``), nor 
 sharded, sparse, quantised or nested: those are refused with their path. Does not promise speed for
 other devices than the CPU and CUDA's: their bytes come through pageable host memory.
 
-Everything that a save calls works on lists and keeps to calls that create no Python object where
-it can: 20,000 tensors are looked at in some 20 ms.
+Everything that a save calls works on lists; what it asks of each tensor is in ``looks``.
 """
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -23,19 +19,17 @@ from torch.nn.parameter import is_lazy
 from mtckpt._codecs import CODECS, register_codec
 from mtckpt._dtypes import DTYPES
 from mtckpt._state import ArraySpec
+from mtckpt.adapters.torch import looks
+from mtckpt.adapters.torch.looks import Layouts
 from mtckpt.capture.addresses import located
-from mtckpt.capture.driver import Driver
 from mtckpt.errors import UnsupportedState
 
 __all__ = [
     "FRAMEWORK",
-    "Layouts",
     "addresses_of",
     "assign",
     "bump_versions",
-    "fingerprint",
     "identity",
-    "is_plain",
     "laid_out",
     "new_tensor",
     "order_in",
@@ -52,123 +46,12 @@ NAME_OF: dict[torch.dtype, str] = {
 FRAMEWORK = "torch"
 _IN_ORDER = "torch.order"  # and the axes, by descending stride
 DTYPE_OF = {name: dtype for dtype, name in NAME_OF.items()}
-COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
 _ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
-# Moving bytes as integers asks no kernel for a type that has none (int4, float4) and leaves the
-# payload of every NaN alone.
 _storage = torch.Tensor.untyped_storage
 _held_bytes = torch.UntypedStorage.nbytes
-_device_of = torch.Tensor.get_device
-_is_ordinal = (0).__le__
-# So many tensors, with their storages, stay in a first-level cache while they are asked.
-_BLOCK = 128
+# Moving bytes as integers asks no kernel for a type that has none (int4, float4) and leaves the
+# payload of every NaN alone.
 BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass(slots=True)
-class Layouts:
-    """The fingerprint of a list of tensors, by column; ``odd`` are those that are not plain.
-
-    A plain tensor is a dense one in host memory, or in that of a CUDA device (``ordinals``, below 0
-    for the host), whose bytes are its elements in C order.
-    ``details`` says of the others what the columns do not. Where the bytes lie and how long the
-    storages are is looked up along with it and no part of what is compared.
-    """
-
-    dtypes: list[Any] = field(default_factory=list)
-    shapes: list[Any] = field(default_factory=list)
-    ordinals: list[int] = field(default_factory=list)
-    odd: list[int] = field(default_factory=list)
-    details: list[object] = field(default_factory=list)
-    addresses: list[int] = field(default_factory=list, compare=False)
-    held_bytes: list[int] = field(default_factory=list, compare=False)
-    located: list[int] = field(default_factory=list, compare=False)
-
-    def where(self) -> tuple[object, ...]:
-        """All of it. As long as this is the same, tensors that lay in their storages still do."""
-        return (self.addresses, self.held_bytes, self)
-
-
-def ordinals_of(block: Sequence[torch.Tensor]) -> list[int]:
-    """The CUDA device of each tensor; below 0 for the host's and other devices' memory."""
-    there = [tensor.is_cuda for tensor in block]
-    if not any(there) or torch.version.cuda is None or Driver.load() is None:
-        return [-1] * len(block)
-    if all(there):
-        return [0] * len(block) if torch.cuda.device_count() == 1 else list(map(_device_of, block))
-    return [
-        _device_of(tensor) if is_there else -1
-        for tensor, is_there in zip(block, there, strict=True)
-    ]
-
-
-def on_host(block: Sequence[torch.Tensor]) -> list[bool]:
-    """Which of the tensors are in host memory."""
-    return [tensor.is_cpu for tensor in block]
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """True if the tensor's bytes, in memory that bytes can be copied to, are those of its elements.
-
-    In C order, in host memory or that of a CUDA device.
-    """
-    return bool(
-        (on_host([tensor])[0] or ordinals_of([tensor])[0] >= 0)
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-        and not tensor.is_conj()
-    )
-
-
-def fingerprint(values: Sequence[torch.Tensor]) -> Layouts:
-    """Compares equal exactly when dtype, shape, layout and device of all do. Never raises."""
-    found = Layouts()
-    plain = True
-    # Without this, torch.set_default_device and the like add microseconds to every call.
-    with torch._C.DisableTorchFunction():
-        try:
-            for start in range(0, len(values), _BLOCK):
-                plain = _look(values[start : start + _BLOCK], found) and plain
-        except RuntimeError:  # sparse and nested tensors have no strides, nested ones no shape
-            return Layouts(details=[_details(tensor) for tensor in values])
-        if not plain:
-            found.odd = [i for i, tensor in enumerate(values) if not is_plain(tensor)]
-            found.details = [_details(values[i]) for i in found.odd]
-    return found
-
-
-def _look(block: Sequence[torch.Tensor], found: Layouts) -> bool:
-    """Add the columns of a few tensors, which come into the cache but once; True if all are plain.
-
-    The first look at a tensor costs as much as all others together.
-    """
-    dtypes = [tensor.dtype for tensor in block]
-    here = on_host(block)
-    ordinals = [-1] * len(block) if all(here) else ordinals_of(block)
-    within_reach = min(ordinals) >= 0 or all(map(operator.or_, here, map(_is_ordinal, ordinals)))
-    found.ordinals += ordinals
-    found.dtypes += dtypes
-    found.shapes += map(torch.Tensor.size, block)
-    found.addresses += map(torch.Tensor.data_ptr, block)
-    found.held_bytes += map(_held_bytes, map(_storage, block))
-    return (
-        all(map(torch.Tensor.is_contiguous, block))
-        and within_reach
-        and not any(map(torch.Tensor.is_neg, block))
-        and COMPLEX.isdisjoint(dtypes)
-    )
-
-
-def _details(tensor: torch.Tensor) -> object:
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        return (tensor.dtype, tensor.device, tensor.layout, tensor.is_nested)
-    shape = tuple(tensor.shape)
-    return (
-        *(tensor.dtype, shape, tensor.stride(), tensor.device),
-        *(tensor.is_conj(), tensor.is_neg()),
-    )
 
 
 def addresses_of(
@@ -182,7 +65,7 @@ def addresses_of(
     ``known`` is the fingerprint just taken of these very values, or anything else. Raises
     UnsupportedState.
     """
-    layouts = known if isinstance(known, Layouts) else fingerprint(values)
+    layouts = known if isinstance(known, Layouts) else looks.fingerprint(values)
     odd = layouts.odd
     if layouts.details and not odd:  # some cannot even be described by columns
         odd = list(range(len(values)))
@@ -197,7 +80,7 @@ def addresses_of(
         _check_storages(values, [_held_bytes(_storage(tensor)) for tensor in values], paths)
         copied = {i: _plain_copy(values[i]) for i in odd}
         final = [copied.get(i, tensor) for i, tensor in enumerate(values)]
-        addresses = located([tensor.data_ptr() for tensor in final], ordinals_of(final))
+        addresses = located([tensor.data_ptr() for tensor in final], looks.ordinals_of(final))
     return addresses, list(copied.values()), None
 
 
@@ -248,7 +131,7 @@ def _plain_copy(tensor: torch.Tensor) -> torch.Tensor:
         real = tensor.detach().resolve_conj().resolve_neg()
         dense = _bits(real).contiguous()
         # A blocking copy on the current stream: it comes after what that stream still has to do.
-        host = dense if ordinals_of([dense])[0] >= 0 else dense.cpu()
+        host = dense if looks.ordinals_of([dense])[0] >= 0 else dense.cpu()
         # .cpu() and .contiguous() hand back what already fits; a copy is never the live tensor.
         return host.clone() if host.data_ptr() == tensor.data_ptr() else host
 
@@ -351,11 +234,11 @@ def _refusal(tensor: torch.Tensor, template: bool) -> tuple[str, str]:
 
 def writable_address(tensor: torch.Tensor) -> int | None:
     """The address of a plain tensor whose storage holds all of it."""
-    if not is_plain(tensor):
+    if not looks.is_plain(tensor):
         return None
     if tensor.numel() and _end_bytes(tensor) > tensor.untyped_storage().nbytes():
         return None
-    return located([tensor.data_ptr()], ordinals_of([tensor]))[0]
+    return located([tensor.data_ptr()], looks.ordinals_of([tensor]))[0]
 
 
 def writable_addresses(
@@ -365,9 +248,8 @@ def writable_addresses(
     if not _ORDINARY.issuperset(map(type, values)):
         return None
     addresses: list[int] = []
-    for start in range(0, len(values), _BLOCK):
-        stop = start + _BLOCK
-        found = _writable(values[start:stop], specs[start:stop])
+    for block, wanted in zip(looks.in_blocks(values), looks.in_blocks(specs), strict=True):
+        found = _writable(block, wanted)
         if found is None:
             return None
         addresses += found
@@ -376,16 +258,21 @@ def writable_addresses(
 
 def _writable(block: Sequence[torch.Tensor], specs: Sequence[ArraySpec]) -> list[int] | None:
     """``writable_addresses`` of a few, which come into the cache but once."""
-    layouts = fingerprint(block)
-    if layouts.odd or layouts.details or layouts.shapes != [spec.shape for spec in specs]:
-        return None
-    if layouts.dtypes != [DTYPE_OF.get(spec.dtype) for spec in specs]:
-        return None
     with torch._C.DisableTorchFunction():
-        sizes = [tensor.nbytes for tensor in block]
-        if _outside_storage(block, layouts.held_bytes, sizes) is not None:
+        columns = looks.look(block)
+        try:
+            if next(columns) != [DTYPE_OF.get(spec.dtype) for spec in specs]:
+                return None
+            if next(columns) != [spec.shape for spec in specs]:
+                return None
+            ordinals, addresses, held_bytes, (plain,) = columns
+        except RuntimeError:  # sparse and nested tensors have no address, nested ones no shape
             return None
-    return located(layouts.addresses, layouts.ordinals)  # 0 for an empty one
+        if not (plain or all(map(looks.is_plain, block))):
+            return None
+        if _outside_storage(block, held_bytes, [tensor.nbytes for tensor in block]) is not None:
+            return None
+    return located(addresses, ordinals)  # 0 for an empty one
 
 
 def new_tensor(spec: ArraySpec, path: str = "") -> tuple[torch.Tensor, int]:
