@@ -1,8 +1,9 @@
-"""Containers that stand at several places of a template, and whether they can be one there.
+"""Containers and arrays at several places of a template, and whether they can be one there.
 
-Knows live containers and the nodes that were saved for them. Does not know files or frameworks.
+Knows live containers and what was saved for them. Does not know files or frameworks.
 A dict that is filled in its place can be filled with one thing only: where a checkpoint has another
-at its next place, that place gets a copy.
+at its next place, that place gets a copy. An array that is filled in its place is not copied: it is
+mostly meant to be one (tied weights), so a checkpoint that has two there is refused.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from mtckpt import _state
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mtckpt._renaming import Stored
-    from mtckpt._state import Node
+    from mtckpt._state import ArraySpec, Node
 
 __all__ = ["Aliases"]
 
@@ -29,6 +30,8 @@ class Aliases:
         self._arrays = arrays
         self._plain = plain
         self._met: dict[int, tuple[Any, Node]] = {}  # with the container, so that its id stays its
+        self._filled: dict[object, int] = {}
+        self._shared: dict[tuple[int, int], None] = {}  # arrays that are to go into one, in order
 
     def own(self, live: Any, node: Node) -> Any:
         """``live`` itself, or a copy of it if it is to hold something else in another place."""
@@ -38,6 +41,33 @@ class Aliases:
         if first is node or self._is_same(first, node):
             return live
         return copy.copy(live)
+
+    def share(self, first: int, second: int) -> None:
+        """Two stored arrays are wanted in one live one."""
+        one, other = self._arrays[first], self._arrays[second]
+        if one.bytes_of != other.bytes_of and _is_comparable(one.spec, other.spec):
+            self._shared[first, second] = None
+
+    def fill(self, target: object, index: int) -> None:
+        """A stored array is to be copied into a live one that ``target`` stands for, if known."""
+        if target is not None:
+            self.share(self._filled.setdefault(target, index), index)
+
+    def tie(self, one: Node, other: Node) -> None:
+        """What was saved in two places, an array or the parts of one, is wanted in one."""
+        if one.kind == other.kind == _state.ARRAY:
+            self.share(one.index, other.index)
+        for pair in zip(one.children, other.children, strict=False):
+            self.tie(*pair)
+
+    def apart(self, is_same: Callable[[int, int], bool]) -> list[str]:
+        """A line for every two of those that do not have the same bytes."""
+        return [
+            f"{self._arrays[first].path} and {self._arrays[second].path}: "
+            "one array here, two in the checkpoint"
+            for first, second in self._shared
+            if not is_same(first, second)
+        ]
 
     def _is_same(self, one: Node, other: Node) -> bool:
         """True if the same bytes and values were saved for both."""
@@ -52,3 +82,10 @@ class Aliases:
             (each.name, each.keys, each.key_types, len(each.children)) for each in (one, other)
         ]
         return kinds[0] == kinds[1] and all(map(self._is_same, one.children, other.children))
+
+
+def _is_comparable(one: ArraySpec, other: ArraySpec) -> bool:
+    """True for as many bytes of the same place; of arrays cut in two ways it is not known."""
+    if not one.size_bytes == other.size_bytes > 0 or one.offsets != other.offsets:
+        return False
+    return one.offsets is None or one.shape == other.shape

@@ -53,6 +53,15 @@ class Loaded:
     entries: list[ArrayEntry]
     numbers: list[int]
 
+    def is_same(self, one: int, other: int) -> bool:
+        """True if two entries of one size have the same bytes, by the digests of all chunks."""
+        tensors = (self.layout.tensors[self.numbers[index]] for index in (one, other))
+        first, second = (
+            self.table.digests[tensor.first_chunk : tensor.first_chunk + tensor.num_chunks]
+            for tensor in tensors
+        )
+        return first == second
+
 
 class Copy(NamedTuple):
     """A shard in one place."""

@@ -88,10 +88,12 @@ class Placing:
         # Of two leaves at one address, one is a view of the other: the longer is all of it.
         if box is None:
             known = self._wanted.get(address, index)
+            self._aliases.share(known, index)
             if spec.size_bytes and spec.size_bytes >= self.arrays[known].spec.size_bytes:
                 self._wanted[address] = index
         elif not box.is_empty:
-            _, other = self._boxes.get(address, (index, box))
+            known, other = self._boxes.get(address, (index, box))
+            self._aliases.share(known, index)
             if math.prod(box.shape) >= math.prod(other.shape):
                 self._boxes[address] = (index, box)
 
@@ -184,6 +186,8 @@ class Placing:
         spec = ArraySpec(stored.dtype, shape, framework)
         array = self._new(owner, spec, path, live, index, box)
         self.replaced = self.replaced or owner.replaces
+        if box is None and owner.keeps(live):
+            self._aliases.fill(owner.identity(live), index)
         return later(lambda: owner.assign(live, array))
 
     def _new(
@@ -260,6 +264,14 @@ class Placing:
         """The checkpoint has what the template does not want."""
         if not self.partial:
             self.diff.unused.append(path)
+
+    def tied(self, one: Node, other: Node) -> None:
+        """What was saved at two places is wanted in one array."""
+        self._aliases.tie(one, other)
+
+    def tell_apart(self, is_same: Callable[[int, int], bool]) -> None:
+        """Once all is matched: what is one array here has the same bytes in the checkpoint."""
+        self.diff.differing += self._aliases.apart(is_same)
 
     def raise_diff(self, step: int) -> None:
         """Raise StateMismatch with the whole difference, if there is one."""

@@ -202,6 +202,7 @@ def _match(
         root, stored = rename_tree(root, stored, [], rename)
     placing = Placing(stored, plain, adapters, partial=partial)
     resolved = placing.match(state, root)
+    placing.tell_apart(loaded.is_same)
     placing.raise_diff(record.step)
     placing.reserve()
     return placing, resolved

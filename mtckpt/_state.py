@@ -110,9 +110,9 @@ class ByPath(dict[str, Any]):
 class Part(NamedTuple):
     """One box of a global array, as one process holds it.
 
-    ``array`` is an array of the same adapter whose elements are the box. ``holders`` are the ranks
-    that hold this very box, in order: one of them stores each byte. ``sharers`` are all that have a
-    box of the array. None of them stands for this rank alone.
+    ``array``, of the same adapter, is the box. ``holders`` are the ranks that hold this very box,
+    in order: one of them stores each byte. ``sharers`` all have a box of the array. None of either
+    stands for this rank alone.
     """
 
     spec: ArraySpec
@@ -131,9 +131,9 @@ class StateAdapter(Protocol):
         """True for a leaf that this adapter owns; decided by its type alone."""
 
     def spec(self, value: Any, path: str, *, template: bool = False) -> ArraySpec:
-        """Type and shape. Raises UnsupportedState for what cannot be stored (sparse, quantised).
+        """Type and shape; with ``template`` of a leaf without memory too (torch's meta device).
 
-        With ``template`` also for a leaf that has no memory yet (torch's meta device).
+        Raises UnsupportedState for what cannot be stored (sparse, quantised).
         """
 
     def misfit(self, live: Any) -> str:
@@ -145,18 +145,16 @@ class StateAdapter(Protocol):
     def parts(self, value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
         """The boxes of a global array that this process holds; None for an array of its own.
 
-        Both directions use it: a save stores the boxes (the same one twice only once), a restore
-        fills the arrays of a template's parts, or new ones for them, and calls ``assembled``.
+        A save stores the boxes (the same one twice only once), a restore fills the arrays of a
+        template's parts, or new ones for them, and calls ``assembled``.
         """
 
     def rows(self, array: Any, first: int, stop: int) -> Any:
         """``array[first:stop]`` along the first axis, of the same memory where that can be."""
 
     def assembled(self, live: Any, arrays: Sequence[Any]) -> Any:
-        """What stands in the place of a global array whose parts are now ``arrays``.
-
-        They come in the order of ``parts``; ``live`` itself where they were filled in its memory.
-        """
+        """What stands in the place of a global array whose ``parts`` are now these, in order:
+        ``live`` itself where they were filled in its memory."""
 
     def fingerprint(self, values: Sequence[Any]) -> object:
         """A value that compares equal exactly when dtype, shape, layout and device of all do."""
@@ -187,8 +185,7 @@ class StateAdapter(Protocol):
     ) -> list[int] | None:
         """``writable_address`` of many; 0 for an empty array.
 
-        None unless each of them has the type and shape of its spec and an address: they are then
-        looked at one by one.
+        None unless each of them has an address, and the type and shape of its spec.
         """
 
     def new(self, spec: ArraySpec, like: object | None = None) -> tuple[Any, int | None]:
@@ -206,6 +203,9 @@ class StateAdapter(Protocol):
     def assign(self, live: Any, fresh: Any) -> Any:
         """Copy a fresh host array into a live one; returns what stands in its place."""
 
+    def keeps(self, live: Any) -> bool:
+        """True if ``assign`` fills the live array itself, and returns no other."""
+
     def number(self, live: Any, value: Any) -> Any | None:
         """A saved plain number as an array like ``live``; None where the two are not the same."""
 
@@ -213,11 +213,10 @@ class StateAdapter(Protocol):
         """Told, in ``finish``, which live arrays had bytes put straight into them."""
 
     def place_object(self, live: Any, node: Node, path: str, placing: Any) -> Any | None:
-        """Match an object this adapter knows (a module, an optimizer) with its saved tree.
+        """``Placing.match`` for an object that this adapter knows (a module, an optimizer).
 
         ``placing`` is a ``Placing``: wants go to ``array_into`` and ``tree``, differences to
-        ``missing``, ``unused`` and ``diff``, work for later to ``finish``. Returns what stands in
-        its place, as ``Placing.match`` does; None: not its object.
+        ``missing``, ``unused`` and ``diff``, later work to ``finish``. None: not its object.
         """
 
 

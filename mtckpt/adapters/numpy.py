@@ -183,11 +183,17 @@ class NumpyAdapter:
 
         if not isinstance(live, np.ndarray):
             return fresh[()]
-        if live.flags.writeable and not _overlaps_itself(live):
+        if self.keeps(live):
             live[...] = fresh
             return live
         fresh.flags.writeable = live.flags.writeable
         return fresh
+
+    def keeps(self, live: Any) -> bool:
+        """True for an array that is writable, each element in memory of its own."""
+        import numpy as np
+
+        return isinstance(live, np.ndarray) and live.flags.writeable and not _overlaps_itself(live)
 
     def number(self, live: Any, value: Any) -> Any | None:
         """None: a number is no array."""

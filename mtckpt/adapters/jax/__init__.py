@@ -101,6 +101,11 @@ class JaxAdapter:
         """A new array, placed as the template says; of one box, its bytes as they are."""
         return fresh if isinstance(live, sharded.Cell) else leaves.made(fresh, live)
 
+    def keeps(self, live: Any) -> bool:
+        """False: arrays never change."""
+        del live
+        return False
+
     def number(self, live: Any, value: Any) -> Any | None:
         """JAX takes a number for an array of no dimensions, and a compiled step returns one."""
         return leaves.number(live, value)

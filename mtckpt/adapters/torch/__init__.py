@@ -113,6 +113,10 @@ class TorchAdapter:
         """Copy into a live tensor of any layout and device."""
         return leaves.assign(live, fresh)
 
+    def keeps(self, live: Any) -> bool:
+        """True but for the meta device."""
+        return not live.is_meta
+
     def number(self, live: Any, value: Any) -> Any | None:
         """None: a number is no tensor."""
         del live, value

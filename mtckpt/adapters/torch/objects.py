@@ -159,7 +159,7 @@ def _place_module(module: Module, node: Node, path: str, placing: Placing) -> No
         return
     saved = _named(node)
     prefix = f"{path}/" if path else ""
-    seen: set[int] = set()
+    seen: dict[int, Node] = {}
     names: list[str] = []
     lives: list[torch.Tensor] = []
     nodes: list[Node] = []
@@ -170,8 +170,9 @@ def _place_module(module: Module, node: Node, path: str, placing: Placing) -> No
         elif id(tensor) in seen:  # tied: its memory is wanted once
             if type(tensor) not in _state.CODECS:
                 placing.fits(tensor, child, prefix + escape(name))
+            placing.tied(seen[id(tensor)], child)
         else:
-            seen.add(id(tensor))
+            seen[id(tensor)] = child
             names.append(name)
             lives.append(tensor)
             nodes.append(child)
@@ -220,14 +221,20 @@ def _place_custom_module(module: Module, node: Node, path: str, placing: Placing
     if set(names) == set(saved) or not _may_rename(module):
         prefix = f"{path}/" if path else ""
         free = _free_shapes(module)
+        targets: dict[object, Node] = {}
         for name in names:
             value = expected[own[name]]
             if name not in saved:
                 placing.missing(prefix + escape(name))
             elif name.rpartition(".")[0] in free:
                 continue
-            elif isinstance(value, torch.Tensor) and not torch.nn.parameter.is_lazy(value):
-                placing.fits(value, saved[name], prefix + escape(name))
+            elif (
+                isinstance(value, torch.Tensor)
+                and not torch.nn.parameter.is_lazy(value)
+                and placing.fits(value, saved[name], prefix + escape(name))
+                and _has_memory(value)
+            ):
+                placing.tied(targets.setdefault(leaves.identity(value), saved[name]), saved[name])
         for name in saved:
             if name not in own:
                 placing.unused(prefix + escape(name))
@@ -250,6 +257,11 @@ def _place_custom_module(module: Module, node: Node, path: str, placing: Placing
         module.load_state_dict(state, **options)
 
     placing.finish.append(load)
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """False for one on the meta device, and for a shard, which is filled for itself."""
+    return not tensor.is_meta and not sharded.is_sharded(tensor)
 
 
 def _children(node: Node) -> dict[str, Node]:
