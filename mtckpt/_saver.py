@@ -78,13 +78,11 @@ class Saver:
         metrics: Mapping[str, float],
         labels: Sequence[str],
         every: int,
-        stall_s: float,
+        stall_s: float,  # for a slot
     ) -> Save:
-        """Save ``state`` as ``step``. ``every`` is the automatic interval to carry on, or 0;
-        ``stall_s`` how long a slot may be waited for."""
-        self._step = step
+        """Save ``state`` as ``step``. ``every`` is the automatic interval to carry on, or 0."""
         planned = {label: stage_of_tier(label) for label in ("ram", *labels)}
-        state, captured, failure = self._read(state)
+        state, captured, failure = self._read(step, state)
         try:
             self.run.begin(self._needs(captured))
         except (AgentUnavailable, TierUnavailable) as error:
@@ -149,11 +147,12 @@ class Saver:
             self._skipping = False
             logger.warning("run %s: saves go on with step %d", self.run.name, step)
 
-    def _read(self, state: Any) -> tuple[Any, _save.Captured | None, Exception | None]:
+    def _read(self, step: int, state: Any) -> tuple[Any, _save.Captured | None, Exception | None]:
         """What a callable made, once a save; that taken apart, or why it could not be.
 
         The reason is told to the others once they have met.
         """
+        self._step = step
         self._planner.members = self.run.members
         try:
             state = state() if _is_producer(state) else state
