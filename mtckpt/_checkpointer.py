@@ -6,6 +6,7 @@ work is done in ``_save``, ``_restore`` and the node agent; everything here is b
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -22,7 +23,6 @@ from mtckpt import _endings, _manifest, _restorer, _retention
 from mtckpt._gathering import survey
 from mtckpt._handle import Restored, Save, Status, Step, check_seconds, stage_of_tier
 from mtckpt._places import refuse_one_directory
-from mtckpt._progress import progress
 from mtckpt._run import Run
 from mtckpt._saver import Saver
 from mtckpt._schedule import (
@@ -47,7 +47,6 @@ from mtckpt.errors import (
     RestoreIgnored,
     RunLocked,
     SaveFailed,
-    StepExists,
     UnsupportedPlatform,
     UsageError,
 )
@@ -74,7 +73,8 @@ class Checkpointer:
         group: what joins the ranks of a job of several. By default that of torch.distributed or
             jax.distributed, found at the first restore or save.
         timeout_s: how long the node agent, a tier, or other ranks may take to answer.
-        max_stall_s: how long a save may wait for a free slot before it is called off.
+        max_stall_s: how long a save may wait for a free slot, or for another thread's call, before
+            it is called off.
         on_failure: a tier that failed is raised by the next ``save``, or is a warning.
 
     Raises:
@@ -123,20 +123,19 @@ class Checkpointer:
             ],
             ram_path,
             timeout_s=timeout_s,
-            on_error=_told_weakly(self._failed),
+            on_error=_endings.told_weakly(self._failed),
         )
         slow = self._slow, self._labels
         self._link = Run(run, self._run_key, self._session, *slow, timeout_s, group)
         self._engine = AnyEngine()
-        self._saver = Saver(
-            self._link, self._engine, self._ram, insists=insists, max_stall_s=max_stall_s
-        )
+        self._saver = Saver(self._link, self._engine, self._ram, insists=insists)
+        self._max_stall_s = max_stall_s
         self._pid = os.getpid()
         self._closed = False
         self._offered = 0  # the highest step that ``save`` was called with
         self._pending: list[SaveFailed] = []
         self._lock = threading.Lock()
-        self._turns = Turns(timeout_s)
+        self._turns = Turns()
         self._restored: Restored | None = None
         self._tempo = Tempo()
         self._open_key = (self._run_key, getattr(group, "rank", 0))  # a thread may be a rank
@@ -186,37 +185,60 @@ class Checkpointer:
             return Save(step)
         return self._save(step, state, metrics or {}, tiers)
 
-    @in_turn
-    def _save(
-        self, step: int, state: Any, metrics: Mapping[str, float], tiers: Literal["due", "all"]
+    def _save(self, step: int, state: Any, metrics: Mapping[str, float], tiers: str) -> Save:
+        self._check_alive()
+        self._link.enter()
+        called_s = time.monotonic()
+
+        def work() -> Save:
+            left_s = max(0.0, self._max_stall_s - (time.monotonic() - called_s))
+            return self._save_now(step, state, metrics, tiers, left_s)
+
+        if self._link.group.world_size > 1 and self._link.incarnation is None:
+            # All ranks meet at the first save, for which none can be called off.
+            return self._turns.take("save", self._timeout_s, work)
+        instead = functools.partial(self._pass_over, step, tiers)
+        return self._turns.take("save", self._max_stall_s, work, instead)
+
+    def _pass_over(self, step: int, tiers: str, reason: str) -> Save:
+        """A save that another thread keeps from its turn is called off, on all ranks."""
+        step = self._check_save(step)
+        labels = self._wanted(step, tiers)
+        if not labels:
+            return Save(step)
+        self._schedule.done(step, labels, time.monotonic())
+        return self._saver.pass_over(step, labels, reason)
+
+    def _wanted(self, step: int, tiers: str) -> list[str]:
+        labels = self._schedule.wanted(step, tiers, keeps_time=self._link.group.rank == 0)
+        if labels:
+            self._saver.refuse_again(step)
+        return labels
+
+    def _save_now(
+        self, step: int, state: Any, metrics: Mapping[str, float], tiers: str, stall_s: float
     ) -> Save:
         started_s = time.perf_counter()
         step = self._check_save(step)
         self._link.join()
-        labels = self._schedule.wanted(step, tiers, keeps_time=self._link.group.rank == 0)
+        labels = self._wanted(step, tiers)
         self._raise_failed(step, labels)
         if not labels:
             return Save(step)
-        if step in self._saver.steps:
-            raise StepExists(
-                f"step {step} was saved already in this start of the job",
-                step=step,
-                state="nothing was written",
-                actions=("save each step once; restart or restore to save it again",),
-            )
         if self._link.group.world_size > 1:
             # All ranks are due at the same steps, whatever comes of this one here.
             self._schedule.done(step, labels, time.monotonic())
-        save = self._saver.save(step, state, metrics, labels, self._schedule.every_to_carry)
+        every = self._schedule.every_to_carry
+        save = self._saver.save(step, state, metrics, labels, every, stall_s)
         # A save that raised was not started: the tiers are still due.
         self._schedule.done(step, labels, time.monotonic())
         wanted = self._tempo.note(step, time.perf_counter() - started_s)
         self._schedule.adapt(wanted, self.run, at_once=self._link.group.world_size == 1)
         return save
 
-    @in_turn
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics of a saved step that became known later (an evaluation)."""
+        self._check_alive()
         step = step_number(step)
         message = protocol.Report(self._session.holder, step, metrics_of(step, metrics))
         self._session.wait_idle(self._timeout_s)
@@ -277,14 +299,14 @@ class Checkpointer:
         self._check_alive()
         return _restorer.records_of(self._link, self._engine, step)
 
-    @in_turn
     def steps(self) -> list[Step]:
         """Every step of this run in every tier that answers, newest last."""
+        self._check_alive()
         return list_steps(survey(self._link))
 
-    @in_turn
     def status(self) -> Status:
         """What each tier holds and owes."""
+        self._check_alive()
         self._link.enter()
         self._session.open()
         agent = self._session.status()
@@ -302,18 +324,20 @@ class Checkpointer:
 
         Raises:
             CloseFailed: what did not get there within ``timeout_s``, error by error.
+            WaitTimeout: another thread's call did not end within it. Nothing was done.
         """
         check_seconds("timeout_s", timeout_s)
         if self._closed or self._pid != os.getpid():
             return
-        with self._turns.take("close"):
-            self._close(timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        self._turns.take("close", timeout_s, functools.partial(self._close, deadline_s))
 
-    def _close(self, timeout_s: float) -> None:
+    def _close(self, deadline_s: float) -> None:
+        if self._closed:
+            return  # by the thread that was waited for
         self._closed = True
         errors: list[CheckpointError] = list(self._pending)
         self._pending.clear()
-        deadline_s = time.monotonic() + timeout_s
         try:
             errors += self._drain(deadline_s)
         finally:
@@ -427,7 +451,7 @@ class Checkpointer:
                     protocol.Done,
                     _left_s(deadline_s, self._timeout_s),
                 )
-                errors += self._await_newest(last, deadline_s)
+                errors += self._saver.await_newest(last, deadline_s)
             if last is not None and (error := last.exception()) is not None:
                 self._failed(last, error)  # told before perhaps, and open all the same
             with self._lock:
@@ -447,22 +471,6 @@ class Checkpointer:
                 errors.append(error)
         return errors
 
-    def _await_newest(self, last: Save, deadline_s: float) -> list[CheckpointError]:
-        with progress("close", total_bytes=0, run=self.run, step=last.step):
-            while not last.done() and time.monotonic() < deadline_s:
-                last._pause(0.2)
-        if last.done():
-            return []
-        owed = "; ".join(f"{k}: {v}" for k, v in last._owed.items())
-        owed = owed or f"{', '.join(sorted(last._waiting))}: still under way"
-        return [
-            SaveFailed(
-                f"step {last.step} did not reach every tier in time: {owed}",
-                stage=stage_of_tier(min(last._waiting, default="disk")),
-                step=last.step,
-            )
-        ]
-
     def _fence_older(self) -> None:
         older = _open_runs.get(self._open_key, _no_one)()
         if older is not None and not older._closed and older._pid == os.getpid():
@@ -477,17 +485,6 @@ class Checkpointer:
             older._closed = True
             older._session.close(0.1, last=older._saver.ring.close)
         _open_runs[self._open_key] = weakref.ref(self)
-
-
-def _told_weakly(method: Callable[[Save, CheckpointError], None]) -> Any:
-    """The method, for as long as its object lives: the threads of a session keep nobody."""
-    reference = weakref.WeakMethod(method)
-
-    def tell(save: Save, error: CheckpointError) -> None:
-        if (told := reference()) is not None:
-            told(save, error)
-
-    return tell
 
 
 def _left_s(deadline_s: float, most_s: float) -> float:

@@ -10,13 +10,16 @@ import atexit
 import logging
 import threading
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from typing import ParamSpec, Protocol
 
 from mtckpt.errors import CheckpointError
 
-__all__ = ["EXIT_S", "close_at_exit", "close_dropped"]
+__all__ = ["EXIT_S", "close_at_exit", "close_dropped", "told_weakly"]
 
 logger = logging.getLogger(__name__)
+
+_P = ParamSpec("_P")
 
 EXIT_S = 30.0
 _DROPPED_S = 600.0
@@ -31,6 +34,17 @@ class Open(Protocol):
 
     def close(self, *, timeout_s: float) -> None:
         """Nothing if it was closed before. Raises CheckpointError."""
+
+
+def told_weakly(method: Callable[_P, None]) -> Callable[_P, None]:
+    """The method, for as long as its object lives: threads that tell it something keep nobody."""
+    reference = weakref.WeakMethod(method)
+
+    def tell(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        if (told := reference()) is not None:
+            told(*args, **kwargs)
+
+    return tell
 
 
 def close_at_exit(found: Open) -> None:

@@ -7,6 +7,7 @@ know state. Every look into a tier is bounded: a tier that hangs is an error tha
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import os
 import socket
@@ -59,6 +60,8 @@ _MIN_BYTES_PER_S = 20e6
 _STORE_PATIENCE_S = 10.0
 # Over a network, where a tier gives up by itself when nothing comes any more.
 _MIN_FAR_BYTES_PER_S = 1e6
+# Of one thread: what is looked at in another may still need its time.
+_hurries = contextvars.ContextVar("_hurries", default=False)
 
 
 class _Silent:
@@ -97,6 +100,7 @@ class Run:
         self.timeout_s = timeout_s
         self.group: Group = Single()
         self._given = group
+        self._lock = threading.Lock()  # threads may look at a run while one saves
         self._entered = self._joined = self._has_layout = False
         self.members = ALONE
         self.incarnation: Incarnation | None = None
@@ -106,7 +110,6 @@ class Run:
             label: tier.place for label, tier in zip(self.labels, self.tiers, strict=True)
         }
         self._stores: dict[str, Tier] = {}
-        self._hurries = False
         self._highest = 0
         self._starting: Incarnation | None = None  # agreed on, and not yet known to the agent
         self._scanned = False
@@ -115,11 +118,12 @@ class Run:
 
     def enter(self) -> None:
         """Find out which rank this is, when somebody first needs to know. Raises GroupMissing."""
-        if self._entered:
-            return
-        self.group = group = _coordination.choose(self._given, lambda: find_group(self.key))
-        self.session.rank, self.session.world_size = group.rank, group.world_size
-        self._entered = True
+        with self._lock:
+            if self._entered:
+                return
+            self.group = group = _coordination.choose(self._given, lambda: find_group(self.key))
+            self.session.rank, self.session.world_size = group.rank, group.world_size
+            self._entered = True
 
     def join(self) -> None:
         """Learn which ranks are on this node, and let the agents of several nodes know each other;
@@ -257,11 +261,15 @@ class Run:
         def look() -> Tier | None:
             if isinstance(settings, ObjectStore):
                 # Kept open: a connection that stands is not made again at the next look.
-                if label not in self._stores:
-                    self._stores[label] = open_store(
-                        settings.place, settings.access, name=label, timeout_s=self.timeout_s
-                    )
-                return self._stores[label]
+                if label in self._stores:
+                    return self._stores[label]
+                store = open_store(
+                    settings.place, settings.access, name=label, timeout_s=self.timeout_s
+                )
+                kept = self._stores.setdefault(label, store)
+                if kept is not store:
+                    store.close()  # another thread was faster
+                return kept
             if not os.path.isdir(settings.place):
                 return None
             return LocalTier(settings.place, name=label, read_only=True)
@@ -288,19 +296,20 @@ class Run:
     @contextlib.contextmanager
     def hurrying(self, hurries: bool) -> Iterator[None]:
         """While this is held, a store does not get long to answer."""
-        self._hurries = hurries
+        token = _hurries.set(hurries)
         try:
             yield
         finally:
-            self._hurries = False
+            _hurries.reset(token)
 
     def note(self, holdings: Sequence[Holdings]) -> None:
         """Take in which incarnations there have been."""
         numbers = [each.number for held in holdings for each in held.incarnations]
         names = [SaveName.parse(save.save) for held in holdings for save in held.saves]
         numbers += [name.incarnation for name in names if name is not None]
-        self._highest = max([self._highest, *numbers])
-        self._scanned = True
+        with self._lock:
+            self._highest = max([self._highest, *numbers])
+            self._scanned = True
 
     def reading_s(self, label: str, size_bytes: int) -> float:
         """How long so many bytes may take from a tier that is to count as one that answers."""
@@ -313,7 +322,7 @@ class Run:
         It gets ``timeout_s``, and more for what it has to read at a rate that any disk has.
         """
         timeout_s = self.timeout_s + self.reading_s(label, size_bytes)
-        if self._hurries and label in self._stores:
+        if _hurries.get() and label in self._stores:
             timeout_s = min(timeout_s, _STORE_PATIENCE_S)
         result: list[Any] = []
         failure: list[BaseException] = []
@@ -392,7 +401,8 @@ class Run:
             self._starting = None  # somebody else took that number
             raise
         self.incarnation, self._starting = self._starting, None
-        self._highest = self.session.incarnation = self.incarnation.number
+        with self._lock:
+            self._highest = self.session.incarnation = self.incarnation.number
 
     def _agree_on_start(self, needs: Needs | None) -> Incarnation:
         """The same incarnation on every rank: a number above all that any of them has seen."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mtckpt import _manifest, _pieces, _save, _writing
 from mtckpt._handle import Save, stage_of_tier
 from mtckpt._joining import Needs
+from mtckpt._progress import progress
 from mtckpt._schedule import Disk
 from mtckpt._steps import metrics_of
 from mtckpt.adapters import active_adapters
@@ -27,6 +28,7 @@ from mtckpt.errors import (
     CheckpointError,
     SaveFailed,
     StageNotPlanned,
+    StepExists,
     TierFull,
     TierUnavailable,
     WaitTimeout,
@@ -49,9 +51,7 @@ _MIN_SLOTS = 2
 class Saver:
     """See the module. ``insists``: RAM was asked for by name, so a full tmpfs is an error."""
 
-    def __init__(
-        self, run: Run, engine: Engine, ram: Ram, *, insists: bool, max_stall_s: float
-    ) -> None:
+    def __init__(self, run: Run, engine: Engine, ram: Ram, *, insists: bool) -> None:
         self.run = run
         self.counters = {"saves": 0, "called_off": 0}
         self.last: Save | None = None
@@ -62,12 +62,12 @@ class Saver:
         self._engine = engine
         self._ram = ram
         self._insists = insists
-        self._max_stall_s = max_stall_s
         self._planner = _save.Planner()
         if "overlap" in ram.capture:
             gates.want()
         self._skipping = False
         self._leaving = False
+        self._step = -1  # the newest that was begun
         self._ring_of = 0
         self._ring_slots = 2
 
@@ -78,10 +78,11 @@ class Saver:
         metrics: Mapping[str, float],
         labels: Sequence[str],
         every: int,
+        stall_s: float,  # for a slot
     ) -> Save:
         """Save ``state`` as ``step``. ``every`` is the automatic interval to carry on, or 0."""
         planned = {label: stage_of_tier(label) for label in ("ram", *labels)}
-        state, captured, failure = self._read(state)
+        state, captured, failure = self._read(step, state)
         try:
             self.run.begin(self._needs(captured))
         except (AgentUnavailable, TierUnavailable) as error:
@@ -102,7 +103,7 @@ class Saver:
             self._decline(save, f"the state could not be read: {type(error).__name__}")
             _save.raise_capture_error(step, error)
         try:
-            grant = self._slot(captured.plan.layout, save)
+            grant = self._slot(captured.plan.layout, save, stall_s)
         except TierFull as error:
             self._decline(save, error.what)
             raise
@@ -146,11 +147,12 @@ class Saver:
             self._skipping = False
             logger.warning("run %s: saves go on with step %d", self.run.name, step)
 
-    def _read(self, state: Any) -> tuple[Any, _save.Captured | None, Exception | None]:
+    def _read(self, step: int, state: Any) -> tuple[Any, _save.Captured | None, Exception | None]:
         """What a callable made, once a save; that taken apart, or why it could not be.
 
         The reason is told to the others once they have met.
         """
+        self._step = step
         self._planner.members = self.run.members
         try:
             state = state() if _is_producer(state) else state
@@ -211,10 +213,10 @@ class Saver:
                 self._session.call("release", release, protocol.Done)
         self._decline(save, f"the state could not be captured: {type(error).__name__}")
 
-    def _slot(self, layout: ShardLayout, save: Save) -> protocol.SlotGrant | None:
-        """The next free slot, waited for ``max_stall_s`` at most; None calls the save off."""
-        deadline_s = time.monotonic() + self._max_stall_s
-        if not self._session.wait_idle(self._max_stall_s):
+    def _slot(self, layout: ShardLayout, save: Save, stall_s: float) -> protocol.SlotGrant | None:
+        """The next free slot, waited for ``stall_s`` at most; None calls the save off."""
+        deadline_s = time.monotonic() + stall_s
+        if not self._session.wait_idle(stall_s):
             leaving = "the previous save is still leaving the device"
             waiting = "the node agent has not taken the previous save yet"
             self._call_off(save, leaving if self._leaving else waiting)
@@ -308,6 +310,42 @@ class Saver:
         if idle and last is not None:
             with contextlib.suppress(SaveFailed, StageNotPlanned, WaitTimeout):
                 last.wait("staged", timeout_s=max(0.0, deadline_s - time.monotonic()))
+
+    def await_newest(self, last: Save, deadline_s: float) -> list[CheckpointError]:
+        """Wait until ``last`` has come wherever it is to; the error if it has not in time."""
+        with progress("close", total_bytes=0, run=self.run.name, step=last.step):
+            while not last.done() and time.monotonic() < deadline_s:
+                last._pause(0.2)
+        if last.done():
+            return []
+        owed = "; ".join(f"{k}: {v}" for k, v in last._owed.items())
+        owed = owed or f"{', '.join(sorted(last._waiting))}: still under way"
+        return [
+            SaveFailed(
+                f"step {last.step} did not reach every tier in time: {owed}",
+                stage=stage_of_tier(min(last._waiting, default="disk")),
+                step=last.step,
+            )
+        ]
+
+    def refuse_again(self, step: int) -> None:
+        """Raise StepExists for a step that has been saved."""
+        if step in self.steps:
+            raise StepExists(
+                f"step {step} was saved already in this start of the job",
+                step=step,
+                state="nothing was written",
+                actions=("save each step once; restart or restore to save it again",),
+            )
+
+    def pass_over(self, step: int, labels: Sequence[str], reason: str) -> Save:
+        """Call off a save that was not begun. The only call that may come amid another thread's."""
+        incarnation = self.run.incarnation
+        save_id = ""
+        if incarnation is not None and step != self._step:  # else it would call off that one
+            save_id = _manifest.save_id(incarnation.id, step, 0)
+        planned = {label: stage_of_tier(label) for label in ("ram", *labels)}
+        return self._call_off(Save(step, save_id, planned=planned), reason)
 
     def decline(self, step: int, reason: str) -> None:
         """Take no part in a step that this rank does not come to save."""

@@ -87,6 +87,7 @@ class Session:
         self._idle = threading.Event()
         self._idle.set()
         self._threads: list[threading.Thread] = []
+        self._starting = threading.Lock()
         self._closing = threading.Event()
 
     # -- connection ------------------------------------------------------------------------------
@@ -286,7 +287,9 @@ class Session:
         return list(self._saves.values())
 
     def _start_threads(self) -> None:
-        if not self._threads:
+        with self._starting:
+            if self._threads:
+                return
             self._threads = [
                 threading.Thread(target=self._courier, name="mtckpt-courier", daemon=True),
                 threading.Thread(target=self._listener, name="mtckpt-listener", daemon=True),

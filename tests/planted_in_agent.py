@@ -275,8 +275,8 @@ SCHEDULE = (
     ),
     Bug(
         "same-step-captured-twice",
-        "_checkpointer.py",
-        "        if step in self._saver.steps:",
+        "_saver.py",
+        "        if step in self.steps:",
         "        if step < 0:",
         ("test_checkpointer.py::test_same_step_twice_is_refused_before_capture",),
     ),

@@ -416,7 +416,6 @@ class Rank:
             CpuEngine(),
             Ram(slots=self.settings.slots),
             insists=True,
-            max_stall_s=self.settings.max_stall_s,
         )
         ring = Ring(self.process)
         self.saver.ring = ring  # type: ignore[assignment]  # it stands in for the real one
@@ -445,7 +444,8 @@ class Rank:
     def save(self, step: int, state: str = "plan") -> Save | None:
         """As ``Checkpointer.save``; None where the state could not be saved."""
         try:
-            save = self.saver.save(step, state, {}, self.settings.due(step), 0)
+            due, stall_s = self.settings.due(step), self.settings.max_stall_s
+            save = self.saver.save(step, state, {}, due, 0, stall_s)
         except CheckpointError as error:
             self.world.note(f"rank {self.rank} does not save {step}: {error.what}")
             if self.session.fenced is not None:

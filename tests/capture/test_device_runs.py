@@ -271,7 +271,7 @@ def test_a_slot_that_a_stuck_device_may_write_to_is_not_granted_again(
 ) -> None:
     state = make_state(1, devices)
     checkpointer = open_run(tmp_path, slots=3)
-    checkpointer._saver._max_stall_s = 1
+    checkpointer._max_stall_s = 1
     ring = checkpointer._saver.ring
     checkpointer.save(1, state).wait("staged", timeout_s=20)
     monkeypatch.setattr(underway, "FINISH_S", 0.0)
@@ -322,7 +322,7 @@ def test_a_save_while_the_one_before_leaves_the_device_says_so(
 ) -> None:
     state = make_state(1, devices)
     with open_run(tmp_path) as checkpointer:
-        checkpointer._saver._max_stall_s = 0.5
+        checkpointer._max_stall_s = 0.5
         with monkeypatch.context() as patch:
             patch.setattr(type(driver), "event_done", lambda *_: False)
             first = checkpointer.save(1, state)
