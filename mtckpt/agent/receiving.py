@@ -7,6 +7,7 @@ the copy, nor how long it is kept.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ __all__ = ["receive"]
 # What the ranks of this node have captured of a save: of as many saves as come side by side.
 _CAPTURED: dict[tuple[str, str, str, tuple[int, ...]], dict[Alike, bytes]] = {}
 _MAX_CAPTURED = 4
+_CAPTURED_LOCK = threading.Lock()  # copies come in several threads
 
 
 def receive(
@@ -97,16 +99,20 @@ def _copy(
 
 def _captured(command: work.Pull, target: Place, name: SaveName) -> dict[Alike, bytes]:
     key = (command.target.path, command.run_key, command.save, tuple(command.beside))
-    if key not in _CAPTURED:
+    with _CAPTURED_LOCK:
+        captured = _CAPTURED.get(key)
+    if captured is None:
         found = []
         for rank in command.beside:
             # What cannot be read is not counted on: it comes over the network.
             with contextlib.suppress(CheckpointError):
                 found.append(_inventory.read_record(target.tier, command.run_key, name, rank))
-        while len(_CAPTURED) >= _MAX_CAPTURED:
-            _CAPTURED.pop(next(iter(_CAPTURED)))
-        _CAPTURED[key] = _thinning.captured_in(found)
-    return _CAPTURED[key]
+        captured = _thinning.captured_in(found)
+        with _CAPTURED_LOCK:
+            while len(_CAPTURED) >= _MAX_CAPTURED:
+                _CAPTURED.pop(next(iter(_CAPTURED)))
+            _CAPTURED[key] = captured
+    return captured
 
 
 def _is_there(target: Place, keys: tuple[str, str, str]) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from mtckpt._manifest import SaveName
 from mtckpt._restore import Attempt, Scope
 from mtckpt._source import Place
 from mtckpt.adapters import active_adapters
-from mtckpt.agent import work
+from mtckpt.agent import receiving, work
 from mtckpt.agent.carry import Carrier
 from mtckpt.agent.findings import SaveScan
 from mtckpt.agent.peer_server import PeerServer
@@ -197,6 +200,30 @@ def test_what_is_not_captured_here_any_more_comes_with_the_next_offer(scene: Sce
     scene.pull(0, 2, 3)
     assert scene.pull(0).copied_bytes > HALF * 8000 + MORE.nbytes
     assert scene.file("here", 0).read_bytes() == scene.file("there", 0).read_bytes()
+
+
+class Crowded(dict[Any, Any]):
+    """Whoever looks for the oldest waits a moment for somebody else who does."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__((number, {}) for number in range(count))
+        self._both = threading.Barrier(2)
+
+    def __iter__(self) -> Iterator[Any]:
+        found = list(super().__iter__())
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self._both.wait(0.5)
+        return iter(found)
+
+
+def test_two_copies_at_once_do_not_let_go_of_the_same_save(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "_CAPTURED", Crowded(receiving._MAX_CAPTURED))
+    with ThreadPoolExecutor(2) as threads:
+        done = [threads.submit(scene.pull, rank, beside) for rank, beside in ((0, 2), (1, 3))]
+        assert all(each.result().copied_bytes for each in done)
+    assert len(receiving._CAPTURED) == receiving._MAX_CAPTURED
 
 
 @pytest.mark.parametrize("at", [-5, 4096 + 5])
