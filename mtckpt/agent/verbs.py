@@ -118,6 +118,7 @@ class Verbs:
             finished,
             fenced_pid,
             self._registry.peers.others(run),
+            checks_left=True,
         )
 
     def _admit(self, run: RunState, caller: Caller, message: protocol.Open) -> None:
