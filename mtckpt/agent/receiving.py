@@ -26,7 +26,7 @@ from mtckpt._source import (
     read_small,
 )
 from mtckpt.agent import work
-from mtckpt.errors import CheckpointError, Damaged, ObjectNotFound, TierUnavailable
+from mtckpt.errors import CheckpointError, Damaged, FormatError, ObjectNotFound, TierUnavailable
 from mtckpt.tiers.peer import PeerTier
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mtckpt._manifest import Record, SaveName
     from mtckpt._transfer import CopyResult
     from mtckpt._twins import Alike
+    from mtckpt.tiers.base import Tier
 
 __all__ = ["receive"]
 
@@ -137,25 +138,38 @@ def _mend(
     """A shard of this node as it was captured: from its copy, where that leaves nothing out; else
     tensor by tensor from all that is over there, by the record and the table that are here."""
     at = command.run_key, name, command.rank
-    data_key, table_key, record_key = shard_keys(*at)
     with open_shard(source, *at) as copy:
         if not copy.record.left_out:
             begin(copy.layout.size_bytes)
             return _transfer.store_shard(copy, target, *at)
-    record, record_data = read_record(target.tier, record_key, name, command.rank)
-    layout = _thinning.layout_in(record)
-    table_data = read_small(target.tier, table_key, layout.table_bytes)
-    if _shard.table_digest(table_data) != record.shard.table_digest:
-        raise Damaged("digest table is not the one of the record", key=table_key)
-    table = _shard.Table.parse(table_data, layout)
+    try:
+        record, record_data, table_data = _read_own(target.tier, *at)
+        layout = _thinning.layout_in(record)
+        table = _shard.Table.parse(table_data, layout)
+    except (FormatError, ObjectNotFound) as error:
+        # As Damaged it would be said of the copy, which is as good as it was.
+        raise TierUnavailable(
+            f"the copy leaves out what the damaged files here would have to say: {error.what}",
+            tier=source.tier.name,
+        ) from error
     with contextlib.ExitStack() as stack:
         composed = _thinning.made_of(layout, table, _shards_over_there(source, *at, stack))
         data = ArrivingSource(
-            composed, layout, table, tier=source.tier.name, key=data_key,
+            composed, layout, table, tier=source.tier.name, key=shard_keys(*at)[0],
             progress=begin(layout.size_bytes),
         )  # fmt: skip
         whole = OpenShard(record, record_data, table_data, layout, table, data)
         return _transfer.store_shard(whole, target, *at)
+
+
+def _read_own(tier: Tier, run_key: str, name: SaveName, rank: int) -> tuple[Record, bytes, bytes]:
+    """The record, as it lies there too, and the table. Raises FormatError, ObjectNotFound."""
+    _, table_key, record_key = shard_keys(run_key, name, rank)
+    record, record_data = read_record(tier, record_key, name, rank)
+    table_data = read_small(tier, table_key, _thinning.layout_in(record).table_bytes)
+    if _shard.table_digest(table_data) != record.shard.table_digest:
+        raise Damaged("digest table is not the one of the record", key=table_key)
+    return record, record_data, table_data
 
 
 def _shards_over_there(

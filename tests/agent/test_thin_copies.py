@@ -32,7 +32,7 @@ from mtckpt.agent.carry import Carrier
 from mtckpt.agent.findings import SaveScan
 from mtckpt.agent.peer_server import PeerServer
 from mtckpt.capture.cpu import CpuEngine
-from mtckpt.errors import Damaged, NoHealthyStep
+from mtckpt.errors import Damaged, NoHealthyStep, TierUnavailable
 from mtckpt.tiers import LocalTier, Survives
 
 AGENT = "a" * 16
@@ -244,6 +244,22 @@ def test_a_shard_is_mended_from_a_thin_copy_and_what_is_beside(scene: Scene, at:
     flip(scene.file("there", 0), scene.file("there", 0).stat().st_size - 5)
     flip(scene.file("there", 0), 4096 + 5)
     with pytest.raises(Damaged):
+        scene.pull(2, mends=True)
+
+
+@pytest.mark.parametrize("suffix", ["json", "xxh3"])
+def test_what_is_damaged_here_is_not_said_of_the_copy(scene: Scene, suffix: str) -> None:
+    """A thin copy mends nothing without the record and the table that are here."""
+    for rank in (2, 3):
+        _thin_into(scene, scene.roots["there"], rank)
+    path = scene.file("here", 2).with_suffix(f".{suffix}")
+    flip(path, path.stat().st_size // 2)
+    before = scene.file("here", 2).read_bytes()
+    with pytest.raises(TierUnavailable, match="leaves out what the damaged files here"):
+        scene.pull(2, mends=True)
+    assert scene.file("here", 2).read_bytes() == before
+    path.unlink()
+    with pytest.raises(TierUnavailable, match="leaves out what the damaged files here"):
         scene.pull(2, mends=True)
 
 
