@@ -120,6 +120,7 @@ class Saver:
             writing = _writing.Writing(
                 captured, slot, identity, self._engine,
                 due=due, metrics=metrics, every=every, mode=self._ram.capture,
+                may_leave=self._session.checks_left,
             )  # fmt: skip
             if writing.is_done:
                 writing.finish()

@@ -240,6 +240,11 @@ class Session:
         self._idle.clear()
         self._jobs.put(lambda: self._seal(seal, save, after, finish))
 
+    @property
+    def checks_left(self) -> bool:
+        """Whether the agent looks at what a seal says was left in the slot."""
+        return self.opened is not None and self.opened.checks_left
+
     def call_off(self, save: Save, reason: str) -> None:
         """Tell the agent, in the background, that this rank takes no part in a save."""
         message = protocol.CallOff(self.holder, save.id, save.step, reason)

@@ -50,7 +50,9 @@ class Writing:
         metrics: Mapping[str, float],
         every: int,
         mode: Mode = "auto",
+        may_leave: bool = False,
     ) -> None:
+        """``may_leave``: what lies in the slot already may stay, since the seal looks at it."""
         layout = captured.plan.layout
         plain = msgspec.json.encode([_state.encode_plain(value) for value in captured.plain])
         self._slot = slot
@@ -58,7 +60,7 @@ class Writing:
         self._keep = captured  # the arrays, for as long as they are read
         self._draft = _draft(captured.plan, identity, plain, due, metrics, every)
         table = slot.table.view
-        is_known = Table.is_of(table, layout)
+        is_known = may_leave and Table.is_of(table, layout)
         # The digests of a shard whose bytes change say nothing of them any more.
         table[: _shard.TABLE_HEADER.size] = bytes(_shard.TABLE_HEADER.size)
         # Every time: since this process last had the slot, another rank may have had it.

@@ -132,7 +132,7 @@ class Carrier:
             if known is not None and known[0].in_memory and not known[0].local.is_there():
                 # Somebody has emptied /dev/shm, say: what the run has lost its agent finds out.
                 logger.warning("%s was taken away: memory is begun anew there", ref.path)
-                close_place(*self._places.pop(ref))
+                self._drop(ref)
                 known = None
             if known is None:
                 known = self._places[ref] = open_place(ref)
@@ -143,7 +143,14 @@ class Carrier:
             for field in ("tier", "source", "target", "bad", "good"):
                 ref = getattr(command, field, None)
                 for known in {ref, without_cap(ref)} & self._places.keys() if ref else ():
-                    close_place(*self._places.pop(known))  # Calls that are under way end normally.
+                    self._drop(known)
+
+    def _drop(self, ref: work.TierRef) -> None:
+        """A directory is closed with its last user, who hears that it is gone, not that it is
+        closed. Under the lock."""
+        place, files = self._places.pop(ref)
+        if files is None:
+            close_place(place, files)  # Calls that are under way end normally.
 
     def _run_lock(self, ref: work.TierRef, run_key: str) -> threading.Lock:
         with self._lock:

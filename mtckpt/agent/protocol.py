@@ -125,7 +125,8 @@ class Others(msgspec.Struct, frozen=True):
 
 class Opened(msgspec.Struct, frozen=True):
     """``finished`` names the saves that the agent sealed for an owner that died. ``others`` has the
-    nodes of starts of the job before this one, the last first."""
+    nodes of starts of the job before this one, the last first. ``checks_left``: the agent looks at
+    what a seal has left; one from before there was that would not, and is given whole shards."""
 
     protocol: int
     agent_id: str
@@ -135,6 +136,7 @@ class Opened(msgspec.Struct, frozen=True):
     finished: list[str] = []
     fenced_pid: int = 0
     others: list[Others] = []
+    checks_left: bool = False
 
 
 class Begin(msgspec.Struct, frozen=True):

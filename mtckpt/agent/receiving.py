@@ -7,6 +7,7 @@ the copy, nor how long it is kept.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from mtckpt._source import (
     read_small,
 )
 from mtckpt.agent import work
-from mtckpt.errors import CheckpointError, Damaged, ObjectNotFound, TierUnavailable
+from mtckpt.errors import CheckpointError, Damaged, FormatError, ObjectNotFound, TierUnavailable
 from mtckpt.tiers.peer import PeerTier
 
 if TYPE_CHECKING:
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
     from mtckpt._manifest import Record, SaveName
     from mtckpt._transfer import CopyResult
     from mtckpt._twins import Alike
+    from mtckpt.tiers.base import Tier
 
 __all__ = ["receive"]
 
 # What the ranks of this node have captured of a save: of as many saves as come side by side.
 _CAPTURED: dict[tuple[str, str, str, tuple[int, ...]], dict[Alike, bytes]] = {}
 _MAX_CAPTURED = 4
+_CAPTURED_LOCK = threading.Lock()  # copies come in several threads
 
 
 def receive(
@@ -97,16 +100,20 @@ def _copy(
 
 def _captured(command: work.Pull, target: Place, name: SaveName) -> dict[Alike, bytes]:
     key = (command.target.path, command.run_key, command.save, tuple(command.beside))
-    if key not in _CAPTURED:
+    with _CAPTURED_LOCK:
+        captured = _CAPTURED.get(key)
+    if captured is None:
         found = []
         for rank in command.beside:
             # What cannot be read is not counted on: it comes over the network.
             with contextlib.suppress(CheckpointError):
                 found.append(_inventory.read_record(target.tier, command.run_key, name, rank))
-        while len(_CAPTURED) >= _MAX_CAPTURED:
-            _CAPTURED.pop(next(iter(_CAPTURED)))
-        _CAPTURED[key] = _thinning.captured_in(found)
-    return _CAPTURED[key]
+        captured = _thinning.captured_in(found)
+        with _CAPTURED_LOCK:
+            while len(_CAPTURED) >= _MAX_CAPTURED:
+                _CAPTURED.pop(next(iter(_CAPTURED)))
+            _CAPTURED[key] = captured
+    return captured
 
 
 def _is_there(target: Place, keys: tuple[str, str, str]) -> bool:
@@ -131,25 +138,38 @@ def _mend(
     """A shard of this node as it was captured: from its copy, where that leaves nothing out; else
     tensor by tensor from all that is over there, by the record and the table that are here."""
     at = command.run_key, name, command.rank
-    data_key, table_key, record_key = shard_keys(*at)
     with open_shard(source, *at) as copy:
         if not copy.record.left_out:
             begin(copy.layout.size_bytes)
             return _transfer.store_shard(copy, target, *at)
-    record, record_data = read_record(target.tier, record_key, name, command.rank)
-    layout = _thinning.layout_in(record)
-    table_data = read_small(target.tier, table_key, layout.table_bytes)
-    if _shard.table_digest(table_data) != record.shard.table_digest:
-        raise Damaged("digest table is not the one of the record", key=table_key)
-    table = _shard.Table.parse(table_data, layout)
+    try:
+        record, record_data, table_data = _read_own(target.tier, *at)
+        layout = _thinning.layout_in(record)
+        table = _shard.Table.parse(table_data, layout)
+    except (FormatError, ObjectNotFound) as error:
+        # As Damaged it would be said of the copy, which is as good as it was.
+        raise TierUnavailable(
+            f"the copy leaves out what the damaged files here would have to say: {error.what}",
+            tier=source.tier.name,
+        ) from error
     with contextlib.ExitStack() as stack:
         composed = _thinning.made_of(layout, table, _shards_over_there(source, *at, stack))
         data = ArrivingSource(
-            composed, layout, table, tier=source.tier.name, key=data_key,
+            composed, layout, table, tier=source.tier.name, key=shard_keys(*at)[0],
             progress=begin(layout.size_bytes),
         )  # fmt: skip
         whole = OpenShard(record, record_data, table_data, layout, table, data)
         return _transfer.store_shard(whole, target, *at)
+
+
+def _read_own(tier: Tier, run_key: str, name: SaveName, rank: int) -> tuple[Record, bytes, bytes]:
+    """The record, as it lies there too, and the table. Raises FormatError, ObjectNotFound."""
+    _, table_key, record_key = shard_keys(run_key, name, rank)
+    record, record_data = read_record(tier, record_key, name, rank)
+    table_data = read_small(tier, table_key, _thinning.layout_in(record).table_bytes)
+    if _shard.table_digest(table_data) != record.shard.table_digest:
+        raise Damaged("digest table is not the one of the record", key=table_key)
+    return record, record_data, table_data
 
 
 def _shards_over_there(

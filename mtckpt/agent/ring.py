@@ -250,9 +250,9 @@ class Ring:
 
     # -- sealing ---------------------------------------------------------------------------------
 
-    async def seal(self, run: RunState, owner: Owner, message: protocol.Seal) -> str:
-        """The captured slot becomes a save; its name, "" where none is taken any more. The caller
-        asks for the next slot."""
+    async def seal(self, run: RunState, owner: Owner, message: protocol.Seal) -> tuple[str, str]:
+        """The captured slot becomes a save: its name. Or why none comes of it, which the caller
+        tells the other ranks. The caller asks for the next slot."""
         name = _manifest.save_name(message.step, owner.incarnation, message.save_id)
         async with run.sealing:
             run.owner_of(owner.holder)
@@ -260,13 +260,13 @@ class Ring:
             save = run.saves.get(str(name))
             if save is not None and save.called_off:
                 await self.release(run, owner, message.slot_id)
-                return str(name)
+                return str(name), ""
             if save is not None and owner.rank in save.ranks.get(RAM, ()):
-                return str(name)  # the reply to the first try was lost
+                return str(name), ""  # the reply to the first try was lost
             if run.drained:
                 # Other nodes would let go of the step before, which this one has brought away.
                 await self.release(run, owner, message.slot_id)
-                return ""
+                return "", run.draining
             other = run.save_at(owner.incarnation, message.step)
             if other is not save and other is not None and other.is_foreign(owner.incarnation_id):
                 other = run.forgotten(other)  # its nodes were lost, and its number with them
@@ -289,9 +289,17 @@ class Ring:
                     slot_id=message.slot_id,
                     inode=message.inode,
                 )
-            await self.seal_slot(run, slot, str(name), owner.rank, verify=False, left=message.left)
-            owner.left = message.left
-        return str(name)
+            try:
+                left = message.left
+                await self.seal_slot(run, slot, str(name), owner.rank, verify=False, left=left)
+            except Damaged as error:
+                if not left:
+                    raise
+                # An old bit has flipped. The slot is gone: the next save copies everything.
+                logger.warning("run %s: step %d: %s", run.key, message.step, error.what)
+                return "", "what lay in its slot was damaged"
+            owner.left = left
+        return str(name), ""
 
     async def seal_slot(
         self,

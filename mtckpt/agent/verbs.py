@@ -118,6 +118,7 @@ class Verbs:
             finished,
             fenced_pid,
             self._registry.peers.others(run),
+            checks_left=True,
         )
 
     def _admit(self, run: RunState, caller: Caller, message: protocol.Open) -> None:
@@ -344,11 +345,11 @@ class Verbs:
     async def seal(self, run: RunState, message: protocol.Seal) -> protocol.Sealed:
         """The save is RAM's when this returns; slower tiers follow by themselves."""
         owner = run.owner_of(message.holder)
-        name = await self._ring.seal(run, owner, message)
-        if not name:
-            why = protocol.CallOff(message.holder, message.save_id, message.step, run.draining)
-            await self._registry.agreement.declined(run, owner, why)
-            return protocol.Sealed("", staged=False, called_off=run.draining)
+        name, why_not = await self._ring.seal(run, owner, message)
+        if why_not:
+            call_off = protocol.CallOff(message.holder, message.save_id, message.step, why_not)
+            await self._registry.agreement.declined(run, owner, call_off)
+            return protocol.Sealed("", staged=False, called_off=why_not)
         await self._registry.agreement.sealed(run, owner)
         next_slot = await self._ring.next_for(run, owner)
         save = run.saves.get(name)

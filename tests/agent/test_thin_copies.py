@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,12 @@ from mtckpt._manifest import SaveName
 from mtckpt._restore import Attempt, Scope
 from mtckpt._source import Place
 from mtckpt.adapters import active_adapters
-from mtckpt.agent import work
+from mtckpt.agent import receiving, work
 from mtckpt.agent.carry import Carrier
 from mtckpt.agent.findings import SaveScan
 from mtckpt.agent.peer_server import PeerServer
 from mtckpt.capture.cpu import CpuEngine
-from mtckpt.errors import Damaged, NoHealthyStep
+from mtckpt.errors import Damaged, NoHealthyStep, TierUnavailable
 from mtckpt.tiers import LocalTier, Survives
 
 AGENT = "a" * 16
@@ -199,6 +202,30 @@ def test_what_is_not_captured_here_any_more_comes_with_the_next_offer(scene: Sce
     assert scene.file("here", 0).read_bytes() == scene.file("there", 0).read_bytes()
 
 
+class Crowded(dict[Any, Any]):
+    """Whoever looks for the oldest waits a moment for somebody else who does."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__((number, {}) for number in range(count))
+        self._both = threading.Barrier(2)
+
+    def __iter__(self) -> Iterator[Any]:
+        found = list(super().__iter__())
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self._both.wait(0.5)
+        return iter(found)
+
+
+def test_two_copies_at_once_do_not_let_go_of_the_same_save(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "_CAPTURED", Crowded(receiving._MAX_CAPTURED))
+    with ThreadPoolExecutor(2) as threads:
+        done = [threads.submit(scene.pull, rank, beside) for rank, beside in ((0, 2), (1, 3))]
+        assert all(each.result().copied_bytes for each in done)
+    assert len(receiving._CAPTURED) == receiving._MAX_CAPTURED
+
+
 @pytest.mark.parametrize("at", [-5, 4096 + 5])
 def test_a_shard_is_mended_from_a_thin_copy_and_what_is_beside(scene: Scene, at: int) -> None:
     """Here lies what rank 2 captured; over there a copy that leaves out what ranks 0 and 1 have."""
@@ -217,6 +244,22 @@ def test_a_shard_is_mended_from_a_thin_copy_and_what_is_beside(scene: Scene, at:
     flip(scene.file("there", 0), scene.file("there", 0).stat().st_size - 5)
     flip(scene.file("there", 0), 4096 + 5)
     with pytest.raises(Damaged):
+        scene.pull(2, mends=True)
+
+
+@pytest.mark.parametrize("suffix", ["json", "xxh3"])
+def test_what_is_damaged_here_is_not_said_of_the_copy(scene: Scene, suffix: str) -> None:
+    """A thin copy mends nothing without the record and the table that are here."""
+    for rank in (2, 3):
+        _thin_into(scene, scene.roots["there"], rank)
+    path = scene.file("here", 2).with_suffix(f".{suffix}")
+    flip(path, path.stat().st_size // 2)
+    before = scene.file("here", 2).read_bytes()
+    with pytest.raises(TierUnavailable, match="leaves out what the damaged files here"):
+        scene.pull(2, mends=True)
+    assert scene.file("here", 2).read_bytes() == before
+    path.unlink()
+    with pytest.raises(TierUnavailable, match="leaves out what the damaged files here"):
         scene.pull(2, mends=True)
 
 

@@ -233,17 +233,6 @@ def test_a_scan_without_repair_changes_nothing(ram: work.TierRef, shard: Shard) 
     assert not record.parent.exists()
 
 
-def test_a_root_that_was_made_anew_is_opened_again(ram: work.TierRef) -> None:
-    carrier = Carrier()
-    carrier.carry(work.Scan(ram), lambda _: None)
-    os.rename(ram.path, ram.path + "-old")
-    os.mkdir(ram.path, 0o700)
-    with pytest.raises(TierUnavailable):
-        carrier.carry(work.Scan(ram), lambda _: None)
-    assert isinstance(carrier.carry(work.Scan(ram), lambda _: None), work.Scanned)
-    carrier.close()
-
-
 # -- processes -----------------------------------------------------------------------------------
 
 
