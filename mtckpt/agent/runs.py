@@ -432,18 +432,6 @@ class RunState:
         self.discharge()
         self.touch()
 
-    def note_left(self, scan: work.RunScan) -> None:
-        """What a scan of RAM did not find is not there; what may be on its way to a save is."""
-        slots = {(slot.slot_id, slot.inode) for slot in scan.slots}
-        shards = {(entry.save, rank) for entry in scan.saves for rank in entry.ranks}
-        for slot in list(self.slots.values()):
-            if slot.save and (slot.save, slot.rank) not in shards:
-                self.drop_shard(self.saves[slot.save], slot.slot_id, slot.rank)
-            elif slot.state is SlotState.FREE and (slot.slot_id, slot.inode) not in slots:
-                del self.slots[slot.slot_id]
-        for name, save in self.saves.items():
-            save.guests = {rank for rank in save.guests if (name, rank) in shards}
-
     def discharge(self, *, scanned: bool = True) -> None:
         """Find out what is owed to nobody any more, once more is known of what lies where.
 
