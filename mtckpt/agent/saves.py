@@ -164,8 +164,8 @@ class SaveState:
         if self.told.is_whole(label):
             return True
         here = self.ranks.get(label, set())
-        if label == RAM and self.chosen:
-            return bool(here)
+        if label == RAM and self.chosen and here:
+            return True
         return _number_of(here, self.told.ranks(label)) >= self.world_size
 
     def is_verified(self, label: str) -> bool:

@@ -389,3 +389,14 @@ def test_what_was_made_to_tell_is_not_told_for_another_start() -> None:
     links._word(run, run.layout, save)
     links.leave(run)
     assert not links._words
+
+
+def test_what_the_job_was_restored_from_may_be_whole_on_other_nodes_alone() -> None:
+    scene = Scene(0)
+    save = scene.save(1, here=False, waited_s=1000.0)
+    save.chosen = save.found = True
+    for node, ranks in ((1, [0, 1]), (2, [2])):
+        scene.hear(node, save, parts={RAM: ranks})
+    scene.overdue()
+    assert not save.is_open
+    assert not save.failed
