@@ -124,8 +124,8 @@ BUGS = (
     SimulatedBug(
         "part-of-a-save-taken-for-the-whole",
         "agent/saves.py",
-        "        if label == RAM and self.chosen:",
-        "        if label == RAM and not self.stages:",
+        "        if label == RAM and self.chosen and here:",
+        "        if label == RAM and not self.stages and here:",
         1,
     ),
     SimulatedBug(

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 from mtckpt import _inventory, _manifest
 from mtckpt.agent import queue, work
+from mtckpt.agent.queue import SlotState
 from mtckpt.agent.saves import RAM
 
 if TYPE_CHECKING:
     from mtckpt.agent.flushing import Flusher
     from mtckpt.agent.links import Links
+    from mtckpt.agent.ring import Ring
     from mtckpt.agent.runs import RunState
+    from mtckpt.agent.saves import SaveState, Slot
     from mtckpt.agent.tools import Tools
 
 __all__ = ["Freer", "is_busy"]
@@ -25,12 +28,13 @@ class Freer:
     """See the module. One for the agent; a run that is freed is none of ``runs`` any more."""
 
     def __init__(
-        self, tools: Tools, runs: dict[str, RunState], links: Links, flusher: Flusher
+        self, tools: Tools, runs: dict[str, RunState], links: Links, flusher: Flusher, ring: Ring
     ) -> None:
         self._tools = tools
         self._runs = runs
         self._links = links
         self._flusher = flusher
+        self._ring = ring
 
     async def let_go(self, run: RunState) -> None:
         """Free a run's RAM if nobody owns it, nothing is owed, and it is safe elsewhere."""
@@ -78,15 +82,21 @@ class Freer:
     async def look_again(self, run: RunState) -> None:
         """Before anybody goes on with a run that was to go, or that somebody may have removed: its
         slots and saves may have gone, and with them the notes for the next agent."""
-        if not run.doubted or run.gone or any(s.readers or s.recycling for s in run.saves.values()):
+        if not run.doubted or run.gone or _is_in_use(run):
             return
         async with run.sealing:
+            # What comes while it is looked for may not be found, and is there.
+            slots, guests = list(run.slots.values()), run.all_guests()
             scanned = await self._tools.call(
                 work.Scan(run.ram, run.key, repair=False), work.Scanned
             )
+            if _is_in_use(run):
+                return  # what is on its way, or is being mended, may not be found either
             found = next((scan for scan in scanned.runs if scan.run_key == run.key), None)
             found = found or work.RunScan(run.key)
-            run.note_left(found)
+            for save in _note_left(run, found, slots, guests):
+                self._ring.note_gone(run, save)
+                run.touch(save)
             run.doubted = False
         there = {incarnation.number for incarnation in found.incarnations}
         for number in run.begun.keys() - there:
@@ -99,6 +109,35 @@ def is_busy(run: RunState) -> bool:
     """Whether something is owed or under way."""
     return (
         any(tier.to_keep or tier.small_owed for tier in run.tiers.values())
-        or any(save.writing or save.readers or save.recycling for save in run.saves.values())
+        or any(save.writing for save in run.saves.values())
+        or _is_in_use(run)
         or any(queue.pick_flush(t.label, run.flushable(t)) for t in run.tiers.values())
     )
+
+
+def _is_in_use(run: RunState) -> bool:
+    return any(save.readers or save.recycling for save in run.saves.values())
+
+
+def _note_left(
+    run: RunState, scan: work.RunScan, slots: list[Slot], guests: dict[str, list[int]]
+) -> list[SaveState]:
+    """What a scan of RAM did not find of what there was before is not there; what may be on its way
+    to a save is. The saves of which something is gone."""
+    free = {(slot.slot_id, slot.inode) for slot in scan.slots}
+    shards = {(entry.save, rank) for entry in scan.saves for rank in entry.ranks}
+    # Whose record cannot be read is damaged, and may be healed.
+    in_doubt = {entry.save for entry in scan.saves if entry.problems}
+    gone = []
+    for slot in slots:
+        if run.slots.get(slot.slot_id) is not slot:
+            continue
+        if slot.save and slot.save not in in_doubt and (slot.save, slot.rank) not in shards:
+            gone.append(run.saves[slot.save])
+            run.drop_shard(run.saves[slot.save], slot.slot_id, slot.rank)
+        elif slot.state is SlotState.FREE and (slot.slot_id, slot.inode) not in free:
+            del run.slots[slot.slot_id]
+    for name in guests.keys() & run.saves.keys() - in_doubt:
+        lost = {rank for rank in guests[name] if (name, rank) not in shards}
+        run.saves[name].guests -= lost
+    return gone

@@ -132,6 +132,7 @@ class Links:
 
     def leave(self, run: RunState) -> None:
         """Tell nobody any more. Idempotent."""
+        self._words.pop(run.key, None)
         if run.layout is None:
             return
         for link in run.links.values():
@@ -202,7 +203,11 @@ class Links:
                     link.wake.set()
             known = {name: news for name, news in known.items() if name in run.saves}
             known.update(found)
+            if (words := self._words.get(run.key)) is not None:
+                words.made = {name: made for name, made in words.made.items() if name in run.saves}
             await changed.wait()
+        if run.gone:
+            self._words.pop(run.key, None)
         for link in run.links.values():
             link.wake.set()
 

@@ -81,7 +81,7 @@ class Registry:
             tools, self.ring, self.agreement, self.flusher, self.replicas, self.peers
         )
         follow, write_config = self.links.follow, self.write_config
-        self.freer = Freer(tools, self.runs, self.links, self.flusher)
+        self.freer = Freer(tools, self.runs, self.links, self.flusher, self.ring)
         self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config)
         self.directory = directory
         self._roots_path = os.path.join(directory, ROOTS_NAME)

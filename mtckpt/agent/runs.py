@@ -203,14 +203,15 @@ class RunState:
         return replace(facts, copied=self._is_copied(save))
 
     def _is_copied(self, save: SaveState) -> bool:
-        """Whether partners have this node's part, unless some node's have been silent for long, or
-        refused the newest: saves go on without them then. A node alone has none to wait for."""
+        """Whether partners have this node's part, or took it from an agent before this one as far
+        as can be known, unless some node's have been silent for long, or refused the newest: saves
+        go on without them then. A node alone has none to wait for."""
         now_s = time.monotonic()
         newest = self.newest_staged()
         refused = newest.failures() if newest else {}
         return self._is_patient(now_s) and any(
             tier.is_peers
-            and tier.label in save.ranks
+            and (tier.label in save.ranks or (save.inherited and tier.label in save.due))
             and tier.label not in refused
             and now_s - (tier.owed_since_s or now_s) < PARTNER_PATIENCE_S
             for tier in self.tiers.values()
@@ -406,6 +407,7 @@ class RunState:
             if entry.problems:
                 save.damaged.add(label)
             if label == RAM:
+                save.inherited = True
                 save.due |= set(entry.due) & self.tiers.keys() if own else set()
                 if save.is_complete(RAM):
                     self.reach(save, "staged")
@@ -431,18 +433,6 @@ class RunState:
                 self.begun[incarnation.number] = incarnation
         self.discharge()
         self.touch()
-
-    def note_left(self, scan: work.RunScan) -> None:
-        """What a scan of RAM did not find is not there; what may be on its way to a save is."""
-        slots = {(slot.slot_id, slot.inode) for slot in scan.slots}
-        shards = {(entry.save, rank) for entry in scan.saves for rank in entry.ranks}
-        for slot in list(self.slots.values()):
-            if slot.save and (slot.save, slot.rank) not in shards:
-                self.drop_shard(self.saves[slot.save], slot.slot_id, slot.rank)
-            elif slot.state is SlotState.FREE and (slot.slot_id, slot.inode) not in slots:
-                del self.slots[slot.slot_id]
-        for name, save in self.saves.items():
-            save.guests = {rank for rank in save.guests if (name, rank) in shards}
 
     def discharge(self, *, scanned: bool = True) -> None:
         """Find out what is owed to nobody any more, once more is known of what lies where.

@@ -125,6 +125,7 @@ class SaveState:
     plan_digest: str = ""
     disputed: bool = False  # ranks sealed parts of different plans
     remains: bool = False  # some ranks' slots were recycled before the agent started, others not
+    inherited: bool = False  # an agent before this one had it in RAM, and may have had copies made
     found: bool = False  # by a scan: whether other nodes had it all is not for this one to say
     # Of what ranks hold alike: what those of this node have stored, and which leaves differ.
     twins: Twins = field(default_factory=dict)
@@ -163,8 +164,8 @@ class SaveState:
         if self.told.is_whole(label):
             return True
         here = self.ranks.get(label, set())
-        if label == RAM and self.chosen:
-            return bool(here)
+        if label == RAM and self.chosen and here:
+            return True
         return _number_of(here, self.told.ranks(label)) >= self.world_size
 
     def is_verified(self, label: str) -> bool:

@@ -355,3 +355,48 @@ def test_nothing_is_kept_for_a_job_that_is_alone_and_found_no_step() -> None:
     asyncio.run(scene.agreement.begun(scene.run, 2, None))
     assert save.called_off
     assert scene.slots.given_back == ["slot-1"]
+
+
+def test_what_was_made_to_tell_goes_with_its_save() -> None:
+    """A start of a job may save a million times."""
+    scene = Scene(0)
+    run, links = scene.run, scene.links()
+
+    async def watched() -> None:
+        watching = asyncio.ensure_future(links._watch(run, run.secret))
+        for step in range(50):
+            run.touch(scene.save(step))
+            await asyncio.sleep(0)
+            if step >= 2:
+                run.forgotten(next(iter(run.saves.values())))
+        run.touch()
+        await asyncio.sleep(0)
+        assert links._words[run.key].made.keys() == run.saves.keys()
+        run.gone = True
+        run.touch()
+        await watching
+
+    asyncio.run(watched())
+    assert not links._words
+
+
+def test_what_was_made_to_tell_is_not_told_for_another_start() -> None:
+    scene = Scene(0)
+    run, links = scene.run, scene.links()
+    assert run.layout is not None
+    save = scene.save(1)
+    run.touch(save)
+    links._word(run, run.layout, save)
+    links.leave(run)
+    assert not links._words
+
+
+def test_what_the_job_was_restored_from_may_be_whole_on_other_nodes_alone() -> None:
+    scene = Scene(0)
+    save = scene.save(1, here=False, waited_s=1000.0)
+    save.chosen = save.found = True
+    for node, ranks in ((1, [0, 1]), (2, [2])):
+        scene.hear(node, save, parts={RAM: ranks})
+    scene.overdue()
+    assert not save.is_open
+    assert not save.failed

@@ -148,3 +148,35 @@ def test_a_scan_tells_guests_from_parts_of_its_own_ranks() -> None:
     assert config_of(run).extra["guests"] == {name: [2], other: [2]}
     run.forget_old()
     assert other in run.saves
+
+
+def test_what_an_agent_before_this_one_may_have_had_copied_stays_until_a_newer_save_is() -> None:
+    """Which one other nodes have all of, was in its memory alone. One that was not to be copied
+    holds up nothing."""
+    run = run_with_peers()
+    names = [str(SaveName(step, 1, "ab" * 6)) for step in (1, 2, 3)]
+    entries = [
+        work.SaveScan(
+            name,
+            step,
+            1,
+            [0, 1],
+            world_size=2,
+            complete=True,
+            save_id=ID,
+            due=["peers"] * (step > 1),
+        )
+        for step, name in enumerate(names, 1)
+    ]
+    run.note_scan(RAM, work.RunScan("run", entries))
+    run.note_scan("peers", work.RunScan("run"))
+    plain, older, newer = (run.saves[name] for name in names)
+    assert queue.pick_recycle(run.facts()) == names[0]
+    run.drop_copy(plain, RAM)
+    pick = queue.pick_flush("peers", run.flushable(run.tiers["peers"]))
+    assert pick == queue.Pick(names[2], (names[1],))
+    older.superseded.add("peers")
+    assert queue.pick_recycle(run.facts()) is None
+    newer.ranks["peers"] = {0, 1}
+    run.reach(newer, "replicated")
+    assert queue.pick_recycle(run.facts()) == names[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,9 +13,12 @@ from mtckpt._events import EventStream
 from mtckpt._manifest import SaveName
 from mtckpt.agent import work
 from mtckpt.agent.freeing import Freer
+from mtckpt.agent.nodes import News
+from mtckpt.agent.protocol import TierConfig
 from mtckpt.agent.queue import Limits, SlotState
+from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RunState
-from mtckpt.agent.saves import RAM, SaveState, Slot
+from mtckpt.agent.saves import RAM, SaveState, Slot, TierState
 from mtckpt.agent.tools import Tools
 from mtckpt.errors import TierUnavailable
 
@@ -34,18 +38,21 @@ def a_run() -> RunState:
     return run
 
 
-def freer_of(run: RunState, found: work.Scanned) -> Freer:
-    """Memory is freed in part; nobody says so."""
+def freer_of(
+    run: RunState, found: work.Scanned, meanwhile: Callable[[], None] = lambda: None
+) -> Freer:
+    """Memory is freed in part; nobody says so. ``meanwhile`` is what happens during a scan."""
 
     async def call(command: work.Command, **_: Any) -> work.Result:
         if isinstance(command, work.Wipe):
             raise TierUnavailable("the data process ended twice", tier=RAM)
         assert isinstance(command, work.Scan)
+        meanwhile()
         return found
 
     tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
     unused = cast(Any, SimpleNamespace(start=lambda *_: None))
-    return Freer(tools, {run.key: run}, unused, unused)
+    return Freer(tools, {run.key: run}, unused, unused, Ring(tools))
 
 
 def left(run: RunState, found: work.Scanned) -> tuple[set[str], set[int]]:
@@ -81,3 +88,54 @@ def test_a_run_that_was_not_to_go_is_not_looked_at() -> None:
     run = a_run()
     asyncio.run(freer_of(run, work.Scanned([])).look_again(run))
     assert set(run.slots) == {"free", "gone", f"of-{OLD}", f"of-{NEW}"}
+
+
+@pytest.mark.parametrize("is_over", [True, False], ids=["and is there", "and is under way"])
+def test_what_comes_while_it_is_looked_at_stays(is_over: bool) -> None:
+    """A copy is pulled, a save fetched and a slot made after the directory was listed."""
+    run = a_run()
+    run.doubted = True
+    save, name = run.saves[str(NEW)], str(NEW)
+
+    def meanwhile() -> None:
+        save.guests.add(7)
+        save.readers += not is_over
+        save.ranks[RAM].add(5)
+        run.slots["fetched"] = Slot("fetched", SlotState.COMMITTED, 100, save=name, rank=5)
+        run.slots["new"] = Slot("new", SlotState.FREE, 100, inode=3)
+
+    asyncio.run(freer_of(run, work.Scanned([]), meanwhile).look_again(run))
+    assert {"fetched", "new"} <= run.slots.keys()
+    assert 5 in save.ranks[RAM]
+    assert 7 in save.guests
+    assert ("free" in run.slots) == run.doubted == (not is_over)
+
+
+def test_what_has_a_damaged_record_is_there() -> None:
+    """It can be healed, and takes memory."""
+    run = a_run()
+    run.doubted = True
+    save = work.SaveScan(str(NEW), 2, 1, problems=["rank-00000.json: not what was sealed"])
+    asyncio.run(freer_of(run, work.Scanned([work.RunScan("r", [save])])).look_again(run))
+    assert run.slots.keys() == {f"of-{NEW}"}
+    assert run.saves[str(NEW)].ranks[RAM] == {0}
+    assert run.saves[str(NEW)].guests == {1}
+    assert RAM not in run.saves[str(OLD)].ranks
+
+
+def test_nobody_waits_for_a_tier_to_get_what_is_gone() -> None:
+    run = a_run()
+    run.doubted = True
+    config = TierConfig("disk", "disk", "/nowhere/else")
+    run.tiers["disk"] = TierState("disk", config, work.TierRef("disk", config.path, label="disk"))
+    old, new = run.saves.values()
+    for save in (old, new):
+        save.due.add("disk")
+        save.told[1] = News(str(save.name), save.save_id, world_size=2, whole=[RAM])
+    ranks, sizes = [0, 1], [100, 100]
+    there = work.SaveScan(
+        str(NEW), 2, 1, ranks, world_size=2, complete=True, size_bytes=200, shard_bytes=sizes
+    )
+    asyncio.run(freer_of(run, work.Scanned([work.RunScan("r", [there])])).look_again(run))
+    assert old.superseded == {"disk"}
+    assert new.owed == {"disk"}
