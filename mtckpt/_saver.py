@@ -99,7 +99,7 @@ class Saver:
                 self._planner = _save.Planner(self.run.members)
                 captured = self._planner.prepare(state, active_adapters())
         except Exception as error:  # noqa: BLE001 - raised again, named
-            # A user's state_dict or a framework may raise anything: it is named and wrapped.
+            # A user's state_dict or a framework may raise anything.
             self._decline(save, f"the state could not be read: {type(error).__name__}")
             _save.raise_capture_error(step, error)
         try:
@@ -124,8 +124,7 @@ class Saver:
             )  # fmt: skip
             if writing.is_done:
                 writing.finish()
-        except Exception as error:  # noqa: BLE001 - raised again, named
-            # Whatever went wrong, the slot goes back first.
+        except Exception as error:  # noqa: BLE001 - raised again, named; the slot goes back first
             return self._give_up(save, grant, error)
         except BaseException:
             # An interrupt: the slot is free for the next save, unless a device still writes to it.
@@ -138,9 +137,9 @@ class Saver:
         self.counters["saves"] += 1
         self._note_going_on(step)
         seal = protocol.Seal(self._session.holder, grant.slot_id, grant.inode, save_id, step, due)
-        layout = captured.plan.layout
+        after = functools.partial(self._prepare_next, captured.plan.layout)
         finish = None if writing.is_done else functools.partial(self._finish, writing, save, grant)
-        self._session.submit(seal, save, lambda: self._prepare_next(layout), finish)
+        self._session.submit(seal, save, after, finish)
         return save
 
     def _note_going_on(self, step: int) -> None:

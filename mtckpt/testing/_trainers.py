@@ -206,8 +206,9 @@ def begin(world: World) -> Callable[..., Written]:
         metrics: Mapping[str, float],
         every: int,
         mode: str,
+        may_leave: bool,
     ) -> Written:
-        del engine, mode
+        del engine, mode, may_leave
         fiber = world.loop.fiber
         assert fiber is not None
         process: Process = fiber.owner
