@@ -153,7 +153,7 @@ def test_a_save_that_another_thread_holds_up_is_called_off(tmp_path: Path) -> No
 
 
 def test_a_look_waits_for_no_other_thread(tmp_path: Path) -> None:
-    with open_run(tmp_path, timeout_s=5) as checkpointer:
+    with open_run(tmp_path) as checkpointer:
         checkpointer.save(1, {"w": np.ones(3)}).wait("local", timeout_s=20)
         with amid_a_restore(checkpointer):
             assert [step.step for step in checkpointer.steps()] == [1]
