@@ -35,7 +35,7 @@ BUGS = (
         "agent/queue.py",
         "newer = [s for s in saves if s.worth > save.worth and s.staged]",
         "newer = [s for s in saves if s.worth > save.worth]",
-        12,
+        3,
     ),
     SimulatedBug(
         "slot-of-a-dead-owner-never-free",
@@ -63,7 +63,7 @@ BUGS = (
         "agent/healing.py",
         "gone = [save for save in held if decisions[save.name].delete]",
         "gone = held if decisions else []",
-        3,
+        2,
     ),
     SimulatedBug(
         "slot-given-to-two",
@@ -98,7 +98,7 @@ BUGS = (
         "agent/registry.py",
         "if any(owner.absent and not owner.dead for owner in run.owners.values()):",
         "if run.owners:",
-        1,
+        36,
     ),
     SimulatedBug(
         "memory-freed-before-it-is-safe-elsewhere",
@@ -140,7 +140,7 @@ BUGS = (
         "agent/guests.py",
         "for save in [s for s in run.outlived() if s.guests]:",
         "for save in [s for s in run.saves.values() if s.guests]:",
-        1,
+        101,
         partners=True,
     ),
 )

@@ -16,7 +16,7 @@ from mtckpt.testing.simulation import run_seeds
 
 BLOCK = 50
 NUM_BLOCKS = 4
-NUM_PARTNER_BLOCKS = 1
+NUM_PARTNER_BLOCKS = 3
 # Of `make torture`, with partners and without; 100000 take some hours on two cores.
 NUM_SEEDS = int(os.environ.get("MTCKPT_SIM_SEEDS", "10000"))
 
