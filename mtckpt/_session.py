@@ -86,6 +86,7 @@ class Session:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
+        self._handing = threading.Lock()  # a job comes, or there is none: never both
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()
         self._closing = threading.Event()
@@ -236,9 +237,7 @@ class Session:
         handed over.
         """
         self._saves[save.id] = save
-        self._start_threads()
-        self._idle.clear()
-        self._jobs.put(lambda: self._seal(seal, save, after, finish))
+        self._hand(lambda: self._seal(seal, save, after, finish))
 
     @property
     def checks_left(self) -> bool:
@@ -256,9 +255,7 @@ class Session:
                 # The others then find out by their deadline.
                 logger.warning("run %s: %s", self.run, error.what)
 
-        self._start_threads()
-        self._idle.clear()
-        self._jobs.put(tell)
+        self._hand(tell)
 
     def _seal(
         self,
@@ -291,6 +288,12 @@ class Session:
         """Saves that something may still happen to."""
         return list(self._saves.values())
 
+    def _hand(self, job: Callable[[], None]) -> None:
+        self._start_threads()
+        with self._handing:
+            self._idle.clear()
+            self._jobs.put(job)
+
     def _start_threads(self) -> None:
         with self._starting:
             if self._threads:
@@ -307,8 +310,9 @@ class Session:
             try:
                 job()
             finally:
-                if self._jobs.empty():
-                    self._idle.set()
+                with self._handing:
+                    if self._jobs.empty():
+                        self._idle.set()
 
     def _listener(self) -> None:
         heard: tuple[protocol.Opened | None, int] = None, 0

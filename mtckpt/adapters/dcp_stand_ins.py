@@ -90,6 +90,7 @@ _Chunk = _noted("_Chunk")
 Index = _noted("_Index")
 Info = _noted("_Info")
 ArrayKind = _noted("_ArrayKind")
+_MemoryFormat = _noted("_MemoryFormat")
 
 
 class _Size(tuple[Any, ...]):
@@ -157,6 +158,14 @@ def _tensor_v3(storage: Any, first: Any, shape: Any, strides: Any, *rest: Any) -
 
 
 @_Function
+def _member(kind: Any, name: Any) -> Any:
+    # So an enumeration's members are pickled by Python 3.11 before 3.11.4.
+    if kind is not _MemoryFormat or not isinstance(name, str):
+        raise Refused("builtins.getattr of what is no enumeration")
+    return _MemoryFormat()
+
+
+@_Function
 def _parameter(tensor: Any, *rest: Any) -> Any:
     del rest
     return tensor
@@ -220,7 +229,8 @@ METADATA_NAMES: dict[tuple[str, str], Any] = {
     (f"{_DCP}.metadata", "MetadataIndex"): Index,
     (f"{_DCP}.metadata", "TensorProperties"): _Noted,
     (f"{_DCP}.metadata", "StorageMeta"): _Noted,
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): _Noted,
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): _MemoryFormat,
+    ("builtins", "getattr"): _member,
     (f"{_DCP}.filesystem", "_StorageInfo"): Info,
     ("torch.serialization", "_get_layout"): _Noted,
     **{

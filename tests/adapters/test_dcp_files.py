@@ -235,6 +235,24 @@ def test_a_pickle_that_calls_something_calls_nothing(written: Path, tmp_path: Pa
     assert not (tmp_path / "mark").exists()
 
 
+def test_members_of_enumerations_are_read_as_older_pythons_write_them() -> None:
+    """By ``getattr``, which is good for nothing else."""
+
+    def pickled(module: str, kind: str, name: str) -> bytes:
+        named = f"cbuiltins\ngetattr\n(c{module}\n{kind}\nV{name}\ntR."
+        return pickle.PROTO + b"\x02" + named.encode()
+
+    def read(*what: str) -> Any:
+        names = dcp_stand_ins.METADATA_NAMES
+        return dcp_stand_ins.Unpickler(io.BytesIO(pickled(*what)), names).load()
+
+    metadata = "torch.distributed.checkpoint.metadata"
+    assert read(metadata, "_MEM_FORMAT_ENCODING", "TORCH_CONTIGUOUS_FORMAT").state == {}
+    for what in ((metadata, "Metadata", "__init__"), ("pathlib", "Path", "unlink")):
+        with pytest.raises(dcp_stand_ins.Refused, match=r"builtins\.getattr"):
+            read(*what)
+
+
 def test_names_are_exact(tmp_path: Path) -> None:
     """No module is allowed as such, and no attribute of what is allowed."""
     for module, name in (
