@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +28,38 @@ def state_of(step: int) -> dict[str, Any]:
     }
 
 
+def other_state_of(step: int) -> dict[str, Any]:
+    """Two steps that do not fit one template."""
+    return {"model": {**state_of(step), **({"more": np.ones(3)} if step == 1 else {})}}
+
+
+def tiers_of(disk: str) -> list[Any]:
+    return [mtckpt.Ram(every=1, slots=3), mtckpt.Disk(disk, every=1)]
+
+
+def killed_after_two(disk: Path, states: str = "state_of") -> list[Any]:
+    """Two steps in RAM and on disk, of a trainer that was killed; returns the tiers."""
+    command = f"import test_delivery; test_delivery.save_two({str(disk)!r}, {states!r})"
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", command], env={**os.environ, "PYTHONPATH": path}, timeout=60
+    )
+    assert done.returncode == -signal.SIGKILL
+    return tiers_of(str(disk))
+
+
+def save_two(disk: str, states: str) -> None:
+    """In a process of its own, which ends without closing anything: memory is not freed."""
+    checkpointer = mtckpt.Checkpointer("run", tiers_of(disk))
+    make = globals()[states]
+    for step in (1, 2):
+        checkpointer.save(step, make(step)).wait("local")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.fixture
 def saved(runtime_dir: Path, tmp_path: Path) -> list[Any]:
-    """Two steps in RAM and on disk; returns the tiers."""
-    tiers = [mtckpt.Ram(every=1, slots=3), mtckpt.Disk(tmp_path / "disk", every=1)]
-    checkpointer = mtckpt.Checkpointer("run", tiers)
-    checkpointer.restore(state_of(0))
-    for step in (1, 2):
-        checkpointer.save(step, state_of(step)).wait("local")
-    del checkpointer  # as a trainer that was killed: nothing was closed, RAM is not freed
-    return tiers
+    return killed_after_two(tmp_path / "disk")
 
 
 def damage(root: Path, step: int, *, at: int = -SIZE * 8) -> None:
@@ -119,11 +145,7 @@ def test_an_older_step_that_does_not_fit_leaves_no_doubt_about_the_state(
     runtime_dir: Path, ram_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_delivery, "_CHEAP_BYTES", 0)
-    tiers = [mtckpt.Ram(every=1), mtckpt.Disk(tmp_path / "disk", every=1)]
-    first = mtckpt.Checkpointer("run", tiers)
-    first.save(1, {"model": {**state_of(1), "more": np.ones(3)}}).wait("local")
-    first.save(2, {"model": state_of(2)}).wait("local")
-    del first
+    tiers = killed_after_two(tmp_path / "disk", "other_state_of")
     for root in (ram_dir, tmp_path / "disk"):
         damage(root, 2)
     with (
