@@ -127,6 +127,9 @@ class AgentServer(HttpServer):
 
     async def _run(self, request: web.Request) -> RunState:
         await self._ready()
+        return self._known(request)
+
+    def _known(self, request: web.Request) -> RunState:
         run = self._registry.runs.get(request.match_info["key"])
         if run is None:
             raise AgentUnavailable(
@@ -167,7 +170,8 @@ class AgentServer(HttpServer):
         if type_ is protocol.Close and request.match_info["key"] not in self._registry.runs:
             # Said again, since the first answer was lost; or the run went with another rank's end.
             return reply(protocol.Done("was closed before"))
-        return reply(await verb(await self._run(request), message))
+        # Nothing is waited for since that look: the run may go at any time.
+        return reply(await verb(self._known(request), message))
 
     async def _get_changes(self, request: web.Request) -> web.Response:
         run = await self._run(request)
