@@ -44,6 +44,9 @@ __all__ = [
 AUTO_START_STEPS = 10
 MAX_COPIES = 8
 AUTO_LOSS = 0.01
+AUTO_GROWTH = (
+    4  # times the interval before, at most: one slow save must not put off the next for hours
+)
 logger = logging.getLogger(__name__)
 
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|m|h)\s*")
@@ -331,10 +334,11 @@ class Schedule:
         """Take over an interval that was measured: now, or to carry where ranks have to agree."""
         if every is None or not self.auto:
             return
+        old = self.tiers[0].every_steps or every
+        every = min(every, AUTO_GROWTH * old)
         if not at_once:
             self.next_every = every
             return
-        old = self.tiers[0].every_steps or every
         if every > old or every < 0.8 * old:
             logger.info("run %s: saving every %d steps (was %d)", run, every, old)
             self.tiers[0].every_steps = every
@@ -386,7 +390,7 @@ class Tempo:
             step_s = (now_s - stall_s - self._last_s) / (step - self._last_step)
             # The first stall has the slots' first touch in it: the median of the last five counts.
             self._stalls = [*self._stalls[-4:], stall_s]
-            wanted = auto_interval(sorted(self._stalls)[len(self._stalls) // 2], step_s)
+            wanted = auto_interval(sorted(self._stalls)[(len(self._stalls) - 1) // 2], step_s)
         self._last_step, self._last_s = step, now_s
         return wanted
 

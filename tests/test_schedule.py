@@ -102,6 +102,16 @@ def test_auto_keeps_the_loss_under_one_per_cent(stall_s: float, step_s: float) -
     assert every == 1 or stall_s > 0.01 * (every - 1) * step_s * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_one_slow_save_does_not_put_off_the_next_for_long(at_once: bool) -> None:
+    schedule = make_schedule(Ram(), [], [])
+    schedule.adapt(auto_interval(stall_s=60, step_s=0.1), "r", at_once=at_once)
+    assert schedule.every_to_carry == 40
+    for _ in range(5):
+        schedule.adapt(auto_interval(stall_s=60, step_s=0.1), "r", at_once=True)
+    assert schedule.tiers[0].every_steps == 10_000  # but it lasts: that is what saving costs
+
+
 def test_the_tempo_knows_nothing_from_a_single_save() -> None:
     tempo = Tempo()
     assert tempo.note(10, 0.1) is None
