@@ -1,4 +1,4 @@
-"""Write the map of the package into README.md and docs/architecture.md: a line for each module.
+"""Write the map of the package into docs/architecture.md: a line for each module.
 
 The line is the first one of the module's docstring. Run it after adding, removing or renaming a
 module, or changing that line; tests/test_readme.py fails until then.
@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/architecture.md")
+PAGE = "docs/architecture.md"
 _ROW = re.compile(r"^(?:\| `mtckpt/.*\|\n)+", re.MULTILINE)
 
 
@@ -33,14 +33,13 @@ def rows() -> str:
 
 
 def main() -> None:
-    for name in PAGES:
-        page = ROOT / name
-        text = page.read_text(encoding="utf-8")
-        written, count = _ROW.subn(lambda _: rows(), text)
-        if count != 1:
-            raise SystemExit(f"{name} has {count} maps of the package, not one")
-        if written != text:
-            page.write_text(written, encoding="utf-8")
+    page = ROOT / PAGE
+    text = page.read_text(encoding="utf-8")
+    written, count = _ROW.subn(lambda _: rows(), text)
+    if count != 1:
+        raise SystemExit(f"{PAGE} has {count} maps of the package, not one")
+    if written != text:
+        page.write_text(written, encoding="utf-8")
 
 
 if __name__ == "__main__":
