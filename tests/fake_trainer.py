@@ -50,8 +50,11 @@ class FakeTrainer:
         ram_path: str = "",
         token: str = "",
         timeout_s: float = 20.0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.run, self.key = run, _manifest.run_key(run)
+        self.rank, self.world_size = rank, world_size
         self.tiers = tiers or []
         self.size_bytes = size_bytes
         self.count = count
@@ -80,8 +83,8 @@ class FakeTrainer:
             protocol.PROTOCOL_VERSION,
             self.run,
             self.holder,
-            0,
-            1,
+            self.rank,
+            self.world_size,
             os.getpid(),
             start_ticks(os.getpid()),
             os.getppid(),

@@ -124,8 +124,8 @@ BUGS = (
     SimulatedBug(
         "part-of-a-save-taken-for-the-whole",
         "agent/saves.py",
-        "        if label == RAM and self.chosen and here:",
-        "        if label == RAM and not self.stages and here:",
+        "            if self.chosen:",
+        "            if not self.stages:",
         1,
     ),
     SimulatedBug(
@@ -140,7 +140,7 @@ BUGS = (
         "agent/guests.py",
         "for save in [s for s in run.outlived() if s.guests]:",
         "for save in [s for s in run.saves.values() if s.guests]:",
-        101,
+        47,
         partners=True,
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def cluster(tmp_path: Path) -> Iterator[Make]:
 def drained(node: Node) -> drains.Drained:
     with AgentClient(str(node.places.runtime / protocol.SOCKET_NAME), 40.0) as client:
         return client.call("/v1/drain", drains.Drain(30.0), drains.Drained)
+
+
+def stays(node: Node) -> None:
+    with AgentClient(str(node.places.runtime / protocol.SOCKET_NAME), 40.0) as client:
+        assert client.call("/v1/drain", drains.Drain(cancel=True), drains.Drained).safe
+
+
+def is_draining(node: Node) -> bool:
+    with AgentClient(str(node.places.runtime / protocol.SOCKET_NAME), 40.0) as client:
+        return bool(client.call("/status", None, protocol.AgentStatus).draining)
 
 
 def replaced(job: Cluster, *numbers: int) -> None:
@@ -128,3 +139,51 @@ def test_a_silent_partner_does_not_outlast_the_grace_period(cluster: Make) -> No
     log = (first.places.runtime / "agent.log").read_text()
     assert "run run is drained: step 2 is on disk" in log
     assert "another node did not take all of it in time" in log
+
+
+def test_all_nodes_bring_the_newest_step_to_the_store_for_one_that_goes(
+    cluster: Make, tmp_path: Path
+) -> None:
+    """It was not due there, and in a store a part of a step is none."""
+    settings: dict[str, Any] = {"store": f"file://{tmp_path}/store"}
+    job = cluster(2, **settings)
+    step = job.saved()
+    assert drained(job.nodes[1]).safe
+    (stays_on, _) = job.nodes
+    until(lambda: step in next(t.steps for t in stays_on.status().tiers if t.kind == "store"))
+    replaced(job, 0, 1)
+    job.start(every=1000, **settings)
+    assert [found for found, *_ in job.all("restore")] == [step] * 2
+
+
+def test_copies_for_a_lost_node_go_to_the_store_where_no_other_one_takes_them(
+    cluster: Make, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"copies": 1, "store": f"file://{tmp_path}/store"}
+    job = cluster(2, **settings)
+    step = job.saved("replicated")
+    job.nodes[0].lose()
+    told = drained(job.nodes[1])
+    assert told.safe, told
+    assert told.runs[0].detail.startswith(f"step {step} is in store")
+    replaced(job, 0, 1)
+    job.start(every=1000, **settings)
+    assert [found for found, *_ in job.all("restore")] == [step] * 2
+
+
+def test_a_node_that_stays_after_all_takes_saves_again(cluster: Make) -> None:
+    """Taken back while it waited for a part of a save that is still to come."""
+    job = cluster(2)
+    job.saved()
+    step = job.begin(ranks=[0])
+    with ThreadPoolExecutor(1) as threads:
+        draining = threads.submit(drained, job.nodes[0])
+        until(lambda: is_draining(job.nodes[0]))
+        stays(job.nodes[0])
+        job.all("save", step, ranks=[1])
+        draining.result()
+    step = job.saved()
+    for rank in job.ranks:
+        rank.kill()
+    job.start(every=1000)
+    assert [found for found, *_ in job.all("restore")] == [step] * 2

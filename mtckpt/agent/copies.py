@@ -152,14 +152,15 @@ class Copies:
         ]
 
     async def hand_over(
-        self, run: RunState, save: SaveState, ranks: list[int], number: int
+        self, run: RunState, save: SaveState, ranks: list[int], number: int, call_s: float
     ) -> None:
         """Have another node take these parts, which this one has, since this one goes.
 
-        Raises TierUnavailable where it does not answer, and whatever else it says.
+        Raises TierUnavailable where it does not answer within ``call_s``, and whatever else it
+        says.
         """
         taken: dict[int, Taken] = {}
-        await self._have_taken(run, save, number, ranks, taken.__setitem__)
+        await self._have_taken(run, save, number, ranks, taken.__setitem__, call_s)
         self._tools.events.emit(
             "copies.handed_over", run=run.run, step=save.name.step, node=number, ranks=len(ranks)
         )
@@ -171,6 +172,7 @@ class Copies:
         number: int,
         ranks: list[int],
         note: Callable[[int, Taken], None],
+        call_s: float = CALL_S,
     ) -> None:
         patience_s, secret = self._tools.limits.call_timeout_s, run.secret
         done_bytes, moved_s = -1, time.monotonic()
@@ -179,7 +181,7 @@ class Copies:
             if layout is None or run.secret != secret:
                 raise TierUnavailable("the job was started anew", tier="peers")
             try:
-                taken = await self._ask(run, layout, save, number, ranks)
+                taken = await self._ask(run, layout, save, number, ranks, call_s)
             except Damaged:
                 run.troubles[number] += 1
                 raise
@@ -198,7 +200,13 @@ class Copies:
                 )
 
     async def _ask(
-        self, run: RunState, layout: Layout, save: SaveState, number: int, ranks: list[int]
+        self,
+        run: RunState,
+        layout: Layout,
+        save: SaveState,
+        number: int,
+        ranks: list[int],
+        call_s: float,
     ) -> Taken:
         here, there = self._peers.address, layout.nodes[number].address
         if here is None:
@@ -208,7 +216,7 @@ class Copies:
         try:
             client = self._peers.client(run.key, msgspec.structs.replace(there, agent_id=""))
             return await asyncio.get_running_loop().run_in_executor(
-                self._threads, client.call, "pull", offer, Taken, CALL_S
+                self._threads, client.call, "pull", offer, Taken, call_s
             )
         except Damaged:
             raise  # what is here, as far as the partner can tell: it is healed before it goes again

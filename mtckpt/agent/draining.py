@@ -1,13 +1,15 @@
 """A node that is about to go away: what it has is brought elsewhere, and nothing new is taken.
 
 Knows what "safe to go" means: the newest step that is whole, and what is held here for other nodes,
-are where the loss of this node does not reach. The same for a command, a supervisor's hook and
-SIGTERM. Does not move bytes (``flushing``, ``copies``), and does not end the agent (``life``).
+are where the loss of this node does not reach: with other nodes that stay, or in a store. The same
+for a command, a supervisor's hook and SIGTERM. Does not move bytes (``flushing``, ``copies``), and
+does not end the agent (``life``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine, Iterable
@@ -17,11 +19,12 @@ from mtckpt._survival import ranges
 from mtckpt.agent import drains
 from mtckpt.agent.runs import describe_failure
 from mtckpt.agent.saves import RAM, SaveState
-from mtckpt.errors import CheckpointError, NodeDraining
+from mtckpt.errors import CheckpointError, NodeDraining, TierUnavailable
 
 if TYPE_CHECKING:
     from mtckpt._events import EventStream
     from mtckpt.agent.copies import Copies
+    from mtckpt.agent.flushing import Flusher
     from mtckpt.agent.runs import RunState
 
 __all__ = ["Drainer"]
@@ -29,16 +32,29 @@ __all__ = ["Drainer"]
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+# So long other nodes get to say that they have what is held here, before it goes to slower tiers.
+_PATIENCE_S = 5.0
+# One that is dark must not take up the time of the others: it is asked again after them.
+_CALLS_S = (5.0, 15.0)
 
 
 class Drainer:
-    """See the module. One for the agent; ``reason`` is empty while the node is to stay. ``told``
-    are the runs of which it was said where their newest step is: none becomes whole here then.
+    """See the module. One for the agent; ``reason`` is empty while the node is to stay. ``ready``
+    is set once it is known what is here.
     """
 
-    def __init__(self, runs: dict[str, RunState], copies: Copies, events: EventStream) -> None:
+    def __init__(
+        self,
+        runs: dict[str, RunState],
+        ready: asyncio.Event,
+        copies: Copies,
+        flusher: Flusher,
+        events: EventStream,
+    ) -> None:
         self._runs = runs
+        self._ready = ready
         self._copies = copies
+        self._flusher = flusher
         self._events = events
         self.reason = ""
 
@@ -60,12 +76,16 @@ class Drainer:
         deadline_s = time.monotonic() + timeout_s
         self.reason = reason
         self._events.emit("node.drains", reason=reason, seconds=round(timeout_s, 1))
+        with contextlib.suppress(asyncio.TimeoutError):  # what is here may still be looked for
+            await asyncio.wait_for(self._ready.wait(), timeout_s)
         runs = [run for run in self._runs.values() if not run.gone]
         for run in runs:
             run.draining = reason
             run.touch()
         told = await asyncio.gather(*(self._drain(run, deadline_s) for run in runs))
-        drained = drains.Drained(all(each.safe for each in told), list(told))
+        drained = drains.Drained(
+            self._ready.is_set() and all(each.safe for each in told), list(told)
+        )
         for each in told:
             level = logging.INFO if each.safe else logging.WARNING
             said = "; ".join([each.detail, *each.lacking])
@@ -75,21 +95,26 @@ class Drainer:
 
     async def _drain(self, run: RunState, deadline_s: float) -> drains.DrainedRun:
         """What nobody else has goes to other nodes, beside what tiers of the run bring away."""
-        handover = _Handover(run, self._copies)
-        handing = [self._start(handover.of_guests(), deadline_s, handover)]
+        handover = _Handover(run, self._copies, self._flusher)
+        handing = [
+            self._start(work, deadline_s, handover)
+            for work in (handover.of_guests(), handover.of_copied())
+        ]
         wanted: set[str] = set()
-        while True:
+        while run.draining:
             newest = run.newest_staged()
             if newest is not None and str(newest.name) not in wanted:
                 wanted.add(str(newest.name))
                 newest.want_in(run.tiers)
+                # With this node's parts alone no store has a step: the others bring theirs, too.
+                newest.wanted |= {label for label, tier in run.tiers.items() if tier.is_store}
                 run.touch(newest)
                 handing.append(self._start(handover.of_own(newest), deadline_s, handover))
             coming = run.settling or run.sealing.locked() or self._coming(run)
             if not (coming or self._owed(run, handover)) or time.monotonic() >= deadline_s:
                 break
             await asyncio.sleep(_POLL_S)  # many things end it: seals, flushes, failures, copies
-        run.drained = True
+        run.drained = bool(run.draining)  # it may have been taken back meanwhile
         await asyncio.gather(*handing)
         return handover.told()
 
@@ -119,13 +144,16 @@ class Drainer:
 
 
 class _Handover:
-    """What one run has here that other nodes are to have. ``holders`` have, by save, said so."""
+    """What one run has here that other nodes are to have. ``holders`` have, by save, said so, and
+    ``untaken`` says why none has. ``problems`` are what is nowhere else."""
 
-    def __init__(self, run: RunState, copies: Copies) -> None:
+    def __init__(self, run: RunState, copies: Copies, flusher: Flusher) -> None:
         self._run = run
         self._copies = copies
+        self._flusher = flusher
         self.problems: list[str] = []
         self.holders: dict[str, int] = {}
+        self.untaken: dict[str, str] = {}
 
     def staying(self) -> list[int]:
         """The other nodes that are not to go as well, those first that placement would choose."""
@@ -139,12 +167,24 @@ class _Handover:
         if not ranks or not staying:
             return
         first = [number for number in sorted(save.held_on) if number in staying]
-        number = await self._give(save, ranks, [*first, *staying])
+        number, why = await self._give(save, ranks, [*first, *staying])
         if number is not None:
             self.holders[str(save.name)] = number
+        else:
+            self.untaken[str(save.name)] = why
+
+    async def of_copied(self) -> None:
+        """This node's parts of the newest step that is on other nodes whole, likewise: what came
+        after it may have been lost with a node that is gone, and with it the copies of these."""
+        run = self._run
+        outlived = run.outlived()
+        for save in [s for s in run.saves.values() if s.is_replicated and s not in outlived]:
+            if save is not run.newest_staged():
+                await self.of_own(save)
 
     async def of_guests(self) -> None:
-        """What is held here for other nodes: to its owner, where that lacks it, else to any."""
+        """What is held here for other nodes: to its owner, where that lacks it, else to any; where
+        none takes it, to the tiers of the run, with this node's own parts of the same save."""
         run = self._run
         outlived = run.outlived()
         saves = [s for s in run.saves.values() if s.guests and s not in outlived]
@@ -154,22 +194,58 @@ class _Handover:
                 owner = run.layout.node_of(rank) if run.layout else None
                 owners.setdefault(owner, []).append(rank)
             for owner, ranks in owners.items():
-                staying = self.staying()
-                first = [owner] if owner in staying else []
-                await self._give(save, ranks, [*first, *staying])
+                await self._of_guest(save, ranks, owner)
 
-    async def _give(self, save: SaveState, ranks: list[int], numbers: Iterable[int]) -> int | None:
-        """To the first node that takes it; which one did."""
-        why = "no other node stays"
-        for number in dict.fromkeys(numbers):
-            try:
-                await self._copies.hand_over(self._run, save, ranks, number)
-            except CheckpointError as error:
-                why = describe_failure(error)
+    async def _of_guest(self, save: SaveState, ranks: list[int], owner: int | None) -> None:
+        staying = self.staying()
+        first = [owner] if owner in staying else []
+        giving = asyncio.ensure_future(self._give(save, ranks, [*first, *staying]))
+        try:
+            await asyncio.wait([giving], timeout=_PATIENCE_S)
+            if giving.done() and giving.result()[0] is not None:
+                return
+            brought = await self._bring(save)
+            number, why = await giving
+            if number is None and not brought:
+                self._note(save, ranks, why)
+        finally:
+            giving.cancel()
+
+    async def _bring(self, save: SaveState) -> bool:
+        """To all disks and stores; whether a store has it then."""
+        brought = False
+        for tier in self._run.tiers.values():
+            if tier.is_peers:
                 continue
-            return number
+            try:
+                done = await self._flusher.bring(self._run, tier, save)
+            except CheckpointError as error:
+                ranks = sorted(save.guests)
+                self._note(save, ranks, f"{tier.label}: {describe_failure(error)}")
+            else:
+                brought |= done and tier.is_store
+        return brought
+
+    def _note(self, save: SaveState, ranks: list[int], why: str) -> None:
         self.problems.append(f"step {save.name.step} of ranks {ranges(ranks)}: {why}")
-        return None
+
+    async def _give(
+        self, save: SaveState, ranks: list[int], numbers: Iterable[int]
+    ) -> tuple[int | None, str]:
+        """To the first node that takes it: which one did, or why none."""
+        why = "no other node stays"
+        left = list(dict.fromkeys(numbers))
+        for call_s in _CALLS_S:
+            for number in tuple(left):
+                try:
+                    await self._copies.hand_over(self._run, save, ranks, number, call_s)
+                except CheckpointError as error:
+                    why = describe_failure(error)
+                    if not isinstance(error, TierUnavailable):
+                        left.remove(number)
+                    continue
+                return number, ""
+        return None, why
 
     def told(self) -> drains.DrainedRun:
         """Where the newest step is, and whether the loss of this node takes something along."""
@@ -192,6 +268,8 @@ class _Handover:
             for label in sorted(save.owed & run.tiers.keys())
             if run.source_for(save, label) is not None
         ]
+        if why := self.untaken.get(str(save.name)):
+            lacking.append(f"in the memory of no other node: {why}")
         lacking += [f"{label}: {error.what}" for label, error in sorted(save.failures().items())]
         return drains.DrainedRun(
             run.run,

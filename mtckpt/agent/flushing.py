@@ -22,6 +22,8 @@ from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.errors import CheckpointError, CommitConflict, Damaged, TierUnavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mtckpt.agent.copies import Copies
     from mtckpt.agent.healing import Healer
     from mtckpt.agent.ring import Ring
@@ -180,17 +182,45 @@ class Flusher:
             save.superseded.discard(tier.label)
             run.touch(save)
 
+    async def bring(self, run: RunState, tier: TierState, save: SaveState) -> bool:
+        """All that is here of a save, the copies for other nodes too: nobody else may have them.
+        True if the tier has all of it now. Raises what the tier says."""
+        async with run.lock(save, tier.label):
+            scanned = await self._tools.call(work.Scan(tier.ref, run.key), work.Scanned)
+            saves = [entry for found in scanned.runs for entry in found.saves]
+            # What others have brought is as it was captured: a copy may leave something out.
+            there = {rank for each in saves if each.save == str(save.name) for rank in each.ranks}
+            there |= save.ranks.setdefault(tier.label, set())
+            here = save.guests | save.ranks.get(RAM, set())
+            with run.reading(save):
+                await self._copy_ranks(run, tier, save, run.ram, sorted(here - there))
+            save.ranks[tier.label] |= there
+        if save.is_complete(tier.label) and tier.label not in save.uncommitted:
+            run.reach(save, tier.stage)
+        run.touch(save)
+        return here <= save.ranks.get(tier.label, set())
+
     async def _copy(self, run: RunState, tier: TierState, save: SaveState) -> int:
         if tier.is_peers:
             return await self._copies.copy(run, tier, save)
+        source = run.source_for(save, tier.label) or run.ram
+        ranks = sorted(save.ranks.get(source.label, ()))
+        return await self._copy_ranks(run, tier, save, source, ranks)
+
+    async def _copy_ranks(
+        self,
+        run: RunState,
+        tier: TierState,
+        save: SaveState,
+        source: work.TierRef,
+        ranks: Sequence[int],
+    ) -> int:
         tier.total_bytes, tier.done_bytes = save.size_bytes, 0
         before_bytes = reused_bytes = 0
 
         def progress(news: work.Progress) -> None:
             tier.done_bytes = before_bytes + news.done_bytes
 
-        source = run.source_for(save, tier.label) or run.ram
-        ranks = sorted(save.ranks.get(source.label, ()))
         base = self._base(run, tier) if tier.config.reuse else ""
         for rank in ranks:
             command = work.Flush(

@@ -125,6 +125,7 @@ class Links:
         for save in run.saves.values():
             save.told.clear()
             save.held_on.clear()
+            save.wanted.clear()
             save.found = True
         for number in run.links:
             self._tools.start(self._serve(run, number), f"telling node {number} of {run.key}")
@@ -333,6 +334,7 @@ class Links:
         save.disputed |= news.plan_digest not in ("", save.plan_digest)
         if "staged" not in save.stages:  # what has had it since then may have let it go
             save.due |= set(news.due) & run.tiers.keys()
+        save.also_want_in(set(news.wanted) & run.tiers.keys())
         save.told[number] = news
         save.diverged = news.diverged or save.diverged
         return save

@@ -45,9 +45,10 @@ class News(msgspec.Struct, frozen=True, omit_defaults=True):
     ``parts`` are the ranks whose records a node has, by tier, once it has those of all its ranks;
     ``whole`` the tiers in which, as the lead knows, all nodes have theirs. ``read_back`` and
     ``damaged`` are tiers where that much was read and found good, and where something was not.
-    ``due`` travels too: a tier may be due by the clock of rank 0. ``twins`` are what a node's ranks
-    have stored of what others hold too; ``diverged`` the leaves of which copies differ, as the lead
-    has found out.
+    ``due`` travels too: a tier may be due by the clock of rank 0. ``wanted`` are stores that are to
+    have it although they were not due, since a node of it is about to go. ``twins`` are what a
+    node's ranks have stored of what others hold too; ``diverged`` the leaves of which copies
+    differ, as the lead has found out.
     """
 
     save: str
@@ -63,6 +64,7 @@ class News(msgspec.Struct, frozen=True, omit_defaults=True):
     superseded: list[str] = []
     failed: dict[str, WireError] = {}
     called_off: str = ""
+    wanted: list[str] = []
     twins: dict[str, dict[str, list[int]]] = {}
     diverged: dict[str, list[int]] = {}
 
@@ -161,7 +163,7 @@ def news_for_lead(save: SaveState, layout: Layout, incarnation: int) -> News | N
     if save.called_off:
         parts.pop(RAM, None)
     failed = {label: why for label, why in save.failed.items() if label != RAM or save.called_off}
-    if not (parts or failed or save.superseded or save.called_off):
+    if not (parts or failed or save.superseded or save.called_off or save.wanted):
         return None
     return News(
         **_identity(save),
@@ -172,6 +174,7 @@ def news_for_lead(save: SaveState, layout: Layout, incarnation: int) -> News | N
         superseded=sorted(save.superseded),
         failed=failed,
         called_off=save.called_off,
+        wanted=sorted(save.wanted),
         twins=save.twins if RAM in parts else {},
     )
 
@@ -186,7 +189,7 @@ def news_for_nodes(save: SaveState) -> News | None:
         | ({RAM} if "staged" in save.stages else set())
     )
     failed, superseded = save.failures(), save.passed_over()
-    if not (whole or failed or superseded or save.called_off):
+    if not (whole or failed or superseded or save.called_off or save.wanted):
         return None
     return News(
         **_identity(save),
@@ -197,6 +200,7 @@ def news_for_nodes(save: SaveState) -> News | None:
         superseded=sorted(superseded),
         failed=failed,
         called_off=save.called_off,
+        wanted=sorted(save.wanted),
         diverged=save.diverged,
     )
 

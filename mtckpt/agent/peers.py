@@ -26,12 +26,14 @@ from mtckpt.errors import (
     AgentUnavailable,
     CheckpointError,
     FormatError,
+    RunLocked,
     TierUnavailable,
     UsageError,
 )
 from mtckpt.tiers import LocalTier
 
 if TYPE_CHECKING:
+    from mtckpt.agent.owners import Owner
     from mtckpt.agent.registry import Registry
     from mtckpt.agent.runs import RunState
 
@@ -104,12 +106,23 @@ class Peers:
                 )
         return self._address
 
-    async def join(self, run: RunState, message: protocol.Join) -> protocol.Done:
-        """Take over who the nodes of a run are, and let them read it. Idempotent."""
+    async def join(self, run: RunState, owner: Owner, message: protocol.Join) -> protocol.Done:
+        """Take over who the nodes of a run are, and let them read it. Idempotent. Raises RunLocked
+        for a rank of an earlier start of the job, whose nodes they are no more."""
         check_join(message)
         known = self.joined(run.key)
         # Said again by each rank, and to another agent: that may know later addresses by then.
         if known is None or known.secret != message.secret:
+            if known is not None and 0 < owner.incarnation < run.incarnation:
+                raise RunLocked(
+                    "the job was started anew since: other nodes have this run",
+                    run=run.run,
+                    rank=owner.rank,
+                    owner_pid=next(
+                        (o.pid for o in run.living() if o.incarnation == run.incarnation), 0
+                    ),
+                    owner_host=owner.host,
+                )
             await self.replace(run, message)
         await self.keep()
         return protocol.Done()

@@ -75,7 +75,7 @@ class Registry:
         self.peers = Peers(self)
         self.copies = Copies(tools, self.ring, self.peers)
         self.flusher = Flusher(tools, self.ring, self.healer, self.copies)
-        self.drainer = Drainer(self.runs, self.copies, tools.events)
+        self.drainer = Drainer(self.runs, self.ready, self.copies, self.flusher, tools.events)
         self.replicas = Replicas(tools, self.peers, self.write_config)
         self.links = Links(
             tools, self.ring, self.agreement, self.flusher, self.replicas, self.peers

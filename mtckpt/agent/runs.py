@@ -218,9 +218,14 @@ class RunState:
         )
 
     def outlived(self) -> list[SaveState]:
-        """Saves older than the newest that outlives any one node: they need not do so."""
-        line = self.line()
-        held = [save.worth(line) for save in self.saves.values() if save.is_replicated]
+        """Saves older than the newest that outlives any one node, or where none does by itself than
+        the newest that is whole: they need not do so."""
+        line, keeps = self.line(), any(tier.is_peers for tier in self.tiers.values())
+        held = [
+            save.worth(line)
+            for save in self.saves.values()
+            if save.is_replicated or (not keeps and save.is_staged)
+        ]
         return [s for s in self.saves.values() if held and s.worth(line) < max(held)]
 
     def note_leaving(self, number: int, leaving: bool) -> None:

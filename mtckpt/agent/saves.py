@@ -94,7 +94,8 @@ class SaveState:
 
     ``guests`` are ranks whose shards are in RAM here as copies for other nodes; ``held_by`` has the
     boot ids of those that hold copies of this node's, ``held_on`` the numbers of those that took
-    them in this start of the job."""
+    them in this start of the job. ``wanted`` are stores that some node wants to have it before it
+    goes."""
 
     name: SaveName
     save_id: str
@@ -104,6 +105,7 @@ class SaveState:
     metrics: dict[str, float] = field(default_factory=dict)
     reported: bool = False
     due: set[str] = field(default_factory=set)
+    wanted: set[str] = field(default_factory=set)
     ranks: dict[str, set[int]] = field(default_factory=dict)
     told: Told = field(default_factory=Told)
     guests: set[int] = field(default_factory=set)
@@ -152,6 +154,14 @@ class SaveState:
             self.superseded.discard(label)
             self.failed.pop(label, None)
 
+    def also_want_in(self, labels: Collection[str]) -> None:
+        """Stores that are to get it for the sake of a node that goes. What it has there already of
+        this node's ranks is not brought again."""
+        new = set(labels) - self.wanted
+        self.wanted |= new
+        own = self.ranks.get(RAM, set())
+        self.want_in(label for label in new if not own <= self.ranks.get(label, set()))
+
     def is_complete(self, label: str) -> bool:
         """Whether all ranks have it there, those of other nodes on theirs; some are here."""
         return bool(self.ranks.get(label)) and self.is_whole(label)
@@ -164,8 +174,10 @@ class SaveState:
         if self.told.is_whole(label):
             return True
         here = self.ranks.get(label, set())
-        if label == RAM and self.chosen and here:
-            return True
+        if label == RAM and here:
+            if self.chosen:
+                return True
+            here = here | self.guests  # copies are made of what was whole
         return _number_of(here, self.told.ranks(label)) >= self.world_size
 
     def is_verified(self, label: str) -> bool:

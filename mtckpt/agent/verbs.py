@@ -316,7 +316,7 @@ class Verbs:
         """The nodes of a run, as each of its ranks says them."""
         async with self._registry.peers.joining:
             owner = run.owner_of(message.holder)  # another start's may have taken its place
-            done = await self._registry.peers.join(run, message)
+            done = await self._registry.peers.join(run, owner, message)
             self._registry.links.join(run, owner.rank)
         await self._registry.write_config(run)
         return done

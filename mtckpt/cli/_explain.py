@@ -71,6 +71,8 @@ def explain(target: str, step: int | None, as_json: bool) -> int:
     """Say where a restore would take each shard from, and why not from anywhere else.
 
     "4 GiB elsewhere": a copy that leaves out what other shards of the step have too, byte for byte.
+    What is large comes from up to four other nodes side by side: from the one that is named, and
+    from those that are said to bring some of it.
     Exit status 1 if a place is silent or damaged, or no step can be restored.
     """
     with find(target) as found:
@@ -181,6 +183,7 @@ def _shard(looked: Looked, candidate: Candidate, rank: int) -> Shard:
     """Look at every place, as a restore does, but also at those that it would not need."""
     from mtckpt import _inventory
     from mtckpt._delivery import describe
+    from mtckpt._striped import STRIPED_BYTES
 
     shard = Shard(rank)
     keys = _inventory.shard_keys(looked.run_key, candidate.name, rank)
@@ -197,11 +200,21 @@ def _shard(looked: Looked, candidate: Candidate, rank: int) -> Shard:
             looked.damaged = True
             continue
         if shard.source:
-            shard.rejected[label] = f"not needed: {shard.source} comes first"
+            size_bytes = record.shard.size_bytes
+            shares = _is_peers(label) and _is_peers(shard.source) and size_bytes >= STRIPED_BYTES
+            shard.rejected[label] = (
+                f"brings some of it, beside {shard.source}"
+                if shares
+                else f"not needed: {shard.source} comes first"
+            )
         else:
             shard.source, shard.size_bytes = label, record.shard.size_bytes
             shard.left_out = record.left_out
     return shard
+
+
+def _is_peers(label: str) -> bool:
+    return label.startswith("peers-")
 
 
 def _why_absent(looked: Looked, label: str, name: SaveName, rank: int) -> str:

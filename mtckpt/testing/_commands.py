@@ -24,12 +24,12 @@ from mtckpt.errors import (
     AlreadyExists,
     CheckpointError,
     Damaged,
-    FormatError,
     ObjectNotFound,
     TierFull,
     TierUnavailable,
 )
-from mtckpt.testing._devices import Directory, File, SlotFiles, is_sound, parsed, table_of
+from mtckpt.testing._copying import Files, has_alike, sound_files, whole_files, why_damaged
+from mtckpt.testing._devices import Directory, File, SlotFiles, is_sound, parsed, table_of, thinned
 from mtckpt.tiers.base import BytesSource
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ class Commands:
     async def _verify(self, command: work.Verify, pause: Pause) -> work.Result:
         place = self._find(command.tier)
         await pause()
-        reason = _why_damaged(place, command.run_key, _name(command.save), command.rank)
+        reason = why_damaged(place, command.run_key, _name(command.save), command.rank)
         key = shard_keys(command.run_key, _name(command.save), command.rank)[0]
         return work.Verified(1, 0.0, [work.DamagedKey(key, reason)] if reason else [])
 
@@ -304,8 +304,14 @@ class Commands:
         source = self._memory_of(command.address, command.run_key, command.secret)
         target, name = self._find(command.target), _name(command.save)
         await pause()
+        at = command.run_key, name, command.rank
         try:
-            copied = await self._copy(source, target, command.run_key, name, command.rank, pause)
+            files = sound_files(source, *at)
+            if command.mends:
+                files = whole_files(source, target, *at) or files
+            elif has_alike(target, *at, command.beside, files):
+                files = thinned(_manifest.decode_sealed(files[2], Record))
+            copied = await self._put_files(target, shard_keys(*at), files, pause)
         except ObjectNotFound as error:
             raise TierUnavailable(f"it is not there: {error.what}", tier="peers") from error
         except Damaged as error:
@@ -321,11 +327,12 @@ class Commands:
         rank: int,
         pause: Pause,
     ) -> int:
-        keys = shard_keys(run_key, name, rank)
-        files = [source.file(key).content for key in keys]
-        reason = _why_damaged(source, run_key, name, rank)
-        if reason:
-            raise Damaged(reason, tier=source.name, key=keys[0])
+        files = sound_files(source, run_key, name, rank)
+        return await self._put_files(target, shard_keys(run_key, name, rank), files, pause)
+
+    async def _put_files(
+        self, target: Directory, keys: tuple[str, str, str], files: Files, pause: Pause
+    ) -> int:
         stored: list[str] = []
         try:
             for key, content in zip(keys, files, strict=True):
@@ -360,11 +367,11 @@ class Commands:
     async def _heal(self, command: work.Heal, pause: Pause) -> work.Result:
         bad, good = self._find(command.bad), self._find(command.good)
         name = _name(command.save)
-        reason = _why_damaged(good, command.run_key, name, command.rank)
+        reason = why_damaged(good, command.run_key, name, command.rank)
         key = shard_keys(command.run_key, name, command.rank)[0]
         if reason:
             raise Damaged(reason, tier=good.name, key=key)
-        replaced = _why_damaged(bad, command.run_key, name, command.rank)
+        replaced = why_damaged(bad, command.run_key, name, command.rank)
         await self._copy(good, bad, command.run_key, name, command.rank, pause)
         return work.Healed([key] if replaced else [])
 
@@ -429,21 +436,6 @@ def _name(text: str) -> SaveName:
     name = SaveName.parse(text)
     assert name is not None, text
     return name
-
-
-def _why_damaged(place: Directory, run_key: str, name: SaveName, rank: int) -> str:
-    """What is wrong with a shard here; empty if nothing is."""
-    keys = shard_keys(run_key, name, rank)
-    missing = [key for key in keys if key not in place.objects]
-    if missing:
-        return f"{missing[0]} is not there"
-    try:
-        record = _manifest.decode_sealed(place.objects[keys[2]].content, Record)
-        _inventory.check_record(record, name, rank)
-    except FormatError as error:
-        return error.what
-    data, table = (place.objects[key].content for key in keys[:2])
-    return "" if is_sound(record, data, table) else f"{keys[0]} differs from its digest"
 
 
 def _sealed(save: str, record: Record, *, again: bool = False) -> work.SealedSlot:

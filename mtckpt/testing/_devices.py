@@ -1,8 +1,8 @@
 """Places in memory: a node's RAM, its disk, or a store, as dictionaries that can fail.
 
 Knows files, slots and the order in which the data processes change them; a change can be cut off
-between any two steps. Knows no bytes of tensors: a shard's data says which save it is of. Does not
-know who asks, or what for.
+between any two steps. Knows no bytes of tensors: a shard's data says which save it is of, and
+whether it is a copy that leaves something out. Does not know who asks, or what for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 from xxhash import xxh3_64_digest
 
 from mtckpt import _manifest, _shard
@@ -18,7 +19,18 @@ from mtckpt._manifest import Record, ShardEntry
 from mtckpt.errors import AlreadyExists, FormatError, ObjectNotFound, ShortRead, TierUnavailable
 from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives
 
-__all__ = ["DATA_BYTES", "TABLE_BYTES", "Directory", "File", "SlotFiles", "content_of", "is_sound"]
+__all__ = [
+    "DATA_BYTES",
+    "TABLE_BYTES",
+    "Directory",
+    "File",
+    "SlotFiles",
+    "are_alike",
+    "content_of",
+    "is_sound",
+    "thin_content_of",
+    "thinned",
+]
 
 DATA_BYTES = 64
 TABLE_BYTES = _shard.TABLE_HEADER.size
@@ -45,6 +57,26 @@ class SlotFiles:
 def content_of(save_id: str, rank: int) -> bytes:
     """The bytes of the shard of a rank, which no other shard has."""
     return f"{save_id}/{rank}".ljust(DATA_BYTES).encode()
+
+
+def thin_content_of(save_id: str, rank: int) -> bytes:
+    """Those of a copy of it that leaves out what other shards have too."""
+    return f"{save_id}/{rank} in part".ljust(DATA_BYTES).encode()
+
+
+def are_alike(record: Record, rank: int) -> bool:
+    """Whether another rank has captured what this record's one has, beside what is its own: that of
+    the same place on its node. The plan's digest ends in the number of ranks on a node."""
+    _, _, number = record.plan_digest.rpartition("/")
+    return number.isdigit() and rank % int(number) == record.rank % int(number)
+
+
+def thinned(record: Record) -> tuple[bytes, bytes, bytes]:
+    """The files of a copy without what other shards have too: data, table, record."""
+    data = thin_content_of(record.save_id, record.rank)
+    entry = shard_entry(data, record.save_id)
+    thin = msgspec.structs.replace(record, shard=entry, left_out=DATA_BYTES)
+    return data, table_of(data, record.save_id), _manifest.encode_sealed(thin)
 
 
 def table_of(data: bytes, save_id: str = "") -> bytes:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from mtckpt import _gathering, _handle, _progress, _restore, _run, _session, _writing
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import address, owners, peers, protocol, registry, server, verbs
-from mtckpt.testing._trainers import PeerPlace, begin, restore_from
+from mtckpt.testing._restores import PeerPlace, restore_from
+from mtckpt.testing._trainers import begin
 from mtckpt.testing._virtual import Threads, Time
 from mtckpt.testing._wires import AgentClient, PeerClient, PeerListener, bind, ensure_agent
 from mtckpt.testing.cluster import Node, Process, World, running

@@ -19,7 +19,8 @@ from mtckpt.testing._settings import RUN
 if TYPE_CHECKING:
     from mtckpt._handle import Restored, Save
     from mtckpt._manifest import Incarnation
-    from mtckpt.testing._trainers import Rank, Read
+    from mtckpt.testing._restores import Read
+    from mtckpt.testing._trainers import Rank
     from mtckpt.testing.cluster import Node, World
 
 __all__ = ["Oracles", "Violation"]
@@ -46,6 +47,7 @@ class Known:
     handles: list[tuple[int, Save]] = field(default_factory=list)
     closed: bool = False  # by some rank, so that memory may have been freed
     bad: set[tuple[Node | None, str]] = field(default_factory=set)  # where a copy was damaged
+    gone: set[Node] = field(default_factory=set)  # nodes that had brought their parts elsewhere
 
     def all_captured(self) -> bool:
         """Whether all ranks have captured their parts."""
@@ -75,6 +77,15 @@ class Oracles:
         """Memory or disk of a node is gone."""
         for each in what:
             self._lost_s[node, each] = self._world.loop.time()
+
+    def drained(self, node: Node) -> None:
+        """A node is gone that had said it may be: some other one, or the store, has its parts."""
+        self.lost(node, "disk")
+        for known in self._saves.values():
+            if node in known.nodes:
+                known.nodes.remove(node)
+                known.nodes += [each for each in self._world.nodes if not each.lost]
+                known.gone.add(node)
 
     def saved(self, rank: Rank, save: Save) -> None:
         """A rank has called ``save``."""
@@ -146,8 +157,10 @@ class Oracles:
         needed = {"staged": "ram", "local": "disk"}
         if known.closed and any(each.bad for each in self._saves.values()):
             in_memory = False  # it was freed for a copy that had been good
-        if not in_memory:
+        if not in_memory or (known.gone and (None, "store") in known.bad):
             del needed["staged"]
+        if known.gone:
+            del needed["local"]
         return any(
             stage in stages
             and not any(
@@ -165,7 +178,7 @@ class Oracles:
             for (node, what), at_s in self._lost_s.items()
             if what == "ram" and at_s >= known.began_s
         }
-        return len(lost | {node for node, what in known.bad if what == "ram"})
+        return len(lost | known.gone | {node for node, what in known.bad if what == "ram"})
 
     def check_restored(self, results: dict[int, Restored], *, strict: Order | None) -> None:
         """All ranks of a job have restored: the same, and as new as ``strict`` at least."""

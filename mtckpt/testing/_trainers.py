@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
-from mtckpt import _holdings, _manifest, _restore, _restorer, _run, _save, _saver, _session
+from mtckpt import _manifest, _restorer, _run, _save, _saver, _session
 from mtckpt._handle import Restored, Save, stage_of_tier
-from mtckpt._inventory import shard_keys
 from mtckpt._manifest import Record
 from mtckpt._pieces import Recipe
 from mtckpt._schedule import Ram
@@ -25,31 +24,21 @@ from mtckpt.capture.cpu import CpuEngine
 from mtckpt.errors import (
     CaptureFailed,
     CheckpointError,
-    Damaged,
-    FormatError,
-    NoHealthyStep,
     RankTimeout,
-    TierError,
-    TierUnavailable,
     UnsupportedState,
 )
 from mtckpt.testing._devices import (
     DATA_BYTES,
     TABLE_BYTES,
-    Directory,
     File,
     SlotFiles,
     content_of,
-    is_sound,
     shard_entry,
     table_of,
 )
 from mtckpt.testing._settings import RUN, Settings
 from mtckpt.testing._virtual import Time, ends
 from mtckpt.testing.cluster import Node, Process, World
-
-if TYPE_CHECKING:
-    from mtckpt._choice import Candidate
 
 __all__ = ["Group", "Rank"]
 
@@ -249,122 +238,6 @@ def begin(world: World) -> Callable[..., Written]:
     return write
 
 
-# -- restoring -------------------------------------------------------------------------------------
-
-
-class PeerPlace:
-    """In the place of ``PeerTier``: another node's memory or disk, as far as it is reached."""
-
-    def __init__(
-        self,
-        world: World,
-        address: protocol.PeerAddress,
-        run_key: str,
-        secret: bytes,
-        *,
-        place: str,
-        reads: str,
-        timeout_s: float,
-    ) -> None:
-        del timeout_s, reads
-        self.name = "peers"
-        self._address = address
-        self._key = run_key
-        self._secret = secret
-        self._label = place
-        self._world = world
-
-    def _reached(self) -> Directory:
-        fiber = self._world.loop.fiber
-        assert fiber is not None
-        here: Node = fiber.owner.node
-        listener = self._world.listeners.get((self._address.host, self._address.control_port))
-        if listener is None or not self._world.reaches(here.name, listener.agent.node.name):
-            raise TierUnavailable(f"{self._address} does not answer", tier="peers")
-        if listener.secret_of(self._key) != self._secret:
-            raise TierUnavailable(f"{self._address} knows another secret", tier="peers")
-        node: Node = listener.agent.node
-        return node.ram if self._label == "ram" else node.disk
-
-    def close(self) -> None:
-        return None
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "lease":  # a has_leases() that is true: nothing is read by threads
-            return self._reached
-        return getattr(self._reached(), name)
-
-
-@dataclass(slots=True)
-class Read:
-    """What a rank has read in a restore: the save of each shard."""
-
-    name: Any
-    world_size: int
-    save_ids: dict[int, str] = field(default_factory=dict)
-    labels: dict[str, None] = field(default_factory=dict)  # in the order they came up
-
-
-def restore_from(world: World) -> Callable[..., Any]:
-    """In the place of ``_restore.restore_from``: reads the shards of all ranks, each from the first
-    place that has a sound copy."""
-
-    def restore(
-        candidate: Candidate,
-        scope: Any,
-        state: Any,
-        *,
-        partial: bool,
-        rename: Any,
-        attempt: Any,
-        last: bool,
-        progress: Any = None,
-    ) -> Any:
-        del partial, rename, last, progress
-        read = Read(candidate.name, candidate.whole[1])
-        records = {}
-        with scope.together("read"):
-            for rank in candidate.sources:
-                records[rank] = _read_one(candidate, scope, attempt, rank, read)
-        state["read"] = read
-        sources = dict.fromkeys(read.labels, DATA_BYTES)
-        return _restore.Outcome(candidate.name, records[0], state, sources, replaced=False)
-
-    return restore
-
-
-def _read_one(candidate: Candidate, scope: Any, attempt: Any, rank: int, read: Read) -> Record:
-    keys = shard_keys(scope.run_key, candidate.name, rank)
-    reasons = []
-    for label in candidate.sources[rank]:
-        place = scope.places.get(label)
-        if place is None or label in attempt.silent:
-            continue
-        try:
-            record = _sound(place.tier, keys)
-        except (FormatError, TierError) as error:
-            attempt.refuse(place, keys[0], error)
-            reasons.append(f"{label}: {error.what}")
-            continue
-        if _holdings.whole_of(record) != candidate.whole:
-            reasons.append(f"{label}: of another plan")
-            continue
-        read.save_ids[rank] = record.save_id
-        read.labels[label] = None
-        return record
-    raise NoHealthyStep("; ".join(reasons) or f"no place has rank {rank}", step=candidate.name.step)
-
-
-def _sound(tier: Any, keys: tuple[str, str, str]) -> Record:
-    data, table, record_data = (tier.file(key).content for key in keys)
-    record = _manifest.decode_sealed(record_data, Record)
-    if not is_sound(record, data, table):
-        raise Damaged("the shard differs from its digest", tier=tier.name, key=keys[0])
-    if data != content_of(record.save_id, record.rank):
-        raise AssertionError(f"{keys[0]} has the bytes of {data!r}")
-    return record
-
-
 # -- a rank ----------------------------------------------------------------------------------------
 
 
@@ -446,6 +319,8 @@ class Rank:
         """As ``Checkpointer.save``; None where the state could not be saved."""
         try:
             due, stall_s = self.settings.due(step), self.settings.max_stall_s
+            if state == "plan":
+                state = f"plan/{len(self.run.members.node)}"  # see ``are_alike``
             save = self.saver.save(step, state, {}, due, 0, stall_s)
         except CheckpointError as error:
             self.world.note(f"rank {self.rank} does not save {step}: {error.what}")

@@ -25,16 +25,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mtckpt.errors import CheckpointError, NoHealthyStep, SaveFailed
+from mtckpt.testing._faults import Faults
 from mtckpt.testing._names import Collected, names_of
 from mtckpt.testing._oracles import Oracles, Violation
 from mtckpt.testing._settings import Settings
-from mtckpt.testing._trainers import Group, Rank, Read
+from mtckpt.testing._trainers import Group, Rank
 from mtckpt.testing._virtual import Stuck
 from mtckpt.testing.cluster import Chances, Node, World
 
 if TYPE_CHECKING:
     from mtckpt._handle import Restored, Save
-    from mtckpt.testing._devices import Directory
+    from mtckpt.testing._restores import Read
 
 __all__ = ["Story", "run_seed", "run_seeds"]
 
@@ -152,7 +153,7 @@ class Drama:
             copies=draw.choice((0, 1, 1, 1)) if partners else 0,
         )
         self.rough = draw.random() < 0.7
-        self._disturbed_s = -1.0
+        self.faults = Faults(self.world, self.oracles, partners=partners)
 
     @property
     def alive(self) -> list[Node]:
@@ -170,15 +171,12 @@ class Drama:
     def is_undisturbed(self, since_s: float) -> bool:
         """Whether nothing has gone wrong since then, nor can go wrong."""
         return (
-            self._disturbed_s < since_s
+            self.faults.disturbed_s < since_s
             and self.world.chances == Chances()
             and not self.world.blocked
             and not any(p.problem for n in self.alive for p in (n.ram, n.disk))
             and not self.world.store.problem
         )
-
-    def _disturb(self) -> None:
-        self._disturbed_s = self.world.loop.time()
 
     async def play(self) -> None:
         """Jobs with faults, and then one in peace."""
@@ -237,101 +235,12 @@ class Drama:
                 rank.close(30.0)
 
         self.world.note(f"job on {job.nodes}, {len(job.ranks)} ranks, {self.settings}")
-        chaos = self.world.loop.create_task(self._chaos(job)) if self.rough else None
+        chaos = self.world.loop.create_task(self.faults.befall(job)) if self.rough else None
         try:
             await job.run(script, alike=not odd)
         finally:
             if chaos is not None:
                 chaos.cancel()
-
-    # -- faults ----------------------------------------------------------------------------------
-
-    async def _chaos(self, job: Job) -> None:
-        draw = self.world.random
-        for name in ("lost", "twice", "late", "died", "unanswered"):
-            if draw.random() < 0.3:
-                setattr(self.world.chances, name, draw.choice((0.01, 0.05, 0.2)))
-        for _ in range(draw.choice((0, 1, 1, 2, 3))):
-            await asyncio.sleep(draw.random() * draw.choice((0.3, 1.0, 3.0)))
-            faults = [
-                self._kill_agent,
-                self._kill_agent,
-                self._kill_rank,
-                self._kill_ranks,
-                self._lose_node,
-                self._reboot_node,
-                self._cut,
-                self._mute,
-            ]
-            fault = draw.choice(faults + [self._damage] * (3 if self.partners else 0))
-            self.story.faults.append(fault.__name__.strip("_"))
-            self.world.note(f"fault: {fault.__name__}")
-            self._disturb()
-            fault(job)
-
-    def _kill_agent(self, job: Job) -> None:
-        node = self.world.random.choice(job.nodes)
-        if node.agent is not None:
-            node.agent.kill()
-
-    def _kill_rank(self, job: Job) -> None:
-        self.world.random.choice(job.ranks).process.kill()
-
-    def _kill_ranks(self, job: Job) -> None:
-        for rank in job.ranks:
-            rank.process.kill()
-
-    def _lose_node(self, job: Job) -> None:
-        node = self.world.random.choice(job.nodes)
-        self.oracles.lost(node, "ram", "disk")
-        node.lose()
-
-    def _reboot_node(self, job: Job) -> None:
-        node = self.world.random.choice(job.nodes)
-        if not node.lost:
-            self.oracles.lost(node, "ram")
-            node.reboot()
-
-    def _cut(self, job: Job) -> None:
-        """The network between two nodes, in one direction or both, for a while."""
-        draw = self.world.random
-        if len(job.nodes) < 2:
-            return
-        one, other = draw.sample([node.name for node in job.nodes], 2)
-        pairs = {(one, other)} | ({(other, one)} if draw.random() < 0.6 else set())
-        self.world.blocked |= pairs
-        self.world.loop.call_later(draw.choice((0.5, 5.0, 30.0)), self._mend, pairs)
-
-    def _mend(self, pairs: set[tuple[str, str]]) -> None:
-        self._disturb()
-        self.world.blocked -= pairs
-
-    def _mute(self, job: Job) -> None:
-        """A disk or the store does not answer, for a while."""
-        draw = self.world.random
-        place = draw.choice([self.world.store, *(node.disk for node in job.nodes)])
-        place.problem = "it does not answer"
-        self.world.loop.call_later(draw.choice((0.5, 5.0, 30.0)), self._answer, place)
-
-    def _damage(self, job: Job) -> None:
-        """Some bytes of a shard change where they lie."""
-        draw = self.world.random
-        places: list[tuple[Node | None, Directory]] = [(None, self.world.store)]
-        for each in self.alive:
-            places += [(each, each.ram), (each, each.ram), (each, each.disk)]
-        node, place = draw.choice(places)
-        keys = sorted(key for key in place.objects if key.endswith(".safetensors"))
-        if not keys:
-            return
-        key = draw.choice(keys)
-        file = place.objects[key]
-        file.content = bytes([file.content[0] ^ 1]) + file.content[1:]
-        self.world.note(f"{key} in {place.name} of {node}")
-        self.oracles.damaged(node, place.name, key.split("/")[1])
-
-    def _answer(self, place: object) -> None:
-        self._disturb()
-        place.problem = ""  # type: ignore[attr-defined]  # it stands in for the real one
 
     # -- peace -----------------------------------------------------------------------------------
 
@@ -419,6 +328,7 @@ def run_seed(
             drama.story.virtual_s = world.loop.time() - 1000.0
             world.close()
     drama.oracles.count()
+    drama.story.faults = drama.faults.told
     drama.story.restores = drama.oracles.num_restores
     drama.story.acknowledged = drama.oracles.num_acknowledged
     return drama.story

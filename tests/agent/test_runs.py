@@ -150,6 +150,24 @@ def test_copies_of_what_was_restored_from_outlast_what_that_abandoned(run: RunSt
     assert [save.name.step for save in run.outlived()] == [20, 30]
 
 
+def test_what_other_nodes_handed_over_goes_once_something_newer_is_whole(run: RunState) -> None:
+    """Where the run keeps no copies nothing ever outlives the loss of a node."""
+    run.note_scan(RAM, work.RunScan("r", [found(step, [0, 1]) for step in (10, 20)]))
+    assert [save.name.step for save in run.outlived()] == [10]
+    peers = TierConfig("peers", "peers", "", copies=1)
+    run.tiers["peers"] = TierState("peers", peers, work.TierRef("peers", "", label="peers"))
+    assert run.outlived() == []
+
+
+def test_what_is_here_with_the_copies_for_other_nodes_is_whole(run: RunState) -> None:
+    """Also for the next agent, and where the node of rank 0 is gone and says nothing."""
+    run.noted_guests = {found(10, []).save: [1]}
+    run.note_scan(RAM, work.RunScan("r", [found(10, [0, 1]), found(20, [0])]))
+    assert [at(run, step).is_complete(RAM) for step in (10, 20)] == [True, False]
+    assert at(run, 10).ranks[RAM] == {0}
+    assert run.newest_staged() is at(run, 10)
+
+
 def test_a_disk_is_owed_what_was_restored_from_whatever_it_has_of_what_is_abandoned(
     run: RunState,
 ) -> None:

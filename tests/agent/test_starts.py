@@ -12,6 +12,7 @@ import pytest
 
 from mtckpt._events import EventStream
 from mtckpt._handshake import PeerAddress
+from mtckpt._manifest import FORMAT_VERSION, Incarnation
 from mtckpt.agent import work
 from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.owners import Owner
@@ -113,6 +114,30 @@ def test_nodes_that_an_earlier_start_told_of_do_not_come_last() -> None:
     asyncio.run(story())
     assert registry.joined == [(0, "00" * 32), (0, "11" * 32)]
     assert registry.peers.joined("r") == after
+
+
+@pytest.mark.parametrize(("incarnation", "comes"), [(1, False), (2, True), (0, True)])
+def test_a_rank_left_behind_does_not_bring_back_the_nodes_of_its_start(
+    incarnation: int, comes: bool
+) -> None:
+    """It says them again when it finds another agent. It was not fenced where the rank of its
+    number is on another node now."""
+    registry = Registry()
+    verbs = Verbs(cast(Any, registry))
+    run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+    registry.runs["r"] = run
+    nodes = [NodeOfRun(PeerAddress(f"10.0.0.{n}", 1, 2), [n]) for n in range(2)]
+    run.owners[0] = Owner("new", 0, 1, 1, 1, "host", world_size=2, incarnation=2)
+    run.owners[1] = Owner("other", 1, 2, 2, 2, "host", world_size=2, incarnation=incarnation)
+    run.incarnations[2] = Incarnation(FORMAT_VERSION, "r", 2, ID, None, "host", 1)
+    now, before = Join("new", "11" * 32, 2, nodes), Join("other", "00" * 32, 2, nodes)
+    asyncio.run(verbs.join(run, now))
+    if comes:
+        asyncio.run(verbs.join(run, before))
+    else:
+        with pytest.raises(RunLocked, match="started anew"):
+            asyncio.run(verbs.join(run, before))
+    assert registry.peers.joined("r") == (before if comes else now)
 
 
 def test_a_start_waits_until_memory_that_is_being_freed_is_free(tmp_path: Path) -> None:

@@ -14,7 +14,11 @@ from builders import build_save
 from click.testing import CliRunner, Result
 from test_ranks import Job, job  # noqa: F401  # a fixture
 
+from mtckpt import _inventory, _striped
+from mtckpt._delivery import Place
 from mtckpt.cli import main
+from mtckpt.cli._explain import Looked, _choose
+from mtckpt.tiers import LocalTier
 
 
 def explain(*words: object) -> Result:
@@ -86,3 +90,22 @@ def test_a_run_of_this_node(
     result = explain("run")
     assert result.exit_code == 1
     assert "rank-00000.json" in result.output
+
+
+def test_nodes_that_bring_what_is_large_side_by_side_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_striped, "STRIPED_BYTES", 1)
+    looked = Looked("gpt", "gpt")
+    for label in ("peers-a-1-ram", "peers-b-2-ram", "store"):
+        build(tmp_path / label, 10, 0, 1)
+        tier = LocalTier(tmp_path / label, name=label, read_only=True)
+        looked.places.append(Place(label, tier, mapped=False))
+        looked.inventories[label] = _inventory.scan(tier, "gpt")
+    _, shards, _ = _choose(looked, "latest")
+    for shard in shards:
+        assert shard.source == "peers-a-1-ram"
+        assert shard.rejected == {
+            "peers-b-2-ram": "brings some of it, beside peers-a-1-ram",
+            "store": "not needed: peers-a-1-ram comes first",
+        }
