@@ -120,6 +120,8 @@ class AgentServer(HttpServer):
     # -- requests --------------------------------------------------------------------------------
 
     async def _ready(self) -> None:
+        if self._registry.ready.is_set():
+            return
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._registry.ready.wait(), START_TIMEOUT_S)
         if not self._registry.ready.is_set():
