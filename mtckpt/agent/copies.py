@@ -71,12 +71,17 @@ class Copies:
         self._tell_placement(run, run.layout, tier.config.copies)
         outlived = run.outlived()
         boot_ids = {node.address.boot_id for node in run.layout.nodes}
+        agent_ids = {node.address.agent_id for node in run.layout.nodes}
         for save in [s for s in run.saves.values() if tier.label in s.ranks]:
             if save in outlived:
                 # Its partners let go of it by the same rule.
                 run.drop_copy(save, tier.label)
             elif not save.held_by <= boot_ids or save.held_on & run.leaving:
                 self._gone(run, tier, save)
+            elif not save.held_on and not save.held_agents <= agent_ids:
+                # Of an earlier start, and the agent that took them is gone: memory may be, too.
+                save.inherited = True
+                self._offer_again(run, tier, save)
 
     async def lost(self, run: RunState, message: Lost) -> Done:
         """A partner found a copy damaged, and could not have it again: it is offered anew."""
@@ -90,6 +95,9 @@ class Copies:
         """What was acknowledged is there no more: owed again."""
         logger.warning("run %s: copies of %s are gone", run.key, save.name)
         self._tools.events.emit("copies.lost", run=run.run, step=save.name.step)
+        self._offer_again(run, tier, save)
+
+    def _offer_again(self, run: RunState, tier: TierState, save: SaveState) -> None:
         run.drop_copy(save, tier.label)
         save.due.add(tier.label)
         run.touch(save)
@@ -136,6 +144,7 @@ class Copies:
                 step=save.name.step,
             )
         save.held_by = {far[number].boot_id for number in partners}
+        save.held_agents = {far[number].agent_id for number in partners}
         save.held_on = set(partners)
         save.ranks[tier.label] = set(ranks)
         return sum(far[number].done_bytes for number in partners)

@@ -102,7 +102,7 @@ class Drainer:
         ]
         wanted: set[str] = set()
         while run.draining:
-            newest = run.newest_staged()
+            newest = _newest(run)
             if newest is not None and str(newest.name) not in wanted:
                 wanted.add(str(newest.name))
                 newest.want_in(run.tiers)
@@ -141,6 +141,23 @@ class Drainer:
             for save in run.saves.values()
             for label in save.owed & run.tiers.keys()
         )
+
+
+def _newest(run: RunState) -> SaveState | None:
+    """The newest step that is whole in memory; where none is, what is on a disk, since that goes
+    with the node if it is one of its own."""
+    staged = run.newest_staged()
+    if staged is not None:
+        return staged
+    line = run.line()
+    found = [save for save in run.saves.values() if _disks_with(run, save)]
+    whole = [s for s in found if any(map(s.is_complete, _disks_with(run, s)))]
+    return max(whole or found, key=lambda save: save.worth(line), default=None)
+
+
+def _disks_with(run: RunState, save: SaveState) -> list[str]:
+    disks = [label for label, tier in run.tiers.items() if tier.config.kind == "disk"]
+    return [label for label in disks if save.ranks.get(label)]
 
 
 class _Handover:
@@ -250,17 +267,19 @@ class _Handover:
     def told(self) -> drains.DrainedRun:
         """Where the newest step is, and whether the loss of this node takes something along."""
         run, problems = self._run, self.problems
-        save = run.newest_staged()
+        save = _newest(run)
         if save is None:
             detail = "nothing that is whole is in memory here"
             return drains.DrainedRun(run.run, None, [], not problems, detail, problems)
-        own = save.ranks.get(RAM, set())
+        own = save.ranks.get(RAM) or set().union(
+            *map(save.ranks.__getitem__, _disks_with(run, save))
+        )
         has = {label for label in run.tiers if own and own <= save.ranks.get(label, set())}
         safe_in = [f"in {label}" for label in sorted(has) if run.tiers[label].is_store]
         holder = self.holders.get(str(save.name))
         if holder is not None and run.layout is not None:
             safe_in.append(f"in the memory of {run.layout.nodes[holder].address}")
-        disks = [label for label in sorted(has) if run.tiers[label].config.kind == "disk"]
+        disks = [label for label in _disks_with(run, save) if label in has]
         else_in = [f"on {label}, which is gone if that is a disk of this node" for label in disks]
         where = ", ".join(safe_in + else_in) or "in the memory of this node and nowhere else"
         lacking = [

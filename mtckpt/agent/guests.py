@@ -68,12 +68,14 @@ class Lost(msgspec.Struct, frozen=True):
 
 class Taken(msgspec.Struct, frozen=True):
     """How far a copy is. ``boot_id``, once all of it is there and was verified: of the memory that
-    it is in. ``failures``: how often something in that memory did not verify any more."""
+    it is in. ``failures``: how often something in that memory did not verify any more. ``agent_id``
+    is of the agent that says so: another one does not know what has become of that memory."""
 
     done_bytes: int
     total_bytes: int
     boot_id: str = ""
     failures: int = 0
+    agent_id: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,7 +108,9 @@ class Guests:
         boot_id: str,
         follow: Callable[[RunState, int, PeerAddress], Awaitable[None]],
         write_config: Callable[[RunState], Awaitable[None]],
+        agent_id: str = "",
     ) -> None:
+        self._agent_id = agent_id
         self._tools = tools
         self._peers = peers
         self._boot_id = boot_id
@@ -144,7 +148,7 @@ class Guests:
         pull.task.result()
         if not self._has(run, offer):
             raise AgentUnavailable("what was taken is gone again: offer it anew", save=offer.save)
-        return Taken(done_bytes, done_bytes, self._boot_id, run.failures)
+        return Taken(done_bytes, done_bytes, self._boot_id, run.failures, self._agent_id)
 
     def _has(self, run: RunState, offer: Offer) -> bool:
         save = run.saves.get(offer.save)

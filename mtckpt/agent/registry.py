@@ -82,7 +82,7 @@ class Registry:
         )
         follow, write_config = self.links.follow, self.write_config
         self.freer = Freer(tools, self.runs, self.links, self.flusher, self.ring)
-        self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config)
+        self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config, self.agent_id)
         self.directory = directory
         self._roots_path = os.path.join(directory, ROOTS_NAME)
         self._roots: list[str] = []

@@ -93,9 +93,9 @@ class SaveState:
     have is in ``told``, by node: at the lead what each said last, elsewhere what the lead did.
 
     ``guests`` are ranks whose shards are in RAM here as copies for other nodes; ``held_by`` has the
-    boot ids of those that hold copies of this node's, ``held_on`` the numbers of those that took
-    them in this start of the job. ``wanted`` are stores that some node wants to have it before it
-    goes."""
+    boot ids of those that hold copies of this node's, ``held_agents`` the ids of their agents, and
+    ``held_on`` the numbers of those that took them in this start of the job. ``wanted`` are stores
+    that some node wants to have it before it goes."""
 
     name: SaveName
     save_id: str
@@ -110,6 +110,7 @@ class SaveState:
     told: Told = field(default_factory=Told)
     guests: set[int] = field(default_factory=set)
     held_by: set[str] = field(default_factory=set)
+    held_agents: set[str] = field(default_factory=set)
     held_on: set[int] = field(default_factory=set)
     failed: dict[str, WireError] = field(default_factory=dict)
     owed_why: dict[str, str] = field(default_factory=dict)

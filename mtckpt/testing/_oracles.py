@@ -157,7 +157,8 @@ class Oracles:
         needed = {"staged": "ram", "local": "disk"}
         if known.closed and any(each.bad for each in self._saves.values()):
             in_memory = False  # it was freed for a copy that had been good
-        if not in_memory or (known.gone and (None, "store") in known.bad):
+        # What was brought elsewhere is in memory or in the store, unless memory was freed before.
+        if not in_memory or (known.gone and ((None, "store") in known.bad or known.closed)):
             del needed["staged"]
         if known.gone:
             del needed["local"]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from mtckpt._events import EventStream
 from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import Incarnation, SaveName
 from mtckpt.agent import queue, work
+from mtckpt.agent.copies import Copies
 from mtckpt.agent.nodes import Layout
 from mtckpt.agent.notes import config_of
 from mtckpt.agent.partners import partners_of
@@ -16,6 +20,7 @@ from mtckpt.agent.protocol import NodeOfRun, TierConfig
 from mtckpt.agent.queue import SaveFacts
 from mtckpt.agent.runs import PARTNER_PATIENCE_S, RunState
 from mtckpt.agent.saves import RAM, SaveState, TierState
+from mtckpt.agent.tools import Tools
 
 RAM_REF = work.TierRef("ram", "/dev/shm/x", label=RAM)
 ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
@@ -68,6 +73,33 @@ def test_a_slot_stays_until_a_newer_save_is_on_other_nodes_too() -> None:
     # One that no other node has a part of was promised to nobody.
     plain = SaveFacts("a", (1, 1), True)
     assert queue.pick_recycle([plain, SaveFacts("b", (1, 2), True)]) == "a"
+
+
+@pytest.mark.parametrize(
+    ("agent_id", "held_on", "again"),
+    [("", set(), False), ("before", {1}, False), ("before", set(), True)],
+)
+def test_copies_of_an_earlier_start_are_offered_anew_to_another_agent(
+    agent_id: str, held_on: set[int], again: bool
+) -> None:
+    """The memory of its node may have been emptied without a boot. As long as that is not known
+    they count for what slots wait for."""
+    run = run_with_peers()
+    save = SaveState(SaveName(1, 1, "a" * 12), ID, world_size=4)
+    save.ranks = {RAM: {0, 1}, "peers": {0, 1}}
+    save.chosen, save.held_by, save.held_agents, save.held_on = (
+        True,
+        {"boot-1"},
+        {agent_id},
+        held_on,
+    )
+    run.saves[str(save.name)] = save
+    tools = Tools(cast(Any, None), queue.Limits(), EventStream())
+    copies = Copies(tools, cast(Any, None), cast(Any, SimpleNamespace(verbs={})))
+    copies.look(run, run.tiers["peers"])
+    copies.close()
+    assert ("peers" in save.owed) == ("peers" not in save.ranks) == again
+    assert run.slot_facts(save).copied
 
 
 def run_with_peers() -> RunState:

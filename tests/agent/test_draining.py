@@ -59,6 +59,23 @@ def test_a_drained_node_brings_the_newest_step_away_and_begins_nothing(
     assert trainer.status().draining == ""
 
 
+def test_what_only_a_disk_has_is_not_safe_with_a_node_that_goes(own: Own, tmp_path: Path) -> None:
+    """Memory was freed when the run was closed; somebody has opened it since."""
+    trainer = own("r", [disk(tmp_path / "d")])
+    trainer.open()
+    trainer.begin(1)
+    trainer.save(1, ["disk"])
+    trainer.wait_stage(1, "local")
+    trainer.call("close", protocol.Close(trainer.holder, wait_s=5.0), protocol.Done)
+    again = own("r", [disk(tmp_path / "d")])
+    again.open()
+    until(lambda: again.run_status().tiers[-1].steps == [1])
+    told = drained(again)
+    assert not told.safe
+    (run,) = told.runs
+    assert run.detail == "step 1 is on disk, which is gone if that is a disk of this node"
+
+
 def test_what_does_not_come_away_in_time_is_told(own: Own, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     trainer = own("r", [disk(tmp_path / "file")])
