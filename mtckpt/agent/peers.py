@@ -16,6 +16,7 @@ import msgspec
 
 from mtckpt._domains import domains_here
 from mtckpt._handshake import SECRET_BYTES, PeerAddress, same_place
+from mtckpt._manifest import Rank
 from mtckpt._run_files import RunFiles
 from mtckpt.agent import protocol, work
 from mtckpt.agent.interfaces import choose_host, fixed_ports
@@ -51,13 +52,15 @@ class _Kept(msgspec.Struct, frozen=True):
     """What the next agent has to know of a run's nodes. ``host``: where this one listens.
 
     ``earlier`` are the other nodes of starts before, the last first, as long as this one has saved
-    nothing whole: that is, nothing in an incarnation after number ``since``.
+    nothing whole: that is, nothing in an incarnation after number ``since``. ``rank`` is one of
+    this node's; None in what agents wrote before it was kept here.
     """
 
     join: protocol.Join
     host: str = ""
     since: int = 0
     earlier: list[protocol.Others] = []
+    rank: Rank | None = None
 
 
 class Peers:
@@ -123,19 +126,21 @@ class Peers:
                     ),
                     owner_host=owner.host,
                 )
-            await self.replace(run, message)
+            await self.replace(run, message, owner.rank)
         await self.keep()
         return protocol.Done()
 
-    async def replace(self, run: RunState, message: protocol.Join) -> None:
-        """Take over other nodes, or other addresses, and keep them for the next agent."""
+    async def replace(self, run: RunState, message: protocol.Join, rank: int | None = None) -> None:
+        """Take over other nodes, as the node of ``rank``, or other addresses of the same nodes, and
+        keep them for the next agent."""
         known = self._kept.get(run.key)
         host = self._address.host if self._address else ""
         if known is not None and known.join.secret == message.secret:
             kept = msgspec.structs.replace(known, join=message, host=host)
         else:
             self._lent.pop(run.key, None)
-            kept = _Kept(message, host, run.incarnation, self.others(run)[:MAX_EARLIER])
+            earlier = self.others(run)[:MAX_EARLIER]
+            kept = _Kept(message, host, run.incarnation, earlier, rank)
         data = msgspec.json.encode(kept)
         await self._tools.call(work.WriteJoin(run.ram, run.key, data), work.Stored)
         self._kept[run.key] = kept
@@ -144,13 +149,14 @@ class Peers:
     async def adopt(self, run: RunState, data: bytes, rank: int | None = None) -> None:
         """Take over what an agent before this one had been told, and listen where it did.
 
-        Its node was that of ``rank``. At other ports, if those are taken by now, of which the
-        others do not know yet.
+        At other ports, if those are taken by now, of which the others do not know yet. ``rank`` is
+        one of its node's, if that is not kept with the rest.
         """
         try:
             kept = protocol.decode(data, _Kept)
             check_join(kept.join)
-            self._kept[run.key] = kept
+            rank = rank if kept.rank is None else kept.rank
+            self._kept[run.key] = kept = msgspec.structs.replace(kept, rank=rank)
             if kept.host:
                 addresses = [
                     node.address if rank in node.ranks else None for node in kept.join.nodes
@@ -169,6 +175,11 @@ class Peers:
         if run.key in self._kept:
             self._lent.setdefault(run.key, set()).add(source_key)
             await self.keep()
+
+    def rank_here(self, run_key: str) -> int | None:
+        """A rank of this node, as its run was joined; None for a run that is on this node alone."""
+        kept = self._kept.get(run_key)
+        return None if kept is None else kept.rank
 
     def joined(self, run_key: str) -> protocol.Join | None:
         """Who the nodes of a run are; None for a run that is on this node alone."""

@@ -120,9 +120,10 @@ class Registry:
             config = by_key.get(key) or work.RunConfig(key, key)
             await self._adopt(ram, config, scans.get(key) or work.RunScan(key))
             if key in configs.joins:
-                rank = config.extra.get("rank_here")
-                await self.peers.adopt(self.runs[key], configs.joins[key], rank)
-                if isinstance(rank, int):
+                noted = config.extra.get("rank_here")
+                await self.peers.adopt(self.runs[key], configs.joins[key], noted)
+                rank = self.peers.rank_here(key)
+                if noted is not None and rank is not None:  # else the last start was on this node
                     self.links.join(self.runs[key], rank)
         self._roots.append(root)
 

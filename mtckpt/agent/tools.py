@@ -102,5 +102,7 @@ class Tools:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            level = logging.WARNING if isinstance(error, CheckpointError) else logging.ERROR
-            logger.log(level, "%s failed: %s", task.get_name(), error, exc_info=error)
+            if isinstance(error, CheckpointError):
+                logger.warning("%s failed: %s", task.get_name(), error)
+            else:
+                logger.error("%s failed: %s", task.get_name(), error, exc_info=error)

@@ -41,6 +41,7 @@ class Registry:
         self.agent_id = "a"
         self.links = SimpleNamespace(leave=self._leave, join=self._join)
         self.joined: list[tuple[int, str]] = []
+        self.kept: list[bytes] = []
         self.slow: asyncio.Event | None = None
         self.agreement = SimpleNamespace(begun=self._nothing)
         self.wait_scanned = self.write_config = self._nothing
@@ -58,6 +59,8 @@ class Registry:
 
     async def call(self, command: work.Command, **_: Any) -> work.Stored:
         assert isinstance(command, (work.PutSmall, work.WriteJoin))
+        if isinstance(command, work.WriteJoin):
+            self.kept.append(command.data)
         if self.slow is not None:
             slow, self.slow = self.slow, None
             await slow.wait()
@@ -138,6 +141,20 @@ def test_a_rank_left_behind_does_not_bring_back_the_nodes_of_its_start(
         with pytest.raises(RunLocked, match="started anew"):
             asyncio.run(verbs.join(run, before))
     assert registry.peers.joined("r") == (before if comes else now)
+
+
+def test_an_agent_that_ends_while_it_is_told_of_its_nodes_leaves_no_other_place() -> None:
+    """What it is told and which of the nodes it is are kept at once: a note of the start before
+    would have the next agent take the place of another node."""
+    registry, again = Registry(), Registry()
+    run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+    registry.runs["r"] = run
+    nodes = [NodeOfRun(PeerAddress(f"10.0.0.{n}", 1, 2), [n]) for n in range(2)]
+    run.owners[0] = Owner("new", 0, 1, 1, 1, "host", world_size=2)
+    asyncio.run(Verbs(cast(Any, registry)).join(run, Join("new", "00" * 32, 2, nodes)))
+    asyncio.run(again.peers.adopt(run, registry.kept[-1], 1))
+    assert again.peers.rank_here("r") == 0
+    assert again.peers.joined("r") == registry.peers.joined("r")
 
 
 def test_a_start_waits_until_memory_that_is_being_freed_is_free(tmp_path: Path) -> None:
