@@ -35,7 +35,7 @@ BUGS = (
         "agent/queue.py",
         "newer = [s for s in saves if s.worth > save.worth and s.staged]",
         "newer = [s for s in saves if s.worth > save.worth]",
-        3,
+        122,
     ),
     SimulatedBug(
         "slot-of-a-dead-owner-never-free",
@@ -91,7 +91,7 @@ BUGS = (
         "agent/verbs.py",
         "        await self._registry.agreement.begun(run, message.number, message.parent)\n",
         "",
-        27,
+        154,
     ),
     SimulatedBug(
         "slots-given-by-an-earlier-agent-never-settled",

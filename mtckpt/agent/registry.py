@@ -27,6 +27,7 @@ from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.freeing import Freer, is_busy
 from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
+from mtckpt.agent.holding import Roots
 from mtckpt.agent.leftovers import Leftovers
 from mtckpt.agent.links import Links
 from mtckpt.agent.notes import config_of
@@ -84,6 +85,7 @@ class Registry:
         self.freer = Freer(tools, self.runs, self.links, self.flusher, self.ring)
         self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config)
         self.directory = directory
+        self.held = Roots(directory)
         self._roots_path = os.path.join(directory, ROOTS_NAME)
         self._roots: list[str] = []
         self._loading = asyncio.Lock()
@@ -111,6 +113,7 @@ class Registry:
         done before anybody opens a run there, for what is there is never taken for nothing."""
         ram = self._ram_ref(root)
         configs = await self.tools.call(work.ReadRunConfigs(ram), work.RunConfigs)
+        await self.held.take(root)  # from here on: what is half done there is nobody else's
         scanned = await self.tools.call(work.Scan(ram), work.Scanned)
         for problem in configs.problems:
             logger.warning("RAM tier %s: %s", root, problem)
@@ -366,6 +369,7 @@ class Registry:
     async def housekeeping(self) -> None:
         """Once a second or so: silent owners, old RAM, scrubs, listeners, idle data processes."""
         now_s = time.monotonic()
+        self.held.renew()
         if self.ready.is_set():
             await self.tools.pool.keep(self._places())
         try:
