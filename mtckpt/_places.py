@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Location",
     "Place",
+    "is_directory",
     "is_location",
     "open_places",
     "refuse_one_directory",
@@ -193,10 +194,10 @@ def _directory(location: Location) -> Path:
         path = Path(text).expanduser()
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"{text}: {error}", state="nothing was read", path=text) from error
-    if not _is_directory(path):
+    if not is_directory(path):
         # A run whose name is no file name lies in a directory that is called otherwise.
         by_key = path.parent / _manifest.run_key(path.name or "run")
-        if _is_directory(by_key):
+        if is_directory(by_key):
             return by_key
         what = "is a file, not a directory" if os.path.isfile(path) else "does not exist"
         raise UsageError(
@@ -208,7 +209,9 @@ def _directory(location: Location) -> Path:
     return path
 
 
-def _is_directory(path: Path) -> bool:
+def is_directory(path: Path, tier: str = "disk") -> bool:
+    """Whether a directory is there. Raises TierError where that cannot be looked at: then nobody
+    knows what is in it."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -216,7 +219,7 @@ def _is_directory(path: Path) -> bool:
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return False  # No directory can be called that.
-        raise tier_error(error, doing="open", tier="disk", key=None, place=str(path)) from error
+        raise tier_error(error, doing="open", tier=tier, key=None, place=str(path)) from error
 
 
 def _kind(path: Path) -> str:

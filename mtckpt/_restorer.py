@@ -162,18 +162,28 @@ def _scope(
 def _plan(run: Run, gathered: Gathered, step: int | Literal["latest", "best"]) -> RestorePlan:
     """What may be restored. Raises where nothing may although there is, or may be, something."""
     best = _retention.best_of([tier.keep for tier in run.tiers])
-    plan = plan_restore(gathered.holdings, step, best=best, fastest=gathered.places)
     silent = gathered.silent
+    try:
+        plan = plan_restore(gathered.holdings, step, best=best, fastest=gathered.places)
+    except StepNotFound as error:
+        if silent:
+            raise _unavailable(silent) from error
+        raise
     if not plan.candidates and silent:
-        raise RestoreUnavailable(
-            "; ".join(f"{label}: {why}" for label, why in silent.items()),
-            tiers=", ".join(silent),
-            state="live state unchanged",
-            actions=("repair or leave out the tier, then restart",),
-        )
+        raise _unavailable(silent)
     if not plan.candidates and (plan.lost or (plan.skipped and step != "latest")):
         raise _no_healthy_step({**plan.skipped, **_mute(gathered.absent)})
     return plan
+
+
+def _unavailable(silent: Mapping[str, str]) -> RestoreUnavailable:
+    """What was asked for is not where could be looked, and may be where could not."""
+    return RestoreUnavailable(
+        "; ".join(f"{label}: {why}" for label, why in silent.items()),
+        tiers=", ".join(silent),
+        state="live state unchanged",
+        actions=("repair or leave out the tier, then restart",),
+    )
 
 
 def _mute(places: Mapping[str, str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -26,6 +27,7 @@ from mtckpt._handshake import new_secret
 from mtckpt._joining import Needs
 from mtckpt._manifest import Incarnation, SaveName
 from mtckpt._pieces import ALONE, Members
+from mtckpt._places import is_directory
 from mtckpt._restore import Place
 from mtckpt._schedule import ObjectStore, Peers
 from mtckpt.adapters import find_group
@@ -270,7 +272,7 @@ class Run:
                 if kept is not store:
                     store.close()  # another thread was faster
                 return kept
-            if not os.path.isdir(settings.place):
+            if not is_directory(Path(settings.place), label):
                 return None
             return LocalTier(settings.place, name=label, read_only=True)
 
@@ -363,7 +365,7 @@ class Run:
             if is_store:
                 access = self._access_like(text)
                 return open_store(root, access, name="store", timeout_s=self.timeout_s)
-            return LocalTier(root, read_only=True) if os.path.isdir(text) else None
+            return LocalTier(root, read_only=True) if is_directory(Path(text)) else None
 
         try:
             tier = self.within("source", look)

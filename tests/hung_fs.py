@@ -46,6 +46,11 @@ class HungDisk:
         """Answer every request, those that wait too."""
         self._control.unlink(missing_ok=True)
 
+    def die(self) -> None:
+        """End the program: the mount stays, and nothing in it can be looked at any more."""
+        self._process.kill()
+        self._process.wait(20.0)
+
     def close(self) -> None:
         """Free it, unmount it and end the program, whoever still uses it. Idempotent."""
         self.free()

@@ -21,6 +21,7 @@ from mtckpt import _commit, _inventory, _manifest
 from mtckpt._manifest import SaveName
 from mtckpt.agent.queue import MAX_BACKLOG, SaveFacts, backlog, pick_flush
 from mtckpt.cli import main
+from mtckpt.errors import RestoreUnavailable
 from mtckpt.tiers import ObjectStoreTier
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
@@ -212,6 +213,30 @@ def test_a_store_that_was_away_gets_the_newest_and_what_it_keeps(
             steps = sorted(name.step for name in _inventory.scan(there, "r").saves)
     assert steps[-2:] == [11, 12]
     assert set(steps) >= {8}  # what KeepEvery wants of what was held
+
+
+def test_a_store_gets_from_memory_what_a_disk_that_has_gone_does_not_give(
+    tmp_path: Path, s3: S3Server
+) -> None:
+    """The step had come to the disk, which is where a store gets it from as a rule."""
+    line = Line(s3.url)
+    disk, url = tmp_path / "disk", f"s3://{s3.new_prefix()}"
+    options = {**s3.options, "endpoint_url": line.url}
+    tiers = [
+        mtckpt.Ram(every=1),
+        mtckpt.Disk(disk),
+        mtckpt.ObjectStore(url, storage_options=options),
+    ]
+    run = mtckpt.Checkpointer("r", tiers, timeout_s=20, max_stall_s=10)
+    run._link.timeout_s = 1.0
+    with pytest.raises(RestoreUnavailable, match="store"):
+        run.restore(state(0), step=1)  # which may be there
+    save = run.save(1, state(1))
+    save.wait("local", timeout_s=20)
+    disk.rename(tmp_path / "unmounted")
+    line.mend()
+    run.close(timeout_s=30)
+    assert "durable" in save.reached
 
 
 # -- two jobs --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mtckpt.agent import protocol
+from mtckpt.agent import holding, protocol
 from mtckpt.errors import AccessDenied, AgentUnavailable, UnsupportedPlatform
 
 if sys.platform != "win32":
@@ -82,7 +82,8 @@ def find() -> Address:
     """The agent that this process is to use.
 
     MTCKPT_AGENT_SOCKET names a service's socket; MTCKPT_RUNTIME_DIR an own agent's directory; with
-    neither, a service at /run/mtckpt if there is one that may be used, else this user's own.
+    neither, a service at /run/mtckpt if there is one that may be used, else this user's own: the
+    one that has this user's memory, from wherever it was started.
     """
     if sys.platform == "win32" or not hasattr(socket, "AF_UNIX"):
         raise UnsupportedPlatform("the node agent needs unix sockets", state="nothing was done")
@@ -92,7 +93,16 @@ def find() -> Address:
         service = Address(SERVICE_DIRECTORY, service=True)
         if os.access(service.socket_path, os.R_OK | os.W_OK):
             return service
+        other = Address(holding.noted(protocol.ram_base()))
+        if other.directory and _listens(other.socket_path):
+            return other
     return Address(os.path.abspath(protocol.runtime_dir()))
+
+
+def _listens(path: str) -> bool:
+    with contextlib.suppress(AccessDenied):
+        return answers(path, 1.0)
+    return False
 
 
 def make_directory(path: str) -> None:

@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from mtckpt.agent.healing import Healer
     from mtckpt.agent.ring import Ring
     from mtckpt.agent.tools import Tools
+    from mtckpt.agent.work import TierRef
 
-__all__ = ["Flusher"]
+__all__ = ["SMALL_TIMEOUT_S", "Flusher"]
 
 logger = logging.getLogger(__name__)
 
 MAX_HEALS = 3
+# What somebody waits for is put so quickly, or later.
+SMALL_TIMEOUT_S = 5.0
 
 
 class Flusher:
@@ -59,6 +62,33 @@ class Flusher:
     def look_again(self, run: RunState, tier: TierState) -> None:
         """Other nodes have said something of a tier: this one may let go of what it kept so far."""
         self._keeper.look_again(run, tier)
+
+    async def put_now(self, tiers: list[TierState], key: str, data: bytes) -> dict[str, str]:
+        """Write a small file to tiers; what does not answer at once is owed it. Label -> reason."""
+
+        async def put(tier: TierState) -> None:
+            if not tier.scanned:
+                raise TierUnavailable(tier.problem or "did not answer yet", tier=tier.label)
+            stored = self._tools.call(work.PutSmall(tier.ref, key, data), work.Stored)
+            try:
+                # Who asks waits no longer. The data process is not given up for that: it may have
+                # its hands full.
+                await asyncio.wait_for(stored, SMALL_TIMEOUT_S)
+            except asyncio.TimeoutError as error:
+                why = f"did not take it within {SMALL_TIMEOUT_S:g} s"
+                raise TierUnavailable(why, tier=tier.label) from error
+
+        tiers = [tier for tier in tiers if not tier.is_peers]  # each node writes it to its own
+        results = await asyncio.gather(*(put(tier) for tier in tiers), return_exceptions=True)
+        owed = {}
+        for tier, result in zip(tiers, results, strict=True):
+            if isinstance(result, CheckpointError):
+                owed[tier.label] = describe_failure(result)
+                tier.small_owed[key] = data
+                tier.wake.set()
+            elif isinstance(result, BaseException):
+                raise result
+        return owed
 
     def stop(self) -> None:
         """Begin nothing more; what is under way ends."""
@@ -138,17 +168,20 @@ class Flusher:
             self._ring.supersede(run, run.saves[name], tier.label)
             run.touch(run.saves[name])
         save = run.saves[pick.name]
+        source = run.source_for(save, tier.label) or run.ram
         save.writing.add(tier.label)
         started_s = time.monotonic()
         try:
             with run.reading(save):
                 async with run.lock(save, tier.label):
-                    copied_bytes = await self._copy(run, tier, save)
+                    copied_bytes = await self._copy(run, tier, save, source)
         except CheckpointError as error:
             save.writing.discard(tier.label)
             if not tier.is_peers:
                 # Retention looks after what it may have left, if no later try completes it.
                 save.ranks.setdefault(tier.label, set())
+            if _doubts(run, source, error) and run.source_for(save, tier.label) is not None:
+                return True  # from there, at once
             if queue.is_owed(error):
                 raise
             await self._failed(run, tier, save, error)
@@ -200,10 +233,9 @@ class Flusher:
         run.touch(save)
         return here <= save.ranks.get(tier.label, set())
 
-    async def _copy(self, run: RunState, tier: TierState, save: SaveState) -> int:
+    async def _copy(self, run: RunState, tier: TierState, save: SaveState, source: TierRef) -> int:
         if tier.is_peers:
             return await self._copies.copy(run, tier, save)
-        source = run.source_for(save, tier.label) or run.ram
         ranks = sorted(save.ranks.get(source.label, ()))
         return await self._copy_ranks(run, tier, save, source, ranks)
 
@@ -212,7 +244,7 @@ class Flusher:
         run: RunState,
         tier: TierState,
         save: SaveState,
-        source: work.TierRef,
+        source: TierRef,
         ranks: Sequence[int],
     ) -> int:
         tier.total_bytes, tier.done_bytes = save.size_bytes, 0
@@ -340,6 +372,20 @@ class Flusher:
             reason=describe_failure(error),
         )
         run.touch(save)
+
+
+def _doubts(run: RunState, source: TierRef, error: CheckpointError) -> bool:
+    """Whether a disk that a save was to come from may be why it did not. It is no source then until
+    it has been looked at again."""
+    disk = run.tiers.get(source.label)
+    silent = error.details.get("verb") == "Flush"  # a process that waited for either
+    if disk is None or isinstance(error, Damaged):
+        return False
+    if not silent and error.details.get("tier") != source.label:
+        return False
+    disk.scanned = False
+    disk.wake.set()
+    return True
 
 
 def small_files_lacking(run: RunState, found: work.RunScan) -> dict[str, bytes]:

@@ -5,11 +5,10 @@ Knows what has to be safe elsewhere before. Does not free single slots or saves 
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from mtckpt import _inventory, _manifest
-from mtckpt.agent import queue, work
+from mtckpt.agent import owners, queue, work
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.saves import RAM
 
@@ -44,13 +43,13 @@ class Freer:
             return
         newest = run.newest_staged()
         safe = newest is None or any(
-            newest.is_complete(label) and label not in newest.damaged
+            tier.scanned and newest.is_complete(label) and label not in newest.damaged
             for label, tier in run.tiers.items()
             if not tier.is_peers  # that is memory as well: it may be freed at the same time
         )
         safe = safe and not any(s.is_open and s.ranks.get(RAM) for s in run.saves.values())  # doubt
         in_ram = any(RAM in save.ranks or save.guests for save in run.saves.values())
-        left_s = time.time() - run.left_at
+        left_s = owners.uptime_s() - run.left_s
         if left_s > self._tools.limits.ram_ttl_s:
             why = "nobody came back" if safe else "nobody came back; no other tier has the newest"
         elif run.closing and safe:

@@ -31,7 +31,7 @@ def config_of(run: RunState) -> work.RunConfig:
         run.incarnation,
         newest.id if newest else "",
         {
-            "left_at": run.left_at,
+            "left_s": run.left_s,
             "closing": run.closing,
             "token": run.token,
             "uid": run.creator_uid,

@@ -13,7 +13,17 @@ import socket
 import time
 from dataclasses import dataclass, field
 
-__all__ = ["Claim", "Owner", "Process", "Verdict", "boot_id", "judge", "peer_pidfd", "read_process"]
+__all__ = [
+    "Claim",
+    "Owner",
+    "Process",
+    "Verdict",
+    "boot_id",
+    "judge",
+    "peer_pidfd",
+    "read_process",
+    "uptime_s",
+]
 
 _SO_PEERPIDFD = 77  # Linux 6.5
 _PF_EXITING = 0x4
@@ -53,6 +63,12 @@ def boot_id() -> str:
             return file.read().strip()
     except OSError:
         return ""
+
+
+def uptime_s() -> float:
+    """Seconds since this machine started, as every agent counts them that sees the same memory:
+    whatever the clock of the day is set to, and through a sleep of the machine."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def peer_pidfd(connection: socket.socket) -> int | None:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -39,6 +39,8 @@ STOP_TIMEOUT_S = 2.0
 # How often one command is given to processes that die under it, and the back-off that it sits out.
 MAX_ATTEMPTS = 4
 MAX_PATIENCE_S = 1.0
+# A wait that lasts so much longer than it should: this process was stopped meanwhile.
+STOPPED_S = 1.0
 OnProgress = Callable[[work.Progress], None]
 
 
@@ -46,14 +48,16 @@ OnProgress = Callable[[work.Progress], None]
 class _Pending:
     """One command under way. ``last_s`` is when the process last said anything about it.
 
-    ``stall_s`` is how long it may be silent while bytes are moving, ``timeout_s`` otherwise: while
-    it waits for its turn, and where one step takes as long as there are bytes (reserving, syncing).
+    ``stall_s`` is how long it may be silent while bytes are moving, ``timeout_s`` otherwise: where
+    one step takes as long as there are bytes (reserving, syncing), and while it waits for its turn,
+    which may take as long as what is under way before it.
     """
 
     reply: asyncio.Future[work.Result]
     on_progress: OnProgress | None
     timeout_s: float
     stall_s: float
+    begun: bool = False
     moving: bool = False
     last_s: float = field(default_factory=time.monotonic)
 
@@ -73,6 +77,7 @@ class _Process:
     def __init__(self, name: str, log: IO[bytes] | int) -> None:
         self.name = name
         self.pending: dict[int, _Pending] = {}
+        self.heard_s = time.monotonic()
         self.gone = False
         # It ended by itself: not given up while it may still do what it was told.
         self.died = False
@@ -120,10 +125,13 @@ class _Process:
             self.end(f"the data process of {self.name} {why}")
 
     def _take(self, reply: work.Reply) -> None:
+        self.heard_s = time.monotonic()
         pending = self.pending.get(reply.id)
         if pending is None:
             return  # Its caller has given up.
-        pending.last_s = time.monotonic()
+        pending.last_s, pending.begun = self.heard_s, True
+        if reply.begun:
+            return
         if reply.progress is not None:
             pending.note(reply.progress)
             return
@@ -134,6 +142,15 @@ class _Process:
             pending.reply.set_exception(error_from_wire(reply.error))
         elif reply.result is not None:
             pending.reply.set_result(reply.result)
+
+    def left_s(self, pending: _Pending) -> float:
+        """How much longer one command may be silent; below zero where it is to be given up."""
+        now_s = time.monotonic()
+        if pending.begun:
+            return pending.last_s + pending.silence_s - now_s
+        # Those that it waits for may take as long as they may.
+        others = [self.left_s(other) for other in self.pending.values() if other.begun]
+        return max(max(pending.last_s, self.heard_s) + pending.silence_s - now_s, *others, 0.0)
 
     async def send(self, request: work.Request) -> None:
         """Hand a request over. ConnectionError if the process is not there any more."""
@@ -192,9 +209,15 @@ class Worker:
         self._abandoned: list[_Process] = []
         self._starting = asyncio.Lock()
         self._next_id = 0
+        self._calls = 0
         self._failures = 0
         self._not_before_s = 0.0
         self._closed = False
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody waits for an answer."""
+        return self._calls > 0
 
     @property
     def pid(self) -> int | None:
@@ -219,6 +242,19 @@ class Worker:
                 another died.
             CheckpointError: whatever the command itself ended with.
         """
+        self._calls += 1
+        try:
+            return await self._call(command, timeout_s, on_progress, stall_s)
+        finally:
+            self._calls -= 1
+
+    async def _call(
+        self,
+        command: work.Command,
+        timeout_s: float,
+        on_progress: OnProgress | None,
+        stall_s: float | None,
+    ) -> work.Result:
         verb = type(command).__name__
         attempt = 1
         while True:
@@ -275,16 +311,17 @@ class Worker:
 
     async def _answered(self, process: _Process, pending: _Pending, verb: str) -> work.Result:
         while True:
-            left_s = pending.last_s + pending.silence_s - time.monotonic()
+            asked_s = time.monotonic()
             # What it says meanwhile may shorten the deadline.
-            done, _ = await asyncio.wait(
-                {pending.reply}, timeout=max(min(left_s, pending.stall_s), 0)
-            )
+            wait_s = max(min(process.left_s(pending), pending.stall_s), 0)
+            done, _ = await asyncio.wait({pending.reply}, timeout=wait_s)
             if done:
                 if process.gone:
                     self._failed(process, f"it ended during {verb}")
                 return pending.reply.result()
-            if pending.last_s + pending.silence_s <= time.monotonic():
+            if time.monotonic() - asked_s > wait_s + STOPPED_S:
+                pending.last_s = time.monotonic()  # We were stopped: what it said is still unread.
+            if process.left_s(pending) <= 0:
                 raise self._gave_up(process, verb, pending.silence_s)
 
     def _gave_up(self, process: _Process, verb: str, timeout_s: float) -> TierUnavailable:
@@ -368,7 +405,7 @@ class Worker:
 
 
 class Pool:
-    """A worker for every root of a tier that was ever named."""
+    """A worker for every root of a tier that was named, until nobody has a use for it."""
 
     def __init__(self, *, log_path: str | os.PathLike[str] | None = None) -> None:
         self._log_path = log_path
@@ -410,6 +447,12 @@ class Pool:
         worker = self._workers.pop((place.path, place.access), None)
         if worker is not None:
             await worker.close()
+
+    async def keep(self, places: Iterable[work.TierRef]) -> None:
+        """End the workers of all other places of which nobody waits for anything."""
+        kept = {(place.path, place.access) for place in places}
+        idle = [at for at, each in self._workers.items() if at not in kept and not each.is_busy]
+        await asyncio.gather(*(self._workers.pop(at).close() for at in idle))
 
     async def close(self) -> None:
         """End all of them. Idempotent."""

@@ -27,11 +27,12 @@ from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.freeing import Freer, is_busy
 from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
+from mtckpt.agent.holding import Roots
 from mtckpt.agent.leftovers import Leftovers
 from mtckpt.agent.links import Links
 from mtckpt.agent.notes import config_of
 from mtckpt.agent.owners import Owner, boot_id
-from mtckpt.agent.peers import Peers
+from mtckpt.agent.peers import SERVING, Peers
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.replicas import Replicas
 from mtckpt.agent.ring import Ring
@@ -84,6 +85,7 @@ class Registry:
         self.freer = Freer(tools, self.runs, self.links, self.flusher, self.ring)
         self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config, self.agent_id)
         self.directory = directory
+        self.held = Roots(directory)
         self._roots_path = os.path.join(directory, ROOTS_NAME)
         self._roots: list[str] = []
         self._loading = asyncio.Lock()
@@ -111,6 +113,7 @@ class Registry:
         done before anybody opens a run there, for what is there is never taken for nothing."""
         ram = self._ram_ref(root)
         configs = await self.tools.call(work.ReadRunConfigs(ram), work.RunConfigs)
+        await self.held.take(root)  # from here on: what is half done there is nobody else's
         scanned = await self.tools.call(work.Scan(ram), work.Scanned)
         for problem in configs.problems:
             logger.warning("RAM tier %s: %s", root, problem)
@@ -137,7 +140,7 @@ class Registry:
         run.noted_diverged = dict(extra.get("diverged") or {})
         run.noted_chosen = set(extra.get("chosen") or ())
         run.note_scan(RAM, scan)
-        run.left_at = float(extra.get("left_at") or time.time())
+        run.left_s = min(owners.uptime_s(), float(extra.get("left_s") or run.left_s))
         run.closing = bool(extra.get("closing"))
         run.token = str(extra.get("token") or "")
         run.creator_uid = int(extra.get("uid", -1))
@@ -245,11 +248,8 @@ class Registry:
     def set_tiers(self, run: RunState, configs: list[TierConfig]) -> None:
         """Take over what the newest owner says of its slower tiers."""
         for label in run.tiers.keys() - {config.label for config in configs}:
-            tier = run.tiers.pop(label)
-            if tier.task is not None:
-                tier.task.cancel()
+            run.drop_tier(label)
             for save in run.saves.values():
-                save.ranks.pop(label, None)
                 save.due.discard(label)
         for config in configs:
             ref = _ref_of(config, self.tools.limits, group_access=self.service)
@@ -262,8 +262,8 @@ class Registry:
                 if before != ref:
                     self.tools.start(self._forget(before), f"ending {old.label} as it was")
                 continue
-            if old is not None and old.task is not None:
-                old.task.cancel()
+            if old is not None:
+                run.drop_tier(config.label)  # what is there under its name is to be seen
             run.tiers[config.label] = TierState(config.label, config, ref)
         run.touch()
 
@@ -323,7 +323,7 @@ class Registry:
             if run.owners.get(owner.rank) is owner:
                 del run.owners[owner.rank]
             run.settling.pop(owner.holder, None)
-            run.left_at = time.time()
+            run.left_s = owners.uptime_s()
         await self.write_config(run)
         run.touch()
 
@@ -368,8 +368,11 @@ class Registry:
     # -- letting go ------------------------------------------------------------------------------
 
     async def housekeeping(self) -> None:
-        """Once a second or so: silent owners, old RAM, scrubs, listeners."""
+        """Once a second or so: silent owners, old RAM, scrubs, listeners, idle data processes."""
         now_s = time.monotonic()
+        self.held.renew()
+        if self.ready.is_set():
+            await self.tools.pool.keep(self._places())
         try:
             await self.peers.keep()
         except CheckpointError as error:
@@ -389,6 +392,12 @@ class Registry:
                 run.scrubbed_s = now_s
                 self.tools.start(self.healer.scrub(run), f"scrub {run.key}")
                 self.tools.start(self.guests.scrub(run), f"scrub copies in {run.key}")
+
+    def _places(self) -> list[TierRef]:
+        """All that a data process is there for."""
+        ram = [self._ram_ref(root) for root in self._roots]
+        slower = [tier.ref for run in self.runs.values() for tier in run.tiers.values()]
+        return [SERVING, PULLING, *ram, *slower]
 
     def is_idle(self) -> bool:
         """Nobody owns anything, nothing is owed, no RAM is held."""

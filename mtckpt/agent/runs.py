@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from mtckpt._inventory import line_of
 from mtckpt._manifest import Incarnation, SaveName
 from mtckpt.agent import protocol, work
+from mtckpt.agent.owners import uptime_s
 from mtckpt.agent.queue import SaveFacts, SlotState
 from mtckpt.agent.saves import RAM, Line, Plan, SaveState, Slot, TierState
 from mtckpt.errors import AgentUnavailable, CheckpointError, RunLocked
@@ -74,7 +75,7 @@ class RunState:
     admitted: set[int] = field(default_factory=set)  # users who knew its token
     settling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     unsettled: list[Owner] = field(default_factory=list)  # dead, and their slots are still theirs
-    left_at: float = field(default_factory=lambda: time.time())
+    left_s: float = field(default_factory=uptime_s)  # when its last owner left, or it was found
     scrubbed_s: float = field(default_factory=lambda: time.monotonic())
     begun_s: float = 0.0  # when the incarnation did
     allocating: int = 0
@@ -272,17 +273,18 @@ class RunState:
         """The disk that a store gets a save from: one that has it, else one that it comes to."""
         if not self.tiers[label].is_store:
             return None
-        due = [d for d in self._disks() if d.label in save.owed and not d.problem]
+        due = [d for d in self.disks() if d.label in save.owed and not d.problem]
         return next(iter(self._disks_with(save) + due), None)
 
-    def _disks(self) -> list[TierState]:
+    def disks(self) -> list[TierState]:
         return [tier for tier in self.tiers.values() if tier.config.kind == "disk"]
 
     def _disks_with(self, save: SaveState) -> list[TierState]:
+        """Those that are known to have it: one that has stopped answering may not."""
         return [
             disk
-            for disk in self._disks()
-            if save.is_complete(disk.label) and not save.is_damaged(disk.label)
+            for disk in self.disks()
+            if disk.scanned and save.is_complete(disk.label) and not save.is_damaged(disk.label)
         ]
 
     def newest_staged(self) -> SaveState | None:
@@ -329,14 +331,21 @@ class RunState:
 
     def drop_copy(self, save: SaveState, label: str) -> None:
         """A save is not in a tier any more; forgotten once it is in none."""
-        save.ranks.pop(label, None)
-        save.verified.discard(label)
-        save.damaged.discard(label)
-        save.uncommitted.discard(label)
+        save.forget_copy(label)
         if label == RAM:
             for slot in [s for s in self.slots.values() if s.save == str(save.name)]:
                 del self.slots[slot.slot_id]
         self.forget_old()
+
+    def drop_tier(self, label: str) -> None:
+        """A slower tier is none of the run's any more, with all that was known of it."""
+        task = self.tiers.pop(label).task
+        if task is not None:
+            task.cancel()
+        for save in self.saves.values():
+            save.forget_copy(label)
+            save.failed.pop(label, None)
+            save.owed_why.pop(label, None)
 
     def drop_shard(self, save: SaveState, slot_id: str, rank: int) -> None:
         """One rank's part of a save is not in RAM any more."""
@@ -463,7 +472,7 @@ class RunState:
 
     def _is_lost(self, save: SaveState, label: str) -> bool:
         """Whether what is left of a save is nowhere whole that the tier could get it from."""
-        if not save.remains or not all(disk.scanned for disk in self._disks()):
+        if not save.remains or not all(disk.scanned for disk in self.disks()):
             return False
         return not (self.tiers[label].is_store and self._disks_with(save))
 

@@ -163,6 +163,12 @@ class SaveState:
         own = self.ranks.get(RAM, set())
         self.want_in(label for label in new if not own <= self.ranks.get(label, set()))
 
+    def forget_copy(self, label: str) -> None:
+        """What is known of a copy of it that is no more."""
+        self.ranks.pop(label, None)
+        for known in (self.verified, self.damaged, self.uncommitted):
+            known.discard(label)
+
     def is_complete(self, label: str) -> bool:
         """Whether all ranks have it there, those of other nodes on theirs; some are here."""
         return bool(self.ranks.get(label)) and self.is_whole(label)

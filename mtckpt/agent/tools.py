@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -49,6 +49,9 @@ class DataProcesses(Protocol):
 
     async def forget(self, place: work.TierRef) -> None:
         """End the data process of a place that nothing will be asked of any more."""
+
+    async def keep(self, places: Iterable[work.TierRef]) -> None:
+        """End those of all other places, but for one that somebody waits for."""
 
     async def close(self) -> None:
         """End all data processes; one that hangs is left to the kernel."""

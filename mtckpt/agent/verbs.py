@@ -21,31 +21,29 @@ from mtckpt import _inventory, _manifest
 from mtckpt._manifest import Incarnation
 from mtckpt.agent import known_runs, owners, protocol, work
 from mtckpt.agent.borrowing import lent
-from mtckpt.agent.flushing import metrics_file
+from mtckpt.agent.flushing import SMALL_TIMEOUT_S, metrics_file
 from mtckpt.agent.healing import shard_named
 from mtckpt.agent.owners import Claim, Owner, Verdict
 from mtckpt.agent.queue import SlotState
-from mtckpt.agent.runs import RunState, describe_failure
-from mtckpt.agent.saves import RAM, SaveState, TierState
+from mtckpt.agent.saves import RAM, SaveState
 from mtckpt.errors import (
     AccessDenied,
     AgentTooOld,
     CheckpointError,
     RunLocked,
-    TierUnavailable,
     UsageError,
 )
 from mtckpt.tiers.base import check_key
 
 if TYPE_CHECKING:
     from mtckpt.agent.registry import Registry
+    from mtckpt.agent.runs import RunState
     from mtckpt.agent.work import TierRef
 
 __all__ = ["Caller", "Verbs"]
 
 logger = logging.getLogger(__name__)
 
-SMALL_TIMEOUT_S = 5.0
 _CLAIM_POLL_S = 0.05
 
 
@@ -278,32 +276,9 @@ class Verbs:
             self._registry.links.leave(run)  # all of them are on this node now
         await self._registry.agreement.begun(run, message.number, message.parent)
         await self._registry.write_config(run)
-        owed = await self._put_everywhere(list(run.tiers.values()), key, data)
+        owed = await self._registry.flusher.put_now(list(run.tiers.values()), key, data)
         run.touch()
         return protocol.Begun(owed)
-
-    async def _put_everywhere(
-        self, tiers: list[TierState], key: str, data: bytes
-    ) -> dict[str, str]:
-        """Write a small file to tiers; what does not answer is owed it. Label -> reason."""
-
-        async def put(tier: TierState) -> None:
-            if not tier.scanned:
-                raise TierUnavailable(tier.problem or "did not answer yet", tier=tier.label)
-            command = work.PutSmall(tier.ref, key, data)
-            await self._tools.pool.call(command, timeout_s=SMALL_TIMEOUT_S)
-
-        tiers = [tier for tier in tiers if not tier.is_peers]  # each node writes it to its own
-        results = await asyncio.gather(*(put(tier) for tier in tiers), return_exceptions=True)
-        owed = {}
-        for tier, result in zip(tiers, results, strict=True):
-            if isinstance(result, CheckpointError):
-                owed[tier.label] = describe_failure(result)
-                tier.small_owed[key] = data
-                tier.wake.set()
-            elif isinstance(result, BaseException):
-                raise result
-        return owed
 
     # -- other nodes -----------------------------------------------------------------------------
 
@@ -388,7 +363,7 @@ class Verbs:
         if RAM in save.ranks:
             await self._tools.call(work.PutSmall(run.ram, key, data), work.Stored)
         tiers = [tier for label, tier in run.tiers.items() if label in save.ranks]
-        owed = await self._put_everywhere(tiers, key, data)
+        owed = await self._registry.flusher.put_now(tiers, key, data)
         run.touch()  # it may be the best now, which a store wants
         return protocol.Done(", ".join(f"{label}: {why}" for label, why in owed.items()))
 
@@ -407,6 +382,11 @@ class Verbs:
     async def flush(self, run: RunState, message: protocol.Flush) -> protocol.Done:
         """Make the newest staged save due everywhere; a tier that refused it before tries again."""
         owner = run.owner_of(message.holder)
+        # What somebody has removed meanwhile is to be brought there again, while it can be.
+        for disk in run.disks():
+            disk.scanned = False
+            disk.wake.set()
+        await self._registry.wait_scanned(run, SMALL_TIMEOUT_S)
         staged = run.newest_staged()
         # Other ranks may not have sealed their parts of the newest one yet.
         coming = [s for s in run.open_saves(owner.incarnation) if not s.lacks(owner.rank)]

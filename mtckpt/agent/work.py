@@ -1,8 +1,9 @@
 """What the control process asks of a data process, and what it gets back.
 
 Typed JSON, one message a line, over a socket pair: ``Request`` one way, ``Reply`` the other. A
-reply has progress (any number of times), then exactly one of result and error. Nothing here
-moves bytes or decides anything. Both ends are of one version of mtckpt, so there is none here.
+reply says that the command's turn has come, then has progress (any number of times), then exactly
+one of result and error. Nothing here moves bytes or decides anything. Both ends are of one version
+of mtckpt, so there is none here.
 
 A command is carried out by the data process of ``place_of(command)``: a disk that hangs then holds
 up nobody but itself. The control process never has two commands that change the same save in the
@@ -401,12 +402,13 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One line from a data process."""
+    """One line from a data process. ``begun``: the command's turn has come, and nothing else."""
 
     id: int
     progress: Progress | None = None
     result: Result | None = None
     error: WireError | None = None
+    begun: bool = False
 
 
 _REQUESTS = msgspec.json.Decoder(Request)

@@ -67,6 +67,8 @@ class _Serve:
         def report(progress: work.Progress) -> None:
             self._send(work.Reply(request.id, progress=progress))
 
+        if not isinstance(request.command, work.Ping):
+            self._send(work.Reply(request.id, begun=True))
         try:
             result = self._carrier.carry(request.command, report, again=request.again)
             reply = work.Reply(request.id, result=result)

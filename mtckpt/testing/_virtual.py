@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import heapq
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -211,8 +212,14 @@ class Fiber:
 class Time:
     """In the place of ``time``."""
 
+    CLOCK_BOOTTIME = time.CLOCK_BOOTTIME
+
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
+
+    def clock_gettime(self, clock: int) -> float:
+        del clock
+        return self._loop.time()
 
     def monotonic(self) -> float:
         return self._loop.time()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -435,6 +435,9 @@ class Pool:
 
     async def forget(self, place: work.TierRef) -> None:
         del place
+
+    async def keep(self, places: Iterable[work.TierRef]) -> None:
+        del places
 
     async def close(self) -> None:
         return None

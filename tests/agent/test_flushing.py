@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -197,6 +198,35 @@ def test_close_frees_ram_once_a_slower_tier_has_it(own: Own, tmp_path: Path) -> 
     until(lambda: not (ram_root() / "r").exists())
     assert steps_in(tmp_path / "d") == [1]
     assert status_of() is None
+
+
+def test_close_brings_what_somebody_removed_to_the_disk_again(own: Own, tmp_path: Path) -> None:
+    trainer = own("r", [disk(tmp_path / "d")])
+    trainer.open()
+    trainer.begin(1)
+    trainer.save(1, ["disk"])
+    trainer.wait_stage(1, "local")
+    shutil.rmtree(tmp_path / "d" / "r")
+    trainer.flush()
+    trainer.close()
+    until(lambda: not (ram_root() / "r").exists())
+    assert steps_in(tmp_path / "d") == [1]
+
+
+def test_close_keeps_ram_where_the_disk_has_gone(own: Own, tmp_path: Path) -> None:
+    trainer = own("r", [disk(tmp_path / "d")])
+    trainer.open()
+    trainer.begin(1)
+    trainer.save(1, ["disk"])
+    trainer.wait_stage(1, "local")
+    (tmp_path / "d").rename(tmp_path / "unmounted")
+    (tmp_path / "d").touch()
+    trainer.flush()
+    trainer.close()
+    assert steps_in(ram_root(), name="ram") == [1]
+    (tmp_path / "d").unlink()
+    until(lambda: not (ram_root() / "r").exists())
+    assert steps_in(tmp_path / "d") == [1]
 
 
 def test_close_keeps_ram_while_nothing_else_has_it(

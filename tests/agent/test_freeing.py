@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -109,6 +110,19 @@ def test_what_comes_while_it_is_looked_at_stays(is_over: bool) -> None:
     assert 5 in save.ranks[RAM]
     assert 7 in save.guests
     assert ("free" in run.slots) == run.doubted == (not is_over)
+
+
+def test_a_clock_that_is_set_frees_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trainer died a moment ago; that the calendar says otherwise since then is no reason."""
+    run = a_run()
+    freer = freer_of(run, work.Scanned([]))
+    monkeypatch.setattr(freer, "_links", SimpleNamespace(is_behind=lambda _: False))
+    now_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: now_s + 10 * 86400.0)
+    asyncio.run(freer.let_go(run))
+    monkeypatch.setattr(run, "left_s", run.left_s - 10 * 86400.0)  # and now it is
+    with pytest.raises(TierUnavailable, match="ended twice"):
+        asyncio.run(freer.let_go(run))
 
 
 def test_what_has_a_damaged_record_is_there() -> None:

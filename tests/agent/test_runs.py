@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -10,8 +12,9 @@ from mtckpt._manifest import FORMAT_VERSION, Incarnation, SaveName
 from mtckpt.agent import queue, work
 from mtckpt.agent.notes import config_of
 from mtckpt.agent.owners import Owner
-from mtckpt.agent.protocol import TierConfig
-from mtckpt.agent.registry import _adopt_slots
+from mtckpt.agent.protocol import TierConfig, WireError
+from mtckpt.agent.queue import Limits
+from mtckpt.agent.registry import Registry, _adopt_slots
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, Plan, SaveState, TierState
 
@@ -50,6 +53,24 @@ def at(run: RunState, step: int, incarnation: int = 1) -> SaveState:
     save = run.save_at(incarnation, step)
     assert save is not None
     return save
+
+
+def test_another_directory_under_the_same_label_has_nothing_yet(run: RunState) -> None:
+    """A disk tier was given another path: what the old one had is not in the new one."""
+    run.note_scan(RAM, work.RunScan("r", [found(10, [0, 1], "disk store")]))
+    run.note_scan("disk", work.RunScan("r", [found(10, [0, 1], "store")]))
+    save = at(run, 10)
+    assert run.source_for(save, "store") == run.tiers["disk"].ref
+    save.failed["disk"] = WireError("TierFull", "full")
+    known = [tier.config for tier in run.tiers.values()]
+    tiers = [TierConfig(each.label, each.kind, f"{each.path}-2") for each in known]
+    registry = Registry(
+        cast(Any, SimpleNamespace(limits=Limits(), events=None)), "/nowhere", service=False
+    )
+    registry.set_tiers(run, tiers)
+    assert "disk" not in save.ranks
+    assert save.failures() == {}
+    assert run.source_for(save, "store") == run.ram
 
 
 def test_what_recycling_had_left_of_an_older_step_is_not_open(run: RunState) -> None:

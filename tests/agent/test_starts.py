@@ -34,7 +34,8 @@ class Registry:
 
     def __init__(self) -> None:
         self.tools = Tools(cast(Any, self), Limits(), EventStream())
-        self.ring = None
+        self.ring = nobody = cast(Any, None)
+        self.flusher = Flusher(self.tools, nobody, nobody, nobody)
         self.peers = Peers(cast(Any, self))
         self.left = False
         self.runs: dict[str, RunState] = {}

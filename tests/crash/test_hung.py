@@ -386,6 +386,13 @@ def test_a_hung_disk_does_not_hold_up_a_restore(
     assert late.restore(before).step == restored.step
     late.close(timeout_s=30)
 
+    disk.die()  # "Transport endpoint is not connected": not "there is nothing"
+    dead = open_run(path, timeout_s=1.0)
+    with ends_within(3.0), pytest.raises(RestoreUnavailable, match=str(path)):
+        dead.restore(before)
+    with pytest.raises(RestoreUnavailable, match="not connected"):
+        dead.restore(before, source=path / "r")
+
 
 @pytest.mark.torture
 @pytest.mark.fuse
