@@ -18,6 +18,7 @@ __all__ = [
     "Run",
     "cover",
     "intersection",
+    "of_run",
     "runs",
     "seats_of",
     "share_of",
@@ -66,6 +67,31 @@ class Run(NamedTuple):
 def whole(shape: tuple[int, ...]) -> Box:
     """All of an array of this shape."""
     return Box((0,) * len(shape), shape)
+
+
+def of_run(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    """The elements ``start`` to ``stop`` of an array in C order, as boxes in that order.
+
+    Each box's own elements lie together there. At most two boxes an axis, less one.
+    """
+    if start >= stop:
+        return []
+    if not shape:
+        return [Box((), ())]
+    row = math.prod(shape[1:])
+    (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
+    if first == last:
+        return _in_row(shape, first, head, tail)
+    found = _in_row(shape, first, head, row) if head else []
+    first += bool(head)
+    if first < last:
+        found.append(Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+    return found + _in_row(shape, last, 0, tail)
+
+
+def _in_row(shape: tuple[int, ...], number: int, start: int, stop: int) -> list[Box]:
+    inner = of_run(shape[1:], start, stop)
+    return [Box((number, *box.offsets), (1, *box.shape)) for box in inner]
 
 
 def intersection(one: Box, other: Box) -> Box | None:

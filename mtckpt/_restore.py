@@ -200,6 +200,8 @@ def _match(
         root = _by_path(stored, state)
     if rename is not None:
         root, stored = rename_tree(root, stored, [], rename)
+    for adapter in adapters:
+        adapter.survey(state)
     placing = Placing(stored, plain, adapters, partial=partial)
     resolved = placing.match(state, root)
     placing.tell_apart(loaded.is_same)

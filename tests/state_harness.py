@@ -8,7 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mtckpt import _state
+from mtckpt._dtypes import DTYPES
 from mtckpt._placing import Placing, Stored, rename_tree, settle
 from mtckpt.adapters import active_adapters
 
@@ -107,6 +110,13 @@ def restore(saved: Saved, live: Any, **options: Any) -> Any:
     for fill in fills(placing):
         assert fill.size_bytes == len(saved.data[fill.index])
         ctypes.memmove(fill.address, saved.data[fill.index], fill.size_bytes)
+    for address, index, box in placing.boxes:
+        spec = placing.arrays[index].spec
+        assert spec.offsets is None
+        item = np.dtype((np.void, DTYPES[spec.dtype].item_bytes))
+        whole = np.frombuffer(saved.data[index], item).reshape(spec.shape)
+        part = whole[tuple(slice(at, at + n) for at, n in zip(*box, strict=True))].tobytes()
+        ctypes.memmove(address, part, len(part))
     for work in placing.finish:
         work()
     return settle(result)

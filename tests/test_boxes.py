@@ -16,6 +16,7 @@ from mtckpt._boxes import (
     Run,
     cover,
     intersection,
+    of_run,
     runs,
     seats_of,
     share_of,
@@ -88,6 +89,20 @@ def test_a_wanted_box_is_put_together_byte_for_byte(
     for box in missing:
         expected[place(box)] = -1
     assert bytes(out) == expected[place(wanted)].tobytes()
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
+def test_a_run_of_elements_is_a_few_boxes_in_its_order(lengths: list[int], data: Any) -> None:
+    shape = tuple(lengths)
+    size = math.prod(shape)
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+    array = np.arange(size).reshape(shape)
+    boxes = of_run(shape, start, stop)
+    parts = [array[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))] for box in boxes]
+    assert [int(n) for part in parts for n in part.flat] == list(range(start, stop))
+    assert len(boxes) <= 2 * len(shape) - 1
+    assert not any(box.is_empty for box in boxes)
 
 
 @given(scenes())

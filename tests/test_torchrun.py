@@ -124,3 +124,20 @@ def test_a_rank_that_is_stopped_is_named_and_saves_resume_together(
         assert f"rank {rank}: step 2: RankTimeout of [1] at staged" in said
         assert f"rank {rank}: step 3: SaveFailed" in said
     assert said.count("step 4: staged") == 2
+
+
+def test_fsdp1_is_restored_into_other_kinds_and_on_fewer_ranks(tmp_path: Path) -> None:
+    script = "tests/fsdp1_ranks.py"
+    said = finish(start(4, script, "save,load,refused", tmp_path, cwd=tmp_path))
+    pairs = ("flat into flat", "hybrid into pieces", "pieces into fsdp", "ddp into hybrid")
+    assert all(said.count(f": {pair}\n") == 4 for pair in pairs), said
+    assert said.count("refused: 6 of 6 parameters of an optimizer are of an FSDP1 module") == 4
+    said = finish(start(2, script, "load", tmp_path, cwd=tmp_path))
+    for pair in ("flat into pieces", "hybrid into flat", "pieces into flat", "flat into fsdp"):
+        assert said.count(f": {pair}\n") == 2
+    # No rank has stored more than its pieces: all kinds take as much, but for headers.
+    sizes = {
+        kind: sum(path.stat().st_size for path in (tmp_path / "disk" / kind).rglob("*.safetensors"))
+        for kind in ("fsdp", "flat", "pieces", "hybrid")
+    }
+    assert max(sizes.values()) < 1.3 * min(sizes.values()), sizes

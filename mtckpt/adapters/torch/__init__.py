@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mtckpt.adapters.torch import leaves, looks, objects, replicas, sharded
+from mtckpt.adapters.torch import leaves, looks, objects, sharded, surveying
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,8 +42,8 @@ class TorchAdapter:
         return ""
 
     def survey(self, state: object) -> None:
-        """Find the modules that are replicated, for the sake of their optimizers."""
-        replicas.survey(state)
+        """Find the modules that are replicated or FSDP1, for the sake of their optimizers."""
+        surveying.survey(state)
 
     def parts(self, value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
         """The local shard of a DTensor."""

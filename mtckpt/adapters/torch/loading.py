@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mtckpt.errors import UnsupportedState
 
-__all__ = ["OWN_NAMES", "PLAIN_LOADS", "check_taken_back"]
+__all__ = ["OWN_NAMES", "PLAIN_LOADS", "check_taken_back", "is_plain"]
 
 # Loading hooks of torch itself that only fill in what an old file lacks; ours lack nothing.
 PLAIN_LOADS = (Module._load_from_state_dict, _NormBase._load_from_state_dict)
@@ -27,6 +27,25 @@ OWN_NAMES = frozenset(
 _EXTRA = "_extra_state"
 # Modules whose names were looked at: they hardly ever change, and there is a save every few steps.
 _checked: weakref.WeakSet[Module] = weakref.WeakSet()
+
+
+def is_plain(module: Module) -> bool:
+    """True if nobody has changed how this one module is saved and loaded (children aside)."""
+    kind = type(module)
+    return (
+        kind._save_to_state_dict is Module._save_to_state_dict
+        and kind._load_from_state_dict in PLAIN_LOADS
+        and kind.state_dict is Module.state_dict
+        and kind.load_state_dict is Module.load_state_dict
+        and kind.get_extra_state is Module.get_extra_state
+        and kind.set_extra_state is Module.set_extra_state
+        and not module._state_dict_hooks
+        and not module._state_dict_pre_hooks
+        and not module._load_state_dict_pre_hooks
+        and not module._load_state_dict_post_hooks
+        and OWN_NAMES.isdisjoint(module.__dict__)
+        and not isinstance(module, torch.jit.ScriptModule)
+    )
 
 
 def check_taken_back(module: Module, names: Iterable[Any]) -> None:

@@ -15,11 +15,10 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mtckpt._node import MAX_DEPTH
 from mtckpt._replicas import Replicated
 from mtckpt.adapters.torch import wrappers
 
-__all__ = ["is_replicated", "state_of_module", "state_of_optimizer", "survey"]
+__all__ = ["is_replicated", "note", "state_of_module", "state_of_optimizer"]
 
 Ranks = tuple[int, ...]
 
@@ -33,21 +32,9 @@ def is_replicated(value: object) -> bool:
     return module is not None and isinstance(value, module.DistributedDataParallel)
 
 
-def survey(state: object, depth: int = 0) -> None:
-    """Note the parameters of every wrapped module in a state, however its containers are nested."""
-    state = wrappers.unwrapped(state)
-    if is_replicated(state):
-        _note(state)
-    elif depth > MAX_DEPTH:
-        return  # whoever takes the state apart says so
-    elif isinstance(state, Replicated):
-        survey(state.value, depth + 1)
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            survey(value, depth + 1)
-    elif isinstance(state, (list, tuple)):
-        for value in state:
-            survey(value, depth + 1)
+def note(module: Any) -> None:
+    """Remember the parameters of a wrapped module, for the sake of its optimizers."""
+    _note(module)
 
 
 def _note(module: Any) -> tuple[Ranks, set[str]]:

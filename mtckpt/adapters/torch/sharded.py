@@ -40,13 +40,15 @@ _MAX_PLACES = 100_000
 class Boxes:
     """Boxes of one global array as a leaf: tensors, and where in the array each begins.
 
-    ``sharers`` are the ranks that have a part in the array; none of them stands for this one.
+    ``sharers`` are the ranks that have a part in the array, ``holders`` those that hold these very
+    boxes; none of either stands for this one.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     boxes: tuple[tuple[tuple[int, ...], torch.Tensor], ...]
     sharers: tuple[int, ...] = ()
+    holders: tuple[int, ...] = ()
 
 
 def is_sharded(value: object) -> bool:
@@ -87,6 +89,9 @@ def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part]
 
 def identity(value: Any) -> object | None:
     """The same local memory as the same box."""
+    if isinstance(value, Boxes) and value.boxes:
+        found = tuple((offsets, leaves.identity(tensor)) for offsets, tensor in value.boxes)
+        return None if any(each is None for _, each in found) else (found, value.shape)
     if not is_dtensor(value):
         return None
     local = leaves.identity(value._local_tensor)
@@ -136,7 +141,8 @@ def _parts_of_boxes(value: Any, path: str) -> list[Part]:
         Part(
             leaves.spec_of(tensor, path)._replace(offsets=offsets, global_shape=shape),
             tensor,
-            sharers=boxes.sharers,
+            boxes.holders,
+            boxes.sharers,
         )
         for offsets, tensor in boxes.boxes
     ]
@@ -145,7 +151,7 @@ def _parts_of_boxes(value: Any, path: str) -> list[Part]:
     nothing = torch.empty((0, *shape[1:]), dtype=boxes.dtype)
     offsets = (shape[0], *(0 for _ in shape[1:]))
     spec = leaves.spec_of(nothing, path)._replace(offsets=offsets, global_shape=shape)
-    return [Part(spec, nothing, sharers=boxes.sharers)]
+    return [Part(spec, nothing, boxes.holders, boxes.sharers)]
 
 
 def _boxes_of(value: Any, path: str) -> Boxes:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.nn import DataParallel, Module
 
-__all__ = ["bare_name", "bare_names", "is_compiled", "unwrapped"]
+__all__ = ["bare_name", "bare_names", "inside_of", "is_compiled", "unwrapped"]
 
 _COMPILED = "_orig_mod."
 
@@ -34,6 +34,17 @@ def unwrapped(value: Any) -> Any:
         else:
             break
     return value
+
+
+def inside_of(module: Any) -> Module | None:
+    """The module within what compiling or activation checkpointing has put around it, if any."""
+    inside: Module | None = None
+    checkpointing = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    if is_compiled(module):
+        inside = module._orig_mod
+    elif checkpointing is not None and isinstance(module, checkpointing.ActivationWrapper):
+        inside = module._checkpoint_wrapped_module
+    return inside
 
 
 def bare_name(name: str) -> str:

@@ -1,0 +1,251 @@
+"""Optimizers: how a saved state goes back into one, moments into live ones where there are any.
+
+Knows ``torch.optim.Optimizer`` and what its ``load_state_dict`` does to types. Does not know
+modules, nor parameters that are pieces of a flat one (``flat_optimizers``). No step is ever taken.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+
+from mtckpt import _state
+from mtckpt._placing import settle
+from mtckpt._state import escape
+from mtckpt.adapters.torch import leaves, sharded
+
+if TYPE_CHECKING:
+    from mtckpt._placing import Placing
+    from mtckpt._state import Node
+
+__all__ = ["Moments", "Saved", "children_of", "find_saved", "load", "place", "place_entry"]
+
+# State of torch.optim that has one element for each element of its parameter.
+_ELEMENTWISE = frozenset(
+    {
+        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "grad_avg"),
+        *("square_avg", "acc_delta", "sum", "prev", "step_size", "ax"),
+    }
+)
+
+
+def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> bool:
+    """Moments go into live ones where there are any, else into fresh tensors; no step is taken."""
+    is_plain = type(optimizer).load_state_dict is Optimizer.load_state_dict
+    here = [len(group["params"]) for group in optimizer.param_groups] if is_plain else None
+    saved = find_saved(optimizer, here, node, path, placing)
+    if saved is None:
+        return True
+    if not is_plain:
+        return False  # it has its own idea of what a state is: load_state_dict gets fresh tensors
+    live = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    parameters = {str(i): parameter for i, parameter in zip(chain(*saved.ids), live, strict=True)}
+    trees: dict[Any, Any] = {}
+    moments = Moments()
+    for key, child in saved.entries.items():
+        parameter = parameters.get(str(key))
+        child_path = f"{path}/state/{escape(key)}"
+        if parameter is None or child.kind != _state.DICT:
+            trees[key] = placing.tree(child, child_path)
+        else:
+            trees[int(key)] = place_entry(optimizer, parameter, child, child_path, placing, moments)
+    moments.place(placing)
+    others = saved.others(path, placing)
+    placing.finish.append(lambda: load(optimizer, parameters, settle(trees), settle(others)))
+    return True
+
+
+class Saved(NamedTuple):
+    """The state of an optimizer in a checkpoint: ``ids`` are its parameters, group by group."""
+
+    fields: dict[str, Node]
+    entries: dict[Any, Node]
+    ids: list[list[int]]
+
+    def others(self, path: str, placing: Placing) -> dict[str, Any]:
+        """All but the state of parameters."""
+        return {
+            name: placing.tree(child, f"{path}/{escape(name)}")
+            for name, child in self.fields.items()
+            if name != "state"
+        }
+
+
+def find_saved(
+    optimizer: Optimizer, here: list[int] | None, node: Node, path: str, placing: Placing
+) -> Saved | None:
+    """What was saved; None, and a difference, if its groups are not as long as ``here``."""
+    fields = children_of(node) if node.kind == _state.DICT else {}
+    state, groups = fields.get("state"), fields.get("param_groups")
+    if state is None or state.kind != _state.DICT or groups is None:
+        placing.differs(optimizer, node, path)
+        return None
+    ids = [_saved_ids(group, placing) for group in groups.children]
+    if here is not None and here != list(map(len, ids)):
+        placing.diff.differing.append(
+            f"{path}/param_groups: groups of {here} parameters here, "
+            f"of {list(map(len, ids))} in the checkpoint"
+        )
+        return None
+    return Saved(fields, dict(zip(state.keys or [], state.children, strict=True)), ids)
+
+
+def children_of(node: Node) -> dict[str, Node]:
+    """What is in a dict, by the text of its keys."""
+    return dict(zip(map(str, node.keys or []), node.children, strict=True))
+
+
+def _saved_ids(group: Node, placing: Placing) -> list[int]:
+    """The parameters of a saved group, as numbers."""
+    params = children_of(group).get("params") if group.kind == _state.DICT else None
+    if params is None:
+        return []
+    return [placing.plain[child.index] for child in params.children if child.kind == _state.PLAIN]
+
+
+class Moments:
+    """Live tensors of an optimizer's state, and where in its tree each of them stands."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.nodes: list[Node] = []
+        self.paths: list[str] = []
+        self.places: list[tuple[dict[Any, Any], Any]] = []
+
+    def add(
+        self, tensor: torch.Tensor, node: Node, path: str, entry: dict[Any, Any], name: Any
+    ) -> None:
+        self.tensors.append(tensor)
+        self.nodes.append(node)
+        self.paths.append(path)
+        self.places.append((entry, name))
+        entry[name] = tensor  # keeps the order of the entry
+
+    def place(self, placing: Placing) -> None:
+        """Ask for the bytes of all of them, in one go."""
+        placed = placing.arrays_into(self.tensors, self.nodes, self.paths)
+        for (entry, name), value in zip(self.places, placed, strict=True):
+            entry[name] = value
+
+
+def place_entry(
+    optimizer: Optimizer,
+    parameter: torch.Tensor,
+    node: Node,
+    path: str,
+    placing: Placing,
+    moments: Moments,
+) -> dict[Any, Any]:
+    """The state of one parameter: a tree in which live tensors stand where they can be filled."""
+    live = optimizer.state.get(parameter, {})
+    entry: dict[Any, Any] = {}
+    for name, child in zip(node.keys or [], node.children, strict=True):
+        child_path = f"{path}/{escape(name)}"
+        if child.kind != _state.ARRAY:
+            entry[name] = placing.tree(child, child_path)
+            continue
+        spec = placing.arrays[child.index].spec
+        elementwise = name in _ELEMENTWISE and type(optimizer).__module__.startswith("torch.optim")
+        if torch.nn.parameter.is_lazy(parameter):  # its module may be told its shape by then
+            entry[name] = placing.tree(child, child_path)
+            continue
+        if elementwise and spec.whole_shape != parameter.shape:
+            placing.diff.differing.append(
+                f"{child_path}: for a parameter of shape {list(parameter.shape)} here, "
+                f"of shape {list(spec.whole_shape)} in the checkpoint"
+            )
+            continue
+        tensor = live.get(name)
+        order = leaves.order_in(spec)
+        if tensor is None and spec.whole_shape == parameter.shape and (elementwise or not order):
+            tensor = sharded.empty_like(parameter, leaves.DTYPE_OF.get(spec.dtype))
+        if (
+            isinstance(tensor, torch.Tensor)
+            and tensor.shape == spec.whole_shape
+            and leaves.NAME_OF.get(tensor.dtype) == spec.dtype
+            and (elementwise or not order or leaves.order_of(tensor) == order)
+        ):
+            moments.add(tensor, child, child_path, entry, name)
+        else:
+            entry[name] = placing.tree(child, child_path)
+    return entry
+
+
+def load(
+    optimizer: Optimizer,
+    parameters: dict[str, torch.Tensor],
+    state: dict[Any, Any],
+    others: dict[str, Any],
+) -> None:
+    """Run the optimizer's own ``load_state_dict``, then undo what it does to types."""
+    for key, entry in state.items():
+        parameter = parameters.get(str(key))
+        if parameter is not None and isinstance(entry, dict):
+            state[key] = {name: _laid_out(value, parameter) for name, value in entry.items()}
+    hyper = [
+        {name: value for name, value in group.items() if isinstance(value, torch.Tensor)}
+        for group in optimizer.param_groups
+    ]
+    # Hooks may change the dicts that they are given; ours still say what was saved.
+    given = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in state.items()}
+    optimizer.load_state_dict({"state": given, **others})
+    hooked = bool(
+        optimizer._optimizer_load_state_dict_pre_hooks
+        or optimizer._optimizer_load_state_dict_post_hooks
+    )
+    for key, entry in state.items():
+        parameter = parameters.get(str(key))
+        loaded = None if parameter is None else optimizer.state.get(parameter)
+        if loaded is None or not isinstance(entry, dict):
+            continue
+        for name, value in entry.items():
+            if name in loaded:
+                loaded[name] = _as_saved(loaded[name], value, hooked)
+    for group, live in zip(optimizer.param_groups, hyper, strict=True):
+        for name, tensor in live.items():
+            value = group.get(name)
+            # A learning rate that is a tensor is read by a captured graph: the object stays.
+            if not isinstance(value, torch.Tensor):
+                continue
+            if (value.shape, value.dtype) == (tensor.shape, tensor.dtype):
+                group[name] = leaves.assign(tensor, value)
+
+
+def _as_saved(loaded: Any, saved: Any, hooked: bool) -> Any:
+    """The loaded value with the saved type.
+
+    ``Optimizer.load_state_dict`` casts state to the type of its parameter: float32 moments of a
+    bfloat16 parameter would lose their digits. What a hook has changed is left as the hook wants.
+    """
+    if isinstance(saved, torch.Tensor) and isinstance(loaded, torch.Tensor):
+        if loaded is saved or loaded.dtype == saved.dtype or loaded.shape != saved.shape:
+            return loaded
+        if hooked and not leaves.same_bits(loaded, saved.to(loaded.device, loaded.dtype)):
+            return loaded
+        return saved.to(loaded.device)
+    alike = type(saved) in (list, tuple) and isinstance(loaded, type(saved))
+    if alike and len(saved) == len(loaded):
+        pairs = zip(loaded, saved, strict=True)
+        return type(saved)(_as_saved(here, there, hooked) for here, there in pairs)
+    return loaded
+
+
+def _laid_out(value: Any, parameter: torch.Tensor) -> Any:
+    """A moment in the memory order of its parameter (channels_last), as the optimizer makes it.
+
+    Fused kernels insist on it.
+    """
+    if (
+        not isinstance(value, torch.Tensor)
+        or torch.nn.parameter.is_lazy(parameter)
+        or sharded.is_sharded(value)
+        or value.shape != parameter.shape
+        or parameter.is_contiguous()
+        or not value.is_contiguous()
+    ):
+        return value
+    like = torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False)
+    return value if like.is_contiguous() else leaves.assign(like, value)

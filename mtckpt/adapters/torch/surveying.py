@@ -1,0 +1,46 @@
+"""What modules of a state say of its optimizers, found out before anything is taken apart.
+
+Knows containers, however nested, and whom to tell of which module. Does not know what they note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from mtckpt._node import MAX_DEPTH
+from mtckpt._replicas import Replicated
+from mtckpt.adapters.torch import flat_optimizers, flats, replicas, wrappers
+
+__all__ = ["survey"]
+
+
+def survey(state: object) -> None:
+    """Note the parameters of replicated modules, and of FSDP1's where an optimizer has any."""
+    objects = list(_objects_in(state))
+    for value in objects:
+        if replicas.is_replicated(value):
+            replicas.note(value)
+    if any(isinstance(value, Optimizer) and flat_optimizers.has_flat(value) for value in objects):
+        for value in objects:
+            if isinstance(value, Module) and flats.has_flat(value):
+                flats.note(value)
+
+
+def _objects_in(state: Any, depth: int = 0) -> Iterator[Any]:
+    state = wrappers.unwrapped(state)
+    if isinstance(state, (Module, Optimizer)):
+        yield state
+    elif depth > MAX_DEPTH:
+        return  # whoever takes the state apart says so
+    elif isinstance(state, Replicated):
+        yield from _objects_in(state.value, depth + 1)
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _objects_in(value, depth + 1)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            yield from _objects_in(value, depth + 1)

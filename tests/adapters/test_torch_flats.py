@@ -1,0 +1,302 @@
+"""FSDP1 without FSDP's communication: what each rank of a pretended job would save and want.
+
+A process group that does nothing lets one process be each rank in turn. The pieces of all ranks
+are put together and held against the module before it was wrapped.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from state_harness import plan, restore, save
+from torch import nn
+
+from mtckpt.adapters.torch import surveying
+from mtckpt.adapters.torch.flats import found_in
+from mtckpt.adapters.torch.objects import state_of
+from mtckpt.adapters.torch.sharded import Boxes
+from mtckpt.errors import StateMismatch, UnsupportedState
+
+fsdp: Any = pytest.importorskip("torch.distributed.fsdp")
+FSDP: Any = fsdp.FullyShardedDataParallel
+fake_pg: Any = importlib.import_module("torch.testing._internal.distributed.fake_pg")
+CPU = torch.device("cpu")
+RANKS = 4
+Wrap = Callable[[Any], Any]
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
+
+
+class Net(nn.Module):
+    """Tied weights, a buffer, a kernel whose channels come last in memory, and a frozen part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 7)
+        self.conv = nn.Conv2d(3, 5, 3)
+        kernel = self.conv.weight
+        kernel.data = kernel.data.to(memory_format=torch.channels_last)
+        self.last = nn.Linear(7, 6, bias=False)
+        self.again = nn.Linear(7, 6, bias=False)
+        self.again.weight = self.last.weight
+        self.norm = nn.BatchNorm1d(6)
+
+
+def make() -> Net:
+    torch.manual_seed(3)
+    return Net()
+
+
+def wrap(module: Any, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and says so
+        return FSDP(module, device_id=CPU, **options)
+
+
+@contextmanager
+def as_rank(rank: int, ranks: int = RANKS) -> Iterator[None]:
+    dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=rank, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def nested(**options: Any) -> Wrap:
+    def build(net: Net) -> Any:
+        net.conv = wrap(net.conv, **options)
+        return wrap(net, **options)
+
+    return build
+
+
+def inside(net: Net) -> Any:
+    """No FSDP at the root, which has parameters and buffers of its own."""
+    net.first = wrap(net.first, use_orig_params=True)
+    net.conv = wrap(net.conv, use_orig_params=True)
+    return net
+
+
+def ignoring(net: Net) -> Any:
+    return wrap(net, ignored_modules=[net.conv], use_orig_params=False)
+
+
+def checkpointing(net: Net) -> Any:
+    module = importlib.import_module("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    net.first = wrap(module.checkpoint_wrapper(net.first))
+    return wrap(net, cpu_offload=fsdp.CPUOffload(offload_params=True))
+
+
+def low(net: Net) -> Any:
+    policy = fsdp.MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
+    return wrap(net, mixed_precision=policy)
+
+
+def strategy(name: str, **options: Any) -> Wrap:
+    return lambda net: wrap(net, sharding_strategy=fsdp.ShardingStrategy[name], **options)
+
+
+def meshed(net: Net) -> Any:
+    mesh = importlib.import_module("torch.distributed.device_mesh")
+    pairs = mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return strategy("HYBRID_SHARD", device_mesh=pairs, use_orig_params=True)(net)
+
+
+WRAPS: dict[str, Wrap] = {
+    "flat": nested(use_orig_params=False),
+    "pieces": nested(use_orig_params=True),
+    "inside": inside,
+    "ignoring": ignoring,
+    "checkpointing": checkpointing,
+    "low precision": low,
+    "not sharded": strategy("NO_SHARD"),
+    "not sharded, pieces": strategy("NO_SHARD", use_orig_params=True),
+    "in pairs": meshed,
+}
+
+
+def step(parameters: Any) -> torch.optim.Optimizer:
+    """One step of an optimizer that treats every element by itself."""
+    optimizer = torch.optim.Adam(parameters, lr=0.1)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.numel():
+                parameter.grad = parameter.detach() * 3
+    optimizer.step()
+    return optimizer
+
+
+def trees(build: Wrap) -> tuple[list[Any], list[Any]]:
+    """What every rank would save of the module and of its optimizer."""
+    modules, optimizers = [], []
+    for rank in range(RANKS):
+        with as_rank(rank):
+            model = build(make())
+            optimizer = step(model.parameters())
+            surveying.survey({"o": optimizer, "m": [model]})
+            modules.append(state_of(model))
+            optimizers.append(state_of(optimizer))
+    return modules, optimizers
+
+
+def joined(values: list[Any]) -> torch.Tensor:
+    """A value of all ranks as one. Boxes are the whole, each element as often as it is held."""
+    first = values[0]
+    if not isinstance(first, Boxes):
+        assert all(torch.equal(value, first) for value in values)
+        return first.detach()  # type: ignore[no-any-return]
+    whole, times = torch.full(first.shape, torch.nan), torch.zeros(first.shape)
+    for rank, value in enumerate(values):
+        assert (value.shape, value.sharers) == (first.shape, tuple(range(RANKS)))
+        assert rank in value.holders
+        for offsets, tensor in value.boxes:
+            box = tuple(slice(at, at + n) for at, n in zip(offsets, tensor.shape, strict=True))
+            whole[box] = tensor.detach()
+            times[box] += 1
+    assert torch.equal(times, torch.full_like(times, len(first.holders)))
+    return whole
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_pieces_of_all_ranks_are_the_module_and_its_optimizer(name: str) -> None:
+    plain = make()
+    optimizer = step(plain.parameters())
+    modules, optimizers = trees(WRAPS[name])
+    expected = plain.state_dict()
+    assert {frozenset(tree) for tree in modules} == {frozenset(expected)}
+    for key, value in expected.items():
+        assert torch.equal(joined([tree[key] for tree in modules]), value), key
+    native = optimizer.state_dict()
+    for tree in optimizers:
+        assert tree["param_groups"] == native["param_groups"]
+        assert tree["state"].keys() == native["state"].keys()
+    for place, entry in native["state"].items():
+        for moment, value in entry.items():
+            found = joined([tree["state"][place][moment] for tree in optimizers])
+            assert torch.equal(found, value), (place, moment)
+
+
+@pytest.mark.parametrize("name", ["flat", "pieces", "inside", "ignoring", "not sharded, pieces"])
+def test_a_plain_state_is_restored_into_the_pieces_of_a_rank(name: str) -> None:
+    plain = make()
+    saved = save({"m": plain, "o": step(plain.parameters())})
+    modules, optimizers = trees(WRAPS[name])
+    for rank in range(RANKS):
+        with as_rank(rank):
+            model = WRAPS[name](make())
+            optimizer = torch.optim.Adam(model.parameters(), lr=0.2)
+            surveying.survey([model, optimizer])
+            restore(saved, {"m": model, "o": optimizer})
+            assert same(state_of(model), modules[rank])
+            assert same(state_of(optimizer), optimizers[rank])
+            assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, Boxes):
+        pairs = zip(one.boxes, other.boxes, strict=True)
+        return all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
+
+
+def test_a_parameter_that_was_given_other_memory_is_saved_as_it_is() -> None:
+    with as_rank(0):
+        for options in ({"use_orig_params": True}, {"use_orig_params": False}):
+            model = wrap(nn.Linear(8, 8), **options)
+            parameter = next(model.parameters())
+            parameter.data = parameter.data + 1
+            found = found_in(model).tensors["weight"]
+            assert isinstance(found, Boxes)
+            pieces = torch.cat([piece.flatten() for _, piece in found.boxes])
+            assert torch.equal(pieces, parameter.detach()[: pieces.numel()])
+
+
+def test_buffers_in_another_type_are_saved_and_restored_in_their_own() -> None:
+    with as_rank(0):
+        model = low(make())
+        buffer = model.norm.running_mean
+        saved = save({"m": make()})
+        buffer.data = torch.full((6,), 3.0, dtype=torch.bfloat16)  # as FSDP does before it computes
+        assert state_of(model)["norm.running_mean"].dtype == torch.float32
+        restore(saved, {"m": model})
+        assert torch.equal(buffer, torch.zeros(6, dtype=torch.bfloat16))
+
+
+def test_parameters_that_were_made_one_and_have_different_state_are_refused() -> None:
+    plain = make()
+    optimizer = step(plain.parameters())
+    del optimizer.state[plain.first.bias]
+    saved = save({"o": optimizer})
+    with as_rank(1):
+        model = wrap(make())
+        live = torch.optim.Adam(model.parameters())
+        surveying.survey([model, live])
+        with pytest.raises(StateMismatch, match="have different state"):
+            plan(saved, {"o": live})
+
+
+class Own(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return 1
+
+
+def own(net: Net) -> Any:
+    net.first = Own(6, 7)
+    return wrap(net)
+
+
+def summoned(net: Net) -> Any:
+    model = wrap(net)
+    model._handle._training_state = type(model._handle._training_state)["SUMMON_FULL_PARAMS"]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "what"),
+    [
+        (own, "cannot save a Own within FSDP1"),
+        (summoned, "within summon_full_params"),
+    ],
+)
+def test_what_cannot_be_known_of_a_module_is_refused(build: Wrap, what: str) -> None:
+    with as_rank(0):
+        model = build(make())
+        with pytest.raises(UnsupportedState, match=what):
+            state_of(model)
+
+
+def test_a_module_whose_process_group_is_gone_is_refused() -> None:
+    with as_rank(0):
+        model = wrap(make())
+    with pytest.raises(UnsupportedState, match="process group is gone"):
+        state_of(model)
+
+
+def test_optimizers_of_which_something_is_not_known_are_refused() -> None:
+    class Wrapper(torch.optim.Adam):
+        def state_dict(self) -> Any:
+            return copy.copy(super().state_dict())
+
+    with as_rank(3):
+        model = wrap(make(), use_orig_params=True)
+        other = wrap(nn.Linear(2, 1), use_orig_params=True)
+        alone = torch.optim.Adam([*model.parameters(), *other.parameters()])
+        surveying.survey([alone, model])
+        with pytest.raises(UnsupportedState, match=r"2 of \d parameters of an optimizer are of"):
+            state_of(alone)
+        tiny = torch.optim.Adam(other.parameters())
+        surveying.survey([tiny, other])
+        with pytest.raises(UnsupportedState, match="holds no element of any parameter"):
+            state_of(tiny)
+        with pytest.raises(UnsupportedState, match="in a way of its own"):
+            state_of(Wrapper(model.parameters()))
