@@ -140,7 +140,7 @@ class StateAdapter(Protocol):
         """Why nothing can be put where a template's array says; empty if there is no reason."""
 
     def survey(self, state: object) -> None:
-        """Told a whole state before it is taken apart: what in it says something of the rest."""
+        """Told a whole state or template first: what in it says something of the rest."""
 
     def parts(self, value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
         """The boxes of a global array that this process holds; None for an array of its own.

@@ -232,6 +232,24 @@ def test_buffers_in_another_type_are_saved_and_restored_in_their_own() -> None:
         assert torch.equal(buffer, torch.zeros(6, dtype=torch.bfloat16))
 
 
+def test_what_an_optimizer_has_of_no_parameter_is_kept_and_its_names_are_its_own() -> None:
+    plain = make()
+    optimizer = torch.optim.Adam(plain.named_parameters())
+    optimizer.state["seen"] = {"batches": 7}  # type: ignore[index]  # torch says tensors only
+    saved = save({"o": optimizer})
+    with as_rank(0):
+        model = wrap(make(), use_orig_params=True)
+        live = torch.optim.Adam(model.named_parameters())
+        names = live.param_groups[0]["param_names"]
+        surveying.survey([model, live])
+        restore(saved, {"o": live})
+        assert live.state["seen"] == {"batches": 7}  # type: ignore[index]  # as above
+        assert live.param_groups[0]["param_names"] == names
+        tree = state_of(live)
+        assert tree["state"] == {"seen": {"batches": 7}}
+        assert "param_names" not in tree["param_groups"][0]
+
+
 def test_parameters_that_were_made_one_and_have_different_state_are_refused() -> None:
     plain = make()
     optimizer = step(plain.parameters())

@@ -59,7 +59,9 @@ class _Member(NamedTuple):
 
 def has_flat(optimizer: Optimizer) -> bool:
     """True if FSDP1 has flattened any of an optimizer's parameters."""
-    return any(flats.is_flattened(p) for group in optimizer.param_groups for p in group["params"])
+    return flats.is_loaded() and any(
+        any(map(flats.is_flattened, group["params"])) for group in optimizer.param_groups
+    )
 
 
 def state_of(optimizer: Optimizer) -> dict[str, Any]:
@@ -80,9 +82,12 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
             _describe(state, place, member, at, likes)
         elif entry is not None:
             state[place] = {name: _part(member, value) for name, value in entry.items()}
+    numbers = {member.number for member, _ in members}
+    state.update({key: value for key, value in entries.items() if key not in numbers})
     counter = itertools.count()
     for group, inside in zip(saved_groups, groups, strict=True):
         group["params"] = [next(counter) for _ in inside]
+        group.pop("param_names", None)  # those that FSDP gives
     return {**native, "state": state, "param_groups": saved_groups}
 
 
@@ -223,13 +228,16 @@ def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> None
     if saved is None:
         return
     by_number: dict[int, list[_Saved]] = {}
+    entries = dict(saved.entries)
     for member, key in zip(itertools.chain(*groups), itertools.chain(*saved.ids), strict=True):
-        entry = saved.entries.get(key)
+        entry = entries.pop(key, None)
         by_number.setdefault(member.number, []).append(
             _Saved(member, entry, f"{path}/state/{escape(key)}")
         )
     parameters: dict[str, torch.Tensor] = {}
-    trees: dict[Any, Any] = {}
+    trees: dict[Any, Any] = {  # what is of no parameter
+        key: placing.tree(child, f"{path}/state/{escape(key)}") for key, child in entries.items()
+    }
     moments = optimizers.Moments()
     for number, parts in sorted(by_number.items()):
         first = parts[0]
@@ -245,11 +253,10 @@ def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> None
     others = saved.others(path, placing)
 
     def finish() -> None:
-        settled = settle(others)
-        for group, live in zip(
-            settled["param_groups"], optimizer.state_dict()["param_groups"], strict=True
-        ):
-            group["params"] = live["params"]
+        settled, numbers = settle(others), itertools.count()
+        for group, live in zip(settled["param_groups"], optimizer.param_groups, strict=True):
+            group["params"] = [next(numbers) for _ in live["params"]]
+            group.pop("param_names", None)
         optimizers.load(optimizer, parameters, settle(trees), settled)
 
     placing.finish.append(finish)

@@ -27,8 +27,9 @@ from mtckpt.errors import UnsupportedState
 if TYPE_CHECKING:
     from torch.nn import Module
 
-__all__ = ["Known", "Unit", "found_in", "has_flat", "is_flattened", "known", "note"]
+__all__ = ["Known", "Unit", "found_in", "has_flat", "is_flattened", "is_loaded", "known", "note"]
 
+_FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel"
 _Ranks = tuple[int, ...]
 
 
@@ -57,17 +58,21 @@ def known(parameter: torch.Tensor) -> Known | None:
 
 def is_flattened(parameter: torch.Tensor) -> bool:
     """True for a flat parameter, and for one that became a piece of one."""
-    return bool(getattr(parameter, "_fsdp_flattened", False))
+    return "_fsdp_flattened" in parameter.__dict__
+
+
+def is_loaded() -> bool:
+    """True if there may be any FSDP1 in this process."""
+    return _FSDP in sys.modules
 
 
 def _is_fsdp(module: Module) -> bool:
-    found = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    return found is not None and isinstance(module, found.FullyShardedDataParallel)
+    return isinstance(module, sys.modules[_FSDP].FullyShardedDataParallel)
 
 
 def has_flat(module: Module) -> bool:
     """True if any part of a module is FSDP1."""
-    return any(map(_is_fsdp, module.modules()))
+    return is_loaded() and any(map(_is_fsdp, module.modules()))
 
 
 # -- one flat parameter ----------------------------------------------------------------------------
