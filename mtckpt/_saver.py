@@ -19,6 +19,7 @@ from mtckpt._handle import Save, stage_of_tier
 from mtckpt._joining import Needs
 from mtckpt._progress import progress
 from mtckpt._schedule import Disk
+from mtckpt._slots import BESIDE
 from mtckpt._steps import metrics_of
 from mtckpt.adapters import active_adapters
 from mtckpt.agent import protocol
@@ -84,7 +85,7 @@ class Saver:
         planned = {label: stage_of_tier(label) for label in ("ram", *labels)}
         state, captured, failure = self._read(step, state)
         try:
-            self.run.begin(self._needs(captured))
+            self._begin(self._needs(captured))
         except (AgentUnavailable, TierUnavailable) as error:
             return self._call_off(Save(step, planned=planned), f"the node agent: {error.what}")
         incarnation = self.run.incarnation
@@ -241,25 +242,36 @@ class Saver:
             self._call_off(save, slots.reason or "no slot is free")
         return slots.grant
 
+    def _begin(self, needs: Needs | None) -> None:
+        try:
+            self.run.begin(needs)
+        except TierFull as error:
+            self._move_slots(error)
+            self.run.begin(needs)
+
     def _ask_slot(self, want: protocol.WantSlots) -> protocol.Slots:
         try:
             return self._session.call("slots", want, protocol.Slots, self._patience_s(want))
         except TierFull as error:
-            beside = os.path.join(self._disk_path() or "", ".mtckpt-slots")
-            alone = self.run.members.world_size == 1  # slots of other ranks would not move along
-            movable = alone and self._disk_path() and self._session.ram_path != beside
-            if self._insists or not movable:
-                raise
-            logger.warning(
-                "run %s: %s; saves are captured on disk instead of in memory",
-                self.run.name,
-                error.what,
-            )
-            os.makedirs(beside, mode=0o700, exist_ok=True)
-            self._session.move_slots(beside)
+            self._move_slots(error)
             assert self.run.incarnation is not None
             self.run.send_begin(self.run.incarnation)
             return self._session.call("slots", want, protocol.Slots)
+
+    def _move_slots(self, error: TierFull) -> None:
+        """Go on with slots on a disk. Raises the error where memory is insisted on, or all is."""
+        beside = os.path.join(self._disk_path() or "", BESIDE)
+        alone = self.run.members.world_size == 1  # slots of other ranks would not move along
+        movable = alone and self._disk_path() and self._session.ram_path != beside
+        if self._insists or not movable:
+            raise error
+        logger.warning(
+            "run %s: %s; saves are captured on disk instead of in memory",
+            self.run.name,
+            error.what,
+        )
+        os.makedirs(beside, mode=0o700, exist_ok=True)
+        self._session.move_slots(beside)
 
     def _patience_s(self, want: protocol.WantSlots) -> float | None:
         """A ring that exists is answered at once; making one takes as long as its pages do."""

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 __all__ = ["Slot", "SlotFinding", "SlotFindings", "Slots"]
 
 DIRECTORY = ".slots"
+# In a tier on disk, beside its runs: the RAM directory of those for which memory has no room.
+BESIDE = ".mtckpt-slots"
 DATA, TABLE, RECORD = ".safetensors", ".xxh3", ".json"
 # A trainer writes its record under this name and renames it.
 UNFINISHED_RECORD = ".json.new"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mtckpt._slots import DIRECTORY
+from mtckpt._slots import BESIDE, DIRECTORY
 from mtckpt.agent import owners, protocol, work
 from mtckpt.agent.agreement import Agreement
 from mtckpt.agent.copies import Copies
@@ -39,7 +39,7 @@ from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, Slot, TierState, new_id
 from mtckpt.agent.work import TierRef
-from mtckpt.errors import CheckpointError, UsageError
+from mtckpt.errors import CheckpointError, TierFull, UsageError
 
 if TYPE_CHECKING:
     from mtckpt.agent.protocol import TierConfig
@@ -165,7 +165,7 @@ class Registry:
             self.watch(run, owner)
         await self.resolve(run)
         if not run.living():
-            await self.write_config(run)
+            await self.try_config(run)
         self.tools.events.emit(
             "run.found", run=run.run, saves=len(run.saves), finished=len(run.finished)
         )
@@ -213,17 +213,19 @@ class Registry:
                 self._note_root(root)
                 await self._load_root(root)
             run = self.runs.get(key)
-            if run is not None and run.ram.path != root:
-                await self._move(run, root)
+            if run is not None and run.ram.path != root and await self._moves(run, root):
                 run = None
             if run is None:
                 run = self.runs[key] = RunState(message.run, key, self._ram_ref(root))
         return run
 
-    async def _move(self, run: RunState, root: str) -> None:
-        """RAM was configured elsewhere before: that goes, unless it has what no other tier has."""
+    async def _moves(self, run: RunState, root: str) -> bool:
+        """RAM was elsewhere before: that goes, unless it has what no other tier has. A place that
+        nobody had named is gone on with then."""
         newest = run.newest_staged()
         if newest is not None and not any(newest.is_complete(label) for label in run.tiers):
+            if os.path.basename(run.ram.path) == BESIDE:
+                return False
             raise UsageError(
                 f"the newest save of this run is in {run.ram.path} and nowhere else",
                 state="nothing was done",
@@ -233,6 +235,7 @@ class Registry:
             )
         async with run.opening:
             await self.freer.wipe(run)
+        return True
 
     def _note_root(self, root: str) -> None:
         kept = [*self._roots, root]
@@ -284,9 +287,21 @@ class Registry:
                 await asyncio.wait_for(run.changed.wait(), min(left_s, 0.1))
 
     async def write_config(self, run: RunState) -> None:
-        """Note what the next agent needs."""
-        if not run.gone:
+        """Note what the next agent needs. Raises TierFull; it is noted before the next slot then."""
+        if run.gone:
+            return
+        try:
             await self.tools.call(work.WriteRunConfig(run.ram, config_of(run)), work.Stored)
+        except TierFull:
+            run.doubted = True
+            raise
+
+    async def try_config(self, run: RunState) -> None:
+        """``write_config`` for what memory need not have room for: to restore, and to leave."""
+        try:
+            await self.write_config(run)
+        except TierFull as error:
+            logger.warning("run %s: %s; it is noted before the next slot", run.key, error.what)
 
     # -- owners ----------------------------------------------------------------------------------
 
@@ -324,7 +339,7 @@ class Registry:
                 del run.owners[owner.rank]
             run.settling.pop(owner.holder, None)
             run.left_s = owners.uptime_s()
-        await self.write_config(run)
+        await self.try_config(run)
         run.touch()
 
     async def _settle_slots(self, run: RunState) -> None:

@@ -100,7 +100,7 @@ class Verbs:
         owner = run.owners[message.rank]
         run.closing = False
         self._registry.set_tiers(run, message.tiers)
-        await self._registry.write_config(run)
+        await self._registry.try_config(run)
         known_runs.note(self._registry.directory, run.run, [t.config for t in run.tiers.values()])
         self._registry.flusher.start(run)
         finished, run.finished = run.finished, []

@@ -15,7 +15,8 @@ from agent_checks import until
 from scene_trainer import SceneTrainer, TrainerError, seed_of
 
 import mtckpt
-from mtckpt.errors import TierError, UsageError
+from mtckpt._slots import BESIDE
+from mtckpt.errors import TierError, TierFull, UsageError
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("runtime_dir")]
 
@@ -170,6 +171,41 @@ def test_a_life_under_limits(wrap: tuple[str, ...], start: Start, tmp_path: Path
     second.save(4, "local")
     second.do("close")
     assert [path for path in (tmp_path / "d").rglob("*") if path.stat().st_mode & 0o022] == []
+
+
+@pytest.mark.root
+def test_memory_that_is_full_to_the_last_page_keeps_nobody_from_the_disk(
+    mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = mount("size=1M")
+    monkeypatch.setenv("MTCKPT_RAM_DIR", str(ram))
+    disk, state = mtckpt.Disk(tmp_path / "d"), {"a": np.arange(1000)}
+    with mtckpt.Checkpointer("r", [disk], timeout_s=20.0) as checkpointer:
+        checkpointer.save(1, state).wait("local", timeout_s=20)
+    with contextlib.suppress(OSError), open(ram / "other", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with mtckpt.Checkpointer("r", [disk], timeout_s=20.0) as checkpointer:
+        assert checkpointer.restore(state).step == 1
+        checkpointer.save(2, state).wait("local", timeout_s=20)
+    with open_run("r", mtckpt.Ram(every=1), disk) as checkpointer:
+        assert checkpointer.restore(state).step == 2
+        with pytest.raises(TierFull):
+            checkpointer.save(3, state)
+    assert list(ram.glob("mtckpt-*/r/*")) == []
+
+
+def test_slots_that_had_to_be_on_disk_are_found_by_a_restart_that_names_none(
+    tmp_path: Path,
+) -> None:
+    disk, state = mtckpt.Disk(tmp_path / "d", every=100), {"a": np.arange(1000)}
+    slots = mtckpt.Ram(tmp_path / "d" / BESIDE, every=1)
+    first = mtckpt.Checkpointer("r", [slots, disk], timeout_s=20.0)
+    first.save(1, state).wait("staged", timeout_s=20)
+    with mtckpt.Checkpointer("r", [disk], timeout_s=20.0) as checkpointer:
+        assert checkpointer.restore(state).step == 1
+        checkpointer.save(2, state, tiers="all").wait("local", timeout_s=20)
+    assert steps_on(tmp_path / "d") == [2]
 
 
 def test_files_that_may_not_be_as_large_as_a_slot(start: Start, tmp_path: Path) -> None:
