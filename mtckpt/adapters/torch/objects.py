@@ -22,7 +22,7 @@ from mtckpt import _state
 from mtckpt._placing import settle
 from mtckpt._state import escape
 from mtckpt.adapters.torch import guards, leaves, replicas, sharded, wrappers
-from mtckpt.adapters.torch.loading import OWN_NAMES, PLAIN_LOADS, check_taken_back
+from mtckpt.adapters.torch.loading import OWN_NAMES, PLAIN_LOADS, check_taken_back, other_settings
 
 if TYPE_CHECKING:
     from mtckpt._placing import Placing
@@ -295,6 +295,9 @@ def _place_optimizer(optimizer: Optimizer, node: Node, path: str, placing: Placi
             f"of {list(map(len, ids))} in the checkpoint"
         )
         return True
+    for i, group in enumerate(groups.children if not placing.partial else ()):
+        if why := other_settings(optimizer, _children(group)):
+            placing.diff.differing.append(f"{path}/param_groups/{i}: {why}")
     live = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     parameters = {str(i): parameter for i, parameter in zip(chain(*ids), live, strict=True)}
     trees: dict[Any, Any] = {}
