@@ -258,9 +258,9 @@ def test_a_view_of_the_beginning_does_not_stand_for_the_whole(
 
 
 def test_another_run_is_a_warm_start(tmp_path: Path) -> None:
-    with open_run(tmp_path, "base") as checkpointer:
+    with open_run(tmp_path, "The base") as checkpointer:  # which is no name of a directory
         checkpointer.save(5, make_state(8)).wait("local", timeout_s=20)
-    for source in ("base", str(tmp_path / "disk" / "base")):
+    for source in ("The base", str(tmp_path / "disk" / "The base")):
         with open_run(tmp_path, f"tuned-{len(source)}") as checkpointer:
             state = make_state()
             assert not checkpointer.restore(state)
@@ -462,3 +462,15 @@ def test_a_stopped_agent_costs_no_more_than_the_stall(tmp_path: Path, runtime_di
     while checkpointer.save(step, make_state()).skipped and time.monotonic() < deadline_s:
         step += 1
     checkpointer.close(timeout_s=20)
+
+
+def test_a_start_that_does_not_restore_is_told_what_it_leaves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step, restores in ((7, False), (8, True), (9, False)):
+        with open_run(tmp_path) as checkpointer:
+            if restores:
+                checkpointer.restore(make_state())
+            checkpointer.save(step, make_state()).wait("staged", timeout_s=20)
+    (told,) = [line for line in caplog.messages if "restore() was not called" in line]
+    assert "step 8 and all that was saved before is abandoned" in told

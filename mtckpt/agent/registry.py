@@ -287,7 +287,7 @@ class Registry:
                 await asyncio.wait_for(run.changed.wait(), min(left_s, 0.1))
 
     async def write_config(self, run: RunState) -> None:
-        """Note what the next agent needs. Raises TierFull; it is noted before the next slot then."""
+        """Note what the next agent needs. Raises TierFull; the next slot is refused until then."""
         if run.gone:
             return
         try:

@@ -1,14 +1,15 @@
-"""Whether a module takes back what its ``state_dict`` gives, as far as that can be known before.
+"""Whether a module, or an optimizer, takes what was saved, as far as that can be known before.
 
-Knows how ``torch.nn.Module`` loads and what changes that. Does not load anything. Where a part of
-the way to a name has a loading of its own, its hooks decide, and nothing is said.
+Knows how ``torch.nn.Module`` loads and what changes that, and what settings optimizers have. Does
+not load anything. Where a part of the way to a name has a loading of its own, its hooks decide, and
+nothing is said.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module
@@ -16,7 +17,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mtckpt.errors import UnsupportedState
 
-__all__ = ["OWN_NAMES", "PLAIN_LOADS", "check_taken_back", "is_plain"]
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["OWN_NAMES", "PLAIN_LOADS", "check_taken_back", "is_plain", "other_settings"]
 
 # Loading hooks of torch itself that only fill in what an old file lacks; ours lack nothing.
 PLAIN_LOADS = (Module._load_from_state_dict, _NormBase._load_from_state_dict)
@@ -25,6 +29,10 @@ OWN_NAMES = frozenset(
     {"state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict"}
 )
 _EXTRA = "_extra_state"
+# What schedulers of torch add to the settings of an optimizer.
+_OF_SCHEDULERS = frozenset(
+    {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}
+)
 # Modules whose names were looked at: they hardly ever change, and there is a save every few steps.
 _checked: weakref.WeakSet[Module] = weakref.WeakSet()
 
@@ -109,3 +117,17 @@ def _loads_plainly(module: Module) -> bool:
 def _decides_for_all(part: Module) -> bool:
     """Whether it sees, or may see, what the whole module was refused."""
     return bool(part._load_state_dict_post_hooks) or isinstance(part, torch.jit.ScriptModule)
+
+
+def other_settings(optimizer: Optimizer, saved: Iterable[str]) -> str:
+    """Why a saved group is of another kind of optimizer; empty if it may be of this one.
+
+    Torch would take it, and the next step fails for want of a setting. One that only one side has,
+    as another version of torch may, is no reason.
+    """
+    names = set(saved)
+    lacking = optimizer.defaults.keys() - names
+    foreign = names.difference(_OF_SCHEDULERS, *optimizer.param_groups)
+    if not lacking or not foreign:
+        return ""
+    return f"settings {sorted(lacking)} here, {sorted(foreign)} in the checkpoint"

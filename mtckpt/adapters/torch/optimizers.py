@@ -16,6 +16,7 @@ from mtckpt import _state
 from mtckpt._placing import settle
 from mtckpt._state import escape
 from mtckpt.adapters.torch import leaves, sharded
+from mtckpt.adapters.torch.loading import other_settings
 
 if TYPE_CHECKING:
     from mtckpt._placing import Placing
@@ -90,6 +91,9 @@ def find_saved(
             f"of {list(map(len, ids))} in the checkpoint"
         )
         return None
+    for i, group in enumerate(groups.children if not placing.partial else ()):
+        if why := other_settings(optimizer, children_of(group)):
+            placing.diff.differing.append(f"{path}/param_groups/{i}: {why}")
     return Saved(fields, dict(zip(state.keys or [], state.children, strict=True)), ids)
 
 
