@@ -1,16 +1,16 @@
 """From boxes that are wanted to the chunks that each rank's shard has to deliver for them.
 
 Knows records of all ranks, boxes and chunks. Does not read anything: it says which chunks of which
-tensors go where, and what is moved once all of them are there. Chunks that are wanted whole go to
-where they are wanted; of the others the wanted bytes are taken out of scratch memory.
+tensors go where, and what is taken out of those that are not wanted whole: a chunk of that kind is
+wanted once, however many boxes it has something for.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mtckpt import _boxes
 from mtckpt._boxes import Box
@@ -19,30 +19,22 @@ from mtckpt._dtypes import DTYPES
 from mtckpt._reading import check_box
 from mtckpt._shard import CHUNK_BYTES
 from mtckpt.capture.base import Move, Span
-from mtckpt.capture.memory import Mapping as MemoryMapping
-from mtckpt.capture.memory import anonymous
 from mtckpt.errors import Damaged, NoHealthyStep
 
 if TYPE_CHECKING:
     from mtckpt._manifest import ArrayEntry
     from mtckpt._shard import StoredTensor
 
-__all__ = ["Assembly", "Stores", "assemble"]
+__all__ = ["Stores", "Wants", "assemble"]
 
-# How much memory besides the live one a restore onto another mesh takes at a time: a share of what
-# is wanted, which counts twice at most, within bounds.
-SCRATCH_SHARE = 32
-MIN_SCRATCH_BYTES = 8 * 1024 * 1024
-MAX_SCRATCH_BYTES = 256 * 1024 * 1024
+# How much is staged at a time of chunks that are wanted in part, where bytes are staged: a share of
+# what is wanted, which counts twice at most, within bounds.
+STAGED_SHARE = 32
+MIN_STAGED_BYTES = 8 * 1024 * 1024
+MAX_STAGED_BYTES = 256 * 1024 * 1024
 
-
-@dataclass(slots=True)
-class Assembly:
-    """``wants`` by rank; ``moves`` take place once all of them are there."""
-
-    wants: dict[int, list[Want]] = field(default_factory=dict)
-    moves: list[Move] = field(default_factory=list)
-    scratch: MemoryMapping | None = None
+# What is wanted of each shard, by rank.
+Wants = dict[int, list[Want]]
 
 
 class Stores:
@@ -60,7 +52,7 @@ class Stores:
     ) -> None:
         self._levels = [level for level in levels if level]
         self._entries = entries
-        self._by_path: dict[str, list[tuple[int, int, ArrayEntry]]] = {}
+        self._by_path: dict[str, list[tuple[int, int, ArrayEntry, Box]]] = {}
 
     def of(self, wanted: ArrayEntry, box: Box, step: int) -> list[tuple[int, int, Box]]:
         """Stored boxes that cover a box of an array, as far as any do; those to prefer first.
@@ -78,39 +70,20 @@ class Stores:
             for index, entry in enumerate(self._entries(rank)):
                 check_box(entry)
                 if entry.offsets is not None:
-                    self._by_path.setdefault(entry.path, []).append((rank, index, entry))
+                    box = Box(entry.offsets, entry.shape)
+                    self._by_path.setdefault(entry.path, []).append((rank, index, entry, box))
 
     def _known(self, wanted: ArrayEntry, step: int) -> list[tuple[int, int, Box]]:
         found = []
-        for rank, index, entry in self._by_path.get(wanted.path, ()):
+        for rank, index, entry, box in self._by_path.get(wanted.path, ()):
             if entry.ranks != wanted.ranks:
                 continue  # another array, of other ranks, that has the same path there
             if (entry.dtype, entry.global_shape) != (wanted.dtype, wanted.global_shape):
                 raise Damaged(
                     "ranks disagree about an array", leaf=wanted.path[:200], rank=rank, step=step
                 )
-            found.append((rank, index, Box(entry.offsets or (), entry.shape)))
+            found.append((rank, index, box))
         return found
-
-
-class _Cut(NamedTuple):
-    """Bytes of a tensor that are wanted at an address, and share chunks with others.
-
-    As many ``times``; no chunk from the first to the last of them is free of what is wanted.
-    """
-
-    rank: int
-    number: int
-    start: int
-    size_bytes: int
-    address: int
-    times: int = 1
-    source_step: int = 0
-    target_step: int = 0
-
-    @property
-    def stop(self) -> int:
-        return self.start + (self.times - 1) * self.source_step + self.size_bytes
 
 
 def assemble(
@@ -118,18 +91,20 @@ def assemble(
     base: int,
     stores: Stores,
     open_shard: Callable[[int], Loaded],
-) -> list[Assembly]:
+    is_staged: Callable[[int], bool],
+) -> list[Wants]:
     """Plan ``(address, entry of the base rank's record, box)``; each address has C order.
 
-    ``open_shard`` gives the description of a rank's shard. What needs much scratch memory comes in
+    ``open_shard`` gives the description of a rank's shard; ``is_staged`` says of an open one
+    whether its bytes take memory of their own on their way. What would take much of that comes in
     several parts, one to be done with before the next. Raises NoHealthyStep for bytes that no shard
     has, and what ``open_shard`` raises.
     """
     own = open_shard(base)
-    drafts = [_Draft(open_shard)]
+    drafts = [_Draft(open_shard, is_staged)]
     items = [DTYPES[own.entries[index].dtype].item_bytes for _, index, _ in wanted]
     sizes = [math.prod(box.shape) * n for (_, _, box), n in zip(wanted, items, strict=True)]
-    limit = min(MAX_SCRATCH_BYTES, max(MIN_SCRATCH_BYTES, sum(sizes) // SCRATCH_SHARE))
+    limit = min(MAX_STAGED_BYTES, max(MIN_STAGED_BYTES, sum(sizes) // STAGED_SHARE))
     for address, index, box in wanted:
         entry = own.entries[index]
         stored = (
@@ -137,11 +112,31 @@ def assemble(
             if entry.offsets is None
             else stores.of(entry, box, own.record.step)
         )
+        pieces = _covered(box, entry, stored, own.record.step)
+        if not any(map(is_staged, {stored[which][0] for which, _ in pieces})):
+            drafts[-1].add_pieces(pieces, stored, box, entry, address)
+            continue
         for slab_address, slab in _slabs(address, box, entry, limit):
-            if drafts[-1].scratch_bytes >= limit:
-                drafts.append(_Draft(open_shard))
-            _plan_box(drafts[-1], slab_address, slab, entry, stored, own.record.step)
+            if drafts[-1].staged_bytes >= limit:
+                drafts.append(_Draft(open_shard, is_staged))
+            pieces = _covered(slab, entry, stored, own.record.step)
+            drafts[-1].add_pieces(pieces, stored, slab, entry, slab_address)
     return [draft.finished() for draft in drafts]
+
+
+def _covered(
+    box: Box, entry: ArrayEntry, stored: Sequence[tuple[int, int, Box]], step: int
+) -> list[tuple[int, Box]]:
+    """Of which stored boxes a box is made. Raises NoHealthyStep where something is in none."""
+    pieces, missing = _boxes.cover(box, [place for _, _, place in stored])
+    if missing:
+        raise NoHealthyStep(
+            f"no shard has {list(missing[0].shape)} at {list(missing[0].offsets)}"
+            f" of {entry.path[:200]}",
+            step=step,
+            leaf=entry.path[:200],
+        )
+    return pieces
 
 
 def _slabs(address: int, box: Box, entry: ArrayEntry, limit: int) -> Iterator[tuple[int, Box]]:
@@ -162,45 +157,39 @@ def _slabs(address: int, box: Box, entry: ArrayEntry, limit: int) -> Iterator[tu
         )
 
 
-def _plan_box(
-    draft: _Draft,
-    address: int,
-    box: Box,
-    entry: ArrayEntry,
-    stored: Sequence[tuple[int, int, Box]],
-    step: int,
-) -> None:
-    pieces, missing = _boxes.cover(box, [place for _, _, place in stored])
-    if missing:
-        raise NoHealthyStep(
-            f"no shard has {list(missing[0].shape)} at {list(missing[0].offsets)}"
-            f" of {entry.path[:200]}",
-            step=step,
-            leaf=entry.path[:200],
-        )
-    for which, piece in pieces:
-        rank, entry_index, place = stored[which]
-        for run in _boxes.runs(piece, place, box, DTYPES[entry.dtype].item_bytes):
-            draft.add(rank, entry_index, run, address)
-
-
 class _Draft:
-    """An assembly that is being planned; ``scratch_bytes`` is what it needs so far."""
+    """A part that is being planned; ``staged_bytes`` is what its cuts take besides, so far."""
 
-    def __init__(self, open_shard: Callable[[int], Loaded]) -> None:
-        self.scratch_bytes = 0
+    def __init__(
+        self, open_shard: Callable[[int], Loaded], is_staged: Callable[[int], bool]
+    ) -> None:
+        self.staged_bytes = 0
         self._open = open_shard
-        self._assembly = Assembly()
-        self._cuts: list[_Cut] = []
+        self._is_staged = is_staged
+        self._wants: Wants = {}
+        self._cuts: dict[tuple[int, int], list[Move]] = {}  # sources count from the tensor's start
         self._chunks: dict[tuple[int, int], set[int]] = {}
 
-    def add(self, rank: int, index: int, run: _boxes.Run, address: int) -> None:
+    def add_pieces(
+        self,
+        pieces: Sequence[tuple[int, Box]],
+        stored: Sequence[tuple[int, int, Box]],
+        box: Box,
+        entry: ArrayEntry,
+        address: int,
+    ) -> None:
+        """Want a box at an address, made of these pieces of stored boxes."""
+        for which, piece in pieces:
+            rank, index, place = stored[which]
+            number = self._open(rank).numbers[index]
+            for run in _boxes.runs(piece, place, box, DTYPES[entry.dtype].item_bytes):
+                self._add(rank, number, run, address)
+
+    def _add(self, rank: int, number: int, run: _boxes.Run, address: int) -> None:
         """Chunks that lie wholly in a run go straight to their place; its edges are cut out."""
-        loaded = self._open(rank)
-        number = loaded.numbers[index]
         if run.times > 1 and max(run.size_bytes, run.source_step) <= CHUNK_BYTES:
             steps = run.times, run.source_step, run.target_step
-            self._cut(_Cut(rank, number, run.source, run.size_bytes, address + run.target, *steps))
+            self._cut(rank, number, Move(run.source, address + run.target, run.size_bytes, *steps))
             return
         for single in run.singles():
             self._add_single(rank, number, single, address)
@@ -211,46 +200,42 @@ class _Draft:
         first = -(-start // CHUNK_BYTES)
         last = tensor.num_chunks if stop == tensor.size_bytes else stop // CHUNK_BYTES
         if first >= last:
-            self._cut(_Cut(rank, number, start, run.size_bytes, target))
+            self._cut(rank, number, Move(start, target, run.size_bytes))
             return
         span = _span(tensor, first, last)
         begin, end = first * CHUNK_BYTES, first * CHUNK_BYTES + span.size_bytes
-        want = Want(number, span, target + begin - start)
-        self._assembly.wants.setdefault(rank, []).append(want)
+        want = Want(number, span, target + (begin - start))
+        self._wants.setdefault(rank, []).append(want)
         if start < begin:
-            self._cut(_Cut(rank, number, start, begin - start, target))
+            self._cut(rank, number, Move(start, target, begin - start))
         if end < stop:
-            self._cut(_Cut(rank, number, end, stop - end, target + end - start))
+            self._cut(rank, number, Move(end, target + (end - start), stop - end))
 
-    def _cut(self, cut: _Cut) -> None:
-        self._cuts.append(cut)
-        chunks = self._chunks.setdefault((cut.rank, cut.number), set())
+    def _cut(self, rank: int, number: int, move: Move) -> None:
+        """Take rows out of chunks, of which none from the first to the last row is free of any."""
+        stop = move.source + (move.times - 1) * move.source_step + move.size_bytes
+        self._cuts.setdefault((rank, number), []).append(move)
+        chunks = self._chunks.setdefault((rank, number), set())
         before = len(chunks)
-        last = -(-cut.stop // CHUNK_BYTES)
-        chunks.update(range(cut.start // CHUNK_BYTES, last))
-        self.scratch_bytes += (len(chunks) - before) * CHUNK_BYTES
+        chunks.update(range(move.source // CHUNK_BYTES, -(-stop // CHUNK_BYTES)))
+        if self._is_staged(rank):
+            self.staged_bytes += (len(chunks) - before) * CHUNK_BYTES
 
-    def finished(self) -> Assembly:
-        """With scratch memory for the chunks that are wanted in part, each once."""
-        if not self._cuts:
-            return self._assembly
-        scratch = self._assembly.scratch = anonymous(self.scratch_bytes)
-        where: dict[tuple[int, int, int], int] = {}
-        address = scratch.address
+    def finished(self) -> Wants:
+        """With the chunks that are wanted in part, each once."""
         for (rank, number), chunks in sorted(self._chunks.items()):
             tensor = self._open(rank).layout.tensors[number]
-            for first, last in _ranges(sorted(chunks)):
-                want = Want(number, _span(tensor, first, last), address)
-                self._assembly.wants.setdefault(rank, []).append(want)
-                for chunk in range(first, last):
-                    where[rank, number, chunk] = address
-                    address += CHUNK_BYTES
-        for cut in self._cuts:
-            source = where[cut.rank, cut.number, cut.start // CHUNK_BYTES]
-            source += cut.start % CHUNK_BYTES
-            steps = cut.times, cut.source_step, cut.target_step
-            self._assembly.moves.append(Move(source, cut.address, cut.size_bytes, *steps))
-        return self._assembly
+            ranges = _ranges(sorted(chunks))
+            firsts = [first for first, _ in ranges]
+            moves: list[list[Move]] = [[] for _ in ranges]
+            for move in self._cuts[rank, number]:
+                at = bisect_right(firsts, move.source // CHUNK_BYTES) - 1
+                moves[at].append(move._replace(source=move.source - firsts[at] * CHUNK_BYTES))
+            self._wants.setdefault(rank, []).extend(
+                Want(number, _span(tensor, *bounds), 0, cuts)
+                for bounds, cuts in zip(ranges, moves, strict=True)
+            )
+        return self._wants
 
 
 def _span(tensor: StoredTensor, first: int, last: int) -> Span:

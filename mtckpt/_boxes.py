@@ -96,13 +96,14 @@ def _in_row(shape: tuple[int, ...], number: int, start: int, stop: int) -> list[
 
 def intersection(one: Box, other: Box) -> Box | None:
     """What two boxes of one array have in common; None if that is nothing."""
-    offsets = tuple(map(max, one.offsets, other.offsets))
-    ends = [
-        min(a + m, b + n)
-        for a, m, b, n in zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)
-    ]
-    shape = tuple(end - offset for end, offset in zip(ends, offsets, strict=True))
-    return Box(offsets, shape) if all(length > 0 for length in shape) else None
+    offsets, shape = [], []
+    for a, m, b, n in zip(one.offsets, one.shape, other.offsets, other.shape, strict=True):
+        begin, end = max(a, b), min(a + m, b + n)
+        if begin >= end:
+            return None
+        offsets.append(begin)
+        shape.append(end - begin)
+    return Box(tuple(offsets), tuple(shape))
 
 
 def cover(wanted: Box, stored: Sequence[Box]) -> tuple[list[tuple[int, Box]], list[Box]]:

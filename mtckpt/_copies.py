@@ -184,6 +184,12 @@ class Shards:
             raise self._nothing(rank)
         return self._loaded[rank]
 
+    def is_staged(self, rank: int) -> bool:
+        """Whether a shard comes first from a place whose bytes are brought to memory of their own
+        before they are placed. Raises NoHealthyStep."""
+        self.open(rank)
+        return not (self.usable[rank] and self.usable[rank][0].mapped)
+
     def further(self, rank: int) -> Iterator[Place]:
         """Places that are far away, each once it is known to be usable too."""
         far = self._far[rank]

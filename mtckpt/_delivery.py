@@ -94,7 +94,7 @@ class Delivery:
     same time, 0 where some of what is wanted has been placed by then. A large copy in RAM is not
     copied twice: each chunk is checked and then placed while it is in the cache. The last copy of
     the last step that could be restored is checked as a whole first: should it be damaged, live
-    state is as it was.
+    state is as it was. ``touch`` is told before anything is placed.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class Delivery:
         within: Within,
         attempt: Attempt,
         progress: Callable[[int], None],
+        touch: Callable[[], None],
         beside: int = 1,
     ) -> None:
         self._cheap_bytes = _CHEAP_BYTES // beside if beside else -1
@@ -115,6 +116,7 @@ class Delivery:
         self._within = within
         self._attempt = attempt
         self._progress = progress
+        self._touch = touch
         self._done_bytes = 0
         self._stages: list[MemoryMapping] = []
         self._moves: list[Move] = []
@@ -218,10 +220,11 @@ class Delivery:
         size_bytes = self._size_of(wanted)
         spans, digests = self._spans(wanted), self._loaded.table.digests
         targets = [self._wants[i].address for i in wanted]
+        cuts = {at: cut for at, i in enumerate(wanted) if (cut := self._wants[i].cuts)}
         with self._within(place.label, functools.partial(self._hold_at, place)) as held:
             place_all = functools.partial(
                 self._engine.fetch, held.fd, spans, targets, digests, self._count,
-                whole=whole, placing=self._attempt.touch,
+                cuts=cuts, whole=whole, placing=self._touch,
             )  # fmt: skip
             try:
                 bad = self._read(place, place_all, size_bytes)
@@ -235,7 +238,7 @@ class Delivery:
         left = sorted(wanted[i] for i in bad)
         if whole and left:
             return left
-        self._attempt.touched = True
+        self._touch()
         self._credit(place, size_bytes - self._size_of(left))
         return left
 
@@ -312,11 +315,7 @@ class Delivery:
             self._credit(copy.place, done.bytes_by.get(source, 0))
         self._stages.append(done.memory)
         self._staged_wants.update(spans.keys() - done.left)
-        self._moves += [
-            Move(done.memory.address + span.start, self._wants[i].address, span.size_bytes)
-            for i, span in spans.items()
-            if i not in done.left
-        ]
+        self._moves += self._moves_from(done.memory.address, spans, done.left)
         return sorted(done.left)
 
     def _alike(self, loaded: Loaded, wanted: Iterable[int]) -> dict[int, Span]:
@@ -324,7 +323,7 @@ class Delivery:
         theirs, own = loaded.layout.by_name(), self._loaded
         spans: dict[int, Span] = {}
         for i in wanted:
-            number, span, _ = self._wants[i]
+            number, span, *_ = self._wants[i]
             tensor = own.layout.tensors[number]
             there = theirs.get(tensor.name)
             if there is not None and _digests(own, tensor) == _digests(loaded, there):
@@ -341,7 +340,7 @@ class Delivery:
         self._stages.append(memory)
         self._moves += moves
         self._staged_wants.update(spans.keys() - {*left})
-        self._credit(place, sum(move.size_bytes for move in moves))
+        self._credit(place, self._size_of(spans.keys() - {*left}))
         return left
 
     def _stage(
@@ -365,17 +364,21 @@ class Delivery:
             numbers = list(wanted)
             checked = self._engine.verify(base, list(wanted.values()), loaded.table.digests)
             left = {numbers[i] for i in checked}
-        moves = [
-            Move(base + span.start, self._wants[i].address, span.size_bytes)
-            for i, span in wanted.items()
+        return sorted(left), self._moves_from(base, wanted, left), memory
+
+    def _moves_from(self, base: int, spans: dict[int, Span], left: set[int]) -> list[Move]:
+        """What gets from staging memory to its place, but for what is not sound there."""
+        return [
+            move
+            for i, span in spans.items()
             if i not in left
+            for move in self._wants[i].moves(base + span.start)
         ]
-        return sorted(left), moves, memory
 
     def finish(self) -> None:
         """Every byte is here: copy what was staged to where it is wanted."""
         if self._moves:
-            self._engine.copy(self._moves, self._attempt.touch)
+            self._engine.copy(self._moves, self._touch)
         self._moves = []
         self._stages = []
 
@@ -393,7 +396,7 @@ class Delivery:
         tensors = self._loaded.layout.tensors
         return {tensors[self._wants[i].number].name for i in wanted}
 
-    def _size_of(self, wanted: Sequence[int]) -> int:
+    def _size_of(self, wanted: Iterable[int]) -> int:
         return sum(self._wants[i].span.size_bytes for i in wanted)
 
     def _spans(self, wanted: Sequence[int]) -> list[Span]:

@@ -118,17 +118,32 @@ def _numbers(entries: Sequence[ArrayEntry], layout: ShardLayout, key: str) -> li
 class Want(NamedTuple):
     """Whole chunks of tensor ``number`` of the file, all of them or some, and where they are to be.
 
-    ``span`` begins where one of the tensor's chunks does.
+    ``span`` begins where one of the tensor's chunks does. ``cuts``: rows of it are wanted, not all;
+    their sources count from its beginning, and ``address`` is 0.
     """
 
     number: int
     span: Span
     address: int
+    cuts: Sequence[Move] = ()
+
+    def moves(self, source: int) -> list[Move]:
+        """How what is wanted gets to its place once the span lies at ``source``."""
+        if not self.cuts:
+            return [Move(source, self.address, self.span.size_bytes)]
+        return [move._replace(source=source + move.source) for move in self.cuts]
+
+    @property
+    def targets(self) -> Sequence[int]:
+        """Where anything of it is to be."""
+        return [move.target for move in self.cuts] or [self.address]
 
 
 # From their fields in order: calling the class takes three times as long.
 _span_of: Callable[[tuple[Any, ...]], Span] = functools.partial(tuple.__new__, Span)
-_want_of: Callable[[tuple[int, Span, int]], Want] = functools.partial(tuple.__new__, Want)
+_want_of: Callable[[tuple[int, Span, int, tuple[()]]], Want] = functools.partial(
+    tuple.__new__, Want
+)
 
 
 def whole_wants(
@@ -150,5 +165,5 @@ def whole_wants(
     wants = []
     for number in sorted(targets):
         span = _span_of(tensors[number][3:6])  # start, size and first chunk
-        wants.append(_want_of((number, span, targets[number])))
+        wants.append(_want_of((number, span, targets[number], ())))
     return wants, repeats

@@ -7,6 +7,7 @@ Matching changes nothing that lives; whatever differs is collected in ``diff`` a
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
@@ -77,6 +78,11 @@ class Placing:
         return [
             (address, arrays[index].bytes_of, box) for address, (index, box) in self._boxes.items()
         ]
+
+    @property
+    def changes_live(self) -> bool:
+        """Whether bytes go into arrays that live, and not only into what nobody has seen."""
+        return bool(self._in_place)
 
     # -- what an adapter asks for -------------------------------------------------------------
 
@@ -396,9 +402,8 @@ class Placing:
         if self._is_plain(live, node):
             values = [self.tree(child, f"{prefix}{i}") for i, child in children]
         elif len(live) != len(children):
-            self.diff.differing.append(
-                f"{path}: {len(live)} items here, {len(children)} in the checkpoint"
-            )
+            what = f"{len(live)} items here, {len(children)} in the checkpoint"
+            self.diff.differing.append(f"{path}: {what}")
             return live
         else:
             values = self._match_items(live, node.children, prefix)
@@ -453,9 +458,8 @@ class Placing:
     def _note_in_place(self, owner: StateAdapter, more: Sequence[Any]) -> None:
         known = self._in_place.get(owner.framework)
         if known is None:
-            lives: list[Any] = []
-            known = self._in_place[owner.framework] = (owner, lives)
-            self.finish.insert(0, lambda: owner.written(lives))
+            known = self._in_place[owner.framework] = (owner, [])
+            self.finish.insert(0, functools.partial(owner.written, known[1]))
         known[1].extend(more)
 
     def _owner(self, live: Any) -> StateAdapter:
@@ -476,8 +480,7 @@ class Placing:
         return not node.has_arrays and not has_objects(live, self._is_array)
 
     def _is_array(self, value: Any) -> bool:
-        kind = type(value)
-        return kind not in CODECS and self._owner_of(kind, value) is not None
+        return type(value) not in CODECS and self._owner_of(type(value), value) is not None
 
     def _owner_of(self, kind: type, value: Any) -> StateAdapter | None:
         """The adapter whose array a value of this type is, or None; asked once for each type."""

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from mtckpt import _inventory, _state
-from mtckpt._assembly import Assembly, Stores, assemble
+from mtckpt._assembly import Stores, Wants, assemble
 from mtckpt._copies import Scope, Shards
 from mtckpt._delivery import Attempt, Delivery, Loaded, Place, Within, whole_wants
 from mtckpt._placing import Placing, Stored, rename_tree, settle
 from mtckpt._state import ArraySpec, ByPath, Node, StateAdapter
+from mtckpt.capture.base import nothing
 from mtckpt.capture.collector import collector_paused
 from mtckpt.errors import CheckpointError, Damaged, RestoreFailed, StateMismatch
 
@@ -81,31 +82,35 @@ def restore_from(
         placing, resolve = _match(loaded, state, scope.adapters, partial=partial, rename=rename)
         wants, repeats = whole_wants(loaded, placing.addresses)
         parts = _join(placing, shards)
-        parts[0].wants[shards.base] = wants + parts[0].wants.get(shards.base, [])
+        parts[0][shards.base] = wants + parts[0].get(shards.base, [])
         scope.engine.settle(_targets(parts, repeats))  # in this thread; others read
-    fetching, only = _Fetching(scope, shards, attempt, progress), len(parts) == 1
+    # What is damaged spoils nothing where no byte goes into live arrays.
+    last, touch = (last, attempt.touch) if placing.changes_live else (False, nothing)
+    fetching = _Fetching(scope, shards, attempt, progress, touch)
+    only = placing.changes_live and len(parts) == 1
     with scope.together("fetch"):
-        if last and sum(len(part.wants) for part in parts) > 1:
+        if last and sum(map(len, parts)) > 1:
             # One shard after the other is placed: that the last of them is sound is seen first.
             for part in parts:
                 fetching.fetch(part, last=True, only=only, check="keep" if only else "drop")
             last = False
-        while len(parts) > 1:  # this one's scratch memory goes before the next needs some
+        while len(parts) > 1:  # what is staged of this one goes before the next needs room
             fetching.fetch(parts[0], last=last, only=only)
-            fetching.place(parts.pop(0))
+            fetching.place()
+            del parts[0]
         fetching.fetch(parts[0], last=last, only=only)
     with scope.together("place"):
-        fetching.place(parts.pop())
-        scope.engine.copy(repeats, attempt.touch)
+        fetching.place()
+        scope.engine.copy(repeats, touch)
         return _finish(candidate, loaded, placing, state, resolve, fetching.sources)
 
 
-def _targets(parts: Sequence[Assembly], repeats: Sequence[Move]) -> Iterator[int]:
+def _targets(parts: Sequence[Wants], repeats: Sequence[Move]) -> Iterator[int]:
     """Wherever anything is going to be written."""
     for part in parts:
-        for wants in part.wants.values():
-            yield from (want.address for want in wants)
-        yield from (move.target for move in part.moves)
+        for wants in part.values():
+            yield from [want.address for want in wants]
+            yield from [move.target for want in wants for move in want.cuts]
     yield from (move.target for move in repeats)
 
 
@@ -113,34 +118,41 @@ class _Fetching:
     """What one save's shards have delivered so far; ``sources`` has bytes by tier."""
 
     def __init__(
-        self, scope: Scope, shards: Shards, attempt: Attempt, progress: Callable[[int], None]
+        self,
+        scope: Scope,
+        shards: Shards,
+        attempt: Attempt,
+        progress: Callable[[int], None],
+        touch: Callable[[], None],
     ) -> None:
         self.sources: dict[str, int] = {}
         self._scope = scope
         self._shards = shards
         self._attempt = attempt
         self._progress = progress
+        self._touch = touch
         self._deliveries: list[tuple[int, Delivery]] = []
         self._kept: dict[int, Delivery] = {}
         self._before_bytes = 0
 
     def fetch(
         self,
-        part: Assembly,
+        part: Wants,
         *,
         last: bool,
         only: bool,
         check: Literal["", "keep", "drop"] = "",
     ) -> None:
-        """Get every byte of a part here, which may be the ``only`` one. Raises NoHealthyStep; see
-        ``Delivery.fetch``."""
+        """Get every byte of a part here; the ``only`` one may be staged where that is cheap. Raises
+        NoHealthyStep; see ``Delivery.fetch``."""
         shards = self._shards
         deliveries = self._kept or {
             rank: Delivery(
                 shards.open(rank), shards.keys(rank)[0], wants, self._scope.engine,
-                self._scope.within, self._attempt, self._told, len(part.wants) if only else 0,
+                self._scope.within, self._attempt, self._told, self._touch,
+                len(part) if only else 0,
             )
-            for rank, wants in part.wants.items()
+            for rank, wants in part.items()
         }  # fmt: skip
         self._kept = deliveries if check == "keep" else {}
         for rank, delivery in deliveries.items():
@@ -161,23 +173,22 @@ class _Fetching:
         is_near = self._scope.places[label].near
         return (is_near and self._shards.fetched(rank)) or label
 
-    def place(self, part: Assembly) -> None:
-        """Move what was fetched to where it is wanted."""
+    def place(self) -> None:
+        """Move what was staged to where it is wanted."""
         for rank, delivery in self._deliveries:
             delivery.finish()
             for label, size_bytes in delivery.by_label.items():
                 source = self._fetched(rank, label)
                 self.sources[source] = self.sources.get(source, 0) + size_bytes
         self._deliveries = []
-        self._scope.engine.copy(part.moves, self._attempt.touch)
 
 
-def _join(placing: Placing, shards: Shards) -> list[Assembly]:
+def _join(placing: Placing, shards: Shards) -> list[Wants]:
     """What of which shards the wanted boxes are made of; nothing is looked at where none is."""
     if not placing.boxes:
-        return [Assembly()]
+        return [{}]
     stores = Stores(shards.levels(), shards.entries)
-    return assemble(placing.boxes, shards.base, stores, shards.open)
+    return assemble(placing.boxes, shards.base, stores, shards.open, shards.is_staged)
 
 
 def _match(

@@ -145,9 +145,9 @@ class Worker:
         self.saves[step] = self.checkpointer.save(step, {"w": meshed(self.rank, world_size, cut)})
         return self.saves[step].skipped or ""
 
-    def restore_mesh(self, cut: str, world_size: int, scratch_bytes: int) -> Any:
+    def restore_mesh(self, cut: str, world_size: int, staged_bytes: int) -> Any:
         """Restore this rank's part: step, its bytes, the most memory besides, sources."""
-        _assembly.MAX_SCRATCH_BYTES = scratch_bytes
+        _assembly.MAX_STAGED_BYTES = staged_bytes
         live = meshed(self.rank, world_size, cut)
         wanted = live.arrays[0].copy()
         live.arrays[0][:] = 0

@@ -258,6 +258,13 @@ RESTORE = (
         ("test_capture.py::test_what_is_fetched_is_checked_before_it_is_placed",),
     ),
     Bug(
+        "rows-placed-though-their-chunk-differs",
+        "capture/cpu.py",
+        "        if is_sound:\n",
+        "        if moves:\n",
+        ("test_cuts.py::test_rows_are_placed_out_of_chunks_that_are_sound",),
+    ),
+    Bug(
         "small-arrays-placed-though-they-differ",
         "capture/cpu.py",
         "if stop > got or xxh3_64_intdigest(view[begin:stop]) != digests[chunk]:",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from itertools import pairwise
@@ -25,6 +26,7 @@ from mtckpt._shard import CHUNK_BYTES
 from mtckpt._state import ByPath
 from mtckpt.adapters import active_adapters
 from mtckpt.capture import memory
+from mtckpt.capture.addresses import on_device
 from mtckpt.capture.cpu import CpuEngine
 from mtckpt.errors import Damaged, NoHealthyStep, StateMismatch
 from mtckpt.tiers import LocalTier
@@ -46,14 +48,14 @@ def write(root: Path, stored: Stored) -> int:
     return world_size
 
 
-def restore(root: Path, state: Any, rank: int = 0) -> dict[str, int]:
-    """Bytes by tier."""
+def restore(root: Path, state: Any, rank: int = 0, *, mapped: bool = True) -> dict[str, int]:
+    """Bytes by tier, which is one in memory or one of storage."""
     tier = LocalTier(root, read_only=True)
     inventory = _inventory.scan(tier, "run", label="disk")
     (candidate,) = plan_restore([holdings_of(inventory)], "latest").candidates
     scope = Scope(
         "run",
-        {"disk": Place("disk", tier, mapped=True)},
+        {"disk": Place("disk", tier, mapped=mapped)},
         {"disk": inventory},
         active_adapters(),
         CpuEngine(),
@@ -144,39 +146,46 @@ def test_large_arrays_of_many_chunks(
 
 
 @pytest.mark.parametrize("limit", [1, 300_000, 1 << 30])
-def test_scratch_memory_is_bounded(
-    tmp_path: Path, cheap_bytes: int, limit: int, monkeypatch: pytest.MonkeyPatch
+def test_what_is_staged_at_a_time_is_bounded(
+    tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_assembly, "MAX_SCRATCH_BYTES", limit)
-    taken: list[int] = []
+    """A share of what is wanted, of storage; memory is read through a buffer."""
+    monkeypatch.setattr(_assembly, "MIN_STAGED_BYTES", 0)
+    monkeypatch.setattr(_assembly, "MAX_STAGED_BYTES", limit)
+    staged: list[int] = []
 
-    def anonymous(size_bytes: int) -> Any:
-        taken.append(size_bytes)
-        return memory.anonymous(size_bytes)
+    def assemble(*arguments: Any) -> Any:
+        parts = _assembly.assemble(*arguments)
+        for part in parts:
+            cut = [want for wants in part.values() for want in wants if want.cuts]
+            staged.append(sum(want.span.size_bytes for want in cut))
+        return parts
 
-    monkeypatch.setattr(_assembly, "anonymous", anonymous)
+    monkeypatch.setattr(_restore, "assemble", assemble)
     shape = (300, 1003)
     arrays = {name: np.random.default_rng(i).standard_normal(shape) for i, name in enumerate("ab")}
     write(tmp_path, {name: (array, rows(shape, 3)) for name, array in arrays.items()})
     with boxed_arrays():
-        live = {name: Boxed(shape, float, columns(shape, 2)[1]) for name in arrays}
-        restore(tmp_path, live)
-        assert all(live[name].equals(array) for name, array in arrays.items())
+        for mapped in (True, False):
+            staged.clear()
+            live = {name: Boxed(shape, float, columns(shape, 2)[1]) for name in arrays}
+            restore(tmp_path, live, mapped=mapped)
+            assert all(live[name].equals(array) for name, array in arrays.items())
+            assert (len(staged) == 1) is mapped
     # A slab of rows that is planned, on top of a limit that was not quite reached before.
-    assert max(taken) <= 2 * limit + 5 * CHUNK_BYTES
-    assert (len(taken) == 1) is (limit > 2 * arrays["a"].nbytes)
+    share = sum(array.nbytes for array in arrays.values()) // 2 // _assembly.STAGED_SHARE
+    assert max(staged) <= 2 * min(limit, share) + 5 * CHUNK_BYTES
 
 
 def memory_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How large each piece of memory is that a restore takes besides the live one."""
+    """How large each piece of memory is that a restore stages bytes in."""
     taken: list[int] = []
 
     def anonymous(size_bytes: int) -> Any:
         taken.append(size_bytes)
         return memory.anonymous(size_bytes)
 
-    for module in (_assembly, _delivery):
-        monkeypatch.setattr(module, "anonymous", anonymous)
+    monkeypatch.setattr(_delivery, "anonymous", anonymous)
     return taken
 
 
@@ -196,10 +205,9 @@ def test_shards_of_many_ranks_take_no_more_memory_than_one(
     assert sum(taken) <= 4 * CHUNK_BYTES
 
 
-def test_another_mesh_takes_a_small_share_of_what_is_wanted(
+def test_another_mesh_takes_no_memory_but_buffers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_assembly, "MIN_SCRATCH_BYTES", 0)
     monkeypatch.setattr(_delivery, "_CHEAP_BYTES", 0)
     shape = (8192, 2048)
     array = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
@@ -209,7 +217,30 @@ def test_another_mesh_takes_a_small_share_of_what_is_wanted(
         live = Boxed(shape, np.float32, columns(shape, 2)[1])
         restore(tmp_path, {"w": live})
         assert live.equals(array)
-    assert max(taken) <= live.arrays[0].nbytes / 10
+    assert not taken
+
+
+def test_addresses_on_devices_stay_on_their_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whole chunks, their edges and rows; a plain number would be written to as host memory."""
+    address_on = on_device(1)
+    seen: list[int] = []
+
+    def assemble(wanted: Any, *more: Any) -> Any:
+        there = [(address_on(address), index, box) for address, index, box in wanted]
+        for part in _assembly.assemble(there, *more):
+            for want in itertools.chain(*part.values()):
+                seen.extend([move.target for move in want.cuts] or [want.address])
+        return _assembly.assemble(wanted, *more)
+
+    monkeypatch.setattr(_restore, "assemble", assemble)
+    shape = (401, 1003)
+    write(tmp_path, {"w": (np.zeros(shape), rows(shape, 3))})
+    with boxed_arrays():
+        restore(tmp_path, {"w": Boxed(shape, float, [*rows(shape, 2)[1], *columns(shape, 2)[0]])})
+    assert len(seen) > 4
+    assert set(map(type, seen)) == {address_on}
 
 
 def test_only_the_chunks_that_are_needed_are_read(tmp_path: Path) -> None:

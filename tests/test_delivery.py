@@ -15,6 +15,7 @@ import pytest
 import mtckpt
 from mtckpt import _delivery
 from mtckpt._shard import CHUNK_BYTES
+from mtckpt.capture.cpu import CpuEngine
 from mtckpt.errors import NoHealthyStep, RestoreFailed, StateMismatch
 
 SIZE = 5 * CHUNK_BYTES // 8 + 3
@@ -139,6 +140,32 @@ def test_the_only_copy_of_the_only_step_is_checked_before_anything_changes(
         with pytest.raises(NoHealthyStep, match="live state unchanged"):
             again.restore(state)
         assert same(state, 0)
+
+
+def test_memory_that_nobody_has_seen_is_filled_in_one_pass(
+    runtime_dir: Path, ram_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even the last copy: should it be damaged, nothing that lives was touched."""
+    read: list[list[int]] = []
+
+    def fetch(engine: CpuEngine, fd: int, spans: Any, targets: Any, *more: Any, **how: Any) -> Any:
+        read.append(list(targets))
+        return fetch_all(engine, fd, spans, targets, *more, **how)
+
+    fetch_all = CpuEngine.fetch
+    monkeypatch.setattr(CpuEngine, "fetch", fetch)
+    with mtckpt.Checkpointer("run", [mtckpt.Ram(every=1)]) as first:
+        first.save(1, state_of(1)).wait("staged")
+        states = [state_of(0), state_of(0)]
+        for array in (array for state in states for array in state.values()):
+            array.flags.writeable = False  # so that another takes its place
+        first.restore(states[0])
+        assert same(states[0], 1)
+        assert [all(targets) for targets in read] == [True]
+        damage(ram_dir, 1)
+        with pytest.raises(NoHealthyStep, match="live state unchanged"):
+            first.restore(states[1])
+        assert same(states[1], 0)
 
 
 def test_an_older_step_that_does_not_fit_leaves_no_doubt_about_the_state(

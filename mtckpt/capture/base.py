@@ -5,10 +5,11 @@ Knows addresses and chunks. Does not know frameworks, files or steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
-__all__ = ["MODES", "Capture", "Engine", "Mode", "Move", "Span", "nothing"]
+__all__ = ["MODES", "NO_CUTS", "Capture", "Engine", "Mode", "Move", "Span", "nothing"]
 
 Mode = Literal["auto", "snapshot", "snapshot-overlap", "overlap", "blocking"]
 MODES: tuple[Mode, ...] = ("auto", "snapshot", "snapshot-overlap", "overlap", "blocking")
@@ -35,6 +36,10 @@ class Move(NamedTuple):
 
 def nothing() -> None:
     """Who is told of something and does not mind."""
+
+
+# What is taken out of spans of which not all is wanted: of none.
+NO_CUTS: Mapping[int, Sequence[Move]] = MappingProxyType({})
 
 
 class Capture(Protocol):
@@ -108,10 +113,14 @@ class Engine(Protocol):
         digests: memoryview,
         progress: Callable[[int], None],
         *,
+        cuts: Mapping[int, Sequence[Move]] = NO_CUTS,
         whole: bool = False,
         placing: Callable[[], None] = nothing,
     ) -> list[int]:
         """Read the spans of a file, check each chunk, and copy what is sound to its target.
+
+        ``cuts`` has the spans of which rows are wanted, not all: their sources count from the
+        beginning of the span, whose own target is 0.
 
         ``whole``: copy nothing unless all of it is sound. ``placing`` is told before the first byte
         may be copied, by any thread, perhaps more than once.

@@ -14,13 +14,15 @@ import os
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Mapping as MappingOf
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from xxhash import xxh3_64_intdigest
 
 from mtckpt._shard import CHUNK_BYTES
-from mtckpt.capture.base import Move, nothing
+from mtckpt.capture.base import NO_CUTS, Move, nothing
+from mtckpt.capture.cuts import clipped, dealt
 from mtckpt.capture.memory import Buffer, Mapping, anonymous, read_at, view_at
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ _BYTES_A_THREAD = _UNIT_BYTES
 _BUFFER_BYTES = 2 * CHUNK_BYTES
 # A small array: its index, offset in the file, size, chunk, and target.
 _Piece = tuple[int, int, int, int, int]
-_T = TypeVar("_T", bound="_Unit | _Rows | _Window")
+_T = TypeVar("_T", bound="_Unit | _Cut | _Rows | _Window")
 _chunk_at = (ctypes.c_char * CHUNK_BYTES).from_address
 _copy = ctypes.memmove
 
@@ -47,6 +49,20 @@ class _Unit(NamedTuple):
     target: int
     size_bytes: int
     chunk: int
+
+
+class _Cut(NamedTuple):
+    """A piece of an array of which rows are wanted: whose it is, and where it is in the file.
+
+    ``begin`` is where it begins in its span. ``moves`` has for each buffer what to take out of it.
+    """
+
+    which: int
+    source: int
+    begin: int
+    size_bytes: int
+    chunk: int
+    moves: list[list[Move]]
 
 
 class _Arrays:
@@ -178,26 +194,29 @@ class CpuEngine:
         digests: memoryview,
         progress: Callable[[int], None],
         *,
+        cuts: MappingOf[int, Sequence[Move]] = NO_CUTS,
         whole: bool = False,
         placing: Callable[[], None] = nothing,
     ) -> list[int]:
         if whole and (found := self.fetch(fd, spans, [0] * len(spans), digests, _ignore)):
             return found
-        if any(targets):
+        if cuts or any(targets):
             placing()
         bad: set[int] = set()
-        units: list[_Unit | _Window] = []
+        units: list[_Unit | _Cut | _Window] = []
         small: list[_Piece] = []
         for index, (span, target) in enumerate(zip(spans, targets, strict=True)):
             start, size_bytes, chunk = span
-            if size_bytes > CHUNK_BYTES:
+            if index in cuts:
+                units += _cuts(index, span, cuts[index])
+            elif size_bytes > CHUNK_BYTES:
                 units += _units(index, start, target, size_bytes, chunk)
             elif size_bytes:
                 small.append((index, start, size_bytes, chunk, target))
         units += _windows(small)
         buffers = threading.local()
 
-        def fetch(unit: _Unit | _Window) -> None:
+        def fetch(unit: _Unit | _Cut | _Window) -> None:
             if isinstance(unit, _Window):
                 if not hasattr(buffers, "scattered"):
                     buffers.scattered = Buffer(_BUFFER_BYTES)
@@ -205,7 +224,10 @@ class CpuEngine:
             else:
                 if not hasattr(buffers, "mapping"):
                     buffers.mapping = anonymous(_BUFFER_BYTES)
-                if not _fetch_unit(fd, unit, buffers.mapping, digests):
+                at = fd, buffers.mapping, digests
+                if not (
+                    _fetch_cut(unit, *at) if isinstance(unit, _Cut) else _fetch_unit(unit, *at)
+                ):
                     bad.add(unit.which)
             progress(unit.size_bytes)
 
@@ -314,7 +336,7 @@ def _matches(unit: _Unit, digests: memoryview) -> bool:
     return not rest or xxh3_64_intdigest(view_at(source, rest)) == digests[chunk]
 
 
-def _fetch_unit(fd: int, unit: _Unit, buffer: Mapping, digests: memoryview) -> bool:
+def _fetch_unit(unit: _Unit, fd: int, buffer: Mapping, digests: memoryview) -> bool:
     """Through the buffer: file, digest, target. A target of 0 is none."""
     _, offset, target, size_bytes, chunk = unit
     address, view = buffer.address, buffer.view
@@ -332,6 +354,42 @@ def _fetch_unit(fd: int, unit: _Unit, buffer: Mapping, digests: memoryview) -> b
                 _copy(target + done + begin, address + begin, size)
             chunk += 1
         done += want
+    return sound
+
+
+def _cuts(index: int, span: Span, moves: Sequence[Move]) -> Iterator[_Cut]:
+    dealt_moves = dealt(moves, span.size_bytes, _BUFFER_BYTES)
+    for begin in range(0, span.size_bytes, _UNIT_BYTES):
+        first = begin // _BUFFER_BYTES
+        yield _Cut(
+            index,
+            span.start + begin,
+            begin,
+            min(_UNIT_BYTES, span.size_bytes - begin),
+            span.chunk + begin // CHUNK_BYTES,
+            dealt_moves[first : first + _UNIT_BYTES // _BUFFER_BYTES],
+        )
+
+
+def _fetch_cut(cut: _Cut, fd: int, buffer: Mapping, digests: memoryview) -> bool:
+    """Through the buffer: file, digests, then the rows, if all of the buffer is sound."""
+    address, view, chunk = buffer.address, buffer.view, cut.chunk
+    sound = True
+    for done, moves in zip(range(0, cut.size_bytes, _BUFFER_BYTES), cut.moves, strict=True):
+        want = min(_BUFFER_BYTES, cut.size_bytes - done)
+        if read_at(fd, view[:want], cut.source + done) < want:
+            return False
+        is_sound = True
+        for begin in range(0, want, CHUNK_BYTES):
+            piece = view[begin : min(begin + CHUNK_BYTES, want)]
+            is_sound = xxh3_64_intdigest(piece) == digests[chunk] and is_sound
+            chunk += 1
+        sound = sound and is_sound
+        if is_sound:
+            at = cut.begin + done
+            for move in moves:
+                for row in clipped(move, at, at + want):
+                    _place(row._replace(source=row.source + address - at))
     return sound
 
 
@@ -375,6 +433,13 @@ def _fetch_window(fd: int, window: _Window, buffer: Buffer, digests: memoryview)
 
 def _copy_unit(unit: _Unit) -> None:
     _copy(unit.target, unit.source, unit.size_bytes)
+
+
+def _place(move: Move) -> None:
+    if move.times > 1:
+        _copy_rows(move)
+    else:
+        _copy(move.target, move.source, move.size_bytes)
 
 
 def _copy_rows(move: Move) -> None:

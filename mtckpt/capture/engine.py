@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping as MappingOf
 from typing import TYPE_CHECKING
 
 from mtckpt.capture.addresses import OnDevice, by_device, has_devices
-from mtckpt.capture.base import Span, nothing
+from mtckpt.capture.base import NO_CUTS, Move, Span, nothing
 from mtckpt.capture.cpu import CpuEngine
+from mtckpt.capture.cuts import batches_of, clipped
 from mtckpt.capture.memory import anonymous
 from mtckpt.errors import CaptureFailed, UsageError
 
 if TYPE_CHECKING:
-    from mtckpt.capture.base import Capture, Mode, Move
+    from mtckpt.capture.base import Capture, Mode
     from mtckpt.capture.cuda import CudaEngine
     from mtckpt.capture.memory import Mapping
     from mtckpt.capture.underway import CudaCapture
 
 __all__ = ["AnyEngine"]
+
+
+# What is gathered in host memory at a time for devices that want rows of it; whole chunks.
+_ACROSS_BYTES = 256 << 20
 
 
 class _Started:
@@ -153,17 +160,19 @@ class AnyEngine:
         digests: memoryview,
         progress: Callable[[int], None],
         *,
+        cuts: MappingOf[int, Sequence[Move]] = NO_CUTS,
         whole: bool = False,
         placing: Callable[[], None] = nothing,
     ) -> list[int]:
-        if not has_devices(targets):
+        across = {i for i, moves in cuts.items() if has_devices(move.target for move in moves)}
+        if not across and not has_devices(targets):
             return self._host.fetch(
-                fd, spans, targets, digests, progress, whole=whole, placing=placing
+                fd, spans, targets, digests, progress, cuts=cuts, whole=whole, placing=placing
             )
         _, hosts = by_device(targets, spans)
-        here, at = [spans[i] for i in hosts], [targets[i] for i in hosts]
         bad: list[int] = []
         if whole:  # the host's part goes last: it has been looked at first
+            here = [spans[i] for i in hosts]
             bad = self._host.fetch(fd, here, [0] * len(here), digests, lambda _: None)
             if bad:
                 targets = [type(target)(0) for target in targets]
@@ -171,9 +180,54 @@ class AnyEngine:
         there = self._devices().fetch(
             fd, spans, targets, digests, progress, whole=waits, placing=placing
         )
+        found = [hosts[i] for i in bad]
         if not (whole and (bad or there)):
-            bad = self._host.fetch(fd, here, at, digests, progress, placing=placing)
-        return sorted({*there, *(hosts[i] for i in bad)})
+            own = [i for i in hosts if i not in across]
+            bad = self._host.fetch(
+                fd, [spans[i] for i in own], [targets[i] for i in own], digests, progress,
+                cuts={at: cuts[i] for at, i in enumerate(own) if i in cuts}, placing=placing,
+            )  # fmt: skip
+            found = [own[i] for i in bad]
+            found += self._fetch_across(
+                fd, spans, {i: cuts[i] for i in sorted(across)}, digests, progress, placing
+            )
+        return sorted({*there, *found})
+
+    def _fetch_across(
+        self,
+        fd: int,
+        spans: Sequence[Span],
+        cuts: MappingOf[int, Sequence[Move]],
+        digests: memoryview,
+        progress: Callable[[int], None],
+        placing: Callable[[], None],
+    ) -> set[int]:
+        """Rows for devices, by way of host memory in which they are checked; returns what differs.
+
+        Every piece of memory on the way is used again, and holds what one copy is worth.
+        """
+        bad: set[int] = set()
+        memory: Mapping | None = None
+        for batch in batches_of(spans, cuts, _ACROSS_BYTES):
+            parts = [part for _, _, part in batch]
+            size_bytes = sum(part.size_bytes for part in parts)
+            if memory is None or memory.size_bytes < size_bytes:
+                memory = anonymous(size_bytes)
+            ends = itertools.accumulate((part.size_bytes for part in parts), initial=memory.address)
+            at = list(ends)[:-1]
+            wrong = self._host.fetch(fd, parts, at, digests, progress)
+            rows = []
+            for number, (which, begin, part) in enumerate(batch):
+                if number in wrong:
+                    bad.add(which)
+                    continue
+                for move in cuts[which]:
+                    rows += [
+                        row._replace(source=row.source + at[number] - begin)
+                        for row in clipped(move, begin, begin + part.size_bytes)
+                    ]
+            self.copy(rows, placing)
+        return bad
 
     def copy(self, moves: Sequence[Move], placing: Callable[[], None] = nothing) -> None:
         on_host: list[Move] = []

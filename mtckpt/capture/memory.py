@@ -18,7 +18,16 @@ from mtckpt.errors import CaptureFailed, TierFull
 if TYPE_CHECKING:
     from array import array
 
-__all__ = ["Buffer", "Mapping", "anonymous", "map_file", "read_at", "view_at"]
+__all__ = [
+    "Buffer",
+    "Mapping",
+    "anonymous",
+    "map_file",
+    "populate",
+    "prefer_huge",
+    "read_at",
+    "view_at",
+]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -41,6 +50,7 @@ _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 _MADV_DONTFORK = 10
 _MADV_HUGEPAGE = 14
+_MADV_NOHUGEPAGE = 15
 _IOV_MAX = 1024
 
 
@@ -128,14 +138,29 @@ def map_file(fd: int, size_bytes: int, *, writable: bool) -> Mapping:
     return Mapping(address, size_bytes, writable=writable)
 
 
-def anonymous(size_bytes: int) -> Mapping:
-    """Fresh private memory, page aligned, in huge pages where the kernel gives them."""
+def anonymous(size_bytes: int, *, huge: bool = True) -> Mapping:
+    """Fresh private memory, page aligned; ``huge``: in huge pages where the kernel gives them."""
     if size_bytes == 0:
         return Mapping(0, 0, writable=True)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     address = _map(size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1)
-    _libc.madvise(address, size_bytes, _MADV_HUGEPAGE)
+    if huge:
+        _libc.madvise(address, size_bytes, _MADV_HUGEPAGE)
     return Mapping(address, size_bytes, writable=True)
+
+
+def populate(address: int, size_bytes: int) -> None:
+    """Fault in pages that are to be written to, without the interpreter lock; a wish, no promise.
+
+    What lies there stays as it is.
+    """
+    begin = address // mmap.PAGESIZE * mmap.PAGESIZE
+    _libc.madvise(begin, address + size_bytes - begin, _MADV_POPULATE_WRITE)
+
+
+def prefer_huge(address: int, size_bytes: int, *, huge: bool = True) -> None:
+    """Which pages a mapping is to get where it has none yet."""
+    _libc.madvise(address, size_bytes, _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
 
 
 class Buffer:

@@ -5,6 +5,7 @@ On the fake driver, whose memory runs out when it is told to.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from device_scene import Scene
 from fake_cuda import FakeCuda, Mode
 
+from mtckpt._shard import CHUNK_BYTES
+from mtckpt.capture import engine
 from mtckpt.capture.base import Move
 from mtckpt.errors import RestoreFailed
 
@@ -101,3 +104,37 @@ def test_what_fails_later_says_that_live_state_is_undefined(scene: Scene) -> Non
         scene.engine.copy(rows.moves, rows.tell)
     assert raised.value.details["live_state"] == "undefined"
     assert rows.told == 1
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_rows_are_taken_out_of_chunks_that_host_memory_has_checked(
+    scene: Scene, is_damaged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For two devices and the host, more than goes through host memory at a time."""
+    monkeypatch.setattr(engine, "_ACROSS_BYTES", 2 * CHUNK_BYTES)
+    scene.add(5 * CHUNK_BYTES + 99, -1)
+    scene.add(3000, -1)
+    _, digests = scene.capture()
+    if is_damaged:
+        scene.slot().view[scene.spans[0].start + 5] ^= 1
+    value = scene.arrays[0]
+    thirds = [np.zeros((CHUNK_BYTES // 5, 8), np.uint8) for _ in range(3)]
+    cuts = {
+        0: [
+            Move(8 * place, scene.place(third, place - 1), 8, len(third), 24, 8)
+            for place, third in enumerate(thirds)
+        ]
+    }
+    small = np.zeros(3000, np.uint8)
+    fd = os.open(scene.path, os.O_RDONLY)
+    bad = scene.engine.fetch(
+        fd, scene.spans, [0, scene.place(small, 1)], digests, lambda _: None, cuts=cuts,
+        whole=is_damaged,
+    )  # fmt: skip
+    os.close(fd)
+    assert bad == ([0] if is_damaged else [])
+    rows = value[: 24 * len(thirds[0])].reshape(-1, 24)
+    for place, third in enumerate(thirds):
+        wanted = np.zeros_like(third) if is_damaged else rows[:, 8 * place : 8 * place + 8]
+        assert np.array_equal(third, wanted)
+    assert small.any() is np.bool_(not is_damaged)

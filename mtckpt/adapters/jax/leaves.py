@@ -27,6 +27,7 @@ from mtckpt._dtypes import check_dtype
 from mtckpt._state import ArraySpec
 from mtckpt.adapters.jax import casting
 from mtckpt.adapters.jax.arriving import Arriving, Kind, empties
+from mtckpt.adapters.jax.hosting import address_of, aligned
 from mtckpt.capture.addresses import on_device as addresses_on
 from mtckpt.capture.driver import Driver
 from mtckpt.errors import UnsupportedState
@@ -66,8 +67,6 @@ _PACKED_ON_DEVICE = frozenset(
 )
 # What a sharding says of memory that is the device's, and not the host's beside it.
 _OWN_MEMORY = (None, "device")
-# XLA's CPU devices adopt memory that starts at a multiple of this.
-_ALIGN_BYTES = 64
 _dtype, _shape, _sharding = map(operator.attrgetter, ("dtype", "shape", "sharding"))
 
 
@@ -316,7 +315,7 @@ def new(spec: ArraySpec, like: Any = None) -> tuple[Fresh | Arriving, int | None
 
 
 def _on_host(spec: ArraySpec, dtype: np.dtype[Any]) -> tuple[Fresh, int]:
-    host = _aligned(spec.size_bytes).view(dtype).reshape(spec.shape)
+    host = aligned(spec.size_bytes).view(dtype).reshape(spec.shape)
     return Fresh(host, spec), address_of(host)
 
 
@@ -453,7 +452,7 @@ def _put(fresh: Fresh, like: Any, where: Any) -> Any:
     casts_to = getattr(like, "casts_to", None)
     if casts_to not in (None, array.dtype):
         size_bytes = array.size * casts_to.itemsize
-        array = casting.converted(array, _aligned(size_bytes).view(casts_to).reshape(array.shape))
+        array = casting.converted(array, aligned(size_bytes).view(casts_to).reshape(array.shape))
     if is_key(like) if like is not None else kind.startswith(KEY):
         # An old-style key becomes a new-style one where the template says so.
         impl = kind[len(KEY) :] if kind.startswith(KEY) else _impl(like)
@@ -487,14 +486,3 @@ def weakened(array: Any) -> Any:
     if weak.dtype != array.dtype or not weak.weak_type:
         return array  # no number of Python's has this type
     return weak.at[...].set(array)
-
-
-def _aligned(size_bytes: int) -> np.ndarray[Any, Any]:
-    memory = np.empty(size_bytes + _ALIGN_BYTES, np.uint8)
-    start = -address_of(memory) % _ALIGN_BYTES
-    return memory[start : start + size_bytes]
-
-
-def address_of(array: np.ndarray[Any, Any]) -> int:
-    """Where an array's memory starts; 0 for an empty one."""
-    return int(array.__array_interface__["data"][0]) if array.nbytes else 0

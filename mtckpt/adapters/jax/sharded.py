@@ -7,7 +7,8 @@ every device holds whole is no sharded one: it is stored and restored as one pie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,10 +119,13 @@ def _processes(
     return holders, tuple(sorted(set().union(*found.values())))
 
 
+@functools.lru_cache(maxsize=1024)
 def _boxes(
     sharding: Sharding, shape: tuple[int, ...], stored: tuple[int, ...], *, every: bool = False
-) -> dict[Any, _Box]:
+) -> Mapping[Any, _Box]:
     """Device -> offsets and shape of its box, for this process's devices or for all.
+
+    Many arrays have one shape and sharding.
 
     ``stored`` has the axes of a key's numbers too.
     """
