@@ -31,6 +31,8 @@ def test_a_block_stays_as_long_as_one_of_its_arrays() -> None:
     block = weakref.ref(first.base.obj.block)
     del first, second
     gc.collect()
+    assert pages._worker is not None
+    pages._worker.join()  # it holds the one that it is at
     assert block() is None
     third[:] = 7
     view = third[5:10]
