@@ -23,9 +23,8 @@ __all__ = ["fresh"]
 _BLOCK_BYTES = 32 << 20
 _ALIGN_BYTES = 64  # a line of the processor's caches
 _HUGE_BYTES = 2 << 20
-# As many small pages take so long. Asked for at a time: while the kernel works, others may not map.
-_SMALL_S = 0.0007
-_TRIES = 3
+_SMALL_S = 0.0007  # what as many small pages take
+_TRIES = 3  # blocks whose first page may take longer
 
 
 class _Block:
@@ -47,18 +46,20 @@ class _Block:
         return memoryview(found).cast("B")
 
     def populate(self) -> None:
-        """Have pages for all that was handed out."""
+        """Have pages for all that was handed out, huge ones if the first is had quickly."""
         global _huge_left
-        for address in range(self._first, self._next, _HUGE_BYTES):
-            if address == self._first and _huge_left > 0:
-                prefer_huge(self._first, self._end - self._first)
-                started_s = time.perf_counter()
-                populate(address, _HUGE_BYTES)
-                if time.perf_counter() - started_s > _SMALL_S:
-                    _huge_left -= 1
-                    prefer_huge(self._first, self._end - self._first, huge=False)
-            else:
-                populate(address, min(_HUGE_BYTES, self._next - address))
+        begin = self._first
+        if _huge_left > 0:
+            prefer_huge(begin, self._end - begin)
+            started_s = time.perf_counter()
+            populate(begin, _HUGE_BYTES)
+            if time.perf_counter() - started_s > _SMALL_S:
+                _huge_left -= 1
+                prefer_huge(begin, self._end - begin, huge=False)
+            begin += _HUGE_BYTES
+        # Few calls: after each of them this thread waits until others let go of the interpreter.
+        for address in range(begin, self._next, _BLOCK_BYTES):
+            populate(address, min(_BLOCK_BYTES, self._next - address))
 
 
 _own = threading.local()  # each thread's last block, for as long as somebody uses it
