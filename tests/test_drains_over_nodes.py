@@ -37,9 +37,9 @@ def cluster(tmp_path: Path) -> Iterator[Make]:
         each.close()
 
 
-def drained(node: Node) -> drains.Drained:
-    with AgentClient(str(node.places.runtime / protocol.SOCKET_NAME), 40.0) as client:
-        return client.call("/v1/drain", drains.Drain(30.0), drains.Drained)
+def drained(node: Node, timeout_s: float = 30.0) -> drains.Drained:
+    with AgentClient(str(node.places.runtime / protocol.SOCKET_NAME), timeout_s + 10) as client:
+        return client.call("/v1/drain", drains.Drain(timeout_s), drains.Drained)
 
 
 def stays(node: Node) -> None:
@@ -187,3 +187,20 @@ def test_a_node_that_stays_after_all_takes_saves_again(cluster: Make) -> None:
         rank.kill()
     job.start(every=1000)
     assert [found for found, *_ in job.all("restore")] == [step] * 2
+
+
+def test_a_step_that_becomes_whole_once_the_node_is_gone_was_brought_away_too(
+    cluster: Make,
+) -> None:
+    """The node has told of its part, and has not heard whether the others have theirs."""
+    job = cluster(3)
+    job.saved()
+    step = job.begin(ranks=[1, 2])
+    told = drained(job.nodes[1], 4.0)
+    assert told.safe, told
+    job.nodes[1].lose()
+    assert job.all("save", step, ranks=[0]) == [""]
+    assert all("staged" in reached for reached in job.all("wait", step, "staged", ranks=[0, 2]))
+    replaced(job, 1)
+    job.start(every=1000)
+    assert [found for found, *_ in job.all("restore")] == [step] * 3

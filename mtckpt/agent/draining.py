@@ -101,6 +101,7 @@ class Drainer:
             for work in (handover.of_guests(), handover.of_copied())
         ]
         wanted: set[str] = set()
+        doubted: set[str] = set()
         while run.draining:
             newest = _newest(run)
             if newest is not None and str(newest.name) not in wanted:
@@ -110,6 +111,10 @@ class Drainer:
                 newest.wanted |= {label for label, tier in run.tiers.items() if tier.is_store}
                 run.touch(newest)
                 handing.append(self._start(handover.of_own(newest), deadline_s, handover))
+            for save in handover.in_doubt():
+                if str(save.name) not in doubted:
+                    doubted.add(str(save.name))
+                    handing.append(self._start(handover.of_own(save), deadline_s, handover))
             coming = run.settling or run.sealing.locked() or self._coming(run)
             if not (coming or self._owed(run, handover)) or time.monotonic() >= deadline_s:
                 break
@@ -190,6 +195,17 @@ class _Handover:
         else:
             self.untaken[str(save.name)] = why
 
+    def in_doubt(self) -> list[SaveState]:
+        """Saves of which this node's ranks all have their parts, and of which it has not heard yet
+        whether the others do."""
+        run = self._run
+        own = run.layout.own if run.layout is not None else set()
+        return [
+            save
+            for save in run.open_saves(run.incarnation)
+            if own and own <= save.ranks.get(RAM, set())
+        ]
+
     async def of_copied(self) -> None:
         """This node's parts of the newest step that is on other nodes whole, likewise: what came
         after it may have been lost with a node that is gone, and with it the copies of these."""
@@ -266,7 +282,13 @@ class _Handover:
 
     def told(self) -> drains.DrainedRun:
         """Where the newest step is, and whether the loss of this node takes something along."""
-        run, problems = self._run, self.problems
+        run = self._run
+        problems = self.problems + [
+            f"step {each.name.step}: its other nodes have not said whether it is whole, and none of"
+            f" them took this node's parts: {self.untaken.get(str(each.name), 'not in time')}"
+            for each in self.in_doubt()
+            if str(each.name) not in self.holders
+        ]
         save = _newest(run)
         if save is None:
             detail = "nothing that is whole is in memory here"
