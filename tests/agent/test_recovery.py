@@ -269,6 +269,7 @@ def test_trainer_and_agent_die_together(finished: bool, trainers: Trainers, tmp_
     pid = agent_pid()
     os.kill(pid, signal.SIGKILL)
     first.kill()
+    until(lambda: not Path(f"/proc/{pid}").exists())  # while it ends it may take connections
     second = trainers(tiers=[disk(tmp_path / "d")])
     opened = second.do("open")
     assert len(opened["finished"]) == finished
