@@ -140,7 +140,7 @@ BUGS = (
         "agent/guests.py",
         "for save in [s for s in run.outlived() if s.guests]:",
         "for save in [s for s in run.saves.values() if s.guests]:",
-        64,
+        3,
         partners=True,
     ),
 )
