@@ -173,6 +173,7 @@ def test_memory_that_holds_what_a_node_gave_away_before_it_went_is_kept(
     for label in ("disk", "store"):
         ref = work.TierRef(label, "/nowhere", label=label)
         run.tiers[label] = TierState(label, TierConfig(label, label, "/nowhere"), ref)
+        run.tiers[label].scanned = True
     newest = run.saves[str(NEW)]
     for label in ("disk", "store") if stored else ("disk",):
         newest.ranks[label] = {0}
