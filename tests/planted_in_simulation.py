@@ -91,7 +91,7 @@ BUGS = (
         "agent/verbs.py",
         "        await self._registry.agreement.begun(run, message.number, message.parent)\n",
         "",
-        7,
+        26,
     ),
     SimulatedBug(
         "slots-given-by-an-earlier-agent-never-settled",
@@ -140,7 +140,7 @@ BUGS = (
         "agent/guests.py",
         "for save in [s for s in run.outlived() if s.guests]:",
         "for save in [s for s in run.saves.values() if s.guests]:",
-        64,
+        122,
         partners=True,
     ),
 )

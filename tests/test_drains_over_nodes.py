@@ -196,7 +196,7 @@ def test_a_step_that_becomes_whole_once_the_node_is_gone_was_brought_away_too(
     job = cluster(3)
     job.saved()
     step = job.begin(ranks=[1, 2])
-    told = drained(job.nodes[1], 4.0)
+    told = drained(job.nodes[1], 10.0)
     assert told.safe, told
     job.nodes[1].lose()
     assert job.all("save", step, ranks=[0]) == [""]

@@ -231,7 +231,12 @@ class Copies:
             raise  # what is here, as far as the partner can tell: it is healed before it goes again
         except NodeDraining as error:
             run.note_leaving(number, True)
-            raise TierUnavailable(error.what, tier="peers", step=save.name.step) from error
+            raise TierUnavailable(
+                error.what,
+                tier="peers",
+                step=save.name.step,
+                has_own=bool(error.details.get("has_own")),
+            ) from error
         except (AgentUnavailable, AccessDenied, FormatError) as error:
             # Its next agent, or the next start of the job there, may know more.
             raise TierUnavailable(error.what, tier="peers", step=save.name.step) from error

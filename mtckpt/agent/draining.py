@@ -114,7 +114,7 @@ class Drainer:
             for save in handover.in_doubt():
                 if str(save.name) not in doubted:
                     doubted.add(str(save.name))
-                    handing.append(self._start(handover.of_own(save), deadline_s, handover))
+                    handing.append(self._start(handover.of_doubted(save), deadline_s, handover))
             coming = run.settling or run.sealing.locked() or self._coming(run)
             if not (coming or self._owed(run, handover)) or time.monotonic() >= deadline_s:
                 break
@@ -176,6 +176,7 @@ class _Handover:
         self.problems: list[str] = []
         self.holders: dict[str, int] = {}
         self.untaken: dict[str, str] = {}
+        self.brought: set[str] = set()
 
     def staying(self) -> list[int]:
         """The other nodes that are not to go as well, those first that placement would choose."""
@@ -196,15 +197,29 @@ class _Handover:
             self.untaken[str(save.name)] = why
 
     def in_doubt(self) -> list[SaveState]:
-        """Saves of which this node's ranks all have their parts, and of which it has not heard yet
-        whether the others do."""
-        run = self._run
-        own = run.layout.own if run.layout is not None else set()
+        """Saves of which this node has its parts, newer than the newest that is whole as far as it
+        knows: the others have not said so yet, or were asked by an earlier start of the job."""
+        run, newest = self._run, self._run.newest_staged()
+        own, line = run.layout.own if run.layout is not None else None, run.line()
+
+        def may_be_whole(save: SaveState) -> bool:
+            here = save.ranks.get(RAM)
+            if not here or save.called_off or save.remains or save.is_complete(RAM):
+                return False
+            finished = save.name.incarnation < run.incarnation or (own is not None and own <= here)
+            return "staged" in save.stages or (save.is_open and finished)
+
         return [
             save
-            for save in run.open_saves(run.incarnation)
-            if own and own <= save.ranks.get(RAM, set())
+            for save in run.saves.values()
+            if may_be_whole(save) and (newest is None or save.worth(line) > newest.worth(line))
         ]
+
+    async def of_doubted(self, save: SaveState) -> None:
+        """This node's parts of one of them: to another node, else to the tiers."""
+        await self.of_own(save)
+        if str(save.name) not in self.holders and await self._bring(save, save.ranks[RAM]):
+            self.brought.add(str(save.name))
 
     async def of_copied(self) -> None:
         """This node's parts of the newest step that is on other nodes whole, likewise: what came
@@ -214,6 +229,8 @@ class _Handover:
         for save in [s for s in run.saves.values() if s.is_replicated and s not in outlived]:
             if save is not run.newest_staged():
                 await self.of_own(save)
+                if str(save.name) not in self.holders:
+                    await self._bring(save, save.ranks.get(RAM, set()))
 
     async def of_guests(self) -> None:
         """What is held here for other nodes: to its owner, where that lacks it, else to any; where
@@ -230,42 +247,42 @@ class _Handover:
                 await self._of_guest(save, ranks, owner)
 
     async def _of_guest(self, save: SaveState, ranks: list[int], owner: int | None) -> None:
-        staying = self.staying()
-        first = [owner] if owner in staying else []
+        layout, staying = self._run.layout, self.staying()
+        # Where that goes as well, it says whether it has them: then it brings them away itself.
+        first = [] if layout is None or owner in (None, layout.here) else [owner]
         giving = asyncio.ensure_future(self._give(save, ranks, [*first, *staying]))
         try:
             await asyncio.wait([giving], timeout=_PATIENCE_S)
             if giving.done() and giving.result()[0] is not None:
                 return
-            brought = await self._bring(save)
+            brought = await self._bring(save, save.ranks.get(RAM, set()) | {*ranks})
             number, why = await giving
             if number is None and not brought:
                 self._note(save, ranks, why)
         finally:
             giving.cancel()
 
-    async def _bring(self, save: SaveState) -> bool:
+    async def _bring(self, save: SaveState, ranks: set[int]) -> bool:
         """To all disks and stores; whether a store has it then."""
         brought = False
         for tier in self._run.tiers.values():
             if tier.is_peers:
                 continue
             try:
-                done = await self._flusher.bring(self._run, tier, save)
+                done = await self._flusher.bring(self._run, tier, save, ranks)
             except CheckpointError as error:
-                ranks = sorted(save.guests)
-                self._note(save, ranks, f"{tier.label}: {describe_failure(error)}")
+                self._note(save, sorted(ranks), f"{tier.label}: {describe_failure(error)}")
             else:
                 brought |= done and tier.is_store
         return brought
 
-    def _note(self, save: SaveState, ranks: list[int], why: str) -> None:
+    def _note(self, save: SaveState, ranks: Iterable[int], why: str) -> None:
         self.problems.append(f"step {save.name.step} of ranks {ranges(ranks)}: {why}")
 
     async def _give(
         self, save: SaveState, ranks: list[int], numbers: Iterable[int]
     ) -> tuple[int | None, str]:
-        """To the first node that takes it: which one did, or why none."""
+        """To the first node that takes it, or has it as its own: which one, or why none."""
         why = "no other node stays"
         left = list(dict.fromkeys(numbers))
         for call_s in _CALLS_S:
@@ -273,6 +290,8 @@ class _Handover:
                 try:
                     await self._copies.hand_over(self._run, save, ranks, number, call_s)
                 except CheckpointError as error:
+                    if error.details.get("has_own"):
+                        return number, ""  # it is theirs, and they bring it away
                     why = describe_failure(error)
                     if not isinstance(error, TierUnavailable):
                         left.remove(number)
@@ -283,11 +302,11 @@ class _Handover:
     def told(self) -> drains.DrainedRun:
         """Where the newest step is, and whether the loss of this node takes something along."""
         run = self._run
+        untaken = "its other nodes have not said whether it is whole, and none took these parts"
         problems = self.problems + [
-            f"step {each.name.step}: its other nodes have not said whether it is whole, and none of"
-            f" them took this node's parts: {self.untaken.get(str(each.name), 'not in time')}"
+            f"step {each.name.step}: {untaken}: {self.untaken.get(str(each.name), 'none stays')}"
             for each in self.in_doubt()
-            if str(each.name) not in self.holders
+            if str(each.name) not in self.holders.keys() | self.brought
         ]
         save = _newest(run)
         if save is None:

@@ -22,7 +22,7 @@ from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.errors import CheckpointError, CommitConflict, Damaged, TierUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from mtckpt.agent.copies import Copies
     from mtckpt.agent.healing import Healer
@@ -215,16 +215,18 @@ class Flusher:
             save.superseded.discard(tier.label)
             run.touch(save)
 
-    async def bring(self, run: RunState, tier: TierState, save: SaveState) -> bool:
-        """All that is here of a save, the copies for other nodes too: nobody else may have them.
-        True if the tier has all of it now. Raises what the tier says."""
+    async def bring(
+        self, run: RunState, tier: TierState, save: SaveState, ranks: Collection[int]
+    ) -> bool:
+        """These parts of a save that are here, of others' the copies: nobody else has them, nor
+        brings them. True if the tier has all of it now. Raises what the tier says."""
         async with run.lock(save, tier.label):
             scanned = await self._tools.call(work.Scan(tier.ref, run.key), work.Scanned)
             saves = [entry for found in scanned.runs for entry in found.saves]
             # What others have brought is as it was captured: a copy may leave something out.
             there = {rank for each in saves if each.save == str(save.name) for rank in each.ranks}
             there |= save.ranks.setdefault(tier.label, set())
-            here = save.guests | save.ranks.get(RAM, set())
+            here = (save.guests | save.ranks.get(RAM, set())).intersection(ranks)
             with run.reading(save):
                 await self._copy_ranks(run, tier, save, run.ram, sorted(here - there))
             save.ranks[tier.label] |= there

@@ -48,6 +48,7 @@ class Freer:
             if not tier.is_peers  # that is memory as well: it may be freed at the same time
         )
         safe = safe and not any(s.is_open and s.ranks.get(RAM) for s in run.saves.values())  # doubt
+        safe = safe and not _holds_for_others(run)
         in_ram = any(RAM in save.ranks or save.guests for save in run.saves.values())
         left_s = owners.uptime_s() - run.left_s
         if left_s > self._tools.limits.ram_ttl_s:
@@ -102,6 +103,22 @@ class Freer:
             known = run.begun[number]
             key, data = _inventory.incarnation_key(run.key, known), _manifest.encode_sealed(known)
             await self._tools.call(work.PutSmall(run.ram, key, data), work.Stored)
+
+
+def _holds_for_others(run: RunState) -> bool:
+    """Whether there are copies here that a node gave away because it goes: what that had on a disk
+    goes with it. In a store they are safe."""
+    layout = run.layout
+    if layout is None:
+        return False
+    gone = {rank for number in run.leaving for rank in layout.nodes[number].ranks}
+    outlived = run.outlived()
+    return any(
+        save.guests & gone
+        and save not in outlived
+        and not any(tier.is_store and save.is_complete(label) for label, tier in run.tiers.items())
+        for save in run.saves.values()
+    )
 
 
 def is_busy(run: RunState) -> bool:

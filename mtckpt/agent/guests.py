@@ -121,7 +121,8 @@ class Guests:
 
     async def offered(self, run: RunState, offer: Offer) -> Taken:
         """How far the copy is; the first who asks sets it going. Raises what it ended with, and
-        NodeDraining where copies are given away and not taken."""
+        NodeDraining where copies are given away and not taken: ``has_own`` of it says whether they
+        are copies of what this node has as its own, and brings away."""
         name, ranks = SaveName.parse(offer.save), sorted(set(offer.ranks))
         layout = run.layout
         if layout is None or not 0 <= offer.node < len(layout.nodes) or offer.node == layout.here:
@@ -130,7 +131,9 @@ class Guests:
             raise FormatError("not an offer of shards", state="nothing was pulled")
         run.note_leaving(offer.node, offer.leaving)
         if run.draining:
-            raise NodeDraining(run.draining, state="nothing was pulled")
+            save = run.saves.get(offer.save)
+            has_own = save is not None and save.ranks.get(RAM, set()) >= {*ranks}
+            raise NodeDraining(run.draining, state="nothing was pulled", has_own=has_own)
         await self._follow(run, offer.node, offer.address)
         key = _key_of(run, offer)
         pull = self._under_way.get(key)

@@ -214,7 +214,8 @@ class SaveState:
     @property
     def is_open(self) -> bool:
         """Whether parts of it are in RAM, on some node, and others may still come."""
-        return self.in_part(RAM) and not (self.called_off or self.stages or self.remains)
+        was_whole = self.stages or self.chosen
+        return self.in_part(RAM) and not (self.called_off or was_whole or self.remains)
 
     def lacks(self, rank: int) -> bool:
         """Whether its part is not in RAM, as far as is known here."""

@@ -143,6 +143,9 @@ class Drama:
         draw = self.world.random
         self.num_nodes = draw.choice((1, 2, 2, 3))
         self.per_node = draw.choice((1, 1, 2))
+        copies = draw.choice((0, 1, 1, 1)) if partners else 0
+        if partners and draw.random() < 0.15:
+            self.num_nodes, copies = 4, 2
         self.settings = Settings(
             has_disk=draw.random() < 0.8,
             has_store=draw.random() < 0.35,
@@ -150,7 +153,7 @@ class Drama:
             disk_every=draw.choice((1, 1, 2)),
             store_every=draw.choice((1, 2, 3)),
             keep=draw.choice((2, 3)),
-            copies=draw.choice((0, 1, 1, 1)) if partners else 0,
+            copies=copies,
         )
         self.rough = draw.random() < 0.7
         self.faults = Faults(self.world, self.oracles, partners=partners)

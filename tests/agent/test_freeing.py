@@ -11,11 +11,12 @@ from typing import Any, cast
 import pytest
 
 from mtckpt._events import EventStream
+from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import SaveName
 from mtckpt.agent import work
 from mtckpt.agent.freeing import Freer
-from mtckpt.agent.nodes import News
-from mtckpt.agent.protocol import TierConfig
+from mtckpt.agent.nodes import News, layout_of
+from mtckpt.agent.protocol import Join, NodeOfRun, TierConfig
 from mtckpt.agent.queue import Limits, SlotState
 from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RunState
@@ -153,3 +154,35 @@ def test_nobody_waits_for_a_tier_to_get_what_is_gone() -> None:
     asyncio.run(freer_of(run, work.Scanned([work.RunScan("r", [there])])).look_again(run))
     assert old.superseded == {"disk"}
     assert new.owed == {"disk"}
+
+
+@pytest.mark.parametrize(
+    ("leaving", "stored", "freed"), [(set(), False, True), ({1}, False, False), ({1}, True, True)]
+)
+def test_memory_that_holds_what_a_node_gave_away_before_it_went_is_kept(
+    leaving: set[int], stored: bool, freed: bool
+) -> None:
+    """The disk of that node had its part, and so all nodes had the newest step on theirs."""
+    run = a_run()
+    nodes = [NodeOfRun(PeerAddress(f"10.0.0.{n}", 1, 2), [n]) for n in range(2)]
+    run.layout, run.leaving, run.closing = (
+        layout_of(Join("h", "00" * 32, 2, nodes), 0),
+        leaving,
+        True,
+    )
+    for label in ("disk", "store"):
+        ref = work.TierRef(label, "/nowhere", label=label)
+        run.tiers[label] = TierState(label, TierConfig(label, label, "/nowhere"), ref)
+        run.tiers[label].scanned = True
+    newest = run.saves[str(NEW)]
+    for label in ("disk", "store") if stored else ("disk",):
+        newest.ranks[label] = {0}
+        newest.told[1] = News(str(NEW), str(NEW), world_size=2, whole=["ram", "disk", "store"])
+    freer = freer_of(run, work.Scanned([]))
+    freer._links = cast(Any, SimpleNamespace(is_behind=lambda _: False))
+    if freed:
+        with pytest.raises(TierUnavailable):  # it was begun
+            asyncio.run(freer.let_go(run))
+    else:
+        asyncio.run(freer.let_go(run))
+        assert newest.guests == {1}

@@ -14,13 +14,13 @@ from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import save_name
 from mtckpt.agent import work
 from mtckpt.agent.guests import Guests, Offer, Taken
-from mtckpt.agent.nodes import layout_of
+from mtckpt.agent.nodes import News, layout_of
 from mtckpt.agent.protocol import Join, NodeOfRun
 from mtckpt.agent.queue import Limits
 from mtckpt.agent.runs import RunState
-from mtckpt.agent.saves import RAM
+from mtckpt.agent.saves import RAM, SaveState
 from mtckpt.agent.tools import Tools
-from mtckpt.errors import AgentUnavailable, TierUnavailable
+from mtckpt.errors import AgentUnavailable, NodeDraining, TierUnavailable
 
 ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
 ADDRESSES = [PeerAddress(f"10.0.0.{n}", 1, 2, name="ab"[n]) for n in range(2)]
@@ -110,3 +110,27 @@ def test_what_was_offered_before_does_not_stand_for_what_is_offered_now() -> Non
 
     asyncio.run(more_ranks())
     asyncio.run(another_start())
+
+
+@pytest.mark.parametrize(("ranks", "has_own"), [([0], True), ([1], False), ([0, 1], False)])
+def test_a_node_that_goes_says_whether_what_it_is_offered_is_its_own(
+    ranks: list[int], has_own: bool
+) -> None:
+    """Then it brings it away itself: two that brought one part to a store might mix their files."""
+    scene = Scene()
+    save = scene.run.saves[scene.offer.save] = SaveState(save_name(1, 1, ID), ID, world_size=3)
+    save.ranks[RAM] = {0}
+    scene.run.draining = "the node goes"
+    offer = msgspec.structs.replace(scene.offer, ranks=ranks)
+    with pytest.raises(NodeDraining) as caught:
+        asyncio.run(scene.guests.offered(scene.run, offer))
+    assert caught.value.details["has_own"] is has_own
+
+
+def test_what_a_job_was_restored_from_is_not_still_to_come() -> None:
+    """On a node that has nothing of it, while another one still has a part."""
+    save = SaveState(save_name(1, 1, ID), ID, world_size=3)
+    save.told[1] = News(str(save.name), ID, parts={RAM: [1, 2]})
+    assert save.is_open
+    save.chosen = True
+    assert not save.is_open
