@@ -6,6 +6,7 @@ trees or arrays.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,3 +58,19 @@ def codec_named(name: str, path: str) -> Codec:
             state="live state unchanged",
             actions=("call mtckpt.register_codec with that name before restore",),
         ) from None
+
+
+def _file_with(state: tuple[bytes, int]) -> io.BytesIO:
+    data, position = state
+    file = io.BytesIO(data)
+    file.seek(position)
+    return file
+
+
+# What state_dict() of many a trainer holds: something that was pickled into memory.
+register_codec(
+    io.BytesIO,
+    name="io.BytesIO",
+    encode=lambda file: (file.getvalue(), file.tell()),
+    decode=_file_with,
+)
