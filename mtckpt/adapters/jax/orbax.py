@@ -91,15 +91,23 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
             tier below memory has it: memory keeps the newest steps only, and where a step is not
             waited for, a newer one may take its place on the way down.
         timeout_s: how long it waits at most.
+
+    Raises UsageError without a checkpointer.
     """
 
     def __init__(
         self,
-        checkpointer: Checkpointer,
+        checkpointer: Checkpointer | None = None,
         *,
         stage: Stage | None = None,
         timeout_s: float = 600.0,
     ) -> None:
+        if checkpointer is None:  # a manager made it, by the name of its class in the directory
+            raise UsageError(
+                "the step was saved through mtckpt, and the manager was not told where to find it",
+                state="nothing was done",
+                actions=("give the manager handler_registry=registry(checkpointer)",),
+            )
         super().__init__()
         self._checkpointer = checkpointer
         self._stage: Stage | None = stage
