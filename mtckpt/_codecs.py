@@ -6,6 +6,7 @@ trees or arrays.
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,4 +74,23 @@ register_codec(
     name=DEQUE,
     encode=lambda items: {"maxlen": items.maxlen, "items": list(items)},
     decode=_as_deque,
+)
+
+
+def _file_with(state: Any) -> io.BytesIO:
+    try:
+        data, position = state
+        file = io.BytesIO(data)
+        file.seek(position)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FormatError(f"what is called a file in memory is none: {error}") from error
+    return file
+
+
+# What state_dict() of many a trainer holds: something that was pickled into memory.
+register_codec(
+    io.BytesIO,
+    name="io.BytesIO",
+    encode=lambda file: (file.getvalue(), file.tell()),
+    decode=_file_with,
 )

@@ -86,6 +86,7 @@ def _reader_of(source: Path, unpickle: bool) -> Any:
 
     dcp = converter("dcp_files")
     if not dcp.is_checkpoint(source):
+        _refuse(source)
         return converter("orbax_files")
     if not unpickle:
         raise UsageError(
@@ -94,6 +95,21 @@ def _reader_of(source: Path, unpickle: bool) -> Any:
             actions=("add --unpickle: it is read in a process that can call nothing",),
         )
     return dcp
+
+
+def _refuse(source: Path) -> None:
+    """Raise UsageError for what PyTorch writes and the import does not read."""
+    names = [path.name for path in source.iterdir()] if source.is_dir() else []
+    for suffix, what in (
+        (".metadata", "has metadata of each rank: use_collectives=False wrote it"),
+        (".safetensors", "is made of safetensors files, as HuggingFaceStorageWriter writes them"),
+    ):
+        if any(name.endswith(suffix) for name in names):
+            raise UsageError(
+                f"{source} {what}, which is not imported",
+                state="nothing was read",
+                actions=("load it with dcp.load, and save the state with Checkpointer.save",),
+            )
 
 
 def _chosen(

@@ -133,6 +133,18 @@ def test_pickles_are_read_only_when_that_was_said(written: Path, tmp_path: Path)
     assert not (tmp_path / "ck").exists()
 
 
+def test_what_pytorch_writes_without_metadata_of_the_whole_is_named(tmp_path: Path) -> None:
+    for name, text in (
+        ("__0.metadata", "use_collectives=False"),
+        ("model-00001-of-00001.safetensors", "HuggingFaceStorageWriter"),
+    ):
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / name).write_bytes(b"x")
+        done = invoke("import", tmp_path / "in", tmp_path / "ck", "--run=r", "--unpickle")
+        assert (done.exit_code, text in done.output) == (2, True)
+        shutil.rmtree(tmp_path / "in")
+
+
 def test_an_array_comes_in_bands(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dcp_files, "BAND_BYTES", 100)
     item = dcp_files.read_step(written)

@@ -111,6 +111,11 @@ def test_what_cannot_be_saved_or_restored_is_said(tmp_path: Path) -> None:
         ]:
             with pytest.raises(UsageError, match=text):
                 manager.restore(2, args=odd)
+    with (
+        ocp.CheckpointManager(tmp_path / "orbax") as plain,
+        pytest.raises(UsageError, match="not told where to find it"),
+    ):
+        plain.restore(2)
     with open_run(tmp_path, "another") as checkpointer:
         handler = Handler(checkpointer)
         with pytest.raises(UsageError, match="saved into the run 'r'"):

@@ -248,6 +248,19 @@ class Failing(DefaultSavePlanner):
         raise RuntimeError("no plan")
 
 
+def test_a_file_in_memory_comes_back_where_it_was(checkpointer: mtckpt.Checkpointer) -> None:
+    """States of trainers have them: what ``torch.save`` wrote into one."""
+    file = io.BytesIO()
+    torch.save([0.5, 0.25], file)
+    dcp.save({"train": {"losses": file}}, storage_writer=Writer(checkpointer, 1))
+    target: dict[str, Any] = {"train": {"losses": io.BytesIO()}}
+    dcp.load(target, storage_reader=Reader(checkpointer, 1))
+    found = target["train"]["losses"]
+    assert found.tell() == file.tell() > 0
+    found.seek(0)
+    assert torch.load(found) == [0.5, 0.25]
+
+
 def test_a_try_that_failed_is_not_taken_for_the_next(checkpointer: mtckpt.Checkpointer) -> None:
     state = {"w": torch.ones(2)}
     writer = Writer(checkpointer, 1)
@@ -309,7 +322,7 @@ def test_what_would_be_pickled_is_refused(checkpointer: mtckpt.Checkpointer) -> 
         ({"a": {1: Odd(1)}}, "a.1"),
         ({"a": (1, Odd(1))}, "a"),
         ({"deep": {"model": torch.nn.Linear(1, 1)}}, "deep.model"),
-        ({"io": io.BytesIO(b"x")}, "io"),
+        ({"set": {1}}, "set"),
     ]
     for value, path in refused:
         with pytest.raises(UnsupportedState) as caught:

@@ -24,6 +24,7 @@ from mtckpt.errors import CheckpointError, FormatError, SaveFailed, StageNotPlan
 if TYPE_CHECKING:
     from mtckpt import Checkpointer
     from mtckpt._handle import Save, Stage
+    from mtckpt._manifest import Record
 
 __all__ = ["Handler", "registry"]
 
@@ -37,15 +38,16 @@ _TEMPORARY = r"\.orbax-checkpoint-tmp.*"
 class _Items:
     """The pytrees of one step, which are one save of mtckpt's."""
 
+    step: int
     trees: dict[str, Any] = field(default_factory=dict)
     save: Save | None = None
     error: Exception | None = None
 
-    def saved(self, checkpointer: Checkpointer, step: int) -> Save:
+    def saved(self, checkpointer: Checkpointer) -> Save:
         """The save of all of them, made by whoever asks first; what it raised, everybody gets."""
         if self.save is None and self.error is None:
             try:
-                self.save = checkpointer.save(step, self.trees, tiers="all")
+                self.save = checkpointer.save(self.step, self.trees, tiers="all")
             except CheckpointError as error:
                 self.error = error
             self.trees = {}
@@ -89,20 +91,29 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
             tier below memory has it: memory keeps the newest steps only, and where a step is not
             waited for, a newer one may take its place on the way down.
         timeout_s: how long it waits at most.
+
+    Raises UsageError without a checkpointer.
     """
 
     def __init__(
         self,
-        checkpointer: Checkpointer,
+        checkpointer: Checkpointer | None = None,
         *,
         stage: Stage | None = None,
         timeout_s: float = 600.0,
     ) -> None:
+        if checkpointer is None:  # a manager made it, by the name of its class in the directory
+            raise UsageError(
+                "the step was saved through mtckpt, and the manager was not told where to find it",
+                state="nothing was done",
+                actions=("give the manager handler_registry=registry(checkpointer)",),
+            )
         super().__init__()
         self._checkpointer = checkpointer
         self._stage: Stage | None = stage
         self._timeout_s = timeout_s
         self._items: dict[Any, _Items] = {}
+        self._highest: int | None = None  # of the run, once a directory's name had no step
 
     async def async_save(
         self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None
@@ -112,7 +123,10 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         Raises what ``Checkpointer.save`` does, and UsageError for ``save_args`` that change values.
         """
         step, item_name = _place_of(directory)
-        items = self._items.setdefault(directory.parent, _Items())
+        key = directory.parent, step
+        items = self._items.get(key)
+        if items is None:
+            items = self._items[key] = _Items(self._next_step() if step is None else step)
         args = args or ocp.args.PyTreeSave(item, save_args)
         custom = getattr(args, "custom_metadata", None)
         placed = orbax_metadata.placements(args.item)
@@ -122,13 +136,26 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
             items.error = error
         items.trees[item_name] = args.item
         await asyncio.sleep(0)  # Orbax starts all items of a step before it goes on with the first
-        self._items.pop(directory.parent, None)
-        save = items.saved(self._checkpointer, step)
+        self._items.pop(key, None)
+        if self._highest is not None:
+            self._highest = max(self._highest, items.step)
+        save = items.saved(self._checkpointer)
         # The directory is made meanwhile: Orbax runs what is left once it is there.
-        left = self._commit(save, directory, custom, placed)
+        left = self._commit(save, directory, item_name, custom, placed)
         return [ocp.future.CommitFutureAwaitingContractedSignals(left, name="mtckpt")]
 
-    async def _commit(self, save: Save, directory: Any, custom: Any, placed: list[Any]) -> None:
+    def _next_step(self) -> int:
+        """One more than any of the run. All processes ask for it, for the same directory."""
+        if self._highest is None:
+            link = self._checkpointer._link
+            link.enter()
+            here = max((each.step for each in self._checkpointer.steps()), default=0)
+            self._highest = max(link.exchange("orbax steps", here))
+        return self._highest + 1
+
+    async def _commit(
+        self, save: Save, directory: Any, item_name: str, custom: Any, placed: list[Any]
+    ) -> None:
         """Wait until the save is where it has to be, then point to it.
 
         Raises SaveFailed or WaitTimeout; Orbax then lists no such step, and raises it.
@@ -150,7 +177,7 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
             "run": self._checkpointer.run,
             "step": save.step,
             "id": save.id,
-            "item": _place_of(directory)[1],
+            "item": item_name,
             "custom": custom,
         }
         orbax_metadata.write_placements(placed, directory)
@@ -164,14 +191,18 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         is ``partial``. Raises what ``Checkpointer.restore`` does, and FormatError for a directory
         that points nowhere.
         """
-        wanted = orbax_arguments.wanted_of(args or ocp.args.PyTreeRestore(item))
         pointer = self._pointer(directory)
+        args = args or ocp.args.PyTreeRestore(item)
+        wanted = orbax_arguments.wanted_of(args, lambda: self.metadata(directory).tree)
+        template = wanted.template
+        if template is None and orbax_metadata.is_divided(directory):
+            template = orbax_metadata.placed(self._record(pointer), pointer["item"], directory)
         item_name = pointer["item"]
-        state = {item_name: wanted.template}
+        state = {item_name: template}
         restored = self._checkpointer.restore(
             state, step=pointer["step"], partial=wanted.is_partial
         )
-        return restored.state[item_name]
+        return wanted.finished(restored.state[item_name])
 
     def finalize(self, directory: Any) -> None:
         """Nothing: Orbax's own handler would look for arrays there."""
@@ -183,9 +214,13 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         Raises what ``restore`` does. No array is read.
         """
         pointer = self._pointer(directory)
+        item, custom = pointer["item"], pointer.get("custom")
+        return orbax_metadata.of_record(self._record(pointer), item, directory, custom)
+
+    def _record(self, pointer: dict[str, Any]) -> Record:
+        """What one process told of the save; all processes ask for it."""
         records = self._checkpointer._records(pointer["step"])
-        record = records[min(records)]
-        return orbax_metadata.of_record(record, pointer["item"], directory, pointer.get("custom"))
+        return records[min(records)]
 
     def _pointer(self, directory: Any) -> dict[str, Any]:
         pointer = _read_pointer(directory)
@@ -208,23 +243,27 @@ class _Restore(ocp.args.PyTreeRestore):  # type: ignore[misc]  # Orbax has no ty
     """Orbax makes these arguments where a call gives none."""
 
 
-def _place_of(directory: Any) -> tuple[int, str]:
-    """The step that a directory is of, which may still be a temporary one, and the item in it.
+def _place_of(directory: Any) -> tuple[int | None, str]:
+    """The step that a directory's name says, if any, and what the item in it is called.
 
-    A manager's directory of an item is inside that of its step; a checkpointer has no items.
+    Of the two directories the one that Orbax is just making, and will rename, is that of the step:
+    a manager's has one for each item below it, a checkpointer's has none. Where none is renamed, as
+    in object stores, either can be.
     """
-    names = [re.sub(f"{_TEMPORARY}$", "", each.name) for each in (directory.parent, directory)]
-    steps = [re.fullmatch(r"(?:.+_)?(\d+)", name) for name in names]
-    above, own = (found and int(found[1]) for found in steps)
+    above, own = (re.sub(f"{_TEMPORARY}$", "", e.name) for e in (directory.parent, directory))
+    if own != directory.name and above == directory.parent.name:
+        return _step_in(own), own if _step_in(own) is None else _DEFAULT
+    steps = _step_in(above), _step_in(own)
     # Where both could be a step, the one that is a number and nothing else is: of run_7/5 and
     # 5/layer_1 it is 5.
-    if own is not None and (above is None or (names[1].isdigit() and not names[0].isdigit())):
-        return own, _DEFAULT
-    if above is not None:
-        return above, names[1]
-    raise UsageError(
-        f"no step in the name of {directory}", actions=("save through ocp.CheckpointManager",)
-    )
+    if steps[1] is not None and (steps[0] is None or (own.isdigit() and not above.isdigit())):
+        return steps[1], _DEFAULT
+    return steps[0], own
+
+
+def _step_in(name: str) -> int | None:
+    found = re.fullmatch(r"(?:.+_)?(\d+)", name)
+    return None if found is None else int(found[1])
 
 
 def _read_pointer(directory: Any) -> dict[str, Any]:

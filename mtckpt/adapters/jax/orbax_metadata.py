@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from mtckpt._manifest import ArrayEntry, Record
     from mtckpt._state import Node
 
-__all__ = ["PLACEMENT", "of_record", "placements", "template_of", "write_placements"]
+__all__ = [
+    "PLACEMENT",
+    "is_divided",
+    "of_record",
+    "placed",
+    "placed_again",
+    "placements",
+    "template_of",
+    "write_placements",
+]
 
 PLACEMENT = "mtckpt-shardings.json"
 MAX_PLACEMENT_BYTES = 64 * 1024 * 1024
@@ -83,20 +92,46 @@ def _placements_in(directory: Any) -> dict[str, Any]:
         raise FormatError(f"not the shardings of a save: {error}", path=str(path)) from error
 
 
+def is_divided(directory: Any) -> bool:
+    """True if arrays of the save were on several devices, and there are such devices."""
+    return any(placed_again(each) is not None for each in _placements_in(directory).values())
+
+
 def of_record(record: Record, item: str, directory: Any, custom: Any = None) -> Any:
     """The ``TreeMetadata`` of one item of a save. Raises Damaged where the save has no such."""
     # Orbax has no public way to make one.
     from orbax.checkpoint._src.metadata.tree import build_default_tree_metadata
 
+    tree = _told_by(_Described, record, item, directory)
+    return build_default_tree_metadata(tree, custom_metadata=custom)
+
+
+def placed(record: Record, item: str, directory: Any) -> Any:
+    """A template of one item of a save: its containers as they were, and its arrays where they
+    were; None for what was nowhere, or where there is nothing now.
+    """
+    return _told_by(_Placed, record, item, directory)
+
+
+def placed_again(sharding: Any) -> Any:
+    """What an array was divided by, where there are such devices; None where there are not, and for
+    what was on one: it may be anywhere.
+    """
+    try:
+        found = None if sharding is None else sharding.to_jax_sharding()
+    except ValueError:
+        return None
+    return found if found is not None and len(found.device_set) > 1 else None
+
+
+def _told_by(describe: type[_Described], record: Record, item: str, directory: Any) -> Any:
     entries = record.array_entries()
     plain = [_state.decode_plain(v) for v in msgspec.json.decode(record.plain, type=list[Any])]
     root = _state.node_from_json(msgspec.json.decode(record.structure), len(entries), len(plain))
     items = dict(zip(root.keys or [], root.children, strict=True))
     if item not in items:
         raise Damaged(f"the save has no item {item!r}", step=record.step)
-    placed = _placements_in(directory)
-    tree = _Described(entries, plain, directory, placed).tree(items[item], ())
-    return build_default_tree_metadata(tree, custom_metadata=custom)
+    return describe(entries, plain, directory, _placements_in(directory)).tree(items[item], ())
 
 
 class _Described:
@@ -125,7 +160,12 @@ class _Described:
         if node.kind == _state.DICT:
             pairs = zip(node.keys or [], node.children, strict=True)
             return {key: self.tree(child, (*keys, str(key))) for key, child in pairs}
-        return [self.tree(child, (*keys, str(i))) for i, child in enumerate(node.children)]
+        items = [self.tree(child, (*keys, str(i))) for i, child in enumerate(node.children)]
+        return self._sequence(items, node.kind)
+
+    def _sequence(self, items: list[Any], kind: str) -> Any:
+        del kind
+        return items
 
     def _value(self, value: Any, name: str) -> Any:
         if value is None:
@@ -148,6 +188,22 @@ class _Described:
         if entry.framework.partition(".")[0] == PLAIN:
             sharding = self._placed.get(name, self._placed.get(""))  # that of all
         return ocp.metadata.ArrayMetadata(name, self._directory, shape, sharding, dtype)
+
+
+class _Placed(_Described):
+    """Makes a template."""
+
+    def _sequence(self, items: list[Any], kind: str) -> Any:
+        return tuple(items) if kind == _state.TUPLE else items
+
+    def _value(self, value: Any, name: str) -> Any:
+        """None: whatever it was."""
+
+    def _array(self, entry: ArrayEntry, name: str) -> Any:
+        made = super()._array(entry, name)
+        sharding = placed_again(made.sharding)
+        make: Any = jax.ShapeDtypeStruct
+        return None if sharding is None else make(made.shape, made.dtype, sharding=sharding)
 
 
 def template_of(tree: Any) -> Any:
