@@ -104,6 +104,18 @@ class Freer:
             await self._tools.call(work.PutSmall(run.ram, key, data), work.Stored)
 
 
+def why_kept(run: RunState) -> str:
+    """Which tiers keep the memory of a run that was closed from being freed; "" where none does."""
+    if run.gone or run.living() or not run.closing:
+        return ""
+    slow = [
+        f"tier {label} at {tier.config.path}: {tier.problem or 'still under way'}"
+        for label, tier in run.tiers.items()
+        if tier.problem or tier.to_keep or tier.small_owed or not tier.scanned
+    ]
+    return "; ".join(slow)
+
+
 def is_busy(run: RunState) -> bool:
     """Whether something is owed or under way."""
     return (

@@ -350,10 +350,13 @@ def test_a_hung_disk_is_owed_and_catches_up(
 @pytest.mark.fuse
 @pytest.mark.root
 def test_a_hung_disk_does_not_hold_up_a_restore(
-    disk: HungDisk, trainer: Callable[[Path], Trainer], monkeypatch: pytest.MonkeyPatch
+    disk: HungDisk,
+    trainer: Callable[[Path], Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """RAM has the newest step: that is taken. RAM has none: it is said which disk is silent."""
-    monkeypatch.setenv("MTCKPT_CALL_TIMEOUT_S", "1.0")
+    monkeypatch.setenv("MTCKPT_CALL_TIMEOUT_S", "5.0")
     path = disk.path / "d"
     killed = trainer(path)
     killed.kill()
@@ -368,8 +371,10 @@ def test_a_hung_disk_does_not_hold_up_a_restore(
     assert set(restored.sources) == {"ram"}
     assert is_state(state, restored.step)
     assert str(path) in restored.skipped["tier disk"]
+    with ends_within(4.0):
+        c.close(timeout_s=3)
+    assert f"memory is not free yet: tier disk at {path}" in caplog.text
     disk.free()
-    c.close(timeout_s=30)
     until(lambda: status_of() is None, 60.0)  # the disk has it, so RAM is freed
 
     late = open_run(path, timeout_s=1.0)
