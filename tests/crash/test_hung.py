@@ -128,10 +128,19 @@ def disk(tmp_path: Path) -> Iterator[HungDisk]:
 
 @contextlib.contextmanager
 def ends_within(limit_s: float) -> Iterator[None]:
-    started_s = time.monotonic()
+    started_s, waited_s = time.monotonic(), _waited_for_processors_s()
     yield
     took_s = time.monotonic() - started_s
-    assert took_s < limit_s + SLACK_S, f"took {took_s:.1f} s where {limit_s:g} s are allowed"
+    slack_s = SLACK_S + _waited_for_processors_s() - waited_s
+    assert took_s < limit_s + slack_s, f"took {took_s:.1f} s where {limit_s:g} s are allowed"
+
+
+def _waited_for_processors_s() -> float:
+    """For how long, since this machine started, somebody had to wait for a processor. 0 where the
+    kernel does not say."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/pressure/cpu").read_text().split()[4].removeprefix("total=")) / 1e6
+    return 0.0
 
 
 def open_run(path: Path, **settings: Any) -> mtckpt.Checkpointer:
