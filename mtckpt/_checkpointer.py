@@ -456,7 +456,7 @@ class Checkpointer:
             if last is not None and (error := last.exception()) is not None:
                 self._failed(last, error)  # told before perhaps, and open all the same
             with self._lock:
-                errors += self._pending if self._on_failure == "raise" else []
+                errors += self._pending
                 self._pending.clear()
             session.stop_listening()
             # The agent answers once memory is free; what still reads it is the newest save's check.

@@ -453,8 +453,8 @@ def test_a_disk_that_fails_reaches_the_loop_once(tmp_path: Path, on_failure: Any
     else:
         with pytest.warns(RuntimeWarning, match="step 1"):
             checkpointer.save(2, make_state())
-    with contextlib.suppress(CloseFailed):
-        checkpointer.close(timeout_s=5)
+    with pytest.raises(CloseFailed, match="did not reach local"):
+        checkpointer.close(timeout_s=20)
 
 
 def test_a_stopped_agent_costs_no_more_than_the_stall(tmp_path: Path, runtime_dir: Path) -> None:
