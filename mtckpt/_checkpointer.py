@@ -456,17 +456,19 @@ class Checkpointer:
             if last is not None and (error := last.exception()) is not None:
                 self._failed(last, error)  # told before perhaps, and open all the same
             with self._lock:
-                errors += self._pending if self._on_failure == "raise" else []
+                errors += self._pending
                 self._pending.clear()
             session.stop_listening()
             # The agent answers once memory is free; what still reads it is the newest save's check.
             wait_s = min(_FREEING_S, max(0.0, deadline_s - time.monotonic() - _GRACE_S))
-            session.call(
+            closed = session.call(
                 "close",
                 protocol.Close(session.holder, free_ram=not errors, wait_s=wait_s),
-                protocol.Done,
+                protocol.Closed,
                 _left_s(deadline_s, self._timeout_s + wait_s),
             )
+            if closed.kept:
+                logger.warning("run %s: its memory is not free yet: %s", self.run, closed.kept)
         except (CheckpointError, RunLocked) as error:
             if not isinstance(error, RunLocked):
                 errors.append(error)

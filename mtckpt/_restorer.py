@@ -20,6 +20,7 @@ from mtckpt._copies import Shards
 from mtckpt._gathering import Gathered, gather, report_damage
 from mtckpt._handle import Restored, stage_of_tier
 from mtckpt._progress import progress
+from mtckpt._schedule import Disk
 from mtckpt.adapters import active_adapters
 from mtckpt.errors import (
     CheckpointError,
@@ -55,6 +56,7 @@ def restore(
         places = run.places()
         other = None if source is None else run.source(source, places)
     gathered = gather(run, step, places, other)
+    _warn_of_new_disks(run, gathered)
     try:
         return _restore_newest(run, gathered, engine, state, step, source, partial, rename)
     finally:
@@ -174,6 +176,24 @@ def _plan(run: Run, gathered: Gathered, step: int | Literal["latest", "best"]) -
     if not plan.candidates and (plan.lost or (plan.skipped and step != "latest")):
         raise _no_healthy_step({**plan.skipped, **_mute(gathered.absent)})
     return plan
+
+
+def _warn_of_new_disks(run: Run, gathered: Gathered) -> None:
+    """Every start of a run is noted in every tier. A disk without any may be new, or one that is
+    not mounted: which of them nobody but the user can say."""
+    others = [each for each in gathered.holdings if each.incarnations]
+    if not others or run.group.rank != run.members.node[0]:
+        return  # who looked into this node's places says so
+    for label, tier in zip(run.labels, run.tiers, strict=True):
+        found = gathered.inventories.get(label)
+        if isinstance(tier, Disk) and not (
+            label in gathered.silent or (found and found.incarnations)
+        ):
+            logger.warning(
+                "run %s: %s at %s has nothing of this run, and %s has: right for a new disk or"
+                " node; else see whether it is mounted",
+                run.name, label, tier.place, ", ".join(sorted({each.label for each in others})),
+            )  # fmt: skip
 
 
 def _unavailable(silent: Mapping[str, str]) -> RestoreUnavailable:

@@ -56,7 +56,7 @@ def status_of(run: str = "r") -> protocol.RunStatus | None:
     return next((r for r in found.runs if r.run == run), None)
 
 
-def until(what: Callable[[], Any], timeout_s: float = 15.0) -> Any:
+def until(what: Callable[[], Any], timeout_s: float = 45.0) -> Any:
     deadline_s = time.monotonic() + timeout_s
     while not (found := what()):
         assert time.monotonic() < deadline_s, "it did not happen in time"

@@ -88,7 +88,7 @@ class Node:
         shutil.rmtree(self.disk, ignore_errors=True)
 
     def status(self) -> protocol.RunStatus:
-        with AgentClient(str(self.places.runtime / protocol.SOCKET_NAME), 20.0) as client:
+        with AgentClient(str(self.places.runtime / protocol.SOCKET_NAME), 45.0) as client:
             found = client.call("/status", None, protocol.AgentStatus)
         return next(run for run in found.runs if run.run == "run")
 
@@ -117,7 +117,7 @@ class Rank:
         self.process.stdin.write(json.dumps(words) + "\n")
         self.process.stdin.flush()
 
-    def answer(self, timeout_s: float = 60.0) -> Any:
+    def answer(self, timeout_s: float = 90.0) -> Any:
         """The next answer; one of an error is a dictionary with ``error``."""
         assert self.process.stdout is not None
         timer = threading.Timer(timeout_s, self.process.kill)

@@ -113,7 +113,7 @@ class Worker:
             *([mtckpt.Peers(copies=copies, strict_placement=strict)] if copies else []),
             *([mtckpt.ObjectStore(store, every=every)] if store else []),
         ]
-        options = {"timeout_s": 20.0, "max_stall_s": 5.0, **settings}
+        options = {"timeout_s": 45.0, "max_stall_s": 5.0, **settings}
         self.checkpointer = mtckpt.Checkpointer(run, tiers, group=group, **options)
         self.saves: dict[int, mtckpt.Save] = {}
 
@@ -178,7 +178,7 @@ class Worker:
         state = {**state_at(step, self.rank), "shared": mtckpt.replicated(np.zeros(7))}
         self.saves[step] = self.checkpointer.save(step, state)
 
-    def wait(self, step: int, stage: str, timeout_s: float = 30.0) -> str:
+    def wait(self, step: int, stage: str, timeout_s: float = 45.0) -> str:
         save = self.saves[step]
         save.wait(stage, timeout_s=timeout_s)  # type: ignore[arg-type]
         return ",".join(sorted(save.reached))

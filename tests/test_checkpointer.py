@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -301,6 +300,21 @@ def test_a_damaged_disk_copy_falls_back_and_says_so(
     assert "damaged" in caplog.text
 
 
+def test_a_disk_that_may_not_be_mounted_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiers = [mtckpt.Ram(every=1), mtckpt.Disk(tmp_path / "a"), mtckpt.Disk(tmp_path / "b")]
+    with open_run(tmp_path, tiers=tiers) as checkpointer:
+        assert not checkpointer.restore(make_state())
+        checkpointer.save(1, make_state(1.0), tiers="all")
+    assert not caplog.records
+    (tmp_path / "b").rename(tmp_path / "elsewhere")
+    with open_run(tmp_path, tiers=tiers) as checkpointer:
+        assert checkpointer.restore(make_state()).step == 1
+    assert f"disk-2 at {tmp_path / 'b'} has nothing of this run, and disk has" in caplog.text
+    assert f"at {tmp_path / 'a'} has" not in caplog.text
+
+
 def test_every_step_damaged_is_no_fresh_start(tmp_path: Path) -> None:
     with open_run(tmp_path) as checkpointer:
         checkpointer.save(1, make_state(1)).wait("local", timeout_s=20)
@@ -438,8 +452,8 @@ def test_a_disk_that_fails_reaches_the_loop_once(tmp_path: Path, on_failure: Any
     else:
         with pytest.warns(RuntimeWarning, match="step 1"):
             checkpointer.save(2, make_state())
-    with contextlib.suppress(CloseFailed):
-        checkpointer.close(timeout_s=5)
+    with pytest.raises(CloseFailed, match="did not reach local"):
+        checkpointer.close(timeout_s=20)
 
 
 def test_a_stopped_agent_costs_no_more_than_the_stall(tmp_path: Path, runtime_dir: Path) -> None:

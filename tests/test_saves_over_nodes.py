@@ -51,7 +51,7 @@ def three_and_one(tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.fixture
 def hasty(tmp_path: Path) -> Iterator[Cluster]:
-    yield from running(tmp_path, 2, rank_s=1.5)
+    yield from running(tmp_path, 2, rank_s=4.0)
 
 
 def test_saves_reach_all_nodes_and_old_ones_go(four: Cluster) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mtckpt.agent.saves import SaveState, Slot
     from mtckpt.agent.tools import Tools
 
-__all__ = ["Freer", "is_busy"]
+__all__ = ["Freer", "is_busy", "why_kept"]
 
 
 class Freer:
@@ -119,6 +119,18 @@ def _holds_for_others(run: RunState) -> bool:
         and not any(tier.is_store and save.is_complete(label) for label, tier in run.tiers.items())
         for save in run.saves.values()
     )
+
+
+def why_kept(run: RunState) -> str:
+    """Which tiers keep the memory of a run that was closed from being freed; "" where none does."""
+    if run.gone or run.living() or not run.closing:
+        return ""
+    slow = [
+        f"tier {label} at {tier.config.path}: {tier.problem or 'still under way'}"
+        for label, tier in run.tiers.items()
+        if tier.problem or tier.to_keep or tier.small_owed or not tier.scanned
+    ]
+    return "; ".join(slow)
 
 
 def is_busy(run: RunState) -> bool:

@@ -298,6 +298,12 @@ class Close(msgspec.Struct, frozen=True):
     wait_s: float = 0.0
 
 
+class Closed(msgspec.Struct, frozen=True):
+    """``kept``: which tiers keep memory from being freed yet; "" where none does."""
+
+    kept: str = ""
+
+
 class Remove(msgspec.Struct, frozen=True):
     """Delete saves of a run: one step, or all of it; ``tiers`` are labels, empty means all."""
 

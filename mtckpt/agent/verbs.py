@@ -22,6 +22,7 @@ from mtckpt._manifest import Incarnation
 from mtckpt.agent import known_runs, owners, protocol, work
 from mtckpt.agent.borrowing import lent
 from mtckpt.agent.flushing import SMALL_TIMEOUT_S, metrics_file
+from mtckpt.agent.freeing import why_kept
 from mtckpt.agent.healing import shard_named
 from mtckpt.agent.owners import Claim, Owner, Verdict
 from mtckpt.agent.queue import SlotState
@@ -403,15 +404,15 @@ class Verbs:
         await self._registry.wait_scanned(run, SMALL_TIMEOUT_S)
         return await self._registry.fetcher.fetch(run, message)
 
-    async def close(self, run: RunState, message: protocol.Close) -> protocol.Done:
+    async def close(self, run: RunState, message: protocol.Close) -> protocol.Closed:
         """The holder is gone for good; what is owed goes on, then RAM is freed if it may be."""
         owner = next((o for o in run.living() if o.holder == message.holder), None)
         if owner is None:
-            return protocol.Done("was closed before")
+            return protocol.Closed()
         if not owner.fenced_by:
             run.closing = message.free_ram
         await self._registry.leave(run, owner, min(message.wait_s, SMALL_TIMEOUT_S))
-        return protocol.Done()
+        return protocol.Closed(why_kept(run))
 
     # -- removing --------------------------------------------------------------------------------
 

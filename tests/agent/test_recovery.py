@@ -31,7 +31,10 @@ from mtckpt.tiers import LocalTier
 # -- the trainer dies ------------------------------------------------------------------------------
 
 
-def test_a_killed_trainer_resumes_from_ram(trainers: Trainers, tmp_path: Path) -> None:
+def test_a_killed_trainer_resumes_from_ram(
+    trainers: Trainers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTCKPT_TAKEOVER_S", "600")  # the death is noticed at once, or never
     first = trainers(tiers=[disk(tmp_path / "d")])
     first.do("open")
     first.do("begin", 1)
@@ -39,9 +42,7 @@ def test_a_killed_trainer_resumes_from_ram(trainers: Trainers, tmp_path: Path) -
         first.do("save", step, ["disk"])
     first.kill()
     second = trainers(tiers=[disk(tmp_path / "d")])
-    started_s = time.monotonic()
     opened = second.do("open")
-    assert time.monotonic() - started_s < 2.0  # the death was noticed at once
     assert opened["fenced_pid"] == 0
     assert 3 in steps_in(ram_root(), name="ram")
     until(lambda: 3 in steps_in(tmp_path / "d"))
@@ -84,7 +85,10 @@ def test_what_a_dead_trainer_had_not_finished_is_never_offered(trainers: Trainer
     assert len(until(lambda: status_of()).slots) == 3
 
 
-def test_a_forked_worker_keeps_nothing_alive(trainers: Trainers) -> None:
+def test_a_forked_worker_keeps_nothing_alive(
+    trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTCKPT_TAKEOVER_S", "600")  # the death is noticed at once, or never
     first = trainers()
     first.do("open")
     first.do("begin", 1)
@@ -93,9 +97,7 @@ def test_a_forked_worker_keeps_nothing_alive(trainers: Trainers) -> None:
     try:
         first.kill()
         second = trainers()
-        started_s = time.monotonic()
         second.do("open")
-        assert time.monotonic() - started_s < 2.0
         assert Path(f"/proc/{child}").exists()
     finally:
         os.kill(child, signal.SIGKILL)
@@ -112,7 +114,7 @@ def test_a_live_owner_is_not_displaced(trainers: Trainers, monkeypatch: pytest.M
     started_s = time.monotonic()
     with pytest.raises(RunLocked) as caught:
         second.do("open")
-    assert 1.4 < time.monotonic() - started_s < 10.0
+    assert time.monotonic() - started_s > 1.4
     assert caught.value.details["owner_pid"] == first.pid
     first.do("save", 1, [])  # and it goes on
 

@@ -128,10 +128,19 @@ def disk(tmp_path: Path) -> Iterator[HungDisk]:
 
 @contextlib.contextmanager
 def ends_within(limit_s: float) -> Iterator[None]:
-    started_s = time.monotonic()
+    started_s, waited_s = time.monotonic(), _waited_for_processors_s()
     yield
     took_s = time.monotonic() - started_s
-    assert took_s < limit_s + SLACK_S, f"took {took_s:.1f} s where {limit_s:g} s are allowed"
+    slack_s = SLACK_S + _waited_for_processors_s() - waited_s
+    assert took_s < limit_s + slack_s, f"took {took_s:.1f} s where {limit_s:g} s are allowed"
+
+
+def _waited_for_processors_s() -> float:
+    """For how long, since this machine started, somebody had to wait for a processor. 0 where the
+    kernel does not say."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/pressure/cpu").read_text().split()[4].removeprefix("total=")) / 1e6
+    return 0.0
 
 
 def open_run(path: Path, **settings: Any) -> mtckpt.Checkpointer:
@@ -350,10 +359,13 @@ def test_a_hung_disk_is_owed_and_catches_up(
 @pytest.mark.fuse
 @pytest.mark.root
 def test_a_hung_disk_does_not_hold_up_a_restore(
-    disk: HungDisk, trainer: Callable[[Path], Trainer], monkeypatch: pytest.MonkeyPatch
+    disk: HungDisk,
+    trainer: Callable[[Path], Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """RAM has the newest step: that is taken. RAM has none: it is said which disk is silent."""
-    monkeypatch.setenv("MTCKPT_CALL_TIMEOUT_S", "1.0")
+    monkeypatch.setenv("MTCKPT_CALL_TIMEOUT_S", "5.0")
     path = disk.path / "d"
     killed = trainer(path)
     killed.kill()
@@ -368,8 +380,10 @@ def test_a_hung_disk_does_not_hold_up_a_restore(
     assert set(restored.sources) == {"ram"}
     assert is_state(state, restored.step)
     assert str(path) in restored.skipped["tier disk"]
+    with ends_within(4.0):
+        c.close(timeout_s=3)
+    assert f"memory is not free yet: tier disk at {path}" in caplog.text
     disk.free()
-    c.close(timeout_s=30)
     until(lambda: status_of() is None, 60.0)  # the disk has it, so RAM is freed
 
     late = open_run(path, timeout_s=1.0)
