@@ -6,13 +6,14 @@ trees or arrays.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mtckpt.errors import UnsupportedState
+from mtckpt.errors import FormatError, UnsupportedState
 
-__all__ = ["CODECS", "Codec", "codec_named", "register_codec"]
+__all__ = ["CODECS", "DEQUE", "Codec", "codec_named", "register_codec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +58,19 @@ def codec_named(name: str, path: str) -> Codec:
             state="live state unchanged",
             actions=("call mtckpt.register_codec with that name before restore",),
         ) from None
+
+
+def _as_deque(tree: Any) -> deque[Any]:
+    try:
+        return deque(tree["items"], tree["maxlen"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise FormatError(f"what is called a deque is none: {error}") from error
+
+
+DEQUE = "deque"
+register_codec(
+    deque,
+    name=DEQUE,
+    encode=lambda items: {"maxlen": items.maxlen, "items": list(items)},
+    decode=_as_deque,
+)

@@ -7,13 +7,15 @@ never builds anything but nodes and plain values, whatever the JSON says.
 from __future__ import annotations
 
 import base64
+import functools
 import math
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict, namedtuple
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import msgspec
 
+from mtckpt._refusals import refused_int
 from mtckpt.errors import FormatError, UnsupportedState
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "PLAIN_TYPES",
     "TUPLE",
     "ArrayNodes",
+    "Fields",
     "Node",
     "array_indexes",
     "decode_plain",
@@ -52,17 +55,39 @@ ARRAY, PLAIN, DICT, LIST, TUPLE, CODEC, OBJECT = (
     "object",
 )
 DROPPED = "dropped"  # a gap in a list, made by rename and never saved
-# Dicts that can do more than a dict, and what they are called in a record. Whose state has one may
-# count on that: MultiStepLR does on its Counter.
-MAPPINGS: dict[str, type[dict[Any, Any]]] = {"ordered": OrderedDict, "counter": Counter}
-MAPPING_NAMES: dict[type, str] = {kind: name for name, kind in MAPPINGS.items()}
+
+
+class Fields(dict[str, Any]):
+    """The values of a named tuple by the names of its fields, in order."""
+
+
+def _named_tuple(values: dict[Any, Any]) -> tuple[Any, ...]:
+    """A named tuple with these fields; of which type it was, no checkpoint says."""
+    made: tuple[Any, ...] = _tuple_type(tuple(map(str, values)))(*values.values())
+    return made
+
+
+@functools.lru_cache(maxsize=1000)
+def _tuple_type(names: tuple[str, ...]) -> Any:
+    return namedtuple("Fields", names, rename=True)  # a name that none can have: its number
+
+
+# Dicts that can do more than a dict, what they are called in a record, and what makes them of one.
+# Whose state has one may count on that: MultiStepLR does on its Counter.
+MAPPINGS: dict[str, Callable[[dict[Any, Any]], Any]] = {
+    "ordered": OrderedDict,
+    "counter": Counter,
+    "fields": _named_tuple,
+}
+MAPPING_NAMES: dict[type, str] = {OrderedDict: "ordered", Counter: "counter", Fields: "fields"}
 PLAIN_TYPES = frozenset({int, float, str, bool, type(None), bytes})
 
 
 class Node(msgspec.Struct, eq=False):
     """One place in a tree. ``index`` counts arrays or plain values in the order of the walk.
 
-    ``name`` is that of a codec, of an adapter, or of a kind of dict in ``MAPPINGS``.
+    ``name`` is that of a codec, of an adapter, or of a kind of dict in ``MAPPINGS``. ``is_object``:
+    here stood something with a state of its own, and what is below is that state.
 
     What follows from the others is set with them: ``types`` has the types of a container's items
     where all are arrays, ``key_types`` those of its keys unless all are texts.
@@ -74,6 +99,7 @@ class Node(msgspec.Struct, eq=False):
     children: Sequence[Node] = []
     index: int = -1
     name: str = ""
+    is_object: bool = False
     key_types: list[type] | None = None
     types: list[type] | None = None
     all_plain: bool = False
@@ -95,6 +121,13 @@ class Node(msgspec.Struct, eq=False):
     def has_arrays(self) -> bool:
         """True if an array is anywhere below."""
         return self.kind == ARRAY or any(child.has_arrays for child in self.children)
+
+    @property
+    def has_objects(self) -> bool:
+        """True if here or below stood something with a state of its own."""
+        if type(self.children) is ArrayNodes:
+            return self.is_object
+        return self.is_object or any(child.has_objects for child in self.children)
 
     @property
     def type(self) -> Any:
@@ -149,14 +182,7 @@ def encode_plain(value: Any) -> Any:
         if -(2**63) <= number < 2**63:
             return number
         if number.bit_length() > MAX_INT_BITS:
-            raise UnsupportedState(
-                f"an integer of {number.bit_length():,} bits",
-                path="",
-                type_name="int",
-                limit_bits=MAX_INT_BITS,
-                state="nothing was saved",
-                actions=("save it as bytes: number.to_bytes(...)",),
-            )
+            raise refused_int(number, "", MAX_INT_BITS)
         return {"int": str(number)}
     if isinstance(value, float):
         number_f = float(value)
@@ -191,6 +217,11 @@ def decode_plain(value: Any) -> Any:
 
 def node_to_json(node: Node) -> Any:
     """The structure as JSON: every place is an object with a single key, its kind."""
+    found = _bare_json(node)
+    return {OBJECT: found} if node.is_object and OBJECT not in found else found
+
+
+def _bare_json(node: Node) -> Any:
     if node.kind in (ARRAY, PLAIN):
         return {node.kind: node.index}
     if node.kind == OBJECT:
@@ -218,6 +249,10 @@ def node_from_json(tree: Any, num_arrays: int, num_plain: int, depth: int = 0) -
         if type(body) is not int or not 0 <= body < limit:
             raise FormatError(f"{kind} index out of range")
         return Node(kind, index=body)
+    if kind == OBJECT:
+        inner = node_from_json(body, num_arrays, num_plain, depth + 1)
+        inner.is_object = True
+        return inner
     if not isinstance(body, list):
         raise FormatError("not a structure of a state")
     if kind == DICT or kind in MAPPINGS:

@@ -294,11 +294,19 @@ def _found_in(tier: Tier, url: str) -> tuple[str, list[str]]:
         head, _, rest = info.key.partition("/")
         if not rest and _manifest.parse_record_file(head) is not None:
             return f"{_key_for(parent)}/{_name_of_save(last, tier)}/", []
-        if SaveName.parse(head) or head == "commit" or _manifest.parse_incarnation_file(head):
+        if _is_of_run(info.key):
             return f"{_key_for(last)}/", []
-        if rest:
+        if _is_of_run(rest):
             runs.setdefault(head)
     return "", list(runs)
+
+
+def _is_of_run(key: str) -> bool:
+    """True for what lies in a run and nowhere else."""
+    head, _, rest = key.partition("/")
+    if head == "commit":
+        return _manifest.parse_commit_file(rest) is not None
+    return bool(SaveName.parse(head)) or _manifest.parse_incarnation_file(head) is not None
 
 
 def _name_of_save(last: str, tier: Tier) -> SaveName:

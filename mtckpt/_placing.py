@@ -1,28 +1,30 @@
 """What goes where: a checkpoint's tree matched against the live template, before a byte moves.
 
 Knows trees, live objects and adapters. Does not read files: it says which stored array is wanted
-at which address (``addresses``, ``boxes``), and what is left once the bytes are there (``finish``).
+at which address (``_wanted``), and what is left once the bytes are there (``finish``).
 Matching changes nothing that lives; whatever differs is collected in ``diff`` and raised as one.
 """
 
 from __future__ import annotations
 
-import math
 import operator
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from enum import Enum
 from typing import Any
 
 from mtckpt import _state
 from mtckpt._aliases import Aliases
-from mtckpt._boxes import Box, whole
+from mtckpt._boxes import Box
 from mtckpt._codecs import codec_named
 from mtckpt._diff import Diff, difference
 from mtckpt._node import MAPPINGS, array_indexes
 from mtckpt._renaming import Stored, rename_tree
 from mtckpt._replicas import Replicated
-from mtckpt._settling import assign_items, has_objects, later, refilled, sequence_like, settle
+from mtckpt._sequences import assign_items, items_of, sequence_like, unfillable
+from mtckpt._settling import has_objects, later, refilled, settle
 from mtckpt._state import CODECS, ArraySpec, Node, StateAdapter, escape
+from mtckpt._wanted import Wanted
 from mtckpt.errors import UnsupportedState
 
 __all__ = ["Diff", "Placing", "Stored", "later", "rename_tree", "settle"]
@@ -54,48 +56,26 @@ class Placing:
         self.diff = Diff()
         self.finish: list[Callable[[], object]] = []
         self.replaced = False  # something restored is a new object, to be read from the result
-        self._wanted: dict[int, int] = {}  # the array that is wanted at an address
-        self._boxes: dict[int, tuple[int, Box]] = {}  # and of which arrays only a part is
         self._has_boxes = any(stored.spec.offsets is not None for stored in arrays)
         self._owners: dict[type, StateAdapter | None] = {}
         self._fresh: dict[int, Any] = {}
         # What has no address yet: whose it is, the array, and what is wanted there.
         self._promised: list[tuple[StateAdapter, Any, int, Box | None]] = []
         self._aliases = Aliases(arrays, plain)
+        self._wanted = Wanted(arrays, self._aliases)
         self._in_place: dict[str, tuple[StateAdapter, list[Any]]] = {}
 
     @property
     def addresses(self) -> list[tuple[int, int]]:
-        """Where all bytes of stored arrays are wanted, and of which; tied ones not twice."""
-        arrays = self.arrays
-        return [(address, arrays[index].bytes_of) for address, index in self._wanted.items()]
+        """See ``Wanted.addresses``."""
+        return self._wanted.addresses
 
     @property
     def boxes(self) -> list[tuple[int, int, Box]]:
-        """Where boxes of global arrays are wanted, of which stored array, and which box of it."""
-        arrays = self.arrays
-        return [
-            (address, arrays[index].bytes_of, box) for address, (index, box) in self._boxes.items()
-        ]
+        """See ``Wanted.boxes``."""
+        return self._wanted.boxes
 
     # -- what an adapter asks for -------------------------------------------------------------
-
-    def into(self, index: int, address: int, box: Box | None = None) -> None:
-        """Want the bytes of array ``index`` at ``address``: of all of it, or of one box."""
-        spec = self.arrays[index].spec
-        if box is None and spec.offsets is not None:
-            box = whole(spec.whole_shape)
-        # Of two leaves at one address, one is a view of the other: the longer is all of it.
-        if box is None:
-            known = self._wanted.get(address, index)
-            self._aliases.share(known, index)
-            if spec.size_bytes and spec.size_bytes >= self.arrays[known].spec.size_bytes:
-                self._wanted[address] = index
-        elif not box.is_empty:
-            known, other = self._boxes.get(address, (index, box))
-            self._aliases.share(known, index)
-            if math.prod(box.shape) >= math.prod(other.shape):
-                self._boxes[address] = (index, box)
 
     def fresh(self, index: int, like: object | None = None) -> Any:
         """A new host array for ``index``, filled before ``finish`` runs; the same one if tied."""
@@ -176,7 +156,7 @@ class Placing:
         """Place an array, or one box of it, onto a live array of that very shape."""
         address = owner.writable_address(live)
         if address is not None:
-            self.into(index, address, box)
+            self._wanted.into(index, address, box)
             self._note_in_place(owner, [live])
             return live
         path, stored, _ = self.arrays[index]
@@ -209,7 +189,7 @@ class Placing:
         if address is None:
             self._promised.append((owner, array, index, box))
         else:
-            self.into(index, address, box)
+            self._wanted.into(index, address, box)
         return array
 
     def reserve(self) -> None:
@@ -219,7 +199,7 @@ class Placing:
             own = [(array, index, box) for other, array, index, box in promised if other is owner]
             addresses = owner.reserved([array for array, _, _ in own])
             for (_, index, box), address in zip(own, addresses, strict=True):
-                self.into(index, address, box)
+                self._wanted.into(index, address, box)
 
     def arrays_into(
         self, lives: Sequence[Any], nodes: Sequence[Node], paths: Sequence[str]
@@ -245,13 +225,7 @@ class Placing:
         addresses = owner.writable_addresses(lives, [self.arrays[i].spec for i in indexes])
         if addresses is None:
             return False
-        wanted = dict(zip(addresses, indexes, strict=True))
-        if len(wanted) == len(indexes) and self._wanted.keys().isdisjoint(wanted):
-            self._wanted.update(wanted)
-            self._wanted.pop(0, None)  # an empty array
-        else:  # several empty ones, tied ones, or views of others
-            for index, address in zip(indexes, addresses, strict=True):
-                self.into(index, address)
+        self._wanted.all_into(indexes, addresses)
         self._note_in_place(owner, lives)
         return True
 
@@ -308,6 +282,8 @@ class Placing:
             result = self.match(live.value, node, path, top=False)
             self.finish.append(lambda: setattr(live, "value", settle(result)))
             return live
+        if kind is deque:
+            return self._match_sequence(live, node, path)
         if kind in CODECS:
             same = node.kind == _state.CODEC and node.name == CODECS[kind].name
             return self._decoded(node, path) if same else self.differs(live, node, path)
@@ -351,8 +327,7 @@ class Placing:
             return live  # every byte goes into what is there: nothing is left to do
         pairs = list(zip(node.keys or [], node.children, strict=True))
         prefix = f"{path}/" if path else ""
-        if not top and self._is_plain(live, node):
-            # Nothing but plain values on both sides: what was saved is what is wanted.
+        if not top and self._takes_all(live, node):
             values = {key: self.tree(child, prefix + escape(key)) for key, child in pairs}
             return refilled(live, values, self.finish, replace=True)
         saved = {escape(key): child for key, child in pairs}
@@ -386,20 +361,20 @@ class Placing:
     def _match_sequence(self, live: Sequence[Any], node: Node, path: str) -> Any:
         if not live and node.kind == _state.PLAIN and self.plain[node.index] is None:
             return live  # Orbax has None where there is nothing
+        node = items_of(node)
         if node.kind == _state.DICT and hasattr(live, "_fields"):
             return self._match_fields(_state.named_fields(live), live, node, path)
         if node.kind not in (_state.LIST, _state.TUPLE):
             return self.differs(live, node, path)
         live = self._own(live, node)
         prefix = f"{path}/" if path else ""
-        children = list(enumerate(node.children))
-        if self._is_plain(live, node):
-            values = [self.tree(child, f"{prefix}{i}") for i, child in children]
-        elif len(live) != len(children):
-            self.diff.differing.append(
-                f"{path}: {len(live)} items here, {len(children)} in the checkpoint"
-            )
+        takes_all = self._takes_all(live, node)
+        if why := unfillable(live, node, takes_all=takes_all):
+            self.diff.differing.append(f"{path}: {why}")
             return live
+        if takes_all:
+            children = enumerate(node.children)
+            values = [self.tree(child, f"{prefix}{i}") for i, child in children]
         else:
             values = self._match_items(live, node.children, prefix)
         if isinstance(live, MutableSequence):
@@ -471,8 +446,14 @@ class Placing:
         owner = self._adapter_named(spec.framework)
         return owner.replaces and not spec.shape and spec.dtype.startswith(_NUMBERS[kind])
 
-    def _is_plain(self, live: Any, node: Node) -> bool:
-        """True if there is nothing but plain values on either side."""
+    def _takes_all(self, live: Any, node: Node) -> bool:
+        """True for a container in which what was saved is what is wanted, whatever it was.
+
+        There are nothing but plain values on either side, or it is empty or a deque, and nothing
+        that was saved had a type that only a template knows.
+        """
+        if type(live) is deque or (not live and isinstance(live, MutableSequence | MutableMapping)):
+            return not any(child.has_objects for child in node.children)
         return not node.has_arrays and not has_objects(live, self._is_array)
 
     def _is_array(self, value: Any) -> bool:

@@ -35,7 +35,7 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """From a container, by its kind and name, to what stands at ``key``, through codecs.
+    """From a container, by what it is, to what stands at ``key``, through codecs.
 
     The outermost codec comes first.
     """
@@ -44,6 +44,7 @@ class _Step:
     key: object
     codecs: tuple[str, ...]
     name: str = ""
+    is_object: bool = False
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class _Draft:
 
     kind: str = ""
     name: str = ""
+    is_object: bool = False
     codecs: tuple[str, ...] = ()
     entries: dict[str, tuple[object, _Draft]] = field(default_factory=dict)  # by path component
     leaf: Node | None = None
@@ -130,7 +132,7 @@ def _leaves(
     found = []
     for key, child in zip(keys or [], node.children, strict=True):
         codecs, inner = _unwrapped(child)
-        step = _Step(node.kind, key, codecs, node.name)
+        step = _Step(node.kind, key, codecs, node.name, node.is_object)
         found += _leaves(inner, prefix + escape(key), (*steps, step))
     return found
 
@@ -161,7 +163,7 @@ def _insert(draft: _Draft, steps: tuple[_Step, ...], leaf: Node, path: str) -> N
         if draft.leaf is not None:
             raise _taken(path)
         if not draft.kind:
-            draft.kind, draft.name = step.kind, step.name
+            draft.kind, draft.name, draft.is_object = step.kind, step.name, step.is_object
         # Where leaves that came another way have made the container, its kind and keys count.
         text = escape(step.key)
         if draft.kind != _state.DICT and not text.isdecimal():
@@ -191,6 +193,7 @@ def _built(draft: _Draft) -> Node:
             keys=[key for key, _ in draft.entries.values()],
             children=[_built(child) for _, child in draft.entries.values()],
             name=draft.name,
+            is_object=draft.is_object,
         )
     else:
         items = {int(text): child for text, (_, child) in draft.entries.items()}
@@ -198,7 +201,8 @@ def _built(draft: _Draft) -> Node:
         if length > MAX_GAPS + len(items):
             raise UsageError("rename gives a list an index far beyond its end", index=length - 1)
         gap = _Draft(leaf=Node(_state.DROPPED))
-        node = Node(draft.kind, children=[_built(items.get(i, gap)) for i in range(length)])
+        children = [_built(items.get(i, gap)) for i in range(length)]
+        node = Node(draft.kind, children=children, is_object=draft.is_object)
     for name in reversed(draft.codecs):
         node = Node(_state.CODEC, children=[node], name=name)
     return node

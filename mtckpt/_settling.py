@@ -6,12 +6,12 @@ Knows containers. Does not know where bytes come from, trees of a checkpoint, or
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from mtckpt._node import PLAIN_TYPES
 
-__all__ = ["assign_items", "has_objects", "later", "refilled", "sequence_like", "settle"]
+__all__ = ["has_objects", "later", "refilled", "settle"]
 
 
 class _Later:
@@ -48,11 +48,6 @@ def settle(value: Any) -> Any:
     return value
 
 
-def assign_items(live: MutableSequence[Any], values: list[Any]) -> None:
-    """Put settled values into a live list."""
-    live[:] = [settle(value) for value in values]
-
-
 def refilled(
     live: Mapping[Any, Any],
     changes: Mapping[Any, Any],
@@ -81,14 +76,6 @@ def _assign_values(
         settled = settle(value)
         if key not in live or live[key] is not settled:
             live[key] = settled
-
-
-def sequence_like(live: Sequence[Any], items: list[Any]) -> Any:
-    """A tuple of the same kind; the same one if nothing in it has changed."""
-    if not any(map(operator.is_not, items, live)) and len(items) == len(live):
-        return live
-    make: Any = type(live)
-    return make(*items) if hasattr(live, "_fields") else make(items)
 
 
 def has_objects(live: Any, is_array: Callable[[Any], bool]) -> bool:

@@ -11,7 +11,6 @@ so a save costs a microsecond a tensor, and a stale structure can never be writt
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -26,18 +25,20 @@ from mtckpt._node import (
     LIST,
     MAPPING_NAMES,
     MAX_DEPTH,
+    MAX_INT_BITS,
     OBJECT,
     PLAIN,
     PLAIN_TYPES,
     TUPLE,
+    Fields,
     Node,
     decode_plain,
     encode_plain,
     node_from_json,
     node_to_json,
 )
+from mtckpt._refusals import check_name, refused, refused_depth, refused_int, refused_key, same_path
 from mtckpt._replicas import Replicated
-from mtckpt.errors import UnsupportedState
 
 __all__ = [
     "ARRAY",
@@ -236,7 +237,7 @@ class Flat:
     replicas: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
 
 
-_CONTAINERS = frozenset({dict, list, tuple})
+_CONTAINERS = frozenset({dict, list, tuple, Fields})
 # PyTorch's names, those of Grain's iterators and of NumPy's old generator, and those of Python's.
 _ACCESSORS = (
     ("state_dict", "load_state_dict"),
@@ -258,20 +259,14 @@ def flatten(state: object, adapters: Sequence[StateAdapter]) -> Flat:
     flat = Flat(root=Node(PLAIN))
     flat.root = _walk(state, "", adapters, flat, 0)
     if len(set(flat.paths)) != len(flat.paths):
-        path, count = Counter(flat.paths).most_common(1)[0]
-        raise _same_path(count, path)
+        raise same_path(flat.paths)
     return flat
 
 
 def _walk(value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, depth: int) -> Node:
     kind = type(value)
     if depth > MAX_DEPTH:
-        raise UnsupportedState(
-            "nested too deeply, or a container that holds itself",
-            path=path,
-            max_depth=MAX_DEPTH,
-            state="nothing was written",
-        )
+        raise refused_depth(path, MAX_DEPTH)
     if kind in PLAIN_TYPES:
         return _plain(value, path, flat)
     if kind in CODECS:  # before the adapters: a codec may speak for a kind of array they refuse
@@ -279,9 +274,9 @@ def _walk(value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, d
         child = _walk(codec.encode(value), path, adapters, flat, depth + 1)
         return Node(CODEC, type_=kind, children=[child], name=codec.name)
     if kind in _CONTAINERS:  # nothing but what they look like: nobody needs to be asked
-        if kind is dict:
-            return _walk_dict(value, path, adapters, flat, depth)
-        return _walk_sequence(value, path, adapters, flat, depth)
+        if kind is list or kind is tuple:
+            return _walk_sequence(value, path, adapters, flat, depth)
+        return _walk_dict(value, path, adapters, flat, depth)
     if kind is Replicated:
         first = len(flat.arrays)
         child = _walk(value.value, path, adapters, flat, depth + 1)
@@ -290,14 +285,15 @@ def _walk(value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, d
         return Node(OBJECT, type_=kind, children=[child], name=repr(value.ranks))
     for adapter in adapters:
         if adapter.is_array(value):
-            _check_name(path)
+            check_name(path)
             flat.arrays.append(value)
             flat.owners.append(adapter)
             flat.paths.append(path)
             return Node(ARRAY, type_=kind, index=len(flat.arrays) - 1, name=adapter.framework)
     inner = _inner_state(value, adapters)
     if inner is not None:
-        return Node(OBJECT, type_=kind, children=[_walk(inner[0], path, adapters, flat, depth + 1)])
+        child = _walk(inner[0], path, adapters, flat, depth + 1)
+        return Node(OBJECT, type_=kind, children=[child], is_object=type(inner[0]) is not Fields)
     if isinstance(value, Mapping):
         return _walk_dict(value, path, adapters, flat, depth)
     if isinstance(value, (list, tuple)):
@@ -305,7 +301,7 @@ def _walk(value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, d
     if isinstance(value, (bool, int, float, str, bytes)):
         # A subclass (an IntEnum, numpy.float64) would come back as its base: said, not guessed.
         return _plain(value, path, flat)
-    raise _refused(kind, path)
+    raise refused(kind, path)
 
 
 def _walk_sequence(
@@ -320,21 +316,6 @@ def _walk_sequence(
         _walk(item, f"{prefix}{i}", adapters, flat, depth + 1) for i, item in enumerate(value)
     ]
     return Node(LIST if isinstance(value, list) else TUPLE, type_=type(value), children=children)
-
-
-def _refused(kind: type, path: str) -> UnsupportedState:
-    actions = (
-        "leave it out of the state if it can be built again",
-        "give it state_dict() and load_state_dict()",
-        "or describe it once with mtckpt.register_codec(type, name=, encode=, decode=)",
-    )
-    return UnsupportedState(
-        f"cannot save a value of type {kind.__module__}.{kind.__qualname__}",
-        path=path,
-        type_name=kind.__qualname__,
-        state="nothing was written",
-        actions=actions,
-    )
 
 
 def _walk_dict(
@@ -358,35 +339,21 @@ def _check_keys(keys: Sequence[Any], path: str) -> None:
     if any(type(key) is not str for key in keys):
         for key in keys:
             if type(key) not in (str, int, bool, float, type(None)):
-                raise UnsupportedState(
-                    "a dict key must be a str, int, float, bool or None, "
-                    f"not {type(key).__qualname__}",
-                    path=path,
-                    type_name=type(key).__qualname__,
-                    state="nothing was written",
-                    actions=("use a text or a number in its place, such as str(key) or int(key)",),
-                )
+                raise refused_key(key, path)
         texts = list(map(str, keys))
         if len(set(texts)) != len(texts):
-            text, _ = Counter(texts).most_common(1)[0]
-            raise _same_path(2, f"{path}/{escape(text)}" if path else escape(text))
+            prefix = f"{path}/" if path else ""
+            raise same_path([prefix + escape(text) for text in texts])
     for text in texts:
         if not text.isascii():
-            _check_name(text, path=path)
-
-
-def _same_path(count: int, path: str) -> UnsupportedState:
-    return UnsupportedState(
-        f"{count} leaves have the same path",
-        path=path,
-        state="nothing was written",
-        actions=("give the keys of that dict different texts: 1 and '1' have the same",),
-    )
+            check_name(text, path=path)
 
 
 def _plain(value: Any, path: str, flat: Flat) -> Node:
     if type(value) is str:
-        _check_name(value, path=path)
+        check_name(value, path=path)
+    elif isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+        raise refused_int(value, path, MAX_INT_BITS)
     flat.plain.append(value)
     flat.plain_paths.append(path)
     return Node(PLAIN, type_=type(value), index=len(flat.plain) - 1)
@@ -412,27 +379,9 @@ def accessors(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] |
     return None
 
 
-def named_fields(value: Any) -> dict[str, Any]:
+def named_fields(value: Any) -> Fields:
     """A named tuple as the dict that stands for it in a checkpoint."""
-    return dict(zip(value._fields, value, strict=True))
-
-
-def _check_name(name: str, path: str | None = None) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise UnsupportedState(
-            f"text with a lone surrogate has no UTF-8 form: {name[:100]!a}",
-            path=(name if path is None else path).encode(errors="backslashreplace").decode(),
-            state="nothing was written",
-            actions=("save it as bytes: os.fsencode(text)", "or leave it out of the state"),
-        ) from error
-    if name == "__metadata__" and path is None:
-        raise UnsupportedState(
-            "a leaf cannot be called __metadata__: safetensors keeps that name for itself",
-            path=name,
-            state="nothing was written",
-        )
+    return Fields(zip(value._fields, value, strict=True))
 
 
 def refill(
@@ -496,4 +445,6 @@ def _is_plain_now(value: Any, node: Node) -> bool:
         except UnicodeEncodeError:
             return False
         return True
+    if kind is int:
+        return bool(value.bit_length() <= MAX_INT_BITS)
     return kind in PLAIN_TYPES or kind is node.type

@@ -280,8 +280,8 @@ RESTORE = (
     ),
     Bug(
         "view-stands-for-the-whole",
-        "_placing.py",
-        "if spec.size_bytes and spec.size_bytes >= self.arrays[known].spec.size_bytes:",
+        "_wanted.py",
+        "if spec.size_bytes and spec.size_bytes >= self._arrays[known].spec.size_bytes:",
         "if spec.size_bytes and known >= 0:",
         ("test_checkpointer.py::test_a_view_of_the_beginning_does_not_stand_for_the_whole",),
     ),

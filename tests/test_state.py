@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections
+import datetime
+import decimal
 import enum
 import json
 import math
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -53,6 +56,12 @@ class Colour(enum.IntEnum):
 
     RED = 1
     BLUE = 2
+
+
+class Kind(enum.Enum):
+    """A name for what it stands for."""
+
+    A = "a"
 
 
 @pytest.fixture(autouse=True)
@@ -273,6 +282,27 @@ def test_unknown_values_are_named_with_what_to_do(value: Any) -> None:
     assert "register_codec" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "action"),
+    [
+        ({1, 2}, "sorted(value)"),
+        (1j, "[value.real, value.imag]"),
+        (bytearray(b"x"), "bytes(value)"),
+        (datetime.datetime(2020, 1, 1), "value.isoformat()"),
+        (decimal.Decimal(1), "str(value)"),
+        (Path("x"), "os.fspath(value)"),
+        (Kind.A, "value.value"),
+        (Unknown(), "dataclasses.asdict(value)"),
+        ((i for i in "x"), "how far it has come"),
+        (iter("x"), "how far it has come"),
+    ],
+)
+def test_what_to_save_in_the_place_of_some_values(value: Any, action: str) -> None:
+    with pytest.raises(UnsupportedState) as caught:
+        flatten({"a": value}, active_adapters())
+    assert action in caught.value.actions[0]
+
+
 def test_fields_of_a_named_tuple_are_names() -> None:
     flat = flatten({"at": Pair(np.zeros(2), 3)}, active_adapters())
     assert (flat.paths, flat.plain_paths) == (["at/left"], ["at/right"])
@@ -285,6 +315,15 @@ def test_keys_must_be_plain(key: Any) -> None:
     with pytest.raises(UnsupportedState, match="a dict key must be") as caught:
         flatten({"a": {key: 1}}, active_adapters())
     assert "str(key)" in str(caught.value)
+
+
+def test_an_integer_that_could_not_be_read_again() -> None:
+    flat = flatten({"a": {"n": 1}}, active_adapters())
+    huge = {"a": {"n": 2**20_000}}
+    assert not refill(flat.root, huge, active_adapters(), [], [])
+    with pytest.raises(UnsupportedState, match="20,001 bits") as caught:
+        flatten(huge, active_adapters())
+    assert caught.value.details["path"] == "a/n"
 
 
 def test_a_container_that_holds_itself() -> None:

@@ -31,6 +31,9 @@ __all__ = ["AgentClient"]
 logger = logging.getLogger(__name__)
 
 MAX_IDLE_CONNECTIONS = 4
+# The idle connections of every client, by the id of the list: so no cycle that a client is in has
+# them, and the collector leaves their closing to the client.
+_kept: dict[int, list[_UnixConnection]] = {}
 _T = TypeVar("_T")
 
 
@@ -77,6 +80,7 @@ class AgentClient:
         self.socket_path = socket_path
         self.timeout_s = timeout_s
         self._idle: list[_UnixConnection] = []
+        _kept[id(self._idle)] = self._idle
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
@@ -115,14 +119,16 @@ class AgentClient:
     def close(self) -> None:
         """Close the connections that are idle. A later call opens new ones."""
         with self._lock:
-            idle, self._idle = self._idle, []
+            idle = self._idle[:]
+            self._idle.clear()
         for connection in idle:
             connection.close()
 
     def __del__(self) -> None:
         # An opening that was refused leaves its client to nobody.
-        for connection in getattr(self, "_idle", ()):
-            connection.close()
+        idle = _kept.pop(id(self._idle), [])
+        while idle:
+            idle.pop().close()
 
     def __enter__(self) -> AgentClient:
         return self
@@ -196,7 +202,8 @@ class AgentClient:
     def _take(self) -> _UnixConnection | None:
         with self._lock:
             if self._pid != os.getpid():  # a fork: the descriptors are the parent's conversation
-                self._idle, self._pid = [], os.getpid()
+                self._idle.clear()
+                self._pid = os.getpid()
             return self._idle.pop() if self._idle else None
 
     def _give_back(self, connection: _UnixConnection) -> None:

@@ -67,6 +67,16 @@ def saves(tier: Path) -> dict[int, Path]:
 # -- ls --------------------------------------------------------------------------------------------
 
 
+def test_ls_lists_nothing_but_runs(tier: Path) -> None:
+    """A place may hold much else: a directory of configuration, the rest of a bucket."""
+    for name in ("ssl/certs/a.pem", "git/commit/message", "notes.txt"):
+        (tier / name).parent.mkdir(parents=True, exist_ok=True)
+        (tier / name).write_text("x")
+    for where in (str(tier), f"file://{tier}"):
+        assert [each["run"] for each in as_json("ls", where)["runs"]] == ["gpt"]
+    assert as_json("ls", f"file://{tier}/ssl")["runs"] == []
+
+
 def test_ls_lists_what_counts(tier: Path) -> None:
     result = mtckpt("ls", tier)
     assert result.exit_code == 0

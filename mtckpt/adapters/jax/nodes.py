@@ -9,7 +9,7 @@ definition is saved: functions, static fields and nodes without leaves are the t
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -86,6 +86,8 @@ def place_node(live: Any, node: Node, path: str, placing: Placing) -> Any | None
 
 def _opened(value: object) -> tuple[list[tuple[Any, Any]], Any] | None:
     """The children of a node with their keys, and what makes it anew; None for a leaf."""
+    if isinstance(value, Iterator) and type(value).__module__ == "builtins":
+        return None  # JAX warns of generators and the like: they are no nodes
     entries, definition = jax.tree_util.tree_flatten_with_path(
         value, is_leaf=lambda each: each is not value
     )

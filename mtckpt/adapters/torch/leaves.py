@@ -340,7 +340,22 @@ def _dtype_named(name: object) -> torch.dtype:
     return dtype
 
 
-# Settings of optimizers and quantised modules name types.
+def _device_named(name: object) -> torch.device:
+    try:
+        return torch.device(str(name))
+    except RuntimeError as error:
+        raise UnsupportedState(
+            f"torch {torch.__version__} has no device {name!r}",
+            path="",
+            type_name="device",
+            state="live state unchanged",
+            actions=("restore with a torch that has it",),
+        ) from error
+
+
+# Settings of users name devices, those of optimizers and quantised modules types.
+if torch.device not in CODECS:
+    register_codec(torch.device, name="torch.device", encode=str, decode=_device_named)
 if torch.dtype not in CODECS:
     register_codec(
         torch.dtype,
