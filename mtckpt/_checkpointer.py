@@ -283,6 +283,7 @@ class Checkpointer:
         self._saver.await_staged(self._timeout_s / 2)
         restored = _restorer.restore(self._link, self._engine, state, step, source, partial, rename)
         restored.elapsed_s = time.perf_counter() - started_s
+        self._link.is_restored = self._link.is_restored or source is None
         if restored:
             self._link.restart(None if source else (restored._incarnation, restored.step or 0))
             if self._schedule.auto and restored._every:

@@ -305,8 +305,9 @@ _PLAIN_RUN = re.compile(r"[a-z0-9][a-z0-9_.=-]{0,99}")
 
 def run_key(run: str) -> str:
     """The directory of a run: its name if that is one, else a slug with the name's digest."""
-    if not run or len(run) > 1000:
-        raise UsageError("a run needs a name of 1 to 1000 characters", state="nothing was done")
+    if not isinstance(run, str) or not 0 < len(run) <= 1000:
+        what = f"a run needs a name of 1 to 1000 characters, not {run!r:.80}"
+        raise UsageError(what, state="nothing was done")
     try:
         run.encode()
     except UnicodeEncodeError as error:

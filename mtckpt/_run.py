@@ -115,6 +115,8 @@ class Run:
         self._highest = 0
         self._starting: Incarnation | None = None  # agreed on, and not yet known to the agent
         self._scanned = False
+        self._newest: SaveName | None = None  # of earlier starts
+        self.is_restored = False  # somebody asked what there is to go on from
 
     # -- the ranks of the job --------------------------------------------------------------------
 
@@ -307,10 +309,12 @@ class Run:
     def note(self, holdings: Sequence[Holdings]) -> None:
         """Take in which incarnations there have been."""
         numbers = [each.number for held in holdings for each in held.incarnations]
-        names = [SaveName.parse(save.save) for held in holdings for save in held.saves]
-        numbers += [name.incarnation for name in names if name is not None]
+        saves = [SaveName.parse(save.save) for held in holdings for save in held.saves]
+        names = [name for name in saves if name is not None]
+        numbers += [name.incarnation for name in names]
         with self._lock:
             self._highest = max([self._highest, *numbers])
+            self._newest = max(names, key=lambda name: (name.incarnation, name.step), default=None)
             self._scanned = True
 
     def reading_s(self, label: str, size_bytes: int) -> float:
@@ -397,6 +401,7 @@ class Run:
         self.session.open()
         if self._starting is None:
             self._starting = self._agree_on_start(needs)
+            self._warn_of_what_is_left()
         try:
             self.send_begin(self._starting)
         except RunLocked:
@@ -405,6 +410,16 @@ class Run:
         self.incarnation, self._starting = self._starting, None
         with self._lock:
             self._highest = self.session.incarnation = self.incarnation.number
+
+    def _warn_of_what_is_left(self) -> None:
+        """Who forgets to restore loses what earlier starts have saved, one save after another."""
+        if self._newest is not None and not self.is_restored and self.group.rank == 0:
+            logger.warning(
+                "run %s: restore() was not called, so this start begins anew: step %d and all that"
+                " was saved before is abandoned, and deleted first. Call restore() before the first"
+                " save, or give this job another run name",
+                self.name, self._newest.step,
+            )  # fmt: skip
 
     def _agree_on_start(self, needs: Needs | None) -> Incarnation:
         """The same incarnation on every rank: a number above all that any of them has seen."""

@@ -57,7 +57,12 @@ def metrics_of(step: int, metrics: Mapping[str, Any] | None) -> dict[str, float]
     A loss that has become NaN must not cost the save. Raises UsageError for what is no number.
     """
     found = {}
-    for name, value in ({} if metrics is None else dict(metrics)).items():
+    if not isinstance(metrics, Mapping | None):
+        raise UsageError(
+            f"metrics={metrics!r:.80}: must be a dict of names and numbers",
+            state="nothing was written",
+        )
+    for name, value in (metrics or {}).items():
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError) as error:  # the last one is a tensor's

@@ -462,3 +462,15 @@ def test_a_stopped_agent_costs_no_more_than_the_stall(tmp_path: Path, runtime_di
     while checkpointer.save(step, make_state()).skipped and time.monotonic() < deadline_s:
         step += 1
     checkpointer.close(timeout_s=20)
+
+
+def test_a_start_that_does_not_restore_is_told_what_it_leaves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step, restores in ((7, False), (8, True), (9, False)):
+        with open_run(tmp_path) as checkpointer:
+            if restores:
+                checkpointer.restore(make_state())
+            checkpointer.save(step, make_state()).wait("staged", timeout_s=20)
+    (told,) = [line for line in caplog.messages if "restore() was not called" in line]
+    assert "step 8 and all that was saved before is abandoned" in told

@@ -11,6 +11,7 @@ import pytest
 
 import mtckpt
 from mtckpt._handle import Save
+from mtckpt._steps import metrics_of
 from mtckpt.errors import CheckpointError, UsageError
 
 pytestmark = pytest.mark.usefixtures("runtime_dir", "ram_dir")
@@ -78,3 +79,15 @@ def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with mtckpt.Checkpointer("other", [mtckpt.Disk("~/disk")]) as checkpointer:
         state = {"w": np.zeros(3)}
         assert checkpointer.restore(state, source="~/disk/r").step == 1
+
+
+@pytest.mark.parametrize("run", [3, "", None, Path("r")], ids=repr)
+def test_runs_without_a_name(run: Any) -> None:
+    with pytest.raises(UsageError, match="a run needs a name"):
+        mtckpt.Checkpointer(run)
+
+
+def test_metrics_are_a_dict() -> None:
+    metrics: Any = [0.5]
+    with pytest.raises(UsageError, match="must be a dict of names and numbers"):
+        metrics_of(1, metrics)
