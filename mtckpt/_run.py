@@ -365,21 +365,27 @@ class Run:
         root, _, key = (check_url(text) if is_store else os.path.abspath(text)).rpartition("/")
         self._paths["source"] = root
 
-        def look() -> Tier | None:
+        def look() -> tuple[Tier | None, str]:
             if is_store:
                 access = self._access_like(text)
-                return open_store(root, access, name="store", timeout_s=self.timeout_s)
-            return LocalTier(root, read_only=True) if is_directory(Path(text)) else None
+                return open_store(root, access, name="store", timeout_s=self.timeout_s), key
+            for name in (key, _manifest.run_key(key or "run")):  # whose name may be no file name
+                if is_directory(Path(root, name)):
+                    return LocalTier(root, read_only=True), name
+            return None, key
 
         try:
-            tier = self.within("source", look)
+            tier, key = self.within("source", look)
         except CheckpointError as error:
             raise RestoreUnavailable(
                 error.what, tiers="source", state="live state unchanged"
             ) from error
         if tier is None:
             raise RestoreUnavailable(
-                f"there is no directory {text}", tiers="source", state="live state unchanged"
+                f"there is no directory {text}",
+                tiers="source",
+                state="live state unchanged",
+                actions=("give the directory of the run itself, as in source='checkpoints/RUN'",),
             )
         return [Place("store" if is_store else "disk", tier, mapped=False)], key
 

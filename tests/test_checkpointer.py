@@ -258,9 +258,9 @@ def test_a_view_of_the_beginning_does_not_stand_for_the_whole(
 
 
 def test_another_run_is_a_warm_start(tmp_path: Path) -> None:
-    with open_run(tmp_path, "base") as checkpointer:
+    with open_run(tmp_path, "The base") as checkpointer:  # which is no name of a directory
         checkpointer.save(5, make_state(8)).wait("local", timeout_s=20)
-    for source in ("base", str(tmp_path / "disk" / "base")):
+    for source in ("The base", str(tmp_path / "disk" / "The base")):
         with open_run(tmp_path, f"tuned-{len(source)}") as checkpointer:
             state = make_state()
             assert not checkpointer.restore(state)

@@ -208,6 +208,18 @@ def test_groups_must_match(sizes: list[int]) -> None:
     restore(save({"o": make(sizes)}), {"o": live})
 
 
+def test_another_kind_of_optimizer_is_a_difference() -> None:
+    parameters = [nn.Parameter(torch.ones(1))]
+    adam, sgd = optim.Adam(parameters), optim.SGD(parameters, lr=1.0, momentum=0.9)
+    with pytest.raises(StateMismatch, match=r"settings \['dampening', .*'betas', 'capturable'"):
+        plan(save({"o": adam}), {"o": sgd})
+    optim.lr_scheduler.OneCycleLR(sgd, 1.0, total_steps=9)  # which adds settings of its own
+    restore(save({"o": sgd}), {"o": optim.SGD(parameters, lr=1.0)})
+    older = save({"o": adam})
+    adam.defaults["newer"] = adam.param_groups[0]["newer"] = True
+    restore(older, {"o": adam})
+
+
 def test_moments_of_other_shapes_are_a_difference_without_live_moments_too() -> None:
     def make(size: int) -> optim.Optimizer:
         p = nn.Parameter(torch.ones(size))
