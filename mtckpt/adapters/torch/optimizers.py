@@ -19,6 +19,8 @@ from mtckpt.adapters.torch import leaves, sharded
 from mtckpt.adapters.torch.loading import other_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mtckpt._placing import Placing
     from mtckpt._state import Node
 
@@ -31,6 +33,10 @@ _ELEMENTWISE = frozenset(
         *("square_avg", "acc_delta", "sum", "prev", "step_size", "ax"),
     }
 )
+# What schedulers of torch add to the settings of an optimizer.
+_OF_SCHEDULERS = frozenset(
+    {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}
+)
 
 
 def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> bool:
@@ -42,6 +48,9 @@ def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> bool
         return True
     if not is_plain:
         return False  # it has its own idea of what a state is: load_state_dict gets fresh tensors
+    for i, group in enumerate(saved.fields["param_groups"].children):
+        if (why := _other_settings(optimizer, children_of(group))) and not placing.partial:
+            placing.diff.differing.append(f"{path}/param_groups/{i}: {why}")
     live = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     parameters = {str(i): parameter for i, parameter in zip(chain(*saved.ids), live, strict=True)}
     trees: dict[Any, Any] = {}
@@ -57,6 +66,20 @@ def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> bool
     others = saved.others(path, placing)
     placing.finish.append(lambda: load(optimizer, parameters, settle(trees), settle(others)))
     return True
+
+
+def _other_settings(optimizer: Optimizer, saved: Iterable[str]) -> str:
+    """Why a saved group is of another kind of optimizer; empty if it may be of this one.
+
+    Torch would take it, and the next step fails for want of a setting. One that only one side has,
+    as another version of torch may, is no reason.
+    """
+    names = set(saved)
+    lacking = optimizer.defaults.keys() - names
+    foreign = names.difference(_OF_SCHEDULERS, *optimizer.param_groups)
+    if not lacking or not foreign:
+        return ""
+    return f"settings {sorted(lacking)} here, {sorted(foreign)} in the checkpoint"
 
 
 class Saved(NamedTuple):
