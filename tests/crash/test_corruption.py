@@ -25,6 +25,7 @@ from mtckpt._holdings import Holdings
 from mtckpt._pieces import ALONE
 from mtckpt._restore import Place
 from mtckpt._run import Run
+from mtckpt._schedule import Disk
 from mtckpt.capture.cpu import CpuEngine
 from mtckpt.errors import CheckpointError
 from mtckpt.tiers import LocalTier, Survives
@@ -76,7 +77,7 @@ class FileRun:
     """As much of a Run as a restore asks for, over directories that nobody else uses."""
 
     def __init__(self, places: Sequence[Place]) -> None:
-        self.name, self.key, self.tiers = RUN, KEY, list[Any]()
+        self.name, self.key, self.tiers = RUN, KEY, [Disk(".")]
         self.session, self.labels = NoAgent(), ["disk"]
         self.group = Single()
         self.members = ALONE
