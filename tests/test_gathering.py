@@ -19,6 +19,7 @@ from mtckpt._delivery import Place
 from mtckpt._handshake import PeerAddress
 from mtckpt._pieces import Members
 from mtckpt._run import Run
+from mtckpt._schedule import Disk, ObjectStore
 from mtckpt.agent.protocol import Join, NodeOfRun, Others
 from mtckpt.capture.cpu import CpuEngine
 from mtckpt.errors import (
@@ -129,7 +130,7 @@ class _Run:
 
     def __init__(self, cluster: Cluster, group: Any, rank: int) -> None:
         self.name = self.key = "run"
-        self.tiers: list[Any] = []
+        self.tiers = [Disk("."), ObjectStore("memory://b")]
         self.labels = ["disk", "store"]
         self.timeout_s = cluster.timeout_s
         self.group = group

@@ -202,7 +202,10 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         restored = self._checkpointer.restore(
             state, step=pointer["step"], partial=wanted.is_partial
         )
-        return wanted.finished(restored.state[item_name])
+        found = restored.state[item_name]
+        if wanted.template is None:
+            found = orbax_arguments.without_named_tuples(found)
+        return wanted.finished(found)
 
     def finalize(self, directory: Any) -> None:
         """Nothing: Orbax's own handler would look for arrays there."""

@@ -22,7 +22,7 @@ from mtckpt.adapters.jax.nodes import key_name
 from mtckpt.adapters.jax.orbax_metadata import placed_again, template_of
 from mtckpt.errors import UsageError
 
-__all__ = ["MAX_CUSTOM_BYTES", "Wanted", "check_save", "wanted_of"]
+__all__ = ["MAX_CUSTOM_BYTES", "Wanted", "check_save", "wanted_of", "without_named_tuples"]
 
 MAX_CUSTOM_BYTES = 48 * 1024
 _NUMBERS = (int, float, bool)
@@ -54,6 +54,18 @@ class Wanted:
             return found if kind is None or np.ndim(found) else kind(found)
 
         return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=lambda each: each is None)
+
+
+def without_named_tuples(tree: Any) -> Any:
+    """Dicts in their place, as Orbax has them where nobody says of which type they are."""
+    if isinstance(tree, dict):
+        return {key: without_named_tuples(value) for key, value in tree.items()}
+    if hasattr(tree, "_fields") and isinstance(tree, tuple):
+        fields = zip(tree._fields, tree, strict=True)
+        return {name: without_named_tuples(value) for name, value in fields}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(without_named_tuples, tree))
+    return tree
 
 
 def check_save(args: Any) -> None:
