@@ -60,9 +60,8 @@ def without_named_tuples(tree: Any) -> Any:
     """Dicts in their place, as Orbax has them where nobody says of which type they are."""
     if isinstance(tree, dict):
         return {key: without_named_tuples(value) for key, value in tree.items()}
-    if hasattr(tree, "_fields") and isinstance(tree, tuple):
-        fields = zip(tree._fields, tree, strict=True)
-        return {name: without_named_tuples(value) for name, value in fields}
+    if isinstance(tree, tuple) and (names := getattr(tree, "_fields", None)) is not None:
+        return {name: without_named_tuples(value) for name, value in zip(names, tree, strict=True)}
     if isinstance(tree, (list, tuple)):
         return type(tree)(map(without_named_tuples, tree))
     return tree
