@@ -77,6 +77,24 @@ def test_an_agent_that_nobody_reaches_any_more_lets_another_have_its_memory(
     assert steps_in(ram_root(), name="ram") == [1, 2]
 
 
+def test_memory_elsewhere_is_no_way_around_whoever_has_the_run(
+    trainers: Trainers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run went on with slots beside its disk; another job under its name asks for memory."""
+    monkeypatch.setenv("MTCKPT_TAKEOVER_S", "0.2")
+    tiers = [disk(tmp_path / "d")]
+    (tmp_path / "beside").mkdir(mode=0o700)
+    first = trainers(tiers=tiers, ram_path=str(tmp_path / "beside"))
+    first.do("open")
+    first.do("begin", 1)
+    first.do("save", 1, ["disk"])
+    until(lambda: steps_in(tmp_path / "d") == [1])
+    with pytest.raises(RunLocked, match="owns this run and is alive"):
+        trainers(tiers=tiers).do("open")
+    first.do("save", 2, [])
+    assert steps_in(tmp_path / "beside", name="ram") == [1, 2]
+
+
 def test_what_a_dead_trainer_had_finished_is_sealed(trainers: Trainers, tmp_path: Path) -> None:
     first = trainers(tiers=[disk(tmp_path / "d")])
     first.do("open")
