@@ -94,14 +94,16 @@ def find() -> Address:
         if os.access(service.socket_path, os.R_OK | os.W_OK):
             return service
         other = Address(holding.noted(protocol.ram_base()))
-        if other.directory and _listens(other.socket_path):
+        if other.directory and _listens(other):
             return other
     return Address(os.path.abspath(protocol.runtime_dir()))
 
 
-def _listens(path: str) -> bool:
-    with contextlib.suppress(AccessDenied):
-        return answers(path, 1.0)
+def _listens(own: Address) -> bool:
+    """Whether an agent is there; the note that says so may be old, and the place another's now."""
+    with contextlib.suppress(AccessDenied, OSError):
+        is_ours = os.lstat(own.directory).st_uid == os.geteuid()
+        return is_ours and answers(own.socket_path, 1.0)
     return False
 
 

@@ -217,9 +217,15 @@ class _Handover:
 
     async def of_doubted(self, save: SaveState) -> None:
         """This node's parts of one of them: to another node, else to the tiers."""
+        name = str(save.name)
         await self.of_own(save)
-        if str(save.name) not in self.holders and await self._bring(save, save.ranks[RAM]):
-            self.brought.add(str(save.name))
+        ranks = save.ranks.get(RAM, set())
+        if name in self.holders or not ranks:
+            return
+        brought, lacking = await self._bring(save, ranks)
+        if brought:
+            self.brought.add(name)
+        self.untaken[name] = "; ".join([self.untaken.get(name, "none stays"), *lacking])
 
     async def of_copied(self) -> None:
         """This node's parts of the newest step that is on other nodes whole, likewise: what came
@@ -229,8 +235,11 @@ class _Handover:
         for save in [s for s in run.saves.values() if s.is_replicated and s not in outlived]:
             if save is not run.newest_staged():
                 await self.of_own(save)
-                if str(save.name) not in self.holders:
-                    await self._bring(save, save.ranks.get(RAM, set()))
+                if str(save.name) in self.holders:
+                    continue
+                brought, lacking = await self._bring(save, save.ranks.get(RAM, set()))
+                if lacking and not brought:
+                    self._note(save, save.ranks.get(RAM, set()), "; ".join(lacking))
 
     async def of_guests(self) -> None:
         """What is held here for other nodes: to its owner, where that lacks it, else to any; where
@@ -255,26 +264,29 @@ class _Handover:
             await asyncio.wait([giving], timeout=_PATIENCE_S)
             if giving.done() and giving.result()[0] is not None:
                 return
-            brought = await self._bring(save, save.ranks.get(RAM, set()) | {*ranks})
+            brought, lacking = await self._bring(save, save.ranks.get(RAM, set()) | {*ranks})
             number, why = await giving
             if number is None and not brought:
-                self._note(save, ranks, why)
+                self._note(save, ranks, "; ".join([why, *lacking]))
         finally:
             giving.cancel()
 
-    async def _bring(self, save: SaveState, ranks: set[int]) -> bool:
-        """To all disks and stores; whether a store has it then."""
-        brought = False
-        for tier in self._run.tiers.values():
-            if tier.is_peers:
-                continue
-            try:
-                done = await self._flusher.bring(self._run, tier, save, ranks)
-            except CheckpointError as error:
-                self._note(save, sorted(ranks), f"{tier.label}: {describe_failure(error)}")
+    async def _bring(self, save: SaveState, ranks: set[int]) -> tuple[bool, list[str]]:
+        """To all disks and stores, side by side: one that hangs must not hold up the others.
+        Whether a store has it then, and why some do not."""
+        tiers = [tier for tier in self._run.tiers.values() if not tier.is_peers]
+        bringing = (self._flusher.bring(self._run, tier, save, ranks) for tier in tiers)
+        brought, lacking = False, []
+        for tier, done in zip(
+            tiers, await asyncio.gather(*bringing, return_exceptions=True), strict=True
+        ):
+            if isinstance(done, CheckpointError):
+                lacking.append(f"{tier.label}: {describe_failure(done)}")
+            elif isinstance(done, BaseException):
+                raise done
             else:
                 brought |= done and tier.is_store
-        return brought
+        return brought, lacking
 
     def _note(self, save: SaveState, ranks: Iterable[int], why: str) -> None:
         self.problems.append(f"step {save.name.step} of ranks {ranges(ranks)}: {why}")

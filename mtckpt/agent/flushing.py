@@ -229,7 +229,7 @@ class Flusher:
             here = (save.guests | save.ranks.get(RAM, set())).intersection(ranks)
             with run.reading(save):
                 await self._copy_ranks(run, tier, save, run.ram, sorted(here - there))
-            save.ranks[tier.label] |= there
+            save.ranks.setdefault(tier.label, set()).update(there)  # it may be looked at meanwhile
         if save.is_complete(tier.label) and tier.label not in save.uncommitted:
             run.reach(save, tier.stage)
         run.touch(save)

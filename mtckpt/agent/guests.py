@@ -9,6 +9,7 @@ Does not decide who holds what.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from dataclasses import dataclass, field
@@ -169,15 +170,16 @@ class Guests:
         new = [rank for rank in ranks if rank not in save.guests | save.ranks.get(RAM, set())]
         # Noted first: an agent that finds them must not take them for slots of its own ranks.
         save.guests.update(new)
-        await self._write_config(run)
         try:
+            await self._write_config(run)
             for rank in ranks:
                 if rank in save.guests:
                     await self._pull(run, save, rank, offer)
         except CheckpointError as error:
             if await self._delete(run, save, new):
                 save.guests.difference_update(new)
-            await self._write_config(run)
+            with contextlib.suppress(TierFull):  # as before: what is not there is nobody's
+                await self._write_config(run)
             if isinstance(error, TierFull):
                 raise _without_room(error, self._peers_name(run)) from error
             raise

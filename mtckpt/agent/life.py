@@ -186,6 +186,7 @@ class Life:
         self._owns_socket = owns_socket
         self._stays = stays
         self._limits = Limits.from_environment()
+        self._socket_id = _identity(where.socket_path)
         # When everything has to be over, once SIGTERM has come.
         self._end_s: float | None = None
 
@@ -276,7 +277,11 @@ class Life:
             if chores is None or chores.done():  # they may wait for a disk: we do not
                 chores = registry.tools.start(registry.housekeeping(), "housekeeping")
             server.close_idle()
-            if self._stays or not registry.is_idle() or server.in_flight:
+            if self._stays:
+                continue
+            if self._is_out_of_reach() and not registry.drainer.reason:
+                return
+            if not registry.is_idle() or server.in_flight:
                 continue
             if time.monotonic() - server.asked_s > idle_s and self._hide(lock):
                 return
@@ -302,6 +307,20 @@ class Life:
             return False
         return True
 
+    def _is_out_of_reach(self) -> bool:
+        """Whether somebody has removed our socket (a logout its directory, a sweep of /tmp). Nobody
+        new reaches us then, and while we have the memory no other agent may: it goes on with that.
+        """
+        try:
+            is_ours = _identity(self._where.socket_path) == self._socket_id
+        except OSError:
+            return False  # it may be there
+        if self._socket_id is None or is_ours:
+            return False
+        logger.warning("%s is not there any more: ending", self._where.socket_path)
+        self._owns_socket = False  # what is there now, or will be, is another's
+        return True
+
     def _leave(self) -> None:
         """Remove our files, if they are still ours."""
         if not self._owns_socket:
@@ -322,6 +341,15 @@ class Life:
                 file.write(f"{os.getpid()}\n")
         except OSError as error:
             logger.warning("no pid file: %s", error)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Which file a path names; None if none."""
+    try:
+        info = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return info.st_dev, info.st_ino
 
 
 @contextlib.contextmanager

@@ -213,15 +213,17 @@ class Registry:
                 self._note_root(root)
                 await self._load_root(root)
             run = self.runs.get(key)
-            if run is not None and run.ram.path != root and await self._moves(run, root):
+            if run is not None and run.ram.path != root and await self._moves(run, root, message):
                 run = None
             if run is None:
                 run = self.runs[key] = RunState(message.run, key, self._ram_ref(root))
         return run
 
-    async def _moves(self, run: RunState, root: str) -> bool:
+    async def _moves(self, run: RunState, root: str, message: protocol.Open) -> bool:
         """RAM was elsewhere before: that goes, unless it has what no other tier has. A place that
-        nobody had named is gone on with then."""
+        nobody had named is gone on with then, as is one where somebody else is who lives."""
+        if any(owner.holder != message.holder for owner in run.living()):
+            return False
         newest = run.newest_staged()
         if newest is not None and not any(newest.is_complete(label) for label in run.tiers):
             if os.path.basename(run.ram.path) == BESIDE:

@@ -427,36 +427,36 @@ class RunState:
                     self.reach(save, "staged")
                 continue
             tier = self.tiers[label]
-            if not tier.is_store:
+            if tier.is_store and not entry.committed:
+                save.uncommitted.add(label)
+            elif not (tier.is_store or tier.known):  # else stores may have let it go since then
                 stores = {t.label for t in self.tiers.values() if t.is_store}
                 save.due |= set(entry.due) & stores
-            elif not entry.committed:
-                save.uncommitted.add(label)
             if save.is_complete(label) and label not in save.uncommitted:
                 self.reach(save, tier.stage)
         for save in list(self.saves.values()):
             if label in save.ranks and str(save.name) not in found and not save.writing:
                 self.drop_copy(save, label)
+        again = label != RAM and self.tiers[label].known
         if label != RAM:
-            self.tiers[label].scanned = True
+            self.tiers[label].scanned = self.tiers[label].known = True
         for incarnation in scan.incarnations:
             known = self.incarnations.get(incarnation.number)
             if known is None or known.id < incarnation.id:
                 self.incarnations[incarnation.number] = incarnation
             if label == RAM:
                 self.begun[incarnation.number] = incarnation
-        self.discharge()
+        self.discharge(only=label if again else "")
         self.touch()
 
-    def discharge(self, *, scanned: bool = True) -> None:
+    def discharge(self, *, scanned: bool = True, only: str = "") -> None:
         """Find out what is owed to nobody any more, once more is known of what lies where.
-
-        ``scanned``: of a tier itself. What other nodes say must not end a backlog that is wanted.
-        """
+        ``scanned``: of tiers themselves, or of ``only`` that one, again. What others say must not
+        end a backlog that is wanted."""
         self._note_remains()
         for tier in self.tiers.values():
             if tier.scanned:
-                self._discharge(tier.label, scanned=scanned)
+                self._discharge(tier.label, scanned=scanned and only in ("", tier.label))
 
     def _note_remains(self) -> None:
         """Slots are recycled rank by rank. Ranks that all have a newer step finished this one: what

@@ -298,7 +298,8 @@ class SaveState:
 @dataclass(slots=True, eq=False)
 class TierState:
     """A slower tier of a run. ``wake`` is set when there may be something to do for it, ``retry``
-    when what failed is to be tried again at once."""
+    when what failed is to be tried again at once. ``scanned``: what is there is known; ``known``:
+    it was, and may be looked at again."""
 
     label: str
     config: TierConfig
@@ -306,6 +307,7 @@ class TierState:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     retry: asyncio.Event = field(default_factory=asyncio.Event)
     scanned: bool = False
+    known: bool = False
     problem: str = ""
     attempts: int = 0
     owed_since_s: float | None = None

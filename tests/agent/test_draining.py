@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from agent_checks import Own, until
 from fake_trainer import FakeTrainer, disk
 
-from mtckpt.agent import drains, protocol
+from mtckpt._manifest import SaveName
+from mtckpt.agent import drains, protocol, work
 from mtckpt.agent.client import AgentClient
-from mtckpt.errors import NodeDraining
+from mtckpt.agent.draining import _Handover
+from mtckpt.agent.runs import RunState
+from mtckpt.agent.saves import RAM, SaveState, TierState
+from mtckpt.errors import NodeDraining, TierFull
 
 
 def drained(trainer: FakeTrainer, timeout_s: float = 20.0, **more: bool) -> drains.Drained:
@@ -123,3 +130,35 @@ def test_a_second_sigterm_ends_it_at_once(own: Own, tmp_path: Path) -> None:
         until(lambda: client.call("/status", None, protocol.AgentStatus).draining != "")
     os.kill(pid, signal.SIGTERM)
     until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_a_disk_that_hangs_or_is_full_does_not_keep_what_is_here_from_a_store() -> None:
+    """No other node stays, and the disk says nothing until the store has its part."""
+    run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+    for label in ("disk", "store"):
+        config = protocol.TierConfig(label, label, f"/{label}")
+        run.tiers[label] = TierState(label, config, work.TierRef(label, config.path, label=label))
+    name = SaveName(10, 1, f"{10:012d}")
+    save = run.saves[str(name)] = SaveState(name, "x", world_size=2)
+    save.ranks[RAM] = {0}
+
+    async def story() -> _Handover:
+        stored = asyncio.Event()
+
+        async def bring(_: RunState, tier: TierState, __: SaveState, ranks: set[int]) -> bool:
+            assert ranks == {0}
+            if tier.is_store:
+                stored.set()
+                return True
+            await stored.wait()
+            raise TierFull("no space is left", tier=tier.label)
+
+        flusher = cast(Any, SimpleNamespace(bring=bring))
+        handover = _Handover(run, cast(Any, None), flusher)
+        await asyncio.wait_for(handover.of_doubted(save), 20.0)
+        return handover
+
+    handover = asyncio.run(story())
+    assert handover.brought == {str(name)}
+    assert handover.problems == []
+    assert "no space is left" in handover.untaken[str(name)]

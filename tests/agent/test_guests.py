@@ -20,7 +20,7 @@ from mtckpt.agent.queue import Limits
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, SaveState
 from mtckpt.agent.tools import Tools
-from mtckpt.errors import AgentUnavailable, NodeDraining, TierUnavailable
+from mtckpt.errors import AgentUnavailable, NodeDraining, TierFull, TierUnavailable
 
 ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
 ADDRESSES = [PeerAddress(f"10.0.0.{n}", 1, 2, name="ab"[n]) for n in range(2)]
@@ -37,13 +37,18 @@ class Scene:
         self.pulled: list[tuple[int, str]] = []
         self.lets_through = asyncio.Event()
         self.refused = ""
+        self.is_full = False
         tools = Tools(cast(Any, self), Limits(), EventStream())
         peers = cast(Any, SimpleNamespace(verbs={}))
-        self.guests = Guests(tools, peers, "boot", self._nothing, self._nothing)
+        self.guests = Guests(tools, peers, "boot", self._nothing, self._note)
         self.offer = Offer(1, ADDRESSES[1], str(save_name(1, 1, ID)), ID, [1])
 
     async def _nothing(self, *_: Any) -> None:
-        """No node has moved; nothing is written."""
+        """No node has moved."""
+
+    async def _note(self, _: RunState) -> None:
+        if self.is_full:
+            raise TierFull("no page is left", tier="ram")
 
     async def call(self, command: work.Command, **_: Any) -> Any:
         """In the place of the data processes."""
@@ -88,6 +93,22 @@ def test_a_copy_that_is_gone_when_it_is_asked_for_is_not_acknowledged() -> None:
             await scene.ask(1)
         assert (await scene.ask(1)).boot_id == "boot"
         assert scene.pulled == [(1, "now"), (1, "now")]
+
+    asyncio.run(story())
+
+
+def test_memory_that_is_too_full_for_a_note_has_no_copies_either() -> None:
+    """Else they counted as parts that are here: what they seem to make whole is not."""
+
+    async def story() -> None:
+        scene = Scene()
+        scene.lets_through.set()
+        scene.is_full = True
+        with pytest.raises(TierFull, match="no room for copies of other nodes"):
+            await scene.ask(1)
+        assert scene.run.saves[scene.offer.save].guests == set()
+        scene.is_full = False
+        assert (await scene.ask(1)).boot_id == "boot"
 
     asyncio.run(story())
 

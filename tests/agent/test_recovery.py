@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,48 @@ def test_a_killed_trainer_resumes_from_ram(
         second.do("begin", 1)
     second.do("begin", 2)
     second.do("save", 4, [])
+
+
+def test_an_agent_that_nobody_reaches_any_more_lets_another_have_its_memory(
+    trainers: Trainers, runtime_dir: Path
+) -> None:
+    """Its user has logged out, and the directory of the session has gone with its socket."""
+    first = trainers()
+    first.do("open")
+    first.do("begin", 1)
+    first.do("save", 1, [])
+    before = agent_pid()
+    shutil.rmtree(runtime_dir)
+
+    def opens() -> bool:
+        try:
+            first.do("open")
+        except AgentUnavailable:
+            return False
+        return True
+
+    until(opens)
+    assert agent_pid() != before
+    first.do("save", 2, [])
+    assert steps_in(ram_root(), name="ram") == [1, 2]
+
+
+def test_memory_elsewhere_is_no_way_around_whoever_has_the_run(
+    trainers: Trainers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run went on with slots beside its disk; another job under its name asks for memory."""
+    monkeypatch.setenv("MTCKPT_TAKEOVER_S", "0.2")
+    tiers = [disk(tmp_path / "d")]
+    (tmp_path / "beside").mkdir(mode=0o700)
+    first = trainers(tiers=tiers, ram_path=str(tmp_path / "beside"))
+    first.do("open")
+    first.do("begin", 1)
+    first.do("save", 1, ["disk"])
+    until(lambda: steps_in(tmp_path / "d") == [1])
+    with pytest.raises(RunLocked, match="owns this run and is alive"):
+        trainers(tiers=tiers).do("open")
+    first.do("save", 2, [])
+    assert steps_in(tmp_path / "beside", name="ram") == [1, 2]
 
 
 def test_what_a_dead_trainer_had_finished_is_sealed(trainers: Trainers, tmp_path: Path) -> None:

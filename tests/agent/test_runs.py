@@ -152,6 +152,20 @@ def test_what_other_nodes_say_ends_no_backlog_that_a_store_still_gets(run: RunSt
     assert at(run, 10).superseded == {"store"}
 
 
+def test_a_disk_that_is_looked_at_again_ends_no_backlog_of_a_store(run: RunState) -> None:
+    """At close the store has the newest, and is still to get one that its rules keep: that stays
+    owed. What it has let go is not owed again, whatever the disk's records say."""
+    on_disk = work.RunScan("r", [found(step, [0, 1], "store") for step in (10, 20, 30)])
+    run.note_scan("disk", on_disk)
+    run.note_scan("store", work.RunScan("r"))
+    for save in (at(run, 10), at(run, 30)):
+        save.due.discard("store")
+    at(run, 30).ranks["store"] = {0, 1}  # and 10 was there, and has gone
+    run.tiers["disk"].scanned = False
+    run.note_scan("disk", on_disk)
+    assert [at(run, step).owed for step in (10, 20, 30)] == [set(), {"store"}, set()]
+
+
 def test_what_was_restored_from_is_whole_for_the_next_agent_too(run: RunState) -> None:
     """This node has a part of it; that others had theirs was known when the job was started."""
     run.note_scan(RAM, work.RunScan("r", [found(10, [0])]))
