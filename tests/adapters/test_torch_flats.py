@@ -293,6 +293,21 @@ def test_a_module_that_is_in_the_state_beside_what_it_is_a_part_of_has_its_place
         assert shapes(optimizer) == [(9, 8), (9,), (10, 9), (10,), (11, 10), (11,)]
 
 
+def test_parameters_that_fsdp_ignores_come_first_in_their_module_in_every_form() -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(torch.ones(4, n)) for n in (2, 3, 4))
+
+    with as_rank(0):
+        for use_orig_params in (True, False):
+            net = Three()
+            model = wrap(net, use_orig_params=use_orig_params, ignored_states=[net.b])
+            optimizer = step(model.parameters())
+            surveying.survey([model, optimizer])
+            assert shapes(optimizer) == [(4, 3), (4, 2), (4, 4)]
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

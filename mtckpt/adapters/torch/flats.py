@@ -341,17 +341,19 @@ class _Walk:
 
     def _parameters(self, module: Module, prefix: str) -> None:
         managed = self._managed.get(id(module), {})
+        # Those that FSDP was to ignore come first: where they were among the others, nobody knows
+        # any more, and with use_orig_params FSDP itself has put the others behind them.
+        for name, parameter in module._parameters.items():
+            if parameter is None or name in managed or getattr(parameter, "_is_flat_param", False):
+                continue
+            self.others.append((parameter, len(self.found.tensors)))
+            self.found.tensors[prefix + name] = parameter
         for name, (unit, index) in managed.items():
             key = id(unit), index
             if key not in self._boxes:  # tied: one object
                 self.places[key] = len(self.found.tensors)
                 self._boxes[key] = unit.value(index)
             self.found.tensors[prefix + name] = self._boxes[key]
-        for name, parameter in module._parameters.items():
-            if parameter is None or name in managed or getattr(parameter, "_is_flat_param", False):
-                continue
-            self.others.append((parameter, len(self.found.tensors)))
-            self.found.tensors[prefix + name] = parameter
 
     def _buffer(self, buffer: torch.Tensor, name: str, dtype: torch.dtype) -> None:
         tensor = buffer
