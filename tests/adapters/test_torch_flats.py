@@ -184,6 +184,27 @@ def test_pieces_of_all_ranks_are_the_module_and_its_optimizer(name: str) -> None
             assert torch.equal(found, value), (place, moment)
 
 
+def test_state_that_is_there_before_the_first_step_counts_the_steps_of_others() -> None:
+    """Of a parameter that this rank has no element of, whose piece is never stepped."""
+
+    def state(rank: int) -> Any:
+        with as_rank(rank):
+            model = wrap(make(), use_orig_params=True)
+            optimizer = torch.optim.Adagrad(model.parameters())
+            for parameter in model.parameters():
+                if parameter.numel():
+                    parameter.grad = parameter.detach()
+            optimizer.step()
+            surveying.survey([model, optimizer])
+            return state_of(optimizer)["state"]
+
+    for rank in range(RANKS):
+        found = state(rank).values()
+        assert len(found) == 7
+        assert {entry["step"].item() for entry in found} == {1}
+        assert all(isinstance(entry["sum"], Boxes) for entry in found)
+
+
 @pytest.mark.parametrize("name", ["flat", "pieces", "inside", "ignoring", "not sharded, pieces"])
 def test_a_plain_state_is_restored_into_the_pieces_of_a_rank(name: str) -> None:
     plain = make()

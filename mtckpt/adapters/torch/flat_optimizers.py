@@ -81,8 +81,10 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
     state: dict[int, Any] = {}
     for place, (member, at) in enumerate(members):
         entry = entries.get(member.number)
-        if member.unit is not None and not member.is_here and not entry:
-            _describe(state, place, member, at, likes)
+        # An optimizer may make state of what it never steps here: its count of steps stays 0.
+        described = None if member.is_here else _described(member, at, likes)
+        if described is not None:
+            state[place] = described
         elif entry is not None:
             state[place] = {name: _part(member, value) for name, value in entry.items()}
     numbers = {member.number for member, _ in members}
@@ -99,19 +101,16 @@ def _part(member: _Member, value: Any) -> Any:
     return member.boxes(value) if here else value
 
 
-def _describe(
-    state: dict[int, Any],
-    place: int,
-    member: _Member,
-    at: int,
-    likes: Sequence[tuple[_Member, int, dict[str, Any]]],
-) -> None:
-    """What other ranks keep of a parameter that this one has no element of, without any element.
+def _described(
+    member: _Member, at: int, likes: Sequence[tuple[_Member, int, dict[str, Any]]]
+) -> dict[str, Any] | None:
+    """What other ranks keep of a parameter that this one has no element of, without any element;
+    None where nothing is known of it.
 
     An optimizer steps all parameters of a unit together, and those of a group alike.
     """
     if not member.parameter.requires_grad or not likes:
-        return
+        return None
     assert member.unit is not None
     flat = member.unit.flat
 
@@ -119,7 +118,7 @@ def _describe(
         return like[0].unit is not None and like[0].unit.flat is flat, like[1] == at
 
     other, _, entry = max(likes, key=nearness)
-    state[place] = {
+    return {
         name: member.unit.boxes(member.part, None, value.dtype)
         if other.is_elementwise(value)
         else value
