@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import math
+import unicodedata
 from collections import Counter, OrderedDict, namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
@@ -63,7 +64,9 @@ class Fields(dict[str, Any]):
 
 def _named_tuple(values: dict[Any, Any]) -> tuple[Any, ...]:
     """A named tuple with these fields; of which type it was, no checkpoint says."""
-    made: tuple[Any, ...] = _tuple_type(tuple(map(str, values)))(*values.values())
+    # As Python has names itself: else two could become one.
+    names = tuple(unicodedata.normalize("NFKC", str(name)) for name in values)
+    made: tuple[Any, ...] = _tuple_type(names)(*values.values())
     return made
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from state_harness import plan, restore, save
 
+from mtckpt._node import Fields
 from mtckpt._state import flatten, refill
 from mtckpt.adapters import active_adapters
 from mtckpt.errors import FormatError, StateMismatch
@@ -118,6 +119,11 @@ def test_objects_are_not_made_of_what_was_saved_of_them(empty: Any) -> None:
     if not isinstance(empty, dict):
         assert "make as many before restore()" in differing(saved, {"m": empty})
     assert restore(save(saved), {"m": None})["m"]  # a place left open takes their states
+
+
+def test_fields_whose_names_are_one_to_python_stay_two() -> None:
+    fields = Fields({"\ufb01": 1, "fi": 2, "class": 3})
+    assert tuple(restore(save({"f": fields}), {"f": None})["f"]) == (1, 2, 3)
 
 
 def test_an_object_gets_deques_and_named_tuples_as_they_were() -> None:

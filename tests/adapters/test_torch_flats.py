@@ -184,6 +184,27 @@ def test_pieces_of_all_ranks_are_the_module_and_its_optimizer(name: str) -> None
             assert torch.equal(found, value), (place, moment)
 
 
+def test_state_that_is_there_before_the_first_step_counts_the_steps_of_others() -> None:
+    """Of a parameter that this rank has no element of, whose piece is never stepped."""
+
+    def state(rank: int) -> Any:
+        with as_rank(rank):
+            model = wrap(make(), use_orig_params=True)
+            optimizer = torch.optim.Adagrad(model.parameters())
+            for parameter in model.parameters():
+                if parameter.numel():
+                    parameter.grad = parameter.detach()
+            optimizer.step()
+            surveying.survey([model, optimizer])
+            return state_of(optimizer)["state"]
+
+    for rank in range(RANKS):
+        found = state(rank).values()
+        assert len(found) == 7
+        assert {entry["step"].item() for entry in found} == {1}
+        assert all(isinstance(entry["sum"], Boxes) for entry in found)
+
+
 @pytest.mark.parametrize("name", ["flat", "pieces", "inside", "ignoring", "not sharded, pieces"])
 def test_a_plain_state_is_restored_into_the_pieces_of_a_rank(name: str) -> None:
     plain = make()
@@ -261,6 +282,90 @@ def test_parameters_that_were_made_one_and_have_different_state_are_refused() ->
         surveying.survey([model, live])
         with pytest.raises(StateMismatch, match="have different state"):
             plan(saved, {"o": live})
+
+
+def linears(*options: dict[str, Any] | None) -> list[Any]:
+    """Modules of different shapes, and those that have options as FSDP's."""
+    nets = [nn.Linear(8 + number, 9 + number) for number in range(len(options))]
+    return [
+        net if each is None else wrap(net, **each) for net, each in zip(nets, options, strict=True)
+    ]
+
+
+def shapes(optimizer: Any) -> list[tuple[int, ...]]:
+    return [tuple(entry["exp_avg"].shape) for entry in state_of(optimizer)["state"].values()]
+
+
+def test_an_optimizer_of_two_modules_has_one_after_the_other_as_it_was_given_them() -> None:
+    with as_rank(0):
+        for nets in (linears({}, {}), linears({}, {})[::-1]):
+            optimizer = step([parameter for net in nets for parameter in net.parameters()])
+            surveying.survey([optimizer, nets[1], nets[0]])
+            one, other = ([tuple(s) for s in net._flat_param._shapes] for net in nets)
+            assert shapes(optimizer) == [*one, *other]
+
+
+def test_a_module_that_is_in_the_state_beside_what_it_is_a_part_of_has_its_place_there() -> None:
+    with as_rank(0):
+        first, inner, last = linears(None, {}, None)
+        whole = wrap(nn.Sequential(first, inner, last))
+        optimizer = step(whole.parameters())
+        surveying.survey({"whole": whole, "part": inner, "optimizer": optimizer})
+        assert shapes(optimizer) == [(9, 8), (9,), (10, 9), (10,), (11, 10), (11,)]
+
+
+def test_parameters_that_fsdp_ignores_come_first_in_their_module_in_every_form() -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(torch.ones(4, n)) for n in (2, 3, 4))
+
+    with as_rank(0):
+        for use_orig_params in (True, False):
+            net = Three()
+            model = wrap(net, use_orig_params=use_orig_params, ignored_states=[net.b])
+            optimizer = step(model.parameters())
+            surveying.survey([model, optimizer])
+            assert shapes(optimizer) == [(4, 3), (4, 2), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda entry: entry.update(exp_avg=torch.ones(3)),
+            r"of shape \[7, 6\] here, of shape \[3\]",
+        ),
+        (lambda entry: entry.update(seen=7), "differs among parameters that FSDP has made one"),
+    ],
+)
+def test_what_one_moment_cannot_hold_is_refused(change: Any, why: str) -> None:
+    optimizer = step(make().parameters())
+    for entry in optimizer.state.values():
+        entry["seen"] = 6
+    change(next(iter(optimizer.state.values())))
+    saved = save({"o": optimizer})
+    with as_rank(1):
+        model = wrap(make())
+        live = torch.optim.Adam(model.parameters())
+        surveying.survey([model, live])
+        with pytest.raises(StateMismatch, match=why):
+            plan(saved, {"o": live})
+
+
+def test_no_gathered_copy_outlives_a_restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation may have one of its own, in the type of the parameters."""
+    monkeypatch.setenv("FSDP_USE_FULL_PREC_IN_EVAL", "1")
+    saved = save({"m": nn.Linear(8, 9)})
+    with as_rank(0):
+        model = wrap(nn.Linear(8, 9), mixed_precision=fsdp.MixedPrecision(torch.bfloat16))
+        for is_training in (True, False):
+            model.train(is_training)(torch.ones(1, 8))
+            flat = model._flat_param
+            full = flat._full_param_padded if is_training else flat._full_prec_full_param_padded
+            assert full.untyped_storage().nbytes()
+            restore(saved, {"m": model.train()})
+            assert not full.untyped_storage().nbytes()
 
 
 class Own(nn.Linear):

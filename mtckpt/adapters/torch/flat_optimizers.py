@@ -24,10 +24,13 @@ from mtckpt.errors import UnsupportedState
 
 if TYPE_CHECKING:
     from mtckpt._placing import Placing
-    from mtckpt._state import Node
+    from mtckpt._state import ArraySpec, Node
     from mtckpt.adapters.torch.flats import Unit
 
 __all__ = ["has_flat", "place", "state_of"]
+
+_At = tuple[int, int]  # the module that a parameter was seen in, and its place there
+_NOWHERE = -1, -1
 
 
 class _Member(NamedTuple):
@@ -78,8 +81,10 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
     state: dict[int, Any] = {}
     for place, (member, at) in enumerate(members):
         entry = entries.get(member.number)
-        if member.unit is not None and not member.is_here and not entry:
-            _describe(state, place, member, at, likes)
+        # An optimizer may make state of what it never steps here: its count of steps stays 0.
+        described = None if member.is_here else _described(member, at, likes)
+        if described is not None:
+            state[place] = described
         elif entry is not None:
             state[place] = {name: _part(member, value) for name, value in entry.items()}
     numbers = {member.number for member, _ in members}
@@ -96,19 +101,16 @@ def _part(member: _Member, value: Any) -> Any:
     return member.boxes(value) if here else value
 
 
-def _describe(
-    state: dict[int, Any],
-    place: int,
-    member: _Member,
-    at: int,
-    likes: Sequence[tuple[_Member, int, dict[str, Any]]],
-) -> None:
-    """What other ranks keep of a parameter that this one has no element of, without any element.
+def _described(
+    member: _Member, at: int, likes: Sequence[tuple[_Member, int, dict[str, Any]]]
+) -> dict[str, Any] | None:
+    """What other ranks keep of a parameter that this one has no element of, without any element;
+    None where nothing is known of it.
 
     An optimizer steps all parameters of a unit together, and those of a group alike.
     """
     if not member.parameter.requires_grad or not likes:
-        return
+        return None
     assert member.unit is not None
     flat = member.unit.flat
 
@@ -116,7 +118,7 @@ def _describe(
         return like[0].unit is not None and like[0].unit.flat is flat, like[1] == at
 
     other, _, entry = max(likes, key=nearness)
-    state[place] = {
+    return {
         name: member.unit.boxes(member.part, None, value.dtype)
         if other.is_elementwise(value)
         else value
@@ -145,7 +147,7 @@ def _members(optimizer: Optimizer) -> list[list[_Member]]:
     groups: list[list[_Member]] = []
     missing: list[str] = []
     for group in optimizer.param_groups:
-        placed: list[tuple[int, _Member]] = []
+        placed: list[tuple[_At, _Member]] = []
         for parameter in group["params"]:
             placed += _pieces(parameter, next(numbers), units, missing)
         groups.append(list(_in_order(placed)))
@@ -171,12 +173,12 @@ def _members(optimizer: Optimizer) -> list[list[_Member]]:
 
 def _pieces(
     parameter: torch.Tensor, number: int, units: dict[int, Unit | None], missing: list[str]
-) -> Iterator[tuple[int, _Member]]:
-    """The parameters that one of an optimizer's stands for, with their places; -1 for unknown."""
+) -> Iterator[tuple[_At, _Member]]:
+    """The parameters that one of an optimizer's stands for, with their places."""
     found = flats.known(parameter)
     if not flats.is_flattened(parameter):
-        place = -1 if found is None else found.places[0]
-        yield place, _Member(number, parameter, None, 0)
+        at = _NOWHERE if found is None else (found.module, found.places[0])
+        yield at, _Member(number, parameter, None, 0)
         return
     fsdp = None if found is None or found.fsdp is None else found.fsdp()
     if found is None or fsdp is None:
@@ -184,17 +186,17 @@ def _pieces(
         return
     unit = units[id(fsdp)] if id(fsdp) in units else units.setdefault(id(fsdp), found.unit())
     if found.part is not None:  # in the order that it was given in, which is the module's own
-        yield -1, _Member(number, parameter, unit, found.part)
+        yield _NOWHERE, _Member(number, parameter, unit, found.part)
         return
     for index, place in enumerate(found.places):
-        yield place, _Member(number, parameter, unit, index)
+        yield (found.module, place), _Member(number, parameter, unit, index)
 
 
-def _in_order(placed: Sequence[tuple[int, _Member]]) -> Iterator[_Member]:
-    """Those whose place is known in order, between those that stay where they are."""
-    for is_known, run in itertools.groupby(placed, key=lambda each: each[0] >= 0):
+def _in_order(placed: Sequence[tuple[_At, _Member]]) -> Iterator[_Member]:
+    """Those of one module in its order, between others, which stay where they are."""
+    for module, run in itertools.groupby(placed, key=lambda each: each[0][0]):
         members = list(run)
-        if is_known:
+        if module != _NOWHERE[0]:
             members.sort(key=lambda each: each[0])
         yield from (member for _, member in members)
 
@@ -290,6 +292,9 @@ def _place_unit(optimizer: Optimizer, parts: Sequence[_Saved], placing: Placing)
         paths = [f"{part.path}/{escape(name)}" for part in parts]
         dtype = _dtype_if_elementwise(parts, nodes, placing)
         if dtype is None:
+            if why := _why_not_one(optimizer, name, parts, nodes, placing):
+                placing.diff.differing.append(f"{paths[0]}: {why}")
+                continue
             entry[name] = placing.tree(nodes[0], paths[0])
             for other in nodes[1:]:
                 placing.tied(nodes[0], other)
@@ -304,6 +309,50 @@ def _place_unit(optimizer: Optimizer, parts: Sequence[_Saved], placing: Placing)
         placing.finish.append(functools.partial(settle, placed))
         entry[name] = moment
     return entry
+
+
+def _why_not_one(
+    optimizer: Optimizer,
+    name: object,
+    parts: Sequence[_Saved],
+    nodes: Sequence[Node],
+    placing: Placing,
+) -> str:
+    """Why what was saved for some parameters cannot be what one has; empty if it may be.
+
+    Whether arrays that may are the same is for ``Placing.tied`` to see.
+    """
+    specs = [_spec_of(node, placing) for node in nodes]
+    if optimizers.is_elementwise(optimizer, name):
+        for part, spec in zip(parts, specs, strict=True):
+            assert part.member.unit is not None
+            shape = part.member.unit.shape(part.member.part)
+            if spec is not None and spec.whole_shape != shape:
+                return (
+                    f"for a parameter of shape {list(shape)} here,"
+                    f" of shape {list(spec.whole_shape)} in the checkpoint"
+                )
+    if any(not _is_alike(nodes[0], other, placing) for other in nodes[1:]):
+        return "differs among parameters that FSDP has made one; use_orig_params=True can hold it"
+    return ""
+
+
+def _spec_of(node: Node, placing: Placing) -> ArraySpec | None:
+    return placing.arrays[node.index].spec if node.kind == _state.ARRAY else None
+
+
+def _is_alike(one: Node, other: Node, placing: Placing) -> bool:
+    """True for the same values, and for arrays of the same type and shape."""
+    if (one.kind, one.name, one.keys) != (other.kind, other.name, other.keys):
+        return False
+    if one.kind == _state.ARRAY:
+        specs = [placing.arrays[each.index].spec for each in (one, other)]
+        return specs[0].dtype == specs[1].dtype and specs[0].whole_shape == specs[1].whole_shape
+    if one.kind == _state.PLAIN:
+        return repr(placing.plain[one.index]) == repr(placing.plain[other.index])
+    return len(one.children) == len(other.children) and all(
+        _is_alike(*pair, placing) for pair in zip(one.children, other.children, strict=True)
+    )
 
 
 def _dtype_if_elementwise(

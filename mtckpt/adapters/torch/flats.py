@@ -9,6 +9,7 @@ Does not know optimizers (``flat_optimizers``). Keeps no module alive, imports n
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 import weakref
@@ -35,10 +36,14 @@ _Ranks = tuple[int, ...]
 
 class Known(NamedTuple):
     """A parameter that was seen in a module: its unit if it is in one, which of that it is, and its
-    place in the order of the module without FSDP; of a flat parameter the places of all."""
+    place in the order of the module without FSDP; of a flat parameter the places of all.
+
+    ``module`` is a number that all parameters have which were seen in the same one.
+    """
 
     fsdp: Callable[[], Any] | None
     part: int | None
+    module: int
     places: tuple[int, ...]
 
     def unit(self) -> Unit | None:
@@ -47,6 +52,7 @@ class Known(NamedTuple):
         return None if fsdp is None else Unit.of(fsdp)
 
 
+_modules = itertools.count()
 _known: Any = WeakIdKeyDictionary()  # parameters of FSDP modules, and of those around them
 
 
@@ -182,9 +188,11 @@ class Unit:
 
     def drop_copies(self) -> None:
         """After a restore: let go of a gathered copy, which would be used instead of the shard."""
-        full = getattr(self.flat, "_full_param_padded", None)
-        if full is not None and full.untyped_storage().nbytes() and not self.is_whole:
-            self.fsdp._handle.reshard(True)
+        for name in ("_full_param_padded", "_full_prec_full_param_padded"):
+            full = getattr(self.flat, name, None)  # the other is for evaluation, if it is told so
+            if full is not None and full.untyped_storage().nbytes() and not self.is_whole:
+                self.fsdp._handle.reshard(True)
+                full.untyped_storage().resize_(0)  # it frees the one that it would use now
 
 
 def _cut_up(
@@ -273,16 +281,17 @@ def note(module: Module) -> None:
     """Remember where the parameters of a module are, for the sake of its optimizers."""
     walk = _Walk(module)
     walk.visit(module, "", {}, "")
+    number = next(_modules)
     for unit in walk.found.units:
         places = [walk.places[id(unit), index] for index in range(len(unit.flat._shapes))]
         back = weakref.ref(unit.fsdp)
         if unit.keeps_parameters:
             for index, place in enumerate(places):
-                _known[unit.flat._params[index]] = Known(back, index, (place,))
+                _known[unit.flat._params[index]] = Known(back, index, number, (place,))
         else:
-            _known[unit.flat] = Known(back, None, tuple(places))
+            _known[unit.flat] = Known(back, None, number, tuple(places))
     for parameter, place in walk.others:
-        _known[parameter] = Known(None, None, (place,))
+        _known[parameter] = Known(None, None, number, (place,))
 
 
 class _Walk:
@@ -332,17 +341,19 @@ class _Walk:
 
     def _parameters(self, module: Module, prefix: str) -> None:
         managed = self._managed.get(id(module), {})
+        # Those that FSDP was to ignore come first: where they were among the others, nobody knows
+        # any more, and with use_orig_params FSDP itself has put the others behind them.
+        for name, parameter in module._parameters.items():
+            if parameter is None or name in managed or getattr(parameter, "_is_flat_param", False):
+                continue
+            self.others.append((parameter, len(self.found.tensors)))
+            self.found.tensors[prefix + name] = parameter
         for name, (unit, index) in managed.items():
             key = id(unit), index
             if key not in self._boxes:  # tied: one object
                 self.places[key] = len(self.found.tensors)
                 self._boxes[key] = unit.value(index)
             self.found.tensors[prefix + name] = self._boxes[key]
-        for name, parameter in module._parameters.items():
-            if parameter is None or name in managed or getattr(parameter, "_is_flat_param", False):
-                continue
-            self.others.append((parameter, len(self.found.tensors)))
-            self.found.tensors[prefix + name] = parameter
 
     def _buffer(self, buffer: torch.Tensor, name: str, dtype: torch.dtype) -> None:
         tensor = buffer

@@ -19,12 +19,19 @@ from mtckpt.adapters.torch import leaves, sharded
 from mtckpt.adapters.torch.loading import other_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from mtckpt._placing import Placing
     from mtckpt._state import Node
 
-__all__ = ["Moments", "Saved", "children_of", "find_saved", "load", "place", "place_entry"]
+__all__ = [
+    "Moments",
+    "Saved",
+    "children_of",
+    "find_saved",
+    "is_elementwise",
+    "load",
+    "place",
+    "place_entry",
+]
 
 # State of torch.optim that has one element for each element of its parameter.
 _ELEMENTWISE = frozenset(
@@ -32,10 +39,6 @@ _ELEMENTWISE = frozenset(
         *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "grad_avg"),
         *("square_avg", "acc_delta", "sum", "prev", "step_size", "ax"),
     }
-)
-# What schedulers of torch add to the settings of an optimizer.
-_OF_SCHEDULERS = frozenset(
-    {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}
 )
 
 
@@ -48,9 +51,6 @@ def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> bool
         return True
     if not is_plain:
         return False  # it has its own idea of what a state is: load_state_dict gets fresh tensors
-    for i, group in enumerate(saved.fields["param_groups"].children):
-        if (why := _other_settings(optimizer, children_of(group))) and not placing.partial:
-            placing.diff.differing.append(f"{path}/param_groups/{i}: {why}")
     live = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     parameters = {str(i): parameter for i, parameter in zip(chain(*saved.ids), live, strict=True)}
     trees: dict[Any, Any] = {}
@@ -68,18 +68,9 @@ def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> bool
     return True
 
 
-def _other_settings(optimizer: Optimizer, saved: Iterable[str]) -> str:
-    """Why a saved group is of another kind of optimizer; empty if it may be of this one.
-
-    Torch would take it, and the next step fails for want of a setting. One that only one side has,
-    as another version of torch may, is no reason.
-    """
-    names = set(saved)
-    lacking = optimizer.defaults.keys() - names
-    foreign = names.difference(_OF_SCHEDULERS, *optimizer.param_groups)
-    if not lacking or not foreign:
-        return ""
-    return f"settings {sorted(lacking)} here, {sorted(foreign)} in the checkpoint"
+def is_elementwise(optimizer: Optimizer, name: object) -> bool:
+    """True for state that is known to have one element for each of its parameter."""
+    return name in _ELEMENTWISE and type(optimizer).__module__.startswith("torch.optim")
 
 
 class Saved(NamedTuple):
@@ -101,8 +92,11 @@ class Saved(NamedTuple):
 def find_saved(
     optimizer: Optimizer, here: list[int] | None, node: Node, path: str, placing: Placing
 ) -> Saved | None:
-    """What was saved; None, and a difference, if its groups are not as long as ``here``."""
-    fields = children_of(node) if node.kind == _state.DICT else {}
+    """What was saved; None, and a difference, if its groups are not as long as ``here``.
+
+    ``here`` is None where the optimizer alone knows what its groups are.
+    """
+    fields = children_of(node)
     state, groups = fields.get("state"), fields.get("param_groups")
     if state is None or state.kind != _state.DICT or groups is None:
         placing.differs(optimizer, node, path)
@@ -114,20 +108,23 @@ def find_saved(
             f"of {list(map(len, ids))} in the checkpoint"
         )
         return None
-    for i, group in enumerate(groups.children if not placing.partial else ()):
+    is_told = here is not None and not placing.partial
+    for i, group in enumerate(groups.children if is_told else ()):
         if why := other_settings(optimizer, children_of(group)):
             placing.diff.differing.append(f"{path}/param_groups/{i}: {why}")
     return Saved(fields, dict(zip(state.keys or [], state.children, strict=True)), ids)
 
 
 def children_of(node: Node) -> dict[str, Node]:
-    """What is in a dict, by the text of its keys."""
+    """What is in a dict, by the text of its keys; of anything else, nothing."""
+    if node.kind != _state.DICT:
+        return {}
     return dict(zip(map(str, node.keys or []), node.children, strict=True))
 
 
 def _saved_ids(group: Node, placing: Placing) -> list[int]:
     """The parameters of a saved group, as numbers."""
-    params = children_of(group).get("params") if group.kind == _state.DICT else None
+    params = children_of(group).get("params")
     if params is None:
         return []
     return [placing.plain[child.index] for child in params.children if child.kind == _state.PLAIN]
@@ -175,7 +172,7 @@ def place_entry(
             entry[name] = placing.tree(child, child_path)
             continue
         spec = placing.arrays[child.index].spec
-        elementwise = name in _ELEMENTWISE and type(optimizer).__module__.startswith("torch.optim")
+        elementwise = is_elementwise(optimizer, name)
         if torch.nn.parameter.is_lazy(parameter):  # its module may be told its shape by then
             entry[name] = placing.tree(child, child_path)
             continue

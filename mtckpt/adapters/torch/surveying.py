@@ -25,9 +25,10 @@ def survey(state: object) -> None:
         if replicas.is_replicated(value):
             replicas.note(value)
     if any(isinstance(value, Optimizer) and flat_optimizers.has_flat(value) for value in objects):
-        for value in objects:
-            if isinstance(value, Module) and flats.has_flat(value):
-                flats.note(value)
+        flat = [each for each in objects if isinstance(each, Module) and flats.has_flat(each)]
+        # The whole after its parts: what counts is the order of the whole.
+        for module in sorted(flat, key=lambda each: sum(1 for _ in each.modules())):
+            flats.note(module)
 
 
 def _objects_in(state: Any, depth: int = 0) -> Iterator[Any]:
