@@ -17,7 +17,7 @@ from typing import Any
 from mtckpt import _state
 from mtckpt._aliases import Aliases
 from mtckpt._boxes import Box
-from mtckpt._codecs import codec_named
+from mtckpt._codecs import DEQUE, codec_named
 from mtckpt._diff import Diff, difference
 from mtckpt._node import MAPPINGS, array_indexes
 from mtckpt._renaming import Stored, rename_tree
@@ -288,7 +288,7 @@ class Placing:
             result = self.match(live.value, node, path, top=False)
             self.finish.append(lambda: setattr(live, "value", settle(result)))
             return live
-        if kind is deque:
+        if kind is deque and (node.kind != _state.CODEC or node.name == DEQUE):
             return self._match_sequence(live, node, path)
         if kind in CODECS:
             same = node.kind == _state.CODEC and node.name == CODECS[kind].name

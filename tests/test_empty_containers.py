@@ -12,6 +12,7 @@ import pytest
 import torch
 from state_harness import plan, restore, save
 
+from mtckpt import _codecs
 from mtckpt._node import Fields
 from mtckpt._state import flatten, refill
 from mtckpt.adapters import active_adapters
@@ -119,6 +120,16 @@ def test_objects_are_not_made_of_what_was_saved_of_them(empty: Any) -> None:
     if not isinstance(empty, dict):
         assert "make as many before restore()" in differing(saved, {"m": empty})
     assert restore(save(saved), {"m": None})["m"]  # a place left open takes their states
+
+
+def test_deques_that_the_user_has_described_come_back_that_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(_codecs.CODECS, deque, _codecs.CODECS[deque])
+    monkeypatch.setitem(_codecs._by_name, "own", _codecs.CODECS[deque])  # both are put back
+    _codecs.register_codec(deque, name="own", encode=list, decode=deque)
+    saved = save({"d": deque([1, 2])})
+    assert restore(saved, {"d": deque()})["d"] == deque([1, 2])
 
 
 def test_fields_whose_names_are_one_to_python_stay_two() -> None:
