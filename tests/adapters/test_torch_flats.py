@@ -242,10 +242,15 @@ def test_a_parameter_that_was_given_other_memory_is_saved_as_it_is() -> None:
             assert torch.equal(pieces, parameter.detach()[: pieces.numel()])
 
 
-def test_buffers_in_another_type_are_saved_and_restored_in_their_own() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_buffers_in_another_type_are_saved_and_restored_in_their_own(is_compiled: bool) -> None:
     with as_rank(0):
-        model = low(make())
-        buffer = model.norm.running_mean
+        net = make()
+        inside: Any = torch.compile(net, backend="eager") if is_compiled else net
+        model = low(inside)
+        buffer = net.norm.running_mean
+        assert buffer is not None
         saved = save({"m": make()})
         buffer.data = torch.full((6,), 3.0, dtype=torch.bfloat16)  # as FSDP does before it computes
         assert state_of(model)["norm.running_mean"].dtype == torch.float32

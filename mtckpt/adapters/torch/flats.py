@@ -319,8 +319,9 @@ class _Walk:
             self.visit(around._fsdp_wrapped_module, prefix, types, inner)
             return
         wrapped = wrappers.inside_of(module)
-        if wrapped is not None:
-            self.visit(wrapped, prefix, types, inner)
+        if wrapped is not None:  # FSDP has the name of what compiling puts around in its own names
+            more = wrappers.COMPILED if wrappers.is_compiled(module) else ""
+            self.visit(wrapped, prefix, types, inner + more)
             return
         if not loading.is_plain(module):
             raise _unsupported(

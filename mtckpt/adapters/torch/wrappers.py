@@ -13,9 +13,9 @@ from typing import Any
 
 from torch.nn import DataParallel, Module
 
-__all__ = ["bare_name", "bare_names", "inside_of", "is_compiled", "unwrapped"]
+__all__ = ["COMPILED", "bare_name", "bare_names", "inside_of", "is_compiled", "unwrapped"]
 
-_COMPILED = "_orig_mod."
+COMPILED = "_orig_mod."
 
 
 def is_compiled(value: object) -> bool:
@@ -49,7 +49,7 @@ def inside_of(module: Any) -> Module | None:
 
 def bare_name(name: str) -> str:
     """A name as it is where nothing in the module is compiled."""
-    return name.replace(_COMPILED, "") if _COMPILED in name else name
+    return name.replace(COMPILED, "") if COMPILED in name else name
 
 
 def bare_names(names: Iterable[Any]) -> dict[Any, Any]:
