@@ -182,6 +182,8 @@ def test_pieces_of_all_ranks_are_the_module_and_its_optimizer(name: str) -> None
         for moment, value in entry.items():
             found = joined([tree["state"][place][moment] for tree in optimizers])
             assert torch.equal(found, value), (place, moment)
+    for tree in optimizers:  # each has its own count of steps
+        assert len({id(entry["step"]) for entry in tree["state"].values()}) == len(tree["state"])
 
 
 def test_state_that_is_there_before_the_first_step_counts_the_steps_of_others() -> None:

@@ -225,6 +225,19 @@ def test_another_kind_of_optimizer_is_a_difference() -> None:
     restore(older, {"o": adam})
 
 
+def test_a_count_of_steps_that_was_one_becomes_one_of_each_parameter() -> None:
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.ones(1)
+    one, live = optim.Adam(parameters), optim.Adam(parameters)
+    one.step()
+    for entry in one.state.values():
+        entry["step"] = one.state[parameters[0]]["step"]
+    restore(save({"o": one}), {"o": live})
+    live.step()
+    assert [entry["step"].item() for entry in live.state.values()] == [2, 2]
+
+
 def test_moments_of_other_shapes_are_a_difference_without_live_moments_too() -> None:
     def make(size: int) -> optim.Optimizer:
         p = nn.Parameter(torch.ones(size))

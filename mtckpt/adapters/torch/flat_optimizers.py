@@ -79,14 +79,15 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
     members = [(member, at) for at, group in enumerate(groups) for member in group]
     likes = [(m, at, entries[m.number]) for m, at in members if m.is_here and entries.get(m.number)]
     state: dict[int, Any] = {}
+    had: set[int] = set()
     for place, (member, at) in enumerate(members):
         entry = entries.get(member.number)
         # An optimizer may make state of what it never steps here: its count of steps stays 0.
-        described = None if member.is_here else _described(member, at, likes)
+        described = None if member.is_here else _described(member, at, likes, had)
         if described is not None:
             state[place] = described
         elif entry is not None:
-            state[place] = {name: _part(member, value) for name, value in entry.items()}
+            state[place] = {name: _part(member, value, had) for name, value in entry.items()}
     numbers = {member.number for member, _ in members}
     state.update({key: value for key, value in entries.items() if key not in numbers})
     counter = itertools.count()
@@ -96,13 +97,16 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
     return {**native, "state": state, "param_groups": saved_groups}
 
 
-def _part(member: _Member, value: Any) -> Any:
+def _part(member: _Member, value: Any, had: set[int]) -> Any:
     here = member.unit is not None and member.is_elementwise(value)
-    return member.boxes(value) if here else value
+    return member.boxes(value) if here else optimizers.own(value, had)
 
 
 def _described(
-    member: _Member, at: int, likes: Sequence[tuple[_Member, int, dict[str, Any]]]
+    member: _Member,
+    at: int,
+    likes: Sequence[tuple[_Member, int, dict[str, Any]]],
+    had: set[int],
 ) -> dict[str, Any] | None:
     """What other ranks keep of a parameter that this one has no element of, without any element;
     None where nothing is known of it.
@@ -121,7 +125,7 @@ def _described(
     return {
         name: member.unit.boxes(member.part, None, value.dtype)
         if other.is_elementwise(value)
-        else value
+        else optimizers.own(value, had)
         for name, value in entry.items()
     }
 

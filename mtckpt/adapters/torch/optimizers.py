@@ -29,6 +29,7 @@ __all__ = [
     "find_saved",
     "is_elementwise",
     "load",
+    "own",
     "place",
     "place_entry",
 ]
@@ -205,10 +206,13 @@ def load(
     others: dict[str, Any],
 ) -> None:
     """Run the optimizer's own ``load_state_dict``, then undo what it does to types."""
+    had: set[int] = set()
     for key, entry in state.items():
         parameter = parameters.get(str(key))
         if parameter is not None and isinstance(entry, dict):
-            state[key] = {name: _laid_out(value, parameter) for name, value in entry.items()}
+            state[key] = {
+                name: own(_laid_out(value, parameter), had) for name, value in entry.items()
+            }
     hyper = [
         {name: value for name, value in group.items() if isinstance(value, torch.Tensor)}
         for group in optimizer.param_groups
@@ -236,6 +240,20 @@ def load(
                 continue
             if (value.shape, value.dtype) == (tensor.shape, tensor.dtype):
                 group[name] = leaves.assign(tensor, value)
+
+
+def own(value: Any, had: set[int]) -> Any:
+    """A tensor that no other parameter has; ``had`` are the ids of those that some have.
+
+    Of FSDP1's flat parameters all in one have one count of steps. As one tensor of several
+    parameters without FSDP it would be counted up several times a step.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    if id(value) in had:
+        return value.detach().clone()
+    had.add(id(value))
+    return value
 
 
 def _as_saved(loaded: Any, saved: Any, hooked: bool) -> Any:
