@@ -265,12 +265,15 @@ class Saver:
         movable = alone and self._disk_path() and self._session.ram_path != beside
         if self._insists or not movable:
             raise error
+        try:
+            os.makedirs(beside, mode=0o700, exist_ok=True)
+        except OSError as why:  # no room there either, or no right: what memory said stands
+            raise error from why
         logger.warning(
             "run %s: %s; saves are captured on disk instead of in memory",
             self.run.name,
             error.what,
         )
-        os.makedirs(beside, mode=0o700, exist_ok=True)
         self._session.move_slots(beside)
 
     def _patience_s(self, want: protocol.WantSlots) -> float | None:

@@ -1,15 +1,20 @@
-"""The courier of a session says that it is idle only where nothing waits for it."""
+"""A session knows when its courier is idle, and what there is where nobody has room for slots."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from mtckpt._saver import Saver
 from mtckpt._session import Session
+from mtckpt._slots import BESIDE
+from mtckpt.errors import TierFull
 
 
 class Jobs(queue.SimpleQueue[Any]):
@@ -54,3 +59,17 @@ def test_a_job_that_comes_as_the_last_one_ends_is_waited_for(
     assert session.wait_idle(10)
     assert ended.is_set()
     jobs.put(None)
+
+
+def test_where_the_disk_takes_no_slots_either_it_is_memory_that_is_full(tmp_path: Path) -> None:
+    """And no error that is none of ours."""
+    (tmp_path / BESIDE).write_bytes(b"a file")
+    run = SimpleNamespace(members=SimpleNamespace(world_size=1), name="r")
+    saver = SimpleNamespace(
+        run=run,
+        _insists=False,
+        _session=SimpleNamespace(ram_path="/memory"),
+        _disk_path=lambda: str(tmp_path),
+    )
+    with pytest.raises(TierFull, match="no page is left"):
+        Saver._move_slots(cast(Any, saver), TierFull("no page is left", tier="ram"))
