@@ -221,8 +221,9 @@ class Registry:
 
     async def _moves(self, run: RunState, root: str, message: protocol.Open) -> bool:
         """RAM was elsewhere before: that goes, unless it has what no other tier has. A place that
-        nobody had named is gone on with then, as is one where somebody else is who lives."""
-        if any(owner.holder != message.holder for owner in run.living()):
+        nobody had named is gone on with then, as is one where somebody lives who has this rank."""
+        others = (owner for owner in run.living() if owner.holder != message.holder)
+        if any(owner.rank == message.rank for owner in others):
             return False
         newest = run.newest_staged()
         if newest is not None and not any(newest.is_complete(label) for label in run.tiers):
