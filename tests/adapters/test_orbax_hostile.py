@@ -132,6 +132,15 @@ def test_an_array_is_cut_where_its_chunks_are(
     assert max(map(len, pieces)) <= 16_000
 
 
+def test_a_chunk_larger_than_memory_is_an_error(written: Path, tmp_path: Path) -> None:
+    """TensorStore unpacks it whole, whatever its array has of it, and ends the process."""
+    path = copied(written, "zarr2", tmp_path / "c")
+    change_json(path / "w" / ".zarray", lambda value: {**value, "chunks": [6, 10**12]})
+    with pytest.raises(FormatError, match="bytes of memory at a time"):
+        for array in orbax_files.read_step(path).arrays:
+            list(array.pieces())
+
+
 def test_changed_files_are_an_error_or_another_value(
     written: Path, tmp_path: Path, seed: int
 ) -> None:

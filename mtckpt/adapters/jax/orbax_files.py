@@ -332,7 +332,10 @@ def _check_memory(store: Any, path: str) -> None:
     if not math.prod(store.shape):
         return
     tile, _ = _tile(store)
-    needed_bytes = math.prod(tile) * store.dtype.numpy_dtype.itemsize
+    # A chunk is unpacked whole, and may be said to be larger than its array.
+    stored = store.chunk_layout.read_chunk.shape or store.shape
+    chunk = [c or n for n, c in zip(store.shape, stored, strict=True)]
+    needed_bytes = max(math.prod(tile), math.prod(chunk)) * store.dtype.numpy_dtype.itemsize
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed_bytes > memory_bytes // 2:
         raise FormatError(
