@@ -330,13 +330,7 @@ def bump_versions(tensors: Sequence[torch.Tensor]) -> None:
 def _dtype_named(name: object) -> torch.dtype:
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype):
-        raise UnsupportedState(
-            f"torch {torch.__version__} has no type {name!r}",
-            path="",
-            type_name="dtype",
-            state="live state unchanged",
-            actions=("restore with a torch that has it",),
-        )
+        raise _not_here("dtype", name)
     return dtype
 
 
@@ -344,13 +338,17 @@ def _device_named(name: object) -> torch.device:
     try:
         return torch.device(str(name))
     except RuntimeError as error:
-        raise UnsupportedState(
-            f"torch {torch.__version__} has no device {name!r}",
-            path="",
-            type_name="device",
-            state="live state unchanged",
-            actions=("restore with a torch that has it",),
-        ) from error
+        raise _not_here("device", name) from error
+
+
+def _not_here(kind: str, name: object) -> UnsupportedState:
+    return UnsupportedState(
+        f"torch {torch.__version__} has no {kind} {name!r}",
+        path="",
+        type_name=kind,
+        state="live state unchanged",
+        actions=("restore with a torch that has it",),
+    )
 
 
 # Settings of users name devices, those of optimizers and quantised modules types.
