@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mtckpt.agent.links import Links
     from mtckpt.agent.ring import Ring
     from mtckpt.agent.runs import RunState
-    from mtckpt.agent.saves import SaveState, Slot
+    from mtckpt.agent.saves import SaveState, Slot, TierState
     from mtckpt.agent.tools import Tools
 
 __all__ = ["Freer", "is_busy", "why_kept"]
@@ -126,9 +126,9 @@ def why_kept(run: RunState) -> str:
     if run.gone or run.living() or not run.closing:
         return ""
     slow = [
-        f"tier {label} at {tier.config.path}: {tier.problem or 'still under way'}"
-        for label, tier in run.tiers.items()
-        if tier.problem or tier.to_keep or tier.small_owed or not tier.scanned
+        f"tier {tier.label} at {tier.config.path}: {tier.problem or 'still under way'}"
+        for tier in run.tiers.values()
+        if tier.problem or not tier.scanned or _is_owed(run, tier)
     ]
     return "; ".join(slow)
 
@@ -136,10 +136,19 @@ def why_kept(run: RunState) -> str:
 def is_busy(run: RunState) -> bool:
     """Whether something is owed or under way."""
     return (
-        any(tier.to_keep or tier.small_owed for tier in run.tiers.values())
+        any(_is_owed(run, tier) for tier in run.tiers.values())
         or any(save.writing for save in run.saves.values())
         or _is_in_use(run)
-        or any(queue.pick_flush(t.label, run.flushable(t)) for t in run.tiers.values())
+    )
+
+
+def _is_owed(run: RunState, tier: TierState) -> bool:
+    """Whether something is on its way to a tier, or has still to go there."""
+    return bool(
+        tier.to_keep
+        or tier.small_owed
+        or any(tier.label in save.writing for save in run.saves.values())
+        or queue.pick_flush(tier.label, run.flushable(tier))
     )
 
 

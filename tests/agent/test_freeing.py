@@ -14,7 +14,7 @@ from mtckpt._events import EventStream
 from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import SaveName
 from mtckpt.agent import work
-from mtckpt.agent.freeing import Freer
+from mtckpt.agent.freeing import Freer, why_kept
 from mtckpt.agent.nodes import News, layout_of
 from mtckpt.agent.protocol import Join, NodeOfRun, TierConfig
 from mtckpt.agent.queue import Limits, SlotState
@@ -154,6 +154,16 @@ def test_nobody_waits_for_a_tier_to_get_what_is_gone() -> None:
     asyncio.run(freer_of(run, work.Scanned([work.RunScan("r", [there])])).look_again(run))
     assert old.superseded == {"disk"}
     assert new.owed == {"disk"}
+
+
+def test_a_tier_that_a_save_is_on_its_way_to_keeps_memory_and_is_named() -> None:
+    run = a_run()
+    config = TierConfig("disk", "disk", "/nowhere/else")
+    disk = TierState("disk", config, work.TierRef("disk", config.path, label="disk"))
+    run.tiers["disk"], disk.scanned, run.closing = disk, True, True
+    assert why_kept(run) == ""
+    run.saves[str(OLD)].writing.add("disk")
+    assert why_kept(run) == "tier disk at /nowhere/else: still under way"
 
 
 @pytest.mark.parametrize(
