@@ -360,12 +360,15 @@ def line_of(
     One of those is taken to go on from the one before it, at a step below its own first one: what
     an earlier one saved at those steps or later was abandoned.
     """
-    known = list(incarnations)
+    known, names = list(incarnations), list(names)
+    there = {incarnation.number for incarnation in known}
+    lost = {name.incarnation for name in names} - there
+    if not lost:
+        return _manifest.newest_line(known)
     first: dict[int, int] = {}
     for name in names:
         first[name.incarnation] = min(name.step, first.get(name.incarnation, name.step))
-    numbers = sorted({*first, *(incarnation.number for incarnation in known)})
-    lost = set(numbers) - {incarnation.number for incarnation in known}
+    numbers = sorted(there | lost)
     for before, number in zip([None, *numbers], numbers, strict=False):
         if number in lost:
             parent = None if before is None else (before, first[number] - 1)

@@ -322,8 +322,13 @@ def run_key(run: str) -> str:
     return f"{slug}-{xxh3_64_hexdigest(run.encode())}"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class SaveName:
+_SAVE = re.compile(r"step-(\d{12,13})\.(\d{6,9})\.([0-9a-f]{12})")
+_COMMIT = re.compile(r"(\d{12,13})\.(\d{6,9})")
+_RECORD = re.compile(r"rank-(\d{5})\.json")
+_INCARNATION = re.compile(r"incarnation-(\d{6,9})\.[0-9a-f]{12}\.json")
+
+
+class SaveName(msgspec.Struct, frozen=True, order=True, gc=False):
     """The directory of one save; sorts by step, then incarnation."""
 
     step: int
@@ -335,7 +340,7 @@ class SaveName:
 
     @staticmethod
     def parse(name: str) -> SaveName | None:
-        match = re.fullmatch(r"step-(\d{12,13})\.(\d{6,9})\.([0-9a-f]{12})", name)
+        match = _SAVE.fullmatch(name)
         return SaveName(int(match[1]), int(match[2]), match[3]) if match else None
 
 
@@ -375,7 +380,7 @@ def commit_file(step: int, incarnation: int) -> str:
 
 def parse_commit_file(name: str) -> tuple[int, int] | None:
     """``(step, incarnation)`` of a marker's last name."""
-    match = re.fullmatch(r"(\d{12,13})\.(\d{6,9})", name)
+    match = _COMMIT.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
 
 
@@ -384,7 +389,7 @@ def incarnation_file(number: int, id_: str) -> str:
 
 
 def parse_record_file(name: str) -> int | None:
-    match = re.fullmatch(r"rank-(\d{5})\.json", name)
+    match = _RECORD.fullmatch(name)
     return int(match[1]) if match else None
 
 
@@ -393,7 +398,7 @@ def is_record_file(name: str) -> bool:
 
 
 def parse_incarnation_file(name: str) -> int | None:
-    match = re.fullmatch(r"incarnation-(\d{6,9})\.[0-9a-f]{12}\.json", name)
+    match = _INCARNATION.fullmatch(name)
     return int(match[1]) if match else None
 
 
@@ -482,10 +487,10 @@ def newest_line(incarnations: Iterable[Incarnation]) -> list[tuple[int, int | No
 
 def on_line(name: SaveName, line: Sequence[tuple[int, int | None]]) -> bool:
     """True if a save is on the line; one off it is abandoned."""
-    return any(
-        name.incarnation == number and (limit is None or name.step <= limit)
-        for number, limit in line
-    )
+    for number, limit in line:
+        if name.incarnation == number:
+            return limit is None or name.step <= limit
+    return False
 
 
 def describe(value: Any) -> str:

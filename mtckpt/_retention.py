@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
+
 from mtckpt._manifest import SaveName
 from mtckpt._schedule import parse_every
 from mtckpt.errors import UsageError
@@ -122,8 +124,7 @@ def keep_from_wire(wire: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(msgspec.Struct, frozen=True):
     """One save of one tier, as far as a rule may look at it. ``age_s`` is since it was written.
 
     ``suspect``: what ranks hold alike was not alike in it, so one of them holds wrong bytes.
@@ -140,8 +141,7 @@ class Held:
     metrics: Mapping[str, float] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """What happens to a save and why, in one sentence."""
 
     delete: bool

@@ -171,8 +171,8 @@ INCARNATIONS = (
     Bug(
         "rolled-back-branch-is-newest",
         "_manifest.py",
-        "name.incarnation == number and (limit is None or name.step <= limit)",
-        "name.incarnation == number",
+        "            return limit is None or name.step <= limit\n",
+        "            return True\n",
         (
             "test_manifest.py::test_the_line_leaves_out_what_was_rolled_back",
             "test_load.py::test_a_rolled_back_branch_is_not_the_latest",

@@ -29,7 +29,7 @@ COPIES = (
     Bug(
         "silent-partners-hold-up-saves-for-ever",
         "agent/runs.py",
-        "(tier.owed_since_s or now_s) < PARTNER_PATIENCE_S",
+        "(t.owed_since_s or now_s) < PARTNER_PATIENCE_S",
         "now_s < PARTNER_PATIENCE_S",
         ("agent/test_copies.py::test_partners_that_are_silent_for_long_do_not_hold_up_saves",),
     ),

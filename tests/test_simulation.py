@@ -15,10 +15,10 @@ import pytest
 from mtckpt.testing.simulation import run_seeds
 
 BLOCK = 50
-NUM_BLOCKS = 4
-NUM_PARTNER_BLOCKS = 3
-# Of `make torture`, with partners and without; 100000 take some hours on two cores.
-NUM_SEEDS = int(os.environ.get("MTCKPT_SIM_SEEDS", "10000"))
+NUM_BLOCKS = 12
+NUM_PARTNER_BLOCKS = 8
+# Of `make torture`, with partners and without: together 100000, which two cores play in an hour.
+NUM_SEEDS = int(os.environ.get("MTCKPT_SIM_SEEDS", "50000"))
 
 
 def seeds_of(block: int) -> range:

@@ -9,7 +9,6 @@ does not end the agent (``life``).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Coroutine, Iterable
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from mtckpt._survival import ranges
 from mtckpt.agent import drains
-from mtckpt.agent.runs import describe_failure
-from mtckpt.agent.saves import RAM, SaveState
+from mtckpt.agent.saves import RAM, SaveState, describe_failure
+from mtckpt.agent.tools import until
 from mtckpt.errors import CheckpointError, NodeDraining, TierUnavailable
 
 if TYPE_CHECKING:
@@ -76,8 +75,7 @@ class Drainer:
         deadline_s = time.monotonic() + timeout_s
         self.reason = reason
         self._events.emit("node.drains", reason=reason, seconds=round(timeout_s, 1))
-        with contextlib.suppress(asyncio.TimeoutError):  # what is here may still be looked for
-            await asyncio.wait_for(self._ready.wait(), timeout_s)
+        await until(self._ready, timeout_s)  # what is here may still be looked for
         runs = [run for run in self._runs.values() if not run.gone]
         for run in runs:
             run.draining = reason

@@ -8,7 +8,6 @@ not delete either (``keeping``).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING
 from mtckpt import _inventory, _manifest
 from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.keeping import Keeper
-from mtckpt.agent.runs import RunState, describe_failure
-from mtckpt.agent.saves import RAM, SaveState, TierState
+from mtckpt.agent.saves import RAM, SaveState, TierState, describe_failure
+from mtckpt.agent.tools import until
 from mtckpt.errors import CheckpointError, CommitConflict, Damaged, TierUnavailable
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from mtckpt.agent.copies import Copies
     from mtckpt.agent.healing import Healer
     from mtckpt.agent.ring import Ring
+    from mtckpt.agent.runs import RunState
     from mtckpt.agent.tools import Tools
     from mtckpt.agent.work import TierRef
 
@@ -343,8 +343,7 @@ class Flusher:
         tier.attempts += 1
         run.counters["retries"] += 1
         pause_s = queue.backoff_s(tier.attempts, random.random())
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(tier.retry.wait(), pause_s)
+        await until(tier.retry, pause_s)
 
     async def _failed(
         self, run: RunState, tier: TierState, save: SaveState, error: CheckpointError

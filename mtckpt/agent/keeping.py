@@ -13,12 +13,13 @@ import random
 from typing import TYPE_CHECKING
 
 from mtckpt.agent import queue, work
-from mtckpt.agent.runs import RunState, describe_failure
+from mtckpt.agent.saves import describe_failure
 from mtckpt.errors import AccessDenied, CheckpointError
 
 if TYPE_CHECKING:
     from mtckpt.agent.healing import Healer
     from mtckpt.agent.ring import Ring
+    from mtckpt.agent.runs import RunState
     from mtckpt.agent.saves import SaveState, TierState
     from mtckpt.agent.tools import Tools
 

@@ -11,6 +11,8 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from mtckpt import errors
 
 __all__ = [
@@ -39,8 +41,7 @@ class SlotState(enum.Enum):
     COMMITTED = "committed"
 
 
-@dataclass(frozen=True, slots=True)
-class SaveFacts:
+class SaveFacts(msgspec.Struct, frozen=True):
     """A save in RAM. ``order`` sorts saves: (incarnation, step). ``owed`` are the labels that it is
     due at and that neither have it nor gave up; ``writing`` those being written to just now.
     ``copied``: other nodes have copies of what is here; ``replicated``: of all there is of it.

@@ -38,6 +38,7 @@ from mtckpt.agent.replicas import Replicas
 from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, Slot, TierState, new_id
+from mtckpt.agent.tools import until
 from mtckpt.agent.work import TierRef
 from mtckpt.errors import CheckpointError, TierFull, UsageError
 
@@ -286,8 +287,7 @@ class Registry:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 return
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(run.changed.wait(), min(left_s, 0.1))
+            await until(run.changed, min(left_s, 0.1))
 
     async def write_config(self, run: RunState) -> None:
         """Note what the next agent needs. Raises TierFull; the next slot is refused until then."""
@@ -379,8 +379,7 @@ class Registry:
         # What was closed is free when that is told, unless its retention takes long.
         deadline_s = time.monotonic() + (wait_s if run.closing else 0.0)
         while is_busy(run) and not run.living() and (left_s := deadline_s - time.monotonic()) > 0:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(run.changed.wait(), min(left_s, 0.1))
+            await until(run.changed, min(left_s, 0.1))
         await self.freer.let_go(run)
 
     # -- letting go ------------------------------------------------------------------------------

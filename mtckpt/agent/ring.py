@@ -6,7 +6,6 @@ is marked before anything is awaited, so that no two callers ever get the same o
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections import Counter
@@ -16,6 +15,7 @@ from mtckpt import _manifest
 from mtckpt.agent import protocol, queue, work
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.saves import RAM, Plan, SaveState, Slot, new_id
+from mtckpt.agent.tools import until
 from mtckpt.errors import CheckpointError, Damaged, ObjectNotFound, StepExists, TierFull
 
 if TYPE_CHECKING:
@@ -67,11 +67,8 @@ class Ring:
             if left_s <= 0:
                 run.counters["no_slot"] += 1
                 return protocol.Slots(None, self.why_busy(run))
-            try:
-                # Leases of readers end without telling us, so it is tried again now and then.
-                await asyncio.wait_for(changed.wait(), min(left_s, 0.1))
-            except asyncio.TimeoutError:
-                continue
+            # Leases of readers end without telling us, so it is tried again now and then.
+            await until(changed, min(left_s, 0.1))
 
     async def next_for(self, run: RunState, owner: Owner) -> protocol.SlotGrant | None:
         """A slot for the reply to a seal, if there is one without waiting or allocating."""

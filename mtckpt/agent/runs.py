@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mtckpt._inventory import line_of
@@ -21,7 +21,7 @@ from mtckpt.agent import protocol, work
 from mtckpt.agent.owners import uptime_s
 from mtckpt.agent.queue import SaveFacts, SlotState
 from mtckpt.agent.saves import RAM, Line, Plan, SaveState, Slot, TierState
-from mtckpt.errors import AgentUnavailable, CheckpointError, RunLocked
+from mtckpt.errors import AgentUnavailable, RunLocked
 
 if TYPE_CHECKING:
     from mtckpt.agent.links import Link
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from mtckpt.agent.owners import Owner
     from mtckpt.agent.work import TierRef
 
-__all__ = ["RunState", "describe_failure"]
+__all__ = ["RunState"]
 
-MAX_KEPT_CHANGES = 10_000
+# Saves that lie nowhere any more. Whatever is done for a save looks at all that are known.
+MAX_KEPT_CHANGES = 200
 # How long slots wait for partners that do not answer.
 PARTNER_PATIENCE_S = 60.0
 
@@ -162,10 +163,16 @@ class RunState:
         owner = next((o for o in self.owners.values() if o.holder == holder), None)
         return owner is None or owner.absent or any(self._changed(since, owner.incarnation))
 
-    def _changed(self, since: int, incarnation: int | None) -> Iterator[SaveState]:
+    def _changed(self, since: int, incarnation: int | None) -> Iterator[protocol.SaveChange]:
+        """What is said of saves and was not before ``since``: much of what touches one is not."""
         for save in self.saves.values():
             if save.seq > since and incarnation in (None, save.name.incarnation):
-                yield save
+                change = save.change()
+                if change != save.said:
+                    self.seq += 1
+                    save.said, save.said_seq = change, self.seq
+                if save.said_seq > since:
+                    yield change
 
     def changes(self, since: int, holder: str) -> protocol.Changes:
         """What changed after ``since``, of the incarnation of that holder. Raises AgentUnavailable
@@ -179,44 +186,45 @@ class RunState:
             owner = self.fenced.get(holder)
         if since > self.seq:  # a number of the agent before this one
             since = 0
-        changed = self._changed(since, owner.incarnation if owner else None)
-        return protocol.Changes(self.seq, [save.change() for save in changed], fenced)
+        changed = list(self._changed(since, owner.incarnation if owner else None))
+        return protocol.Changes(self.seq, changed, fenced)
 
     # -- saves and slots -------------------------------------------------------------------------
 
     def facts(self) -> list[SaveFacts]:
         """Saves that are in RAM, whole or in part, and what their slots are needed for."""
-        line = self.line()
-        return [self.slot_facts(save, line) for save in self.saves.values() if save.ranks.get(RAM)]
+        line, partners = self.line(), self._partners()
+        held = [save for save in self.saves.values() if save.ranks.get(RAM)]
+        return [self._slot_facts(save, line, partners) for save in held]
 
-    def slot_facts(self, save: SaveState, line: Line | None = None) -> SaveFacts:
-        """Of one save: a store that can have it from a disk does not need its slot. From a disk
-        that only waits for it that is not sure: a newer save may take its place there."""
+    def _slot_facts(self, save: SaveState, line: Line, partners: list[str]) -> SaveFacts:
+        """A store that can have it from a disk does not need its slot. From a disk that only waits
+        for it that is not sure: a newer save may take its place there."""
         owed = frozenset(
             label
             for label in save.owed
             if not save.remains and not (self.tiers[label].is_store and self._disks_with(save))
         )
-        line = self.line() if line is None else line
-        facts = save.facts(has_source=save.is_staged, owed=owed, line=line)
-        if not facts.on_line:
-            return replace(facts, owed=frozenset())  # abandoned: it is wanted by nobody
-        return replace(facts, copied=self._is_copied(save))
+        # Partners have it, or took it from an agent before this one as far as can be known.
+        copied = any(t in save.ranks or (save.inherited and t in save.due) for t in partners)
+        if not save.is_on(line):  # abandoned: it is wanted by nobody
+            owed, copied = frozenset(), False
+        return save.facts(has_source=save.is_staged, owed=owed, line=line, copied=copied)
 
-    def _is_copied(self, save: SaveState) -> bool:
-        """Whether partners have this node's part, or took it from an agent before this one as far
-        as can be known, unless some node's have been silent for long, or refused the newest: saves
-        go on without them then. A node alone has none to wait for."""
+    def _partners(self) -> list[str]:
+        """Tiers of copies on other nodes that slots wait for: not those that have been silent for
+        long, or refused the newest. A node alone has none to wait for."""
+        peers = [tier for tier in self.tiers.values() if tier.is_peers]
         now_s = time.monotonic()
+        if self.layout is None or not peers or not self._is_patient(now_s):
+            return []
         newest = self.newest_staged()
         refused = newest.failures() if newest else {}
-        return self._is_patient(now_s) and any(
-            tier.is_peers
-            and (tier.label in save.ranks or (save.inherited and tier.label in save.due))
-            and tier.label not in refused
-            and now_s - (tier.owed_since_s or now_s) < PARTNER_PATIENCE_S
-            for tier in self.tiers.values()
-        )
+        return [
+            t.label
+            for t in peers
+            if t.label not in refused and now_s - (t.owed_since_s or now_s) < PARTNER_PATIENCE_S
+        ]
 
     def outlived(self) -> list[SaveState]:
         """Saves older than the newest that outlives any one node, or where none does by itself than
@@ -227,7 +235,8 @@ class RunState:
             for save in self.saves.values()
             if save.is_replicated or (not keeps and save.is_staged)
         ]
-        return [s for s in self.saves.values() if held and s.worth(line) < max(held)]
+        newest = max(held, default=None)
+        return [s for s in self.saves.values() if newest is not None and s.worth(line) < newest]
 
     def note_leaving(self, number: int, leaving: bool) -> None:
         """Another node is about to go, or is not: what it holds is to be elsewhere then."""
@@ -237,29 +246,24 @@ class RunState:
 
     def _is_patient(self, now_s: float) -> bool:
         """Whether what is staged since the newest that other nodes have whole is not long so."""
-        line, outlived = self.line(), {str(save.name) for save in self.outlived()}
+        line, outlived = self.line(), set(self.outlived())
         since_s = [
             max(save.began_s, self.begun_s)
-            for name, save in self.saves.items()
+            for save in self.saves.values()
             if "staged" in save.stages
-            and name not in outlived
+            and save not in outlived
             and not save.is_replicated
             and save.is_on(line)
         ]
-        waited_s = now_s - min(since_s, default=now_s)
-        return self.layout is not None and waited_s < PARTNER_PATIENCE_S
+        return now_s - min(since_s, default=now_s) < PARTNER_PATIENCE_S
 
     def flushable(self, tier: TierState) -> list[SaveFacts]:
-        """Saves as the tier looks at them: those that it can be given now, and the others."""
-        line = self.line()
+        """Saves that are due in a tier, as it looks at them: it can be given some of them now."""
+        label = tier.label
+        due = [s for s in self.saves.values() if s.ranks and label in s.due | s.writing]
+        line = self.line() if due else []
         return [
-            save.facts(
-                has_source=self.source_for(save, tier.label) is not None,
-                owed=save.owed,
-                line=line,
-            )
-            for save in self.saves.values()
-            if save.ranks
+            s.facts(has_source=bool(self.source_for(s, label)), owed=s.owed, line=line) for s in due
         ]
 
     def source_for(self, save: SaveState, label: str) -> TierRef | None:
@@ -478,9 +482,10 @@ class RunState:
 
     def _discharge(self, label: str, *, scanned: bool) -> None:
         """What a tier does not have and has a newer save than, it had or left out on purpose."""
-        line = self.line()
-        held = [s.worth(line) for s in self.saves.values() if s.is_complete(label)]
-        for save in self.saves.values():
+        due = [save for save in self.saves.values() if label in save.due]
+        line = self.line() if due else []
+        held = [s.worth(line) for s in self.saves.values() if due and s.is_complete(label)]
+        for save in due:
             # What this start saved beside a later one of the job, the tier refuses, and says so.
             rival = save.name.incarnation == self.incarnation and not save.is_on(line)
             older = scanned and held and save.worth(line) < max(held) and not rival
@@ -493,8 +498,3 @@ class RunState:
     def all_guests(self) -> dict[str, list[int]]:
         """By the name of their save: ranks whose shards are here as copies for other nodes."""
         return {name: sorted(s.guests) for name, s in self.saves.items() if s.guests}
-
-
-def describe_failure(error: CheckpointError) -> str:
-    """An error in one line, for status and warnings."""
-    return f"{type(error).__name__}: {error.what}"

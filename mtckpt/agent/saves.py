@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from mtckpt._manifest import SaveName
     from mtckpt._twins import Twins
     from mtckpt.agent.work import SlotFiles, TierRef
+    from mtckpt.errors import CheckpointError
 
-__all__ = ["RAM", "Line", "Plan", "SaveState", "Slot", "TierState", "new_id"]
+__all__ = ["RAM", "Line", "Plan", "SaveState", "Slot", "TierState", "describe_failure", "new_id"]
 
 RAM = "ram"
 # Incarnations that the newest goes back to, each with the last step of it that counts.
@@ -138,6 +139,9 @@ class SaveState:
     shard_bytes: dict[int, int] = field(default_factory=dict)  # by rank
     began_s: float = field(default_factory=lambda: time.monotonic())
     seq: int = 0
+    # What trainers were told last, and the number from which on that is so.
+    said: SaveChange | None = None
+    said_seq: int = 0
     seen_at: float = field(default_factory=lambda: time.time())
 
     @property
@@ -236,11 +240,10 @@ class SaveState:
     @property
     def owed(self) -> frozenset[str]:
         """Tiers that this save is to reach, and still may."""
-        return frozenset(
-            label
-            for label in self.due - self.failures().keys() - self.passed_over()
-            if not self.is_complete(label)
-        )
+        if not self.due:
+            return frozenset()
+        due = self.due - self.failures().keys() - self.passed_over()
+        return frozenset(label for label in due if not self.is_complete(label))
 
     @property
     def is_staged(self) -> bool:
@@ -264,7 +267,9 @@ class SaveState:
         """Whether it outlives the loss of any one node."""
         return not {"replicated", "durable"}.isdisjoint(self.stages)
 
-    def facts(self, *, has_source: bool, owed: frozenset[str], line: Line) -> SaveFacts:
+    def facts(
+        self, *, has_source: bool, owed: frozenset[str], line: Line, copied: bool = False
+    ) -> SaveFacts:
         return SaveFacts(
             str(self.name),
             self.order,
@@ -272,6 +277,7 @@ class SaveState:
             owed,
             frozenset(self.writing),
             self.readers,
+            copied=copied,
             replicated=self.is_replicated,
             on_line=self.is_on(line),
         )
@@ -282,14 +288,15 @@ class SaveState:
         return sorted(self.ranks.get(RAM, set())) if self.guests else None
 
     def change(self) -> SaveChange:
+        owed = self.owed
         return SaveChange(
             self.save_id,
             self.name.step,
             list(self.stages),
             self.failures(),
-            {label: why for label, why in self.owed_why.items() if label in self.owed},
+            {label: why for label, why in self.owed_why.items() if label in owed},
             sorted(self.passed_over()),
-            [] if self.called_off else sorted(self.owed),
+            [] if self.called_off else sorted(owed),
             self.called_off,
             sorted(self.weak),
         )
@@ -339,6 +346,11 @@ class TierState:
 def _number_of(here: set[int], far: Collection[int]) -> int:
     """Ranks of either; the first are few."""
     return len(far) + sum(rank not in far for rank in here)
+
+
+def describe_failure(error: CheckpointError) -> str:
+    """An error in one line, for status and warnings."""
+    return f"{type(error).__name__}: {error.what}"
 
 
 def new_id() -> str:

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from mtckpt.agent import address, drains, owners, protocol, status
 from mtckpt.agent.serving import MAX_CONNECTIONS, HttpServer, reply
+from mtckpt.agent.tools import until
 from mtckpt.agent.verbs import Caller, Verbs
 from mtckpt.errors import (
     AccessDenied,
@@ -122,9 +123,7 @@ class AgentServer(HttpServer):
     async def _ready(self) -> None:
         if self._registry.ready.is_set():
             return
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._registry.ready.wait(), START_TIMEOUT_S)
-        if not self._registry.ready.is_set():
+        if not await until(self._registry.ready, START_TIMEOUT_S):
             raise AgentUnavailable("the agent is still reading what an earlier one left")
 
     async def _run(self, request: web.Request) -> RunState:
@@ -200,8 +199,7 @@ class AgentServer(HttpServer):
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0 or request.transport is None or request.transport.is_closing():
                     break
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(run.changed.wait(), min(left_s, 1.0))
+                await until(run.changed, min(left_s, 1.0))
         finally:
             if owner is not None:
                 owner.listening -= 1

@@ -1,12 +1,14 @@
 """What the parts of the control process share: the data processes, deadlines, events, counters.
 
-Knows how a command is given a deadline and how an event is counted. Decides nothing.
+Knows how a command and a wait are given a deadline, and how an event is counted. Decides nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from mtckpt._events import EventStream
     from mtckpt.agent.queue import Limits
 
-__all__ = ["DataProcesses", "Tools"]
+__all__ = ["DataProcesses", "Tools", "until"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,22 @@ class DataProcesses(Protocol):
 
     async def close(self) -> None:
         """End all data processes; one that hangs is left to the kernel."""
+
+
+async def until(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait until an event is set, for so long at most. True if it is.
+
+    Long polls come here whenever anything has changed: it makes no task of its own, as
+    ``wait_for`` does before Python 3.12.
+    """
+    if sys.version_info >= (3, 11):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await event.wait()
+    else:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(event.wait(), timeout_s)
+    return event.is_set()
 
 
 @dataclass(eq=False)

@@ -395,6 +395,7 @@ class Verbs:
         if save is None:
             return protocol.Done("nothing is staged")
         save.want_in(run.tiers)
+        save.said = None  # who asks for it waits for what it may have been told before
         run.touch(save)
         return protocol.Done(str(save.name))
 

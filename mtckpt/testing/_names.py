@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from mtckpt import _gathering, _handle, _progress, _restore, _run, _session, _writing
@@ -100,7 +101,7 @@ def names_of(world: World) -> Names:
     names.put(owners, "open_pidfd", world.open_pidfd)
     names.put(owners, "peer_pidfd", world.peer_pidfd)
     for module in (owners, server, verbs):
-        names.put(module, "os", _Os(world))
+        names.put(module, "os", _os_of(world))
     names.put(holding, "lock", lambda _: -1)
     names.put(holding, "NOTE", "nowhere/.agent")
     names.put(address, "peer_of", lambda process: address.Peer(process.pid, 0, 0))
@@ -135,12 +136,7 @@ def _local_tier(world: World) -> Callable[..., Directory]:
     return open_
 
 
-class _Os:
+def _os_of(world: World) -> SimpleNamespace:
     """In the place of ``os`` where descriptors of processes are closed."""
-
-    def __init__(self, world: World) -> None:
-        self.close = world.close_fd
-        self.dup = world.dup
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
+    own = {"close": world.close_fd, "dup": world.dup, "urandom": world.urandom}
+    return SimpleNamespace(**{**vars(os), **own})

@@ -12,7 +12,7 @@ from mtckpt._schedule import Disk, ObjectStore, Peers
 
 __all__ = ["RUN", "Settings"]
 
-RUN = "run"
+RUN = "simulated"  # no name of anything beneath the root of the machine that this runs on
 URL = "s3://bucket/sim"
 
 

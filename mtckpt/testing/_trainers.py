@@ -7,10 +7,9 @@ Decides nothing that the package decides.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -37,8 +36,11 @@ from mtckpt.testing._devices import (
     table_of,
 )
 from mtckpt.testing._settings import RUN, Settings
-from mtckpt.testing._virtual import Time, ends
+from mtckpt.testing._virtual import Time
 from mtckpt.testing.cluster import Node, Process, World
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["Group", "Rank"]
 
@@ -55,14 +57,16 @@ class Group:
     def member(self, rank: int) -> Member:
         return Member(self, rank)
 
-    async def meet(self, turn: int, rank: int, value: bytes, timeout_s: float) -> list[bytes]:
-        await asyncio.sleep(self.world.delay_s())
+    def meet(self, turn: int, rank: int, value: bytes, timeout_s: float) -> list[bytes]:
+        fiber = self.world.loop.fiber
+        assert fiber is not None
+        fiber.sleep(self.world.delay_s())
         given = self._given.setdefault(turn, {})
         come = self._come.setdefault(turn, self.world.loop.create_future())
         given[rank] = value
         if len(given) == self.world_size and not come.done():
             come.set_result(None)
-        await ends(come, timeout_s)
+        fiber.pause(come, timeout_s)
         missing = [rank for rank in range(self.world_size) if rank not in given]
         if missing:
             raise RankTimeout(f"ranks {missing} did not come", rank=missing[0], ranks=missing)
@@ -81,10 +85,7 @@ class Member:
     def exchange(self, stage: str, value: bytes, timeout_s: float) -> list[bytes]:
         del stage
         turn, self._turn = self._turn, self._turn + 1
-        fiber = self._group.world.loop.fiber
-        assert fiber is not None
-        found: list[bytes] = fiber.wait(self._group.meet(turn, self.rank, value, timeout_s))
-        return found
+        return self._group.meet(turn, self.rank, value, timeout_s)
 
 
 # -- capturing -------------------------------------------------------------------------------------

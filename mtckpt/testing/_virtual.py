@@ -31,20 +31,40 @@ class FiberKilled(BaseException):
     """Thrown into the blocking code of a process that is killed."""
 
 
+class _Call:
+    """One that is to come: as much of asyncio's ``TimerHandle`` as anybody looks at."""
+
+    __slots__ = ("args", "callback", "context")
+
+    def __init__(self, callback: Callable[..., object], args: Any, context: Any) -> None:
+        self.callback: Callable[..., object] | None = callback
+        self.args = args
+        self.context = contextvars.copy_context() if context is None else context
+
+    def cancel(self) -> None:
+        self.callback = None
+
+    def cancelled(self) -> bool:
+        return self.callback is None
+
+
 class Loop(asyncio.base_events.BaseEventLoop):
-    """See the module. ``run_in_executor`` calls at once; a coroutine that comes back is run."""
+    """See the module. ``run_in_executor`` calls at once; a coroutine that comes back is run.
+
+    ``on_task`` is told of every task that is made.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._now_s = _LONG_AGO_S
-        self._soon: deque[asyncio.Handle] = deque()
-        self._ready = self._soon  # where the base class puts what it is told by threads
+        self._soon: deque[_Call] = deque()
         self._stopping = False
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers: list[tuple[float, int, _Call]] = []
         self._num_timers = 0
         self.fiber: Fiber | None = None
         self.watched: dict[int, Callable[[], None]] = {}
         self.on_watch: Callable[[int], None] | None = None
+        self.on_task: Callable[[asyncio.Task[Any]], None] | None = None
 
     def time(self) -> float:
         return self._now_s
@@ -54,7 +74,7 @@ class Loop(asyncio.base_events.BaseEventLoop):
     def _run_once(self) -> None:
         """One turn: time goes on to what is next, and all is called whose time has come."""
         timers, ready = self._timers, self._soon
-        while timers and timers[0][2].cancelled():
+        while timers and timers[0][2].callback is None:
             heapq.heappop(timers)
         if not ready and not self._stopping:
             if not timers:
@@ -64,24 +84,44 @@ class Loop(asyncio.base_events.BaseEventLoop):
         while timers and timers[0][0] <= self._now_s:
             ready.append(heapq.heappop(timers)[2])
         for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle.cancelled():
-                handle._run()
+            call = ready.popleft()
+            if call.callback is None:
+                continue
+            try:
+                call.context.run(call.callback, *call.args)
+            except Exception as error:  # noqa: BLE001 - the loop goes on, as any does
+                self.call_exception_handler({"message": f"in {call.callback}", "exception": error})
 
-    def call_soon(  # type: ignore[override]  # any callable, as there
+    def call_soon(  # type: ignore[override]  # as much of a handle as anybody looks at
         self, callback: Callable[..., object], *args: Any, context: Any = None
-    ) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
-        self._soon.append(handle)
-        return handle
+    ) -> _Call:
+        call = _Call(callback, args, context)
+        self._soon.append(call)
+        return call
 
-    def call_at(  # type: ignore[override]  # any callable, as there
-        self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
-    ) -> asyncio.TimerHandle:
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
+    def call_later(  # type: ignore[override]  # as much of a handle as anybody looks at
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> _Call:
+        call = _Call(callback, args, context)
         self._num_timers += 1
-        heapq.heappush(self._timers, (when, self._num_timers, timer))
-        return timer
+        heapq.heappush(self._timers, (self._now_s + delay, self._num_timers, call))
+        return call
+
+    def call_at(  # type: ignore[override]  # as much of a handle as anybody looks at
+        self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> _Call:
+        call = _Call(callback, args, context)
+        self._num_timers += 1
+        heapq.heappush(self._timers, (when, self._num_timers, call))
+        return call
+
+    def create_task(  # type: ignore[override]  # any coroutine, as there
+        self, coro: Coroutine[Any, Any, Any], *, name: str | None = None
+    ) -> asyncio.Task[Any]:
+        task = asyncio.Task(coro, loop=self, name=name or "")
+        if self.on_task is not None:
+            self.on_task(task)
+        return task
 
     def _write_to_self(self) -> None:
         return None
@@ -119,24 +159,20 @@ class Loop(asyncio.base_events.BaseEventLoop):
 
 
 class Fiber:
-    """Blocking code. ``wait`` is how it blocks: for a coroutine that runs in the loop meanwhile.
+    """Blocking code, which blocks by ``sleep``, or by ``pause`` until something is done.
 
-    ``context`` is that of whatever the fiber has awaited; ``owner`` anything of the caller's.
+    ``owner`` is anything of the caller's.
     """
 
-    def __init__(
-        self, loop: Loop, target: Callable[[], None], context: contextvars.Context, owner: Any
-    ) -> None:
+    def __init__(self, loop: Loop, target: Callable[[], None], owner: Any) -> None:
         self.owner = owner
-        self.context = context
         self.error: BaseException | None = None
         self.done = loop.create_future()
         self._loop = loop
         self._target = target
         self._killed = False
-        self._outbox: Coroutine[Any, Any, Any] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[Any] | None = None
+        self._timer: _Call | None = None
+        self._awaited: asyncio.Future[Any] | None = None
         self._stack: greenlet
         loop.call_soon(self._start)
 
@@ -154,56 +190,59 @@ class Fiber:
             self.error = error
 
     def _turn(self) -> None:
-        """Run the fiber until it waits for something, and start that."""
-        self._outbox = self._timer = None
+        """Run the fiber until it waits for something."""
         before, self._loop.fiber = self._loop.fiber, self
         self._stack.switch()
         self._loop.fiber = before
-        if self._timer is not None:
-            return
-        if self._outbox is None:
+        if self._stack.dead:
             self._end()
-            return
-        self._task = self.context.run(self._loop.create_task, self._outbox)
-        self._task.add_done_callback(lambda _: self._turn())
 
     def _end(self) -> None:
         if not self.done.done():
             self.done.set_result(None)
 
-    def wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Called by the fiber itself: the coroutine's result."""
+    def _woken(self, awaited: asyncio.Future[Any] | None = None) -> None:
+        """The time has come, or what it waits for is done, whichever is first."""
+        if awaited is None or awaited is self._awaited:
+            self._turn()
+
+    def _block(self, awaited: asyncio.Future[Any] | None, timeout_s: float | None) -> None:
         if self._killed:
-            coroutine.close()
             raise FiberKilled
-        self._outbox = coroutine
+        if timeout_s is not None:
+            self._timer = self._loop.call_later(max(0.0, timeout_s), self._woken)
+        if awaited is not None:
+            self._awaited = awaited
+            awaited.add_done_callback(self._woken)
         assert self._stack.parent is not None
         self._stack.parent.switch()
+        self._unblock()
         if self._killed:
             raise FiberKilled
-        assert self._task is not None
-        if self._task.cancelled():
-            raise FiberKilled
-        return self._task.result()
+
+    def _unblock(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._awaited is not None:
+            self._awaited.remove_done_callback(self._woken)
+        self._timer = self._awaited = None
 
     def sleep(self, pause_s: float) -> None:
         """Called by the fiber itself: nothing happens in it for so long."""
-        if self._killed:
-            raise FiberKilled
-        self._timer = self._loop.call_later(pause_s, self._turn)
-        assert self._stack.parent is not None
-        self._stack.parent.switch()
-        if self._killed:
-            raise FiberKilled
+        self._block(None, pause_s)
+
+    def pause(self, awaited: asyncio.Future[Any], timeout_s: float | None) -> bool:
+        """Called by the fiber itself: until that is done, or for so long. True if it is done."""
+        if not awaited.done():
+            self._block(awaited, timeout_s)
+        return awaited.done()
 
     def kill(self) -> None:
         """End it where it is: it raises FiberKilled there. Not from the fiber itself."""
-        self._killed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        if not self._killed and (self._timer is not None or self._awaited is not None):
+            self._unblock()
             self._loop.call_soon(self._turn)
-        elif self._task is not None:
-            self._task.cancel()
+        self._killed = True
 
 
 # -- names for blocking code -----------------------------------------------------------------------
@@ -216,15 +255,11 @@ class Time:
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
+        self.monotonic = self.perf_counter = loop.time
 
     def clock_gettime(self, clock: int) -> float:
         del clock
         return self._loop.time()
-
-    def monotonic(self) -> float:
-        return self._loop.time()
-
-    perf_counter = monotonic
 
     def time(self) -> float:
         return EPOCH_S + self._loop.time()
@@ -293,7 +328,7 @@ class _Waiters:
         self._futures.append(future)
         fiber = self._loop.fiber
         assert fiber is not None
-        return bool(fiber.wait(ends(future, timeout_s)))
+        return fiber.pause(future, timeout_s)
 
 
 async def ends(future: asyncio.Future[Any], timeout_s: float | None) -> bool:
@@ -399,7 +434,7 @@ class _Thread:
     def join(self, timeout: float | None = None) -> None:
         fiber, here = self._fiber, self._loop.fiber
         if fiber is not None and here is not None and not fiber.done.done():
-            here.wait(ends(asyncio.shield(fiber.done), timeout))
+            here.pause(fiber.done, timeout)
 
 
 class _Queue(_Waiters):

@@ -13,25 +13,17 @@ from typing import Any
 
 from mtckpt.agent import protocol
 from mtckpt.errors import AccessDenied, AgentUnavailable, CheckpointError
-from mtckpt.testing._virtual import ends
-from mtckpt.testing.cluster import Agent, Process, World, running
+from mtckpt.testing._virtual import Fiber, ends
+from mtckpt.testing.cluster import Agent, Node, World, running
 
 __all__ = ["AgentClient", "PeerClient", "PeerListener", "Socket", "bind", "ensure_agent"]
 
 # -- between processes of a node -------------------------------------------------------------------
 
 
-def _process(world: World) -> Process:
-    fiber = world.loop.fiber
-    assert fiber is not None
-    assert isinstance(fiber.owner, Process)
-    return fiber.owner
-
-
-def _wait(world: World, coroutine: Any) -> Any:
-    fiber = world.loop.fiber
-    assert fiber is not None
-    return fiber.wait(coroutine)
+def _fiber(world: World) -> Fiber:
+    assert world.loop.fiber is not None
+    return world.loop.fiber
 
 
 class AgentClient:
@@ -46,33 +38,27 @@ class AgentClient:
         self, path: str, message: Any, reply_type: type[Any], timeout_s: float | None = None
     ) -> Any:
         """See ``client.AgentClient.call``."""
+        fiber, world = _fiber(self.world), self.world
         body = None if message is None else protocol.encode(message)
+        fiber.sleep(world.delay_s())
+        agent = fiber.owner.node.agent
+        if agent is None:
+            raise AgentUnavailable("no agent listens here")
+        task = agent.start(agent.ask(body, path, fiber.owner))
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        process = _process(self.world)
-        status, data = _wait(self.world, self._exchange(process, path, body, limit_s))
+        status, data = _found(task, limit_s, is_done=fiber.pause(task, limit_s))
+        fiber.sleep(world.delay_s())
         if status == 200:
             return protocol.decode(data, reply_type)
         raise protocol.error_from_wire(protocol.decode(data, protocol.WireError))
-
-    async def _exchange(
-        self, process: Process, path: str, body: bytes | None, timeout_s: float
-    ) -> tuple[int, bytes]:
-        await asyncio.sleep(self.world.delay_s())
-        agent = process.node.agent
-        if agent is None:
-            raise AgentUnavailable("no agent listens here")
-        task = agent.start(agent.ask(body, path, process))
-        found = await _answer(task, timeout_s)
-        await asyncio.sleep(self.world.delay_s())
-        return found  # type: ignore[no-any-return]  # it stands in for the real one
 
     def close(self) -> None:
         return None
 
 
-async def _answer(task: asyncio.Task[Any], timeout_s: float) -> Any:
-    """What another process answers, if it lives and is in time. It goes on if it is not."""
-    if not await ends(task, timeout_s):
+def _found(task: asyncio.Task[Any], timeout_s: float, *, is_done: bool) -> Any:
+    """What another process answered, if it lives and is in time. It goes on if it is not."""
+    if not is_done:
         raise AgentUnavailable(f"no answer within {timeout_s:g} s")
     if task.cancelled():
         raise AgentUnavailable("the agent ended before it answered")
@@ -84,9 +70,9 @@ def ensure_agent(world: World) -> Callable[[float], str]:
 
     def ensure(timeout_s: float) -> str:
         del timeout_s
-        node = _process(world).node
+        node: Node = _fiber(world).owner.node
         if node.agent is None:
-            _wait(world, asyncio.sleep(world.random.random() * 0.3))
+            _fiber(world).sleep(world.random.random() * 0.3)
         node.start_agent()
         return node.name
 
@@ -164,7 +150,7 @@ class PeerClient:
                 world.delay_s() * 3,
                 lambda: listener.agent.start(self._again(listener, verb, body)),
             )
-        answer = await _answer(task, timeout_s)
+        answer = _found(task, timeout_s, is_done=await ends(task, timeout_s))
         await asyncio.sleep(world.delay_s())
         if not world.reaches(target, source) or world.happens(world.chances.lost):
             await asyncio.sleep(timeout_s)

@@ -42,7 +42,7 @@ LIMITS = Limits(
 )
 HOUSEKEEPING_S = 1.0
 NODE_DIRECTORY = "/"  # one that exists; what lies there is looked up in the node's memory
-# Whose code is running: an Agent or a Process.
+# The Agent whose code is running, if it is one.
 running: contextvars.ContextVar[Any] = contextvars.ContextVar("running", default=None)
 
 
@@ -76,7 +76,7 @@ class World:
         self._pidfds: dict[int, int] = {}
         self._numbers = iter(range(100, 1 << 30))
         self.loop.set_exception_handler(self._lost_error)
-        self.loop.set_task_factory(self._make_task)
+        self.loop.on_task = _note_task
         self.loop.on_watch = self._watched
 
     # -- kernel ----------------------------------------------------------------------------------
@@ -98,15 +98,6 @@ class World:
         if isinstance(error, CheckpointError):
             return
         self.problems.append(f"{context.get('message')}: {error!r}")
-
-    def _make_task(self, loop: Any, coroutine: Any, **settings: Any) -> asyncio.Task[Any]:
-        task = asyncio.Task(coroutine, loop=loop, **settings)
-        owner = running.get()
-        if isinstance(owner, Agent):
-            owner.note(task)
-            if owner.dead:
-                task.cancel()
-        return task
 
     def open_pidfd(self, pid: int, start_ticks: int) -> int | None:
         process = self.processes.get(pid)
@@ -254,13 +245,11 @@ class Process:
         self.parent_pid = parent_pid
         self.dead = False
         self.fibers: list[Fiber] = []
-        self.context = contextvars.copy_context()
-        self.context.run(running.set, self)
         self.world.processes[self.pid] = self
 
     def spawn(self, target: Callable[[], None]) -> Fiber:
         """A thread of it."""
-        fiber = Fiber(self.world.loop, target, self.context, self)
+        fiber = Fiber(self.world.loop, target, self)
         self.fibers.append(fiber)
         return fiber
 
@@ -275,6 +264,15 @@ class Process:
 
 
 # -- agents ----------------------------------------------------------------------------------------
+
+
+def _note_task(task: asyncio.Task[Any]) -> None:
+    """It ends with the agent whose code has made it."""
+    owner = running.get()
+    if isinstance(owner, Agent):
+        owner.note(task)
+        if owner.dead:
+            task.cancel()
 
 
 class Agent:
@@ -371,8 +369,11 @@ class Request:
         self.process = process
         self._body = body or b""
 
-    async def read(self) -> bytes:
-        return self._body
+    def read(self) -> asyncio.Future[bytes]:
+        """All of it has come."""
+        future: asyncio.Future[bytes] = self.process.world.loop.create_future()
+        future.set_result(self._body)
+        return future
 
     def is_closing(self) -> bool:
         return self.process.dead

@@ -99,7 +99,11 @@ def test_copies_of_an_earlier_start_are_offered_anew_to_another_agent(
     copies.look(run, run.tiers["peers"])
     copies.close()
     assert ("peers" in save.owed) == ("peers" not in save.ranks) == again
-    assert run.slot_facts(save).copied
+    assert is_copied(run, save)
+
+
+def is_copied(run: RunState, save: SaveState) -> bool:
+    return next(facts.copied for facts in run.facts() if facts.name == str(save.name))
 
 
 def run_with_peers() -> RunState:
@@ -114,9 +118,9 @@ def test_partners_that_are_silent_for_long_do_not_hold_up_saves() -> None:
     run = run_with_peers()
     save = run.saves["s"] = SaveState(SaveName(1, 1, "ab" * 6), ID)
     save.ranks = {RAM: {0}, "peers": {0}}
-    assert run.slot_facts(save).copied
+    assert is_copied(run, save)
     run.tiers["peers"].owed_since_s = time.monotonic() - PARTNER_PATIENCE_S - 1
-    assert not run.slot_facts(save).copied
+    assert not is_copied(run, save)
 
 
 def copied(run: RunState, step: int, incarnation: int = 1) -> SaveState:
@@ -132,21 +136,21 @@ def test_partners_of_other_nodes_that_are_silent_for_long_do_not_hold_up_saves()
     run = run_with_peers()
     old, new = copied(run, 1), copied(run, 2)
     old.stages.append("replicated")
-    assert run.slot_facts(old).copied
+    assert is_copied(run, old)
     new.began_s -= PARTNER_PATIENCE_S + 1
-    assert not run.slot_facts(old).copied
+    assert not is_copied(run, old)
     run.begun_s = time.monotonic()  # the job was started anew: there is hope
-    assert run.slot_facts(old).copied
+    assert is_copied(run, old)
     run.begun_s = 0.0
     new.stages.append("replicated")
-    assert run.slot_facts(new).copied
+    assert is_copied(run, new)
 
 
 def test_a_node_that_is_alone_waits_for_no_partner() -> None:
     run = run_with_peers()
     save = copied(run, 1)
     run.layout = None
-    assert not run.slot_facts(save).copied
+    assert not is_copied(run, save)
 
 
 def test_an_abandoned_save_makes_room_first_and_for_nothing_else() -> None:

@@ -117,7 +117,7 @@ def test_a_slot_waits_for_the_store_until_a_disk_has_the_save(run: RunState) -> 
     run.note_scan(RAM, work.RunScan("r", saves))
     assert queue.pick_recycle(run.facts()) is None
     run.note_scan("disk", work.RunScan("r", [found(10, [0, 1], "store")]))
-    assert run.slot_facts(at(run, 10)).owed == frozenset()
+    assert [each.owed for each in run.facts() if each.order == (1, 10)] == [frozenset()]
     assert queue.pick_recycle(run.facts()) == str(at(run, 10).name)
     at(run, 10).damaged.add("disk")
     assert queue.pick_recycle(run.facts()) is None
@@ -226,5 +226,24 @@ def test_a_trainer_is_told_of_its_own_saves_alone(run: RunState) -> None:
     assert run.seq > since
     assert not run.has_news(since, "h")
     run.touch(at(run, 20, 2))
+    assert not run.has_news(since, "h")  # it was told all that is said of that one
+    at(run, 20, 2).stages.append("local")
+    run.touch(at(run, 20, 2))
     assert run.has_news(since, "h")
+    answer = run.changes(since, "h")
+    assert [change.stages for change in answer.saves] == [["staged", "local"]]
+    run.touch(at(run, 20, 2))
+    assert not run.has_news(answer.seq, "h")
     assert run.has_news(since, "whoever was fenced")
+
+
+def test_what_is_done_for_a_save_does_not_grow_with_those_that_were_before(run: RunState) -> None:
+    """All that are known are looked at each time: those that lie nowhere are soon forgotten."""
+    for step in range(1, 2001):
+        name = SaveName(step, 1, f"{step:012x}")
+        run.saves[str(name)] = SaveState(name, "", stages=["staged", "replicated"], seq=step)
+    at(run, 7).ranks["disk"] = {0, 1}
+    run.forget_old()
+    assert at(run, 7).ranks
+    assert at(run, 2000).stages == ["staged", "replicated"]  # who waits for it is still told
+    assert len(run.saves) <= 500
