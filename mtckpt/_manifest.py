@@ -465,8 +465,10 @@ def newest_line(incarnations: Iterable[Incarnation]) -> list[tuple[int, int | No
     higher id, which every reader decides alike.
     """
     by_number: dict[int, Incarnation] = {}
-    for incarnation in sorted(incarnations, key=lambda i: (i.number, i.id)):
-        by_number[incarnation.number] = incarnation
+    for incarnation in incarnations:
+        other = by_number.get(incarnation.number)
+        if other is None or other.id <= incarnation.id:
+            by_number[incarnation.number] = incarnation
     if not by_number:
         return []
     line: list[tuple[int, int | None]] = []

@@ -131,11 +131,14 @@ class Copies:
             tier.done_bytes = sum(each.done_bytes for each in far.values())
             tier.total_bytes = max(1, sum(each.total_bytes for each in far.values()))
 
-        asked = [self._have_taken(run, save, number, ranks, note) for number in partners]
+        secret = run.secret
+        asked = [self._have_taken(run, secret, save, number, ranks, note) for number in partners]
         results = await asyncio.gather(*asked, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+        if run.secret != secret:
+            raise _anew()
         if len(partners) < wanted:
             names = ", ".join(str(layout.nodes[number].address) for number in sorted(run.leaving))
             raise TierUnavailable(
@@ -169,7 +172,8 @@ class Copies:
         says.
         """
         taken: dict[int, Taken] = {}
-        await self._have_taken(run, save, number, ranks, taken.__setitem__, call_s)
+        note = taken.__setitem__
+        await self._have_taken(run, run.secret, save, number, ranks, note, call_s)
         self._tools.events.emit(
             "copies.handed_over", run=run.run, step=save.name.step, node=number, ranks=len(ranks)
         )
@@ -177,18 +181,20 @@ class Copies:
     async def _have_taken(
         self,
         run: RunState,
+        secret: str,
         save: SaveState,
         number: int,
         ranks: list[int],
         note: Callable[[int, Taken], None],
         call_s: float = CALL_S,
     ) -> None:
-        patience_s, secret = self._tools.limits.call_timeout_s, run.secret
+        """``secret`` is that of the start of the job in which the node has this number."""
+        patience_s = self._tools.limits.call_timeout_s
         done_bytes, moved_s = -1, time.monotonic()
         while True:
             layout = run.layout
             if layout is None or run.secret != secret:
-                raise TierUnavailable("the job was started anew", tier="peers")
+                raise _anew()
             try:
                 taken = await self._ask(run, layout, save, number, ranks, call_s)
             except Damaged:
@@ -244,3 +250,7 @@ class Copies:
     def close(self) -> None:
         """Ask nobody any more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _anew() -> TierUnavailable:
+    return TierUnavailable("the job was started anew: its nodes have other numbers", tier="peers")

@@ -172,7 +172,7 @@ class _Handover:
         self._copies = copies
         self._flusher = flusher
         self.problems: list[str] = []
-        self.holders: dict[str, int] = {}
+        self.holders: dict[str, str] = {}
         self.untaken: dict[str, str] = {}
         self.brought: set[str] = set()
 
@@ -188,9 +188,9 @@ class _Handover:
         if not ranks or not staying:
             return
         first = [number for number in sorted(save.held_on) if number in staying]
-        number, why = await self._give(save, ranks, [*first, *staying])
-        if number is not None:
-            self.holders[str(save.name)] = number
+        where, why = await self._give(save, ranks, first, self._run.secret)
+        if where:
+            self.holders[str(save.name)] = where
         else:
             self.untaken[str(save.name)] = why
 
@@ -247,24 +247,26 @@ class _Handover:
         saves = [s for s in run.saves.values() if s.guests and s not in outlived]
         for save in sorted(saves, key=lambda s: s.order, reverse=True):
             owners: dict[int | None, list[int]] = {}
+            secret, layout = run.secret, run.layout
             for rank in sorted(save.guests):
-                owner = run.layout.node_of(rank) if run.layout else None
+                owner = layout.node_of(rank) if layout else None
                 owners.setdefault(owner, []).append(rank)
             for owner, ranks in owners.items():
-                await self._of_guest(save, ranks, owner)
+                # Where that goes as well, it says whether it has them: it brings them away itself.
+                first = [] if layout is None or owner in (None, layout.here) else [owner]
+                await self._of_guest(save, ranks, first, secret)
 
-    async def _of_guest(self, save: SaveState, ranks: list[int], owner: int | None) -> None:
-        layout, staying = self._run.layout, self.staying()
-        # Where that goes as well, it says whether it has them: then it brings them away itself.
-        first = [] if layout is None or owner in (None, layout.here) else [owner]
-        giving = asyncio.ensure_future(self._give(save, ranks, [*first, *staying]))
+    async def _of_guest(
+        self, save: SaveState, ranks: list[int], first: list[int], secret: str
+    ) -> None:
+        giving = asyncio.ensure_future(self._give(save, ranks, first, secret))
         try:
             await asyncio.wait([giving], timeout=_PATIENCE_S)
-            if giving.done() and giving.result()[0] is not None:
+            if giving.done() and giving.result()[0]:
                 return
             brought, lacking = await self._bring(save, save.ranks.get(RAM, set()) | {*ranks})
-            number, why = await giving
-            if number is None and not brought:
+            where, why = await giving
+            if not where and not brought:
                 self._note(save, ranks, "; ".join([why, *lacking]))
         finally:
             giving.cancel()
@@ -290,24 +292,40 @@ class _Handover:
         self.problems.append(f"step {save.name.step} of ranks {ranges(ranks)}: {why}")
 
     async def _give(
+        self, save: SaveState, ranks: list[int], first: list[int], secret: str
+    ) -> tuple[str, str]:
+        """To the first node that takes it, or has it as its own: which one, or why none.
+
+        Nodes are known by numbers of one start of the job, those of ``first`` by that of this
+        ``secret``. Where it is started anew meanwhile, its nodes are asked instead.
+        """
+        while True:
+            if self._run.secret != secret:
+                first, secret = [], self._run.secret
+            where, why = await self._give_to(save, ranks, [*first, *self.staying()])
+            if where or self._run.secret == secret:
+                return where, why
+
+    async def _give_to(
         self, save: SaveState, ranks: list[int], numbers: Iterable[int]
-    ) -> tuple[int | None, str]:
-        """To the first node that takes it, or has it as its own: which one, or why none."""
-        why = "no other node stays"
+    ) -> tuple[str, str]:
+        run, why = self._run, "no other node stays"
+        layout, secret = run.layout, run.secret
         left = list(dict.fromkeys(numbers))
         for call_s in _CALLS_S:
             for number in tuple(left):
+                if layout is None or run.secret != secret:
+                    return "", why
                 try:
-                    await self._copies.hand_over(self._run, save, ranks, number, call_s)
+                    await self._copies.hand_over(run, save, ranks, number, call_s)
                 except CheckpointError as error:
-                    if error.details.get("has_own"):
-                        return number, ""  # it is theirs, and they bring it away
                     why = describe_failure(error)
                     if not isinstance(error, TierUnavailable):
                         left.remove(number)
-                    continue
-                return number, ""
-        return None, why
+                    if not error.details.get("has_own"):
+                        continue  # else it is theirs, and they bring it away
+                return str(layout.nodes[number].address), ""
+        return "", why
 
     def told(self) -> drains.DrainedRun:
         """Where the newest step is, and whether the loss of this node takes something along."""
@@ -327,9 +345,8 @@ class _Handover:
         )
         has = {label for label in run.tiers if own and own <= save.ranks.get(label, set())}
         safe_in = [f"in {label}" for label in sorted(has) if run.tiers[label].is_store]
-        holder = self.holders.get(str(save.name))
-        if holder is not None and run.layout is not None:
-            safe_in.append(f"in the memory of {run.layout.nodes[holder].address}")
+        if holder := self.holders.get(str(save.name)):
+            safe_in.append(f"in the memory of {holder}")
         disks = [label for label in _disks_with(run, save) if label in has]
         else_in = [f"on {label}, which is gone if that is a disk of this node" for label in disks]
         where = ", ".join(safe_in + else_in) or "in the memory of this node and nowhere else"

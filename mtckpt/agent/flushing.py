@@ -157,11 +157,11 @@ class Flusher:
     # -- one save --------------------------------------------------------------------------------
 
     async def _flush_next(self, run: RunState, tier: TierState) -> bool:
-        wanted: set[str] = set()
         if tier.is_store:
             self._add_best(run, tier)
-            wanted = self._healer.wanted(run, tier)
-        pick = queue.pick_flush(tier.label, run.flushable(tier), wanted)
+        saves = run.flushable(tier)
+        wanted = self._healer.wanted(run, tier) if saves and tier.is_store else set()
+        pick = queue.pick_flush(tier.label, saves, wanted)
         if pick is None:
             return False
         for name in pick.superseded:

@@ -118,11 +118,14 @@ class Healer:
             refs = _ref(run, label), _ref(run, source)
             heal = work.Heal(run.key, str(save.name), rank, *refs)
             return len((await self._tools.call(heal, work.Healed, size_bytes)).replaced)
-        if run.layout is None:
+        layout, secret = run.layout, run.secret
+        if layout is None:
             raise TierUnavailable("no other node of this run is known", tier=source)
         failed: CheckpointError | None = None
-        others = partners_of(run.layout, run.tiers[source].config.copies)
+        others = partners_of(layout, run.tiers[source].config.copies)
         for number in dict.fromkeys([*sorted(save.held_on), *others]):
+            if run.layout is None or run.secret != secret:
+                break  # the job has started anew, on other nodes
             where = msgspec.structs.replace(run.layout.nodes[number].address, agent_id="")
             pull = work.Pull(
                 PULLING, run.key, str(save.name), rank, where, run.secret, _ref(run, label),
@@ -193,8 +196,8 @@ class Healer:
 
     def best(self, run: RunState, tier: TierState) -> set[str]:
         """Saves that its rules keep for a metric, of all that lie anywhere."""
-        line = run.line()
         rules = [rule for rule in keep_from_wire(tier.config.keep) if isinstance(rule, KeepBest)]
+        line = run.line() if rules else []
         held = [
             self._held(line, tier, save, complete=any(map(save.is_complete, save.ranks)))
             for save in run.saves.values()

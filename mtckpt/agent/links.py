@@ -294,12 +294,13 @@ class Links:
             self._replicas.look(run, save)
         run.discharge(scanned=False)
         # Nobody looks up for one part of many that are still to come.
-        for save in heard:
-            if self._standing(run, str(save.name)) != before[str(save.name)]:
-                run.touch(save)
+        changed = [s for s in heard if self._standing(run, str(s.name)) != before[str(s.name)]]
+        for save in changed:
+            run.touch(save)
         if _owed(run) != owed:
             run.touch()
-        for label in {label for save in heard for label in save.ranks if label in run.tiers}:
+            changed = heard
+        for label in {label for save in changed for label in save.ranks if label in run.tiers}:
             self._flusher.look_again(run, run.tiers[label])
         return Heard(here.agent_id)
 

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from layouts import layout
 
 from mtckpt._events import EventStream
-from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import Incarnation, SaveName
 from mtckpt.agent import queue, work
 from mtckpt.agent.copies import Copies
-from mtckpt.agent.nodes import Layout
+from mtckpt.agent.healing import Healer
 from mtckpt.agent.notes import config_of
 from mtckpt.agent.partners import partners_of
-from mtckpt.agent.protocol import NodeOfRun, TierConfig
+from mtckpt.agent.protocol import TierConfig
 from mtckpt.agent.queue import SaveFacts
 from mtckpt.agent.runs import PARTNER_PATIENCE_S, RunState
 from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.agent.tools import Tools
+from mtckpt.errors import TierUnavailable
 
 RAM_REF = work.TierRef("ram", "/dev/shm/x", label=RAM)
 ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
-
-
-def layout(here: int, *racks: str) -> Layout:
-    nodes = [
-        NodeOfRun(
-            PeerAddress("10.0.0.1", 1, number, f"boot-{number}", domains=(("rack", rack),)),
-            [2 * number, 2 * number + 1],
-        )
-        for number, rack in enumerate(racks)
-    ]
-    return Layout(tuple(nodes), here, 0)
 
 
 def test_partners_are_in_other_racks_and_each_node_has_as_many_guests() -> None:
@@ -216,3 +207,42 @@ def test_what_an_agent_before_this_one_may_have_had_copied_stays_until_a_newer_s
     newer.ranks["peers"] = {0, 1}
     run.reach(newer, "replicated")
     assert queue.pick_recycle(run.facts()) == names[1]
+
+
+def test_copies_go_to_no_node_of_another_start_of_the_job() -> None:
+    """The job starts anew, on fewer nodes, when partners are chosen and not yet asked."""
+    run = run_with_peers()
+    run.layout, run.secret = layout(0, "a", "b", "c", "d"), "old"
+    run.tiers["peers"].config = TierConfig("peers", "peers", "3 other nodes", copies=3)
+    tools = Tools(cast(Any, None), queue.Limits(), EventStream())
+    copies = Copies(tools, cast(Any, None), cast(Any, SimpleNamespace(verbs={}, address=None)))
+
+    def start_anew() -> None:
+        run.layout, run.secret = layout(0, "a", "b"), "new"
+
+    async def story() -> None:
+        asyncio.get_running_loop().call_soon(start_anew)
+        await copies.copy(run, run.tiers["peers"], copied(run, 1))
+
+    with pytest.raises(TierUnavailable, match="started anew"):
+        asyncio.run(story())
+    copies.close()
+
+
+def test_a_heal_asks_no_node_of_another_start_of_the_job() -> None:
+    """The job starts anew, on fewer nodes, while the first of them is asked."""
+    run = run_with_peers()
+    run.layout = layout(0, "a", "b", "c", "d")
+    run.tiers["peers"].config = TierConfig("peers", "peers", "3 other nodes", copies=3)
+    save = copied(run, 1)
+    asked = []
+
+    async def call(command: work.Pull, *_: Any) -> None:
+        asked.append(command.address)
+        run.layout = None
+        raise TierUnavailable("it does not answer", tier="peers")
+
+    healer = Healer(cast(Any, SimpleNamespace(call=call)))
+    with pytest.raises(TierUnavailable, match="does not answer"):
+        asyncio.run(healer._replace(run, save, RAM, 0, "peers"))
+    assert len(asked) == 1

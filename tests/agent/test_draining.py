@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 from agent_checks import Own, until
 from fake_trainer import FakeTrainer, disk
+from layouts import layout
 
 from mtckpt._manifest import SaveName
 from mtckpt.agent import drains, protocol, work
@@ -20,7 +21,7 @@ from mtckpt.agent.client import AgentClient
 from mtckpt.agent.draining import _Handover
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, SaveState, TierState
-from mtckpt.errors import NodeDraining, TierFull
+from mtckpt.errors import NodeDraining, TierFull, TierUnavailable
 
 
 def drained(trainer: FakeTrainer, timeout_s: float = 20.0, **more: bool) -> drains.Drained:
@@ -162,3 +163,32 @@ def test_a_disk_that_hangs_or_is_full_does_not_keep_what_is_here_from_a_store() 
     assert handover.brought == {str(name)}
     assert handover.problems == []
     assert "no space is left" in handover.untaken[str(name)]
+
+
+def test_a_job_that_starts_anew_meanwhile_has_other_nodes() -> None:
+    """Their numbers are those of one start: with the next, others are chosen among its nodes."""
+    run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+    run.layout, run.secret = layout(0, "a", "b", "c", "d"), "old"
+    name = SaveName(10, 1, f"{10:012d}")
+    save = run.saves[str(name)] = SaveState(name, "x", world_size=2)
+    save.ranks[RAM] = {0}
+    asked = []
+
+    async def hand_over(
+        _: RunState, __: SaveState, ranks: list[int], number: int, ___: Any
+    ) -> None:
+        asked.append((run.secret, ranks, number))
+        if run.secret == "old":
+            run.layout, run.secret = layout(0, "a", "b"), "new"
+            raise TierUnavailable("it does not answer", tier="peers")
+
+    def candidates(run: RunState) -> list[int]:
+        assert run.layout is not None
+        return [number for number in range(len(run.layout.nodes)) if number != run.layout.here]
+
+    copies = cast(Any, SimpleNamespace(candidates=candidates, hand_over=hand_over))
+    handover = _Handover(run, copies, cast(Any, None))
+    asyncio.run(handover.of_own(save))
+    assert asked == [("old", [0], 1), ("new", [0], 1)]
+    assert handover.untaken == {}
+    assert list(handover.holders) == [str(name)]
