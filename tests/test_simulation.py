@@ -15,8 +15,8 @@ import pytest
 from mtckpt.testing.simulation import run_seeds
 
 BLOCK = 50
-NUM_BLOCKS = 12
-NUM_PARTNER_BLOCKS = 8
+NUM_BLOCKS = 15
+NUM_PARTNER_BLOCKS = 5
 # Of `make torture`, with partners and without: together 100000, which two cores play in an hour.
 NUM_SEEDS = int(os.environ.get("MTCKPT_SIM_SEEDS", "50000"))
 
