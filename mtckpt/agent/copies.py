@@ -74,8 +74,11 @@ class Copies:
         agent_ids = {node.address.agent_id for node in run.layout.nodes}
         for save in [s for s in run.saves.values() if tier.label in s.ranks]:
             if save in outlived:
-                # Its partners let go of it by the same rule.
+                # Its partners let go of it by the same rule, also where others were still to come.
                 run.drop_copy(save, tier.label)
+                if not save.is_replicated:
+                    self._ring.supersede(run, save, tier.label)
+                    run.touch(save)
             elif not save.held_by <= boot_ids or save.held_on & run.leaving:
                 self._gone(run, tier, save)
             elif not save.held_on and not save.held_agents <= agent_ids:

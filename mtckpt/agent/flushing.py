@@ -222,10 +222,12 @@ class Flusher:
         brings them. True if the tier has all of it now. Raises what the tier says."""
         async with run.lock(save, tier.label):
             scanned = await self._tools.call(work.Scan(tier.ref, run.key), work.Scanned)
-            saves = [entry for found in scanned.runs for entry in found.saves]
-            # What others have brought is as it was captured: a copy may leave something out.
-            there = {rank for each in saves if each.save == str(save.name) for rank in each.ranks}
-            there |= save.ranks.setdefault(tier.label, set())
+            there = save.ranks.setdefault(tier.label, set()).copy()
+            for each in [entry for found in scanned.runs for entry in found.saves]:
+                if each.save == str(save.name):
+                    # As it was captured: a copy that is here may leave something out.
+                    there.update(each.ranks)
+                    save.shard_bytes.update(zip(each.ranks, each.shard_bytes, strict=False))
             here = (save.guests | save.ranks.get(RAM, set())).intersection(ranks)
             with run.reading(save):
                 await self._copy_ranks(run, tier, save, run.ram, sorted(here - there))

@@ -290,7 +290,9 @@ class Guests:
                 if not await self._delete(run, save, gone):
                     continue  # somebody reads one: later
                 save.guests.difference_update(gone)
+                run.discharge(scanned=False)  # it may have been whole with them, and with them only
                 run.forget_old()
+                run.touch()
                 await self._write_config(run)
 
     async def _delete(self, run: RunState, save: SaveState, ranks: list[int]) -> bool:

@@ -19,6 +19,7 @@ from mtckpt.agent.notes import config_of
 from mtckpt.agent.partners import partners_of
 from mtckpt.agent.protocol import TierConfig
 from mtckpt.agent.queue import SaveFacts
+from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import PARTNER_PATIENCE_S, RunState
 from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.agent.tools import Tools
@@ -246,3 +247,17 @@ def test_a_heal_asks_no_node_of_another_start_of_the_job() -> None:
     with pytest.raises(TierUnavailable, match="does not answer"):
         asyncio.run(healer._replace(run, save, RAM, 0, "peers"))
     assert len(asked) == 1
+
+
+def test_what_was_outlived_before_all_copies_of_it_were_there_is_superseded() -> None:
+    """Other nodes' partners have let go of it: it comes to outlive a node no more."""
+    run = run_with_peers()
+    old, new = copied(run, 1), copied(run, 2)
+    new.stages.append("replicated")
+    tools = Tools(cast(Any, None), queue.Limits(), EventStream())
+    copies = Copies(tools, Ring(tools), cast(Any, SimpleNamespace(verbs={})))
+    copies.look(run, run.tiers["peers"])
+    copies.close()
+    assert "peers" not in old.ranks
+    assert old.superseded == {"peers"}
+    assert (new.ranks["peers"], new.superseded) == ({0}, set())

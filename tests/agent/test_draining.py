@@ -19,6 +19,7 @@ from mtckpt._manifest import SaveName
 from mtckpt.agent import drains, protocol, work
 from mtckpt.agent.client import AgentClient
 from mtckpt.agent.draining import _Handover
+from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.errors import NodeDraining, TierFull, TierUnavailable
@@ -192,3 +193,25 @@ def test_a_job_that_starts_anew_meanwhile_has_other_nodes() -> None:
     assert asked == [("old", [0], 1), ("new", [0], 1)]
     assert handover.untaken == {}
     assert list(handover.holders) == [str(name)]
+
+
+def test_what_others_brought_to_a_store_is_known_with_its_sizes() -> None:
+    """It may be fetched from there later: it has to be known how much memory that takes."""
+    run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+    config = protocol.TierConfig("store", "store", "/store")
+    tier = run.tiers["store"] = TierState("store", config, work.TierRef("store", "/store"))
+    name = SaveName(10, 1, f"{10:012d}")
+    save = run.saves[str(name)] = SaveState(name, "x", world_size=2)
+    save.ranks[RAM], save.shard_bytes = {0}, {0: 100}
+    there = work.SaveScan(str(name), 10, 1, [1], 2, False, 250, save_id="x", shard_bytes=[250])
+
+    async def call(command: work.Command, *_: Any) -> Any:
+        if isinstance(command, work.Scan):
+            return work.Scanned([work.RunScan("r", [there])])
+        return work.Flushed(100, 0.1, True)
+
+    tools = cast(Any, SimpleNamespace(call=call))
+    flusher = Flusher(tools, *cast(Any, (None, None, None)))
+    assert asyncio.run(flusher.bring(run, tier, save, {0}))
+    assert save.ranks["store"] == {0, 1}
+    assert save.size_of({0, 1}) == 350

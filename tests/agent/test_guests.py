@@ -15,10 +15,10 @@ from mtckpt._manifest import save_name
 from mtckpt.agent import work
 from mtckpt.agent.guests import Guests, Offer, Taken
 from mtckpt.agent.nodes import News, layout_of
-from mtckpt.agent.protocol import Join, NodeOfRun
+from mtckpt.agent.protocol import Join, NodeOfRun, TierConfig
 from mtckpt.agent.queue import Limits
 from mtckpt.agent.runs import RunState
-from mtckpt.agent.saves import RAM, SaveState
+from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.agent.tools import Tools
 from mtckpt.errors import AgentUnavailable, NodeDraining, TierFull, TierUnavailable
 
@@ -155,3 +155,28 @@ def test_what_a_job_was_restored_from_is_not_still_to_come() -> None:
     assert save.is_open
     save.chosen = True
     assert not save.is_open
+
+
+def test_what_copies_made_whole_is_owed_to_nobody_once_they_are_let_go() -> None:
+    """This node's own parts are left of it, and the others have their newer ones."""
+
+    async def story() -> None:
+        scene = Scene()
+        run = scene.run
+        config = TierConfig("peers", "peers", "1 other node", copies=1)
+        run.tiers["peers"] = TierState("peers", config, run.ram, scanned=True)
+        old, new = (SaveState(save_name(step, 1, ID), ID, world_size=3) for step in (1, 2))
+        for save in (old, new):
+            run.saves[str(save.name)] = save
+            save.ranks[RAM], save.stages = {0}, ["staged"]
+        old.guests, old.due = {1, 2}, {"peers"}
+        new.stages.append("replicated")
+        new.told[1] = News(str(new.name), ID, parts={RAM: [1, 2]})
+        run.discharge(scanned=False)
+        assert old.owed == {"peers"}
+        await scene.guests.let_go(run)
+        assert not old.guests
+        assert not old.owed
+        assert old.superseded == {"peers"}
+
+    asyncio.run(story())
