@@ -1,4 +1,4 @@
-"""Modules that save what their own loading refuses: said at the save, where it can be known."""
+"""Modules and optimizers that their own loading refuses, or should: said where it can be known."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from state_harness import restore, save
-from torch import nn
+from state_harness import plan, restore, save
+from torch import nn, optim
 
-from mtckpt.errors import UnsupportedState
+from mtckpt.errors import StateMismatch, UnsupportedState
 
 
 class SavesMore(nn.Linear):
@@ -63,3 +63,21 @@ def test_whoever_loads_itself_may_save_what_it_likes(where: str) -> None:
         setattr(model, "load_state_dict", drop_later)  # noqa: B010 - as a user would, untyped
     model.load_state_dict(model.state_dict())
     restore(save({"m": model}), {"m": model})
+
+
+@pytest.mark.parametrize(
+    ("saved", "live"),
+    [
+        *(("Adam", "RAdam"), ("RAdam", "Adam"), ("Adamax", "Adam"), ("NAdam", "Adam")),
+        *(("Adam", "AdamW"), ("AdamW", "Adam"), ("RMSprop", "Adagrad")),
+        *(("Adagrad", "Adadelta"), ("SGD", "RMSprop")),
+    ],
+)
+def test_torchs_kinds_of_optimizers_are_told_apart(saved: str, live: str) -> None:
+    """Torch takes each of them, and goes on as another optimizer or fails in the next step."""
+    parameters = [nn.Parameter(torch.ones(1))]
+    one, other = (getattr(optim, kind)(parameters) for kind in (saved, live))
+    differ = "decoupled_weight_decay" if "AdamW" in (saved, live) else "settings"
+    with pytest.raises(StateMismatch, match=differ):
+        plan(save({"o": one}), {"o": other})
+    restore(save({"o": one}), {"o": getattr(optim, saved)(parameters)})
