@@ -295,10 +295,10 @@ class Checkpointer:
         logger.info("run %s: %s", self.run, restored)
         return restored
 
-    def _records(self, step: int | Literal["latest", "best"]) -> dict[int, _manifest.Record]:
+    def _records(self, step: Any, source: str | None = None) -> dict[int, _manifest.Record]:
         """See ``_restorer.records_of``."""
         self._check_alive()
-        return _restorer.records_of(self._link, self._engine, step)
+        return _restorer.records_of(self._link, self._engine, step, source)
 
     def steps(self) -> list[Step]:
         """Every step of this run in every tier that answers, newest last."""
