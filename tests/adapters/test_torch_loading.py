@@ -81,3 +81,28 @@ def test_torchs_kinds_of_optimizers_are_told_apart(saved: str, live: str) -> Non
     with pytest.raises(StateMismatch, match=differ):
         plan(save({"o": one}), {"o": other})
     restore(save({"o": one}), {"o": getattr(optim, saved)(parameters)})
+
+
+class Slow(optim.SGD):
+    """As optimizers around optimizers: a state of a form of its own."""
+
+    seen: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fast": super().state_dict(), "slow": [torch.ones(2)], "steps": 7}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict["fast"])
+        self.seen = state_dict["slow"], state_dict["steps"]
+
+
+def test_an_optimizer_of_its_own_kind_may_save_what_it_likes() -> None:
+    saved = save({"o": Slow([nn.Parameter(torch.ones(1))], lr=3.0)})
+    live = Slow([nn.Parameter(torch.ones(1))])
+    restore(saved, {"o": live})
+    (slow,), steps = live.seen
+    assert torch.equal(slow, torch.ones(2))
+    assert steps == 7
+    assert live.param_groups[0]["lr"] == 3
+    with pytest.raises(StateMismatch, match="Slow here, array in the checkpoint"):
+        plan(save({"o": torch.ones(1)}), {"o": live})

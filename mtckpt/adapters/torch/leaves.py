@@ -224,7 +224,10 @@ def _refusal(tensor: torch.Tensor, template: bool) -> tuple[str, str]:
     if tensor.layout is not torch.strided:
         return f"a sparse tensor ({tensor.layout})", "save its indices and values, or .to_dense()"
     if tensor.is_quantized:
-        return "a quantised tensor", "save .int_repr(), .q_scale() and .q_zero_point()"
+        return "a quantised tensor", (
+            "save .int_repr(), .q_scale() and .q_zero_point(); of a quantised module, save the one"
+            " that it was made of, and quantise that again after restore()"
+        )
     if tensor.dtype not in NAME_OF:
         return f"a tensor of type {tensor.dtype}", "save it as another type, or leave it out"
     if tensor.is_meta and not template:

@@ -47,15 +47,19 @@ _ELEMENTWISE = frozenset(
 
 
 def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> bool:
-    """Moments go into live ones where there are any, else into fresh tensors; no step is taken."""
-    is_plain = type(optimizer).load_state_dict is Optimizer.load_state_dict
+    """Moments go into live ones where there are any, else into fresh tensors; no step is taken.
+
+    False for an optimizer that has its own idea of what a state is: it gets fresh tensors.
+    """
+    if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+        if node.kind != _state.DICT:
+            placing.differs(optimizer, node, path)
+        return node.kind != _state.DICT
     sizes = [len(group["params"]) for group in optimizer.param_groups]
-    here = Here(sizes, lambda: naming.names_of(optimizer)) if is_plain else None
+    here = Here(sizes, lambda: naming.names_of(optimizer))
     saved = find_saved(optimizer, here, node, path, placing)
     if saved is None:
         return True
-    if not is_plain:
-        return False  # it has its own idea of what a state is: load_state_dict gets fresh tensors
     live = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     parameters = {str(i): parameter for i, parameter in zip(chain(*saved.ids), live, strict=True)}
     id_of = {str(i): i for i in chain(*saved.ids)}
@@ -119,12 +123,9 @@ class Saved(NamedTuple):
 
 
 def find_saved(
-    optimizer: Optimizer, here: Here | None, node: Node, path: str, placing: Placing
+    optimizer: Optimizer, here: Here, node: Node, path: str, placing: Placing
 ) -> Saved | None:
-    """What was saved; None, and a difference, if its groups are not those of ``here``.
-
-    ``here`` is None where the optimizer alone knows what its groups are.
-    """
+    """What was saved; None, and a difference, if its groups are not those of ``here``."""
     fields = children_of(node)
     state, groups = fields.get("state"), fields.get("param_groups")
     if state is None or state.kind != _state.DICT or groups is None:
@@ -132,8 +133,6 @@ def find_saved(
         return None
     saved = [children_of(group) for group in groups.children]
     ids = [_saved_list(group, "params", placing) for group in saved]
-    if here is None:
-        return Saved(fields, dict(zip(state.keys or [], state.children, strict=True)), ids)
     if here.sizes != list(map(len, ids)):
         placing.diff.differing.append(
             f"{path}/param_groups: groups of {here.sizes} parameters here, "
