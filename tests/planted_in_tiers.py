@@ -340,8 +340,8 @@ RESTORE = (
     Bug(
         "half-written-state-without-a-word",
         "_restore.py",
-        "        raise RestoreFailed(",
-        "        raise NoHealthyStep(",
+        '        raise RestoreFailed(\n            f"load_state_dict failed',
+        '        raise NoHealthyStep(\n            f"load_state_dict failed',
         ("test_errors_raised.py::test_it_is_raised[RestoreFailed]",),
     ),
 )
