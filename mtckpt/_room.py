@@ -15,7 +15,7 @@ from mtckpt.errors import TierFull
 
 __all__ = ["check_room", "memory_left_bytes", "ram_full", "ranks_full"]
 
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 _CGROUPS = Path("/sys/fs/cgroup")
 # A slot is data and a table, then a record and the directory of the save.
 _SLOT_FILES = 4
@@ -174,4 +174,6 @@ def _mount_point(path: str) -> str:
 
 
 def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB // 10 else f"{size_bytes:,} bytes"
+    if size_bytes < MIB:
+        return f"{size_bytes:,} bytes"
+    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.1f} MiB"

@@ -292,10 +292,12 @@ class Saver:
             # No room there either, or no right: what memory said stands. Or it has the only copy
             # of a step, which a slower tier is yet to be given.
             raise self._with_advice(error) from why
-        logger.warning(
-            "run %s: %s; saves are captured on disk instead, in %s",
-            self.run.name, error.what, beside,
-        )  # fmt: skip
+        if self.run.members.rank == self.run.members.node[0]:
+            logger.warning(
+                "run %s: %s; saves are captured on disk instead, in %s; mtckpt doctor says how to"
+                " give it more memory",
+                self.run.name, error.what, beside,
+            )  # fmt: skip
 
     def _with_advice(self, error: TierFull) -> TierFull:
         """What helps besides more memory, which the agent has said: it does not know the tiers."""
@@ -308,6 +310,10 @@ class Saver:
         else:
             return error
         error.actions = (*error.actions, advice)
+        if self.run.short is not None and self._session.opened is not None:
+            ranks = len(self.run.members.node)
+            whole = ranks_full(self._session.opened.ram_root, ranks, *self.run.short)
+            error.actions = (f"make room for all of them: {whole.what}", *error.actions)
         return error
 
     def _patience_s(self, want: protocol.WantSlots) -> float | None:

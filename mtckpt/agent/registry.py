@@ -33,7 +33,7 @@ from mtckpt.agent.owners import Owner, boot_id
 from mtckpt.agent.peers import SERVING, Peers
 from mtckpt.agent.replicas import Replicas
 from mtckpt.agent.ring import Ring
-from mtckpt.agent.roots import LOOK_S, Roots
+from mtckpt.agent.roots import Roots
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, TierState
 from mtckpt.agent.work import TierRef
@@ -53,6 +53,8 @@ UNSURE = "?"
 _POLL_S = 0.05
 # An agent that ends may take so long to let go of what it has.
 LATE_S = 30.0
+# What a start waits for, to find out whether what lies beside a disk is on that disk as well.
+SCAN_S = 2.0
 
 
 class Registry:
@@ -256,7 +258,7 @@ class Registry:
         if is_beside and not goes_beside:
             if run.living():
                 return
-            await self.wait_scanned(run, LOOK_S)
+            await self.wait_scanned(run, SCAN_S)
         newest = run.newest_staged()
         if newest is not None and not any(newest.is_complete(label) for label in run.tiers):
             if is_beside:

@@ -128,4 +128,5 @@ def test_all_ranks_of_a_node_capture_beside_the_disk_where_memory_is_too_small(
     found = both(job([mtckpt.Ram(every=1), mtckpt.Disk(tmp_path / "d")]), 3)
     full = [error for error in found if isinstance(error, TierFull)]
     assert full, found
+    assert "for the slots of 2 ranks: 9.2 MiB needed" in str(full[0])
     assert "leave Ram() out" in str(full[0])
