@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,16 @@ from mtckpt.testing.groups import local_groups
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
+STAGES_AND_DIES = """
+import os, signal, sys
+import numpy as np
+import mtckpt
+disk, beside = sys.argv[1:]
+tiers = [mtckpt.Ram(f"{disk}/{beside}", every=1), mtckpt.Disk(disk, every=100)]
+run = mtckpt.Checkpointer("s", tiers, timeout_s=20.0, max_stall_s=10.0)
+run.save(2, {"w": np.full(300_000, 2.0)}).wait("staged", timeout_s=20)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 Container = Callable[[], _isolation.Places]
 
 
@@ -54,25 +66,26 @@ def open_run(run: str, *tiers: mtckpt.Ram | mtckpt.Disk) -> mtckpt.Checkpointer:
 
 
 def test_two_containers_with_one_volume_keep_out_of_each_others_way(
-    container: Container, tmp_path: Path
+    container: Container, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = mtckpt.Disk(tmp_path / "d")
     first_place = container()
     first = open_run("r", disk)
     first.save(1, state_of(1)).wait("local", timeout_s=20)
     second_place = container()
-    rare = mtckpt.Disk(tmp_path / "d", every=100)
-    second = open_run("s", mtckpt.Ram(tmp_path / "d" / BESIDE, every=1), rare)
-    second.save(2, state_of(2)).wait("staged", timeout_s=20)
-    assert len(os.listdir(tmp_path / "d" / BESIDE)) == 2
-    first.save(2, state_of(2)).wait("local", timeout_s=20)
-    # The second one is gone, with its agent and all that was in the container. What was staged is
-    # beside the disk, and the next one goes on from there.
-    second._session.stop_listening()
+    # It is gone at once, with its agent and all that was in the container.
+    command = [sys.executable, "-c", STAGES_AND_DIES, str(tmp_path / "d"), BESIDE]
+    done = subprocess.run(command, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
     _isolation.end_agent(second_place.runtime)
+    assert len(os.listdir(tmp_path / "d" / BESIDE)) == 2
+    monkeypatch.setenv("MTCKPT_RUNTIME_DIR", str(first_place.runtime))
+    monkeypatch.setenv("MTCKPT_RAM_DIR", str(first_place.ram))
+    first.save(2, state_of(2)).wait("local", timeout_s=20)
+    # What it had staged is beside the disk, and the next one goes on from there.
     container()
     live = state_of(0)
-    with open_run("s", rare) as third:
+    with open_run("s", mtckpt.Disk(tmp_path / "d", every=100)) as third:
         restored = third.restore(live)
         assert (restored.step, list(restored.sources)) == (2, ["ram"])
         assert live["w"][0] == 2.0
@@ -90,7 +103,7 @@ def test_all_ranks_of_a_node_capture_beside_the_disk_where_memory_is_too_small(
 
     def job(tiers: list[Any]) -> list[mtckpt.Checkpointer]:
         return [
-            mtckpt.Checkpointer("r", tiers, group=group, timeout_s=20.0, max_stall_s=10.0)
+            mtckpt.Checkpointer("ranks", tiers, group=group, timeout_s=20.0, max_stall_s=10.0)
             for group in local_groups(2)
         ]
 
@@ -123,9 +136,11 @@ def test_all_ranks_of_a_node_capture_beside_the_disk_where_memory_is_too_small(
     again = job([mtckpt.Disk(tmp_path / "d")])
     assert both(again, 2) == [1, 1]
     end(again)
-    assert not (tmp_path / "d" / BESIDE).exists() or not list(own.glob("r*"))
+    assert not (tmp_path / "d" / BESIDE).exists() or not list(own.glob("ranks*"))
     # Memory that was named is insisted on, and what helps is said.
-    found = both(job([mtckpt.Ram(every=1), mtckpt.Disk(tmp_path / "d")]), 3)
+    insisting = job([mtckpt.Ram(every=1), mtckpt.Disk(tmp_path / "d")])
+    found = both(insisting, 3)
+    end(insisting)
     full = [error for error in found if isinstance(error, TierFull)]
     assert full, found
     assert "for the slots of 2 ranks: 9.2 MiB needed" in str(full[0])
