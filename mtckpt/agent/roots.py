@@ -33,7 +33,7 @@ WAIT_S = 3.0
 _POLL_S = 0.05
 ANSWER_S = 10.0
 # What a run may wait for at its start, where another of its tiers may have all that it needs.
-LOOK_S = 0.5
+LOOK_S = 0.3
 _T = TypeVar("_T")
 
 
