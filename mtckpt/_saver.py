@@ -18,6 +18,7 @@ from mtckpt import _manifest, _pieces, _save, _writing
 from mtckpt._handle import Save, stage_of_tier
 from mtckpt._joining import Needs
 from mtckpt._progress import progress
+from mtckpt._room import memory_left_bytes, ranks_full
 from mtckpt._schedule import Disk
 from mtckpt._slots import BESIDE
 from mtckpt._steps import metrics_of
@@ -32,6 +33,7 @@ from mtckpt.errors import (
     StepExists,
     TierFull,
     TierUnavailable,
+    UsageError,
     WaitTimeout,
 )
 
@@ -243,11 +245,20 @@ class Saver:
         return slots.grant
 
     def _begin(self, needs: Needs | None) -> None:
+        if self.run.incarnation is not None:
+            return
         try:
-            self.run.begin(needs)
+            self.run.begin(needs, self._move_if_short)
         except TierFull as error:
             self._move_slots(error)
-            self.run.begin(needs)
+            self.run.begin(needs, self._move_if_short)
+        place = os.path.dirname(self._session.open().ram_root)
+        if os.path.basename(place) == BESIDE and place != self._session.ram_path:
+            logger.warning(
+                "run %s: saves are captured on disk, in %s, as by the start before, which has left"
+                " there what no slower tier had; the next start looks at memory again",
+                self.run.name, place,
+            )  # fmt: skip
 
     def _ask_slot(self, want: protocol.WantSlots) -> protocol.Slots:
         try:
@@ -258,23 +269,52 @@ class Saver:
             self.run.send_begin(self.run.incarnation)
             return self._session.call("slots", want, protocol.Slots)
 
+    def _move_if_short(self) -> None:
+        """All ranks of this node are about to capture more than its memory holds, and know it. What
+        was named, or has no disk, is full where somebody asks for a slot."""
+        short, ram_path = self.run.short, self._session.open().ram_root
+        if short is not None and not self._insists and self._disk_path():
+            self._move_slots(ranks_full(ram_path, len(self.run.members.node), *short))
+            self.run.short = None
+
     def _move_slots(self, error: TierFull) -> None:
-        """Go on with slots on a disk. Raises the error where memory is insisted on, or all is."""
-        beside = os.path.join(self._disk_path() or "", BESIDE)
-        alone = self.run.members.world_size == 1  # slots of other ranks would not move along
-        movable = alone and self._disk_path() and self._session.ram_path != beside
-        if self._insists or not movable:
-            raise error
+        """Go on with slots on a disk. Raises the error, with what helps besides more memory, where
+        memory is insisted on, or all is, or other ranks of the node would not move along."""
+        disk = self._disk_path() or ""
+        beside = os.path.join(disk, BESIDE)
+        agreed = self.run.members.world_size == 1 or self.run.short is not None
+        if self._insists or not disk or not agreed or self._session.ram_path == beside:
+            raise self._with_advice(error)
         try:
             os.makedirs(beside, mode=0o700, exist_ok=True)
-        except OSError as why:  # no room there either, or no right: what memory said stands
-            raise error from why
-        logger.warning(
-            "run %s: %s; saves are captured on disk instead of in memory",
-            self.run.name,
-            error.what,
-        )
-        self._session.move_slots(beside)
+            self._session.move_slots(beside)
+        except (OSError, UsageError) as why:
+            # No room there either, or no right: what memory said stands. Or it has the only copy
+            # of a step, which a slower tier is yet to be given.
+            raise self._with_advice(error) from why
+        if self.run.members.rank == self.run.members.node[0]:
+            logger.warning(
+                "run %s: %s; saves are captured on disk instead, in %s; mtckpt doctor says how to"
+                " give it more memory",
+                self.run.name, error.what, beside,
+            )  # fmt: skip
+
+    def _with_advice(self, error: TierFull) -> TierFull:
+        """What helps besides more memory, which the agent has said: it does not know the tiers."""
+        if self._insists:
+            advice = "leave Ram() out: saves are then captured on the disk of a Disk tier"
+        elif not self._disk_path():
+            advice = "name a Disk tier as well: saves are then captured there"
+        elif self.run.members.world_size > 1:
+            advice = "start the job again: all ranks of this node then capture on the disk"
+        else:
+            return error
+        error.actions = (*error.actions, advice)
+        if self.run.short is not None and self._session.opened is not None:
+            ranks = len(self.run.members.node)
+            whole = ranks_full(self._session.opened.ram_root, ranks, *self.run.short)
+            error.actions = (f"make room for all of them: {whole.what}", *error.actions)
+        return error
 
     def _patience_s(self, want: protocol.WantSlots) -> float | None:
         """A ring that exists is answered at once; making one takes as long as its pages do."""
@@ -289,7 +329,7 @@ class Saver:
         if self._ring_of != wanted:
             self._ring_of = wanted
             needed = 4 * wanted * len(self.run.members.node)  # by all ranks of this node
-            self._ring_slots = 3 if _free_bytes(self._session.ram_path) >= needed else 2
+            self._ring_slots = 3 if _free_bytes(self._session.open().ram_root) >= needed else 2
         return self._ring_slots
 
     def _disk_path(self) -> str | None:
@@ -387,13 +427,12 @@ class Saver:
 
 def _free_bytes(path: str) -> int:
     """What is left in the tmpfs and in memory, whichever is less; 0 where it cannot be known."""
+    left_bytes, _ = memory_left_bytes()
     try:
-        with open("/proc/meminfo", "rb") as file:
-            available = next(line for line in file if line.startswith(b"MemAvailable"))
         fs = os.statvfs(path)
-    except (OSError, StopIteration):
+    except OSError:
         return 0
-    return min(int(available.split()[1]) * 1024, fs.f_bavail * fs.f_frsize)
+    return min(left_bytes or 0, fs.f_bavail * fs.f_frsize)
 
 
 def _bytes_below(path: str) -> int:

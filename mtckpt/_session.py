@@ -144,8 +144,12 @@ class Session:
         """Open again with slots in another directory (nothing has been captured yet)."""
         deadline_s = time.monotonic() + self.timeout_s
         with self._locked(deadline_s):
-            self.ram_path = ram_path
-            self.opened = self._open(deadline_s)
+            before, self.ram_path = self.ram_path, ram_path
+            try:
+                self.opened = self._open(deadline_s)
+            except CheckpointError:
+                self.ram_path = before
+                raise
             return self.opened
 
     def listen(self, towards: str) -> protocol.PeerAddress:

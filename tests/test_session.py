@@ -64,12 +64,13 @@ def test_a_job_that_comes_as_the_last_one_ends_is_waited_for(
 def test_where_the_disk_takes_no_slots_either_it_is_memory_that_is_full(tmp_path: Path) -> None:
     """And no error that is none of ours."""
     (tmp_path / BESIDE).write_bytes(b"a file")
-    run = SimpleNamespace(members=SimpleNamespace(world_size=1), name="r")
+    run = SimpleNamespace(members=SimpleNamespace(world_size=1), name="r", short=None)
     saver = SimpleNamespace(
         run=run,
         _insists=False,
         _session=SimpleNamespace(ram_path="/memory"),
         _disk_path=lambda: str(tmp_path),
+        _with_advice=lambda error: error,
     )
     with pytest.raises(TierFull, match="no page is left"):
         Saver._move_slots(cast(Any, saver), TierFull("no page is left", tier="ram"))

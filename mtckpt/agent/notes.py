@@ -5,18 +5,20 @@ Knows what is left out: secrets. Does not write it, nor read it back (``registry
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from mtckpt.agent import work
+from mtckpt.agent.owners import boot_id
 
 if TYPE_CHECKING:
     from mtckpt.agent.owners import Owner
     from mtckpt.agent.protocol import TierConfig
     from mtckpt.agent.runs import RunState
 
-__all__ = ["config_of"]
+__all__ = ["config_of", "left_s_of"]
 
 
 def config_of(run: RunState) -> work.RunConfig:
@@ -32,6 +34,7 @@ def config_of(run: RunState) -> work.RunConfig:
         newest.id if newest else "",
         {
             "left_s": run.left_s,
+            "boot_id": boot_id(),
             "closing": run.closing,
             "token": run.token,
             "uid": run.creator_uid,
@@ -45,6 +48,14 @@ def config_of(run: RunState) -> work.RunConfig:
             "fenced": msgspec.to_builtins([_noted(o) for o in run.fenced.values()]),
         },
     )
+
+
+def left_s_of(extra: Mapping[str, Any], now_s: float) -> float:
+    """Since when nobody has had a run, as an agent before has noted: seconds after the start of
+    this machine, so of another start, from which a disk has slots, they say nothing."""
+    if not boot_id() or extra.get("boot_id") != boot_id():
+        return now_s
+    return min(now_s, float(extra.get("left_s") or now_s))
 
 
 def _without_secrets(config: TierConfig) -> TierConfig:
