@@ -279,11 +279,20 @@ class CpuEngine:
             threading.Thread(target=loop, name="mtckpt-copy", daemon=True)
             for _ in range(_num_threads(total_bytes, self.max_threads) - 1)
         ]
-        for thread in threads:
-            thread.start()
-        loop()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.start()
+            loop()
+            for thread in threads:
+                thread.join()
+        except BaseException as error:
+            # An interrupt, or no thread to be had: whoever called lets go of all this memory, so
+            # each thread ends first, with the piece that it has in hand.
+            failures.append(error)
+            for thread in threads:
+                if thread.is_alive():
+                    thread.join()
+            raise
         if failures:
             raise failures[0]
 
