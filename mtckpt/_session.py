@@ -303,14 +303,19 @@ class Session:
 
     def _start_threads(self) -> None:
         with self._starting:
-            if self._threads:
-                return
-            self._threads = [
-                threading.Thread(target=self._courier, name="mtckpt-courier", daemon=True),
-                threading.Thread(target=self._listener, name="mtckpt-listener", daemon=True),
-            ]
-            for thread in self._threads:
-                thread.start()
+            for work in (self._courier, self._listener)[len(self._threads) :]:
+                name = f"mtckpt-{work.__name__.strip('_')}"
+                thread = threading.Thread(target=work, name=name, daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise AgentUnavailable(
+                        f"there is no thread to speak to the node agent: {error}",
+                        actions=[
+                            "see the limits of this process: ulimit -u, pids.max of its cgroup"
+                        ],
+                    ) from error
+                self._threads.append(thread)
 
     def _courier(self) -> None:
         while (job := self._jobs.get()) is not None:

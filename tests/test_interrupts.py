@@ -1,13 +1,15 @@
-"""Ctrl-C amid a call, and descriptors that run out: what comes after goes on as if nothing were."""
+"""Ctrl-C amid a call, descriptors or threads that run out: what comes after goes on as before."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +18,7 @@ import pytest
 
 import mtckpt
 from mtckpt.capture.cpu import CpuEngine, _Unit
+from mtckpt.errors import AgentUnavailable, RestoreUnavailable
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
 
@@ -131,3 +134,40 @@ def test_descriptors_that_run_out_while_the_agent_is_away_cost_a_save(tmp_path: 
     )
     assert said.returncode == 0, said.stderr
     assert "CaptureFailed the record could not be written: Too many open files" in said.stdout
+
+
+@pytest.fixture
+def no_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """As where a limit of processes is reached (``pids.max`` of a container)."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    @contextlib.contextmanager
+    def without() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            yield
+
+    return without
+
+
+def test_without_threads_calls_fail_by_errors_of_ours_and_work_again_later(
+    tmp_path: Path, no_threads: Callable[[], contextlib.AbstractContextManager[None]]
+) -> None:
+    tiers = [mtckpt.Ram(every=1, slots=2), mtckpt.Disk(tmp_path / "disk")]
+    checkpointer = mtckpt.Checkpointer("r", tiers, timeout_s=20, max_stall_s=10)
+    state = {"w": np.zeros(3_000_000, int)}  # more than one thread's share
+    with no_threads(), pytest.raises(AgentUnavailable, match="can't start new thread"):
+        checkpointer.save(1, state)
+    checkpointer.save(2, state).wait("local", timeout_s=20)
+    with no_threads():
+        saved = checkpointer.save(3, state)
+        with pytest.raises(RestoreUnavailable, match="disk was not asked"):
+            checkpointer.restore(state)
+    saved.wait("local", timeout_s=20)
+    checkpointer.save(4, state).wait("local", timeout_s=20)
+    assert checkpointer.restore(state).step == 4
+    checkpointer.close(timeout_s=20)

@@ -8,6 +8,7 @@ them between threads would cost more than that. They are fetched a buffer at a t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -281,13 +282,15 @@ class CpuEngine:
         ]
         try:
             for thread in threads:
-                thread.start()
+                with contextlib.suppress(RuntimeError):  # none to be had: slower, not an error
+                    thread.start()
             loop()
             for thread in threads:
-                thread.join()
+                if thread.is_alive():
+                    thread.join()
         except BaseException as error:
-            # An interrupt, or no thread to be had: whoever called lets go of all this memory, so
-            # each thread ends first, with the piece that it has in hand.
+            # An interrupt. Whoever called lets go of all this memory, so each thread ends first,
+            # with the piece that it has in hand.
             failures.append(error)
             for thread in threads:
                 if thread.is_alive():
