@@ -52,7 +52,9 @@ def ensure_agent(timeout_s: float = 10.0) -> str:
     where = address.find()
     try:
         return _ensured(where, timeout_s)
-    except OSError as error:  # no descriptor, no room for a lock or a socket, a place that is gone
+    except (OSError, RuntimeError) as error:
+        # No descriptor, no room for a lock or a socket, a place that is gone; RuntimeError: Python
+        # begins no process any more, since this one is ending.
         raise AgentUnavailable(
             f"the node agent cannot be reached or started: {error}",
             actions=[f"see what {where.directory} says to `ls -la` and `df`, and `ulimit -n`"],
