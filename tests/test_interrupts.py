@@ -105,7 +105,7 @@ class Hear(logging.Handler):
 
 logging.getLogger("mtckpt").addHandler(Hear())
 tiers = [mtckpt.Ram(every=1), mtckpt.Disk(sys.argv[1])]
-checkpointer = mtckpt.Checkpointer("r", tiers, timeout_s=20, max_stall_s=1)
+checkpointer = mtckpt.Checkpointer("r", tiers, timeout_s=20, max_stall_s=20)
 state = {"w": np.ones(1000)}
 checkpointer.save(1, state).wait("local", timeout_s=20)
 agent = int(open(os.environ["MTCKPT_RUNTIME_DIR"] + "/agent.pid").read())
