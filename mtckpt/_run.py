@@ -352,7 +352,10 @@ class Run:
                 failure.append(error)
 
         thread = threading.Thread(target=run, name=f"mtckpt-read-{label}", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise TierUnavailable(f"tier {label} was not asked: {error}", tier=label) from error
         thread.join(timeout_s)
         if failure:
             raise failure[0]

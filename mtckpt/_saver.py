@@ -71,6 +71,7 @@ class Saver:
         self._skipping = False
         self._leaving = False
         self._step = -1  # the newest that was begun
+        self._capturing: protocol.SlotGrant | None = None  # until it is handed over, or back
         self._ring_of = 0
         self._ring_slots = 2
 
@@ -118,6 +119,7 @@ class Saver:
             members.rank, members.world_size,
         )  # fmt: skip
         due = [label for label in labels if label != "ram"]
+        self._capturing = grant
         try:
             slot = self.ring.adopt(grant, captured.plan.layout)
             writing = _writing.Writing(
@@ -129,10 +131,6 @@ class Saver:
                 writing.finish()
         except Exception as error:  # noqa: BLE001 - raised again, named; the slot goes back first
             return self._give_up(save, grant, error)
-        except BaseException:
-            # An interrupt: the slot is free for the next save, unless a device still writes to it.
-            self.ring.withhold(grant)
-            raise
         if writing.is_captured:
             save._advance(("captured",))
         self.steps.add(step)
@@ -143,6 +141,7 @@ class Saver:
         after = functools.partial(self._prepare_next, captured.plan.layout)
         finish = None if writing.is_done else functools.partial(self._finish, writing, save, grant)
         self._session.submit(seal, save, after, finish)
+        self._capturing = None
         return save
 
     def _note_going_on(self, step: int) -> None:
@@ -198,6 +197,7 @@ class Saver:
     def _give_up(self, save: Save, grant: protocol.SlotGrant, error: Exception) -> Save:
         """Raise why there is no capture; where only its slot is gone, the save is called off."""
         self._take_back(save, grant, error)
+        self._capturing = None
         if not isinstance(error, FileNotFoundError) or error.filename != grant.data_path:
             _save.raise_capture_error(save.step, error)
         # Somebody has emptied this node's memory: the agent begins it anew.
@@ -236,6 +236,7 @@ class Saver:
             held=self.ring.withheld(),
         )
         try:
+            self._give_back_lost(want.wait_s)
             slots = self._ask_slot(want)
         except (AgentUnavailable, TierUnavailable) as error:
             self._call_off(save, f"the node agent: {error.what}")
@@ -243,6 +244,15 @@ class Saver:
         if slots.grant is None:
             self._call_off(save, slots.reason or "no slot is free")
         return slots.grant
+
+    def _give_back_lost(self, timeout_s: float) -> None:
+        """The slot of a save that an interrupt ended on its way to the agent: it may hold all of a
+        shard, and so would wait for a seal that never comes."""
+        lost = self._capturing
+        if lost is not None and not self.ring.withhold(lost):
+            release = protocol.Release(self._session.holder, lost.slot_id)
+            self._session.call("release", release, protocol.Done, timeout_s)
+        self._capturing = None
 
     def _begin(self, needs: Needs | None) -> None:
         if self.run.incarnation is not None:

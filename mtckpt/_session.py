@@ -47,6 +47,12 @@ def start_ticks(pid: int) -> int:
         return 0
 
 
+def _ours(error: Exception) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        return error
+    return CheckpointError(f"{type(error).__name__}: {error}")
+
+
 def _left_s(deadline_s: float) -> float:
     return max(0.1, deadline_s - time.monotonic())
 
@@ -272,8 +278,8 @@ class Session:
             if finish is not None:
                 seal = msgspec.structs.replace(seal, left=finish())
             sealed = self.call("seal", seal, protocol.Sealed)
-        except CheckpointError as error:
-            self._tell(save, failed={"ram": error})
+        except Exception as error:  # noqa: BLE001 - told of the save, whatever it is
+            self._tell(save, failed={"ram": _ours(error)})
             return
         if sealed.staged:
             self._tell(save, stages=("captured", "staged"))
@@ -295,24 +301,33 @@ class Session:
     def _hand(self, job: Callable[[], None]) -> None:
         self._start_threads()
         with self._handing:
-            self._idle.clear()
+            # In this order: an interrupt in between must not leave a wait for no job at all.
             self._jobs.put(job)
+            self._idle.clear()
 
     def _start_threads(self) -> None:
         with self._starting:
-            if self._threads:
-                return
-            self._threads = [
-                threading.Thread(target=self._courier, name="mtckpt-courier", daemon=True),
-                threading.Thread(target=self._listener, name="mtckpt-listener", daemon=True),
-            ]
-            for thread in self._threads:
-                thread.start()
+            for work in (self._courier, self._listener)[len(self._threads) :]:
+                name = f"mtckpt-{work.__name__.strip('_')}"
+                thread = threading.Thread(target=work, name=name, daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise AgentUnavailable(
+                        f"there is no thread to speak to the node agent: {error}",
+                        actions=[
+                            "see the limits of this process: ulimit -u, pids.max of its cgroup"
+                        ],
+                    ) from error
+                self._threads.append(thread)
 
     def _courier(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
+            except Exception:
+                # The loop must live: nobody else hands over what is captured after this.
+                logger.exception("run %s: handing over failed", self.run)
             finally:
                 with self._handing:
                     if self._jobs.empty():
@@ -326,7 +341,7 @@ class Session:
                 # Each agent counts from zero: what one has told is no place in another's count.
                 since = heard[1] if heard[0] is opened else 0
                 changes = self._changes(client, opened.agent_id, since)
-            except CheckpointError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it may pass
                 # The loop must live: what is owed is reported when an agent answers again.
                 logger.debug("listening to the agent: %s", error)
                 heard = None, 0
