@@ -277,7 +277,7 @@ class Checkpointer:
             RankTimeout: other ranks did not come; restore has to be called on all of them.
         """
         if step not in ("latest", "best"):
-            step = step_number(step)
+            step = step_number(step, words='"latest", "best" or ')
         started_s = time.perf_counter()
         self._link.join()
         self._session.open()

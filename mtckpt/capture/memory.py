@@ -11,6 +11,8 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mtckpt.errors import TierFull
@@ -109,8 +111,9 @@ class Mapping:
             _libc.munmap(self.address, self.size_bytes)
         self.address = 0
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_ending():  # then what this needs may be gone, and the kernel unmaps all
+            self.close()
 
 
 def _map(size_bytes: int, prot: int, flags: int, fd: int) -> int:
@@ -198,7 +201,7 @@ class Buffer:
             ctypes.memmove(target, source, size_bytes)
             source += size_bytes
 
-    def __del__(self) -> None:
-        if self._fd >= 0:
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self._fd >= 0 and not is_ending():
             os.close(self._fd)
             self._fd = -1

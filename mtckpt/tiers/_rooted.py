@@ -12,9 +12,10 @@ import errno
 import functools
 import os
 import stat
+import sys
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mtckpt.errors import (
@@ -283,9 +284,10 @@ class Root:
             self._closed = True
             self._close_if_unused()
 
-    def __del__(self) -> None:
-        # A tier that nobody closed must not keep a descriptor for the life of a training job.
-        if getattr(self, "_fd", -1) >= 0:
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # A tier that nobody closed must not keep a descriptor for the life of a training job. At
+        # the end of the interpreter what this needs may be gone, and the kernel closes all.
+        if getattr(self, "_fd", -1) >= 0 and not is_ending():
             let_go(self._fd)
 
     def _close_if_unused(self) -> None:
