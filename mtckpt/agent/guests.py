@@ -130,12 +130,15 @@ class Guests:
             raise AgentUnavailable("this agent does not work together with that node")
         if name is None or not ranks or ranks[0] < 0 or len(ranks) > MAX_RANKS:
             raise FormatError("not an offer of shards", state="nothing was pulled")
+        is_news = offer.leaving != (offer.node in run.leaving)
         run.note_leaving(offer.node, offer.leaving)
         if run.draining:
             save = run.saves.get(offer.save)
             has_own = save is not None and save.ranks.get(RAM, set()) >= {*ranks}
             raise NodeDraining(run.draining, state="nothing was pulled", has_own=has_own)
         await self._follow(run, offer.node, offer.address)
+        if is_news:  # what it gives away is kept by the next agent, too
+            await self._write_config(run)
         key = _key_of(run, offer)
         pull = self._under_way.get(key)
         if pull is None:

@@ -1,22 +1,24 @@
 """What an agent notes of a run in its files, for the next one on its node.
 
-Knows what is left out: secrets. Does not write it, nor read it back (``registry``).
+Knows what is left out: secrets. Does not write it, nor read it (``registry``).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from mtckpt.agent import work
 
 if TYPE_CHECKING:
+    from mtckpt.agent.nodes import Layout
     from mtckpt.agent.owners import Owner
     from mtckpt.agent.protocol import TierConfig
     from mtckpt.agent.runs import RunState
 
-__all__ = ["config_of"]
+__all__ = ["config_of", "leaving_of"]
 
 
 def config_of(run: RunState) -> work.RunConfig:
@@ -39,12 +41,24 @@ def config_of(run: RunState) -> work.RunConfig:
             "unseen": [o.holder for o in run.owners.values() if not o.seen],
             "rank_here": min(run.layout.own) if run.layout else None,
             "failures": run.failures,
+            "leaving": _agents(run.layout, run.leaving) if run.layout else [],
             "guests": run.all_guests(),
             "diverged": {name: s.diverged for name, s in run.saves.items() if s.diverged},
             "chosen": sorted(name for name, save in run.saves.items() if save.chosen),
             "fenced": msgspec.to_builtins([_noted(o) for o in run.fenced.values()]),
         },
     )
+
+
+def leaving_of(layout: Layout, extra: Mapping[str, Any]) -> set[int]:
+    """The other nodes that were about to go. One where another agent is by now is not: it stays."""
+    noted = extra.get("leaving") or ()
+    others = set(range(len(layout.nodes))) - {layout.here}
+    return {number for number in others if _agents(layout, [number])[0] in noted}
+
+
+def _agents(layout: Layout, numbers: Iterable[int]) -> list[str]:
+    return [layout.nodes[number].address.agent_id for number in sorted(numbers)]
 
 
 def _without_secrets(config: TierConfig) -> TierConfig:

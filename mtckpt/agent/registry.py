@@ -30,7 +30,7 @@ from mtckpt.agent.healing import Healer
 from mtckpt.agent.holding import Roots
 from mtckpt.agent.leftovers import Leftovers
 from mtckpt.agent.links import Links
-from mtckpt.agent.notes import config_of
+from mtckpt.agent.notes import config_of, leaving_of
 from mtckpt.agent.owners import Owner, boot_id
 from mtckpt.agent.peers import SERVING, Peers
 from mtckpt.agent.queue import SlotState
@@ -127,8 +127,14 @@ class Registry:
                 await self.peers.adopt(self.runs[key], configs.joins[key], noted)
                 rank = self.peers.rank_here(key)
                 if noted is not None and rank is not None:  # else the last start was on this node
-                    self.links.join(self.runs[key], rank)
+                    self._rejoin(self.runs[key], rank, config)
         self._roots.append(root)
+
+    def _rejoin(self, run: RunState, rank: int, config: work.RunConfig) -> None:
+        """Be one of the nodes that the agent before this one was one of."""
+        self.links.join(run, rank)
+        if run.layout is not None:
+            run.leaving = leaving_of(run.layout, config.extra)
 
     async def _adopt(self, ram: TierRef, config: work.RunConfig, scan: work.RunScan) -> None:
         """One run as another agent left it: living owners are watched, dead ones settled."""
