@@ -128,6 +128,8 @@ class Registry:
                 rank = self.peers.rank_here(key)
                 if noted is not None and rank is not None:  # else the last start was on this node
                     self._rejoin(self.runs[key], rank, config)
+            # Once it is known which nodes there are: where there are none, none is owed a copy.
+            self.flusher.start(self.runs[key])
         self._roots.append(root)
 
     def _rejoin(self, run: RunState, rank: int, config: work.RunConfig) -> None:
@@ -175,7 +177,6 @@ class Registry:
         self.tools.events.emit(
             "run.found", run=run.run, saves=len(run.saves), finished=len(run.finished)
         )
-        self.flusher.start(run)
 
     def _owner_from_config(self, run: RunState, noted: work.Owner) -> Owner:
         pidfd = owners.open_pidfd(noted.pid, noted.start_ticks)

@@ -18,7 +18,7 @@ from mtckpt.agent.guests import Guests, Offer, Taken
 from mtckpt.agent.nodes import News, layout_of, moved
 from mtckpt.agent.notes import config_of
 from mtckpt.agent.peers import _Kept
-from mtckpt.agent.protocol import Join, NodeOfRun
+from mtckpt.agent.protocol import Join, NodeOfRun, TierConfig
 from mtckpt.agent.queue import Limits
 from mtckpt.agent.registry import Registry
 from mtckpt.agent.runs import RunState
@@ -184,6 +184,50 @@ def test_the_next_agent_knows_who_gave_away_what_is_here(
         return registry.runs["r"]
 
     assert asyncio.run(story()).leaving == leaving
+
+
+def test_the_newest_step_that_an_agent_finds_is_owed_to_partners_still(tmp_path: Path) -> None:
+    """It is not told who they are before it has looked into its memory; nor does a start of the job
+    on other nodes find that the step had none when it was on one."""
+
+    async def story() -> tuple[SaveState, bool]:
+        scene = Scene()
+        name = scene.offer.save
+        scene.run.saves[name] = SaveState(save_name(1, 1, ID), ID, guests={1, 2})
+        config = config_of(scene.run)
+        tier = TierConfig("peers", "peers", "1 other node", copies=1)
+        config = msgspec.structs.replace(config, tiers=[tier])
+        save = work.SaveScan(
+            name, 1, 1, [0, 1, 2], world_size=3, complete=True, save_id=ID, due=["peers"],
+            shard_bytes=[1, 1, 1],
+        )  # fmt: skip
+        kept = msgspec.json.encode(_Kept(scene.join, rank=0))
+
+        async def call(command: work.Command, **_: Any) -> work.Result:
+            await asyncio.sleep(0)
+            if isinstance(command, work.ReadRunConfigs):
+                return work.RunConfigs([config], [], {"r": kept})
+            if isinstance(command, work.Scan):
+                return work.Scanned([work.RunScan("r", [save])])
+            return work.Stored()
+
+        tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+        registry = Registry(tools, str(tmp_path), service=False)
+        await registry._load_root(str(tmp_path))
+        run = registry.runs["r"]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        found = run.saves[name]
+        is_owed = "peers" in found.owed
+        found.superseded.add("peers")
+        join = msgspec.structs.replace(scene.join, secret="11" * 32)
+        registry.peers._kept["r"] = _Kept(join, rank=0)
+        registry.links.join(run, 0)
+        return found, is_owed
+
+    save, was_owed = asyncio.run(story())
+    assert was_owed
+    assert "peers" in save.owed
 
 
 def test_what_a_job_was_restored_from_is_not_still_to_come() -> None:
