@@ -123,7 +123,7 @@ class Guests:
     async def offered(self, run: RunState, offer: Offer) -> Taken:
         """How far the copy is; the first who asks sets it going. Raises what it ended with, and
         NodeDraining where copies are given away and not taken: ``has_own`` of it says whether they
-        are copies of what this node has as its own, and brings away."""
+        are copies of what this node has as its own, and still brings away."""
         name, ranks = SaveName.parse(offer.save), sorted(set(offer.ranks))
         layout = run.layout
         if layout is None or not 0 <= offer.node < len(layout.nodes) or offer.node == layout.here:
@@ -134,7 +134,8 @@ class Guests:
         run.note_leaving(offer.node, offer.leaving)
         if run.draining:
             save = run.saves.get(offer.save)
-            has_own = save is not None and save.ranks.get(RAM, set()) >= {*ranks}
+            own = set() if save is None or save.handed else save.ranks.get(RAM, set())
+            has_own = own >= {*ranks}
             raise NodeDraining(run.draining, state="nothing was pulled", has_own=has_own)
         await self._follow(run, offer.node, offer.address)
         if is_news:  # what it gives away is kept by the next agent, too
