@@ -317,7 +317,7 @@ class Checkpointer:
             run=self.run,
             incarnation=run.incarnation if run else 0,
             tiers=tuple(map(msgspec.structs.asdict, run.tiers)) if run else (),
-            counters={**(run.counters if run else {}), **self._saver.counters},
+            counters={**(run.counters if run else {}), **self._saver.all_counters},
             every=self._schedule.tiers[0].every_steps,
         )
 

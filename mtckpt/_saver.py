@@ -75,6 +75,12 @@ class Saver:
         self._ring_of = 0
         self._ring_slots = 2
 
+    @property
+    def all_counters(self) -> dict[str, int]:
+        """Of the saves of this process; those that others have called off are called off here."""
+        called_off = self.counters["called_off"] + self._session.called_off
+        return {**self.counters, "called_off": called_off}
+
     def save(
         self,
         step: int,

@@ -84,6 +84,7 @@ class Session:
         self.joined: protocol.Join | None = None  # of a job on several nodes
         self.fenced: RunLocked | None = None
         self.next_slot: protocol.SlotGrant | None = None
+        self.called_off = 0  # saves that were handed over, and called off by whichever rank
         self.held: Callable[[], dict[str, int]] = dict
         self._on_error = on_error
         self._client: AgentClient | None = None
@@ -180,13 +181,25 @@ class Session:
         deadline_s = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         client = self._connected(deadline_s)[0]
         for _ in range(_CALL_RETRIES):
+            self._check_heeded(message)
             try:
                 return client.call(path, message, reply_type, _left_s(deadline_s))
             except AgentUnavailable:
                 if deadline_s - time.monotonic() < _RETRY_S or self._closing.is_set():
                     raise
             client = self._reopen(client, deadline_s)
+        self._check_heeded(message)
         return client.call(path, message, reply_type, _left_s(deadline_s))
+
+    def _check_heeded(self, message: Any) -> None:
+        """Raises AgentTooOld for a seal that says what was left, where an agent that does not look
+        at it has taken the place of one that would have."""
+        if isinstance(message, protocol.Seal) and message.left and not self.checks_left:
+            raise AgentTooOld(
+                "an older node agent has taken this one's place, and does not check what was left",
+                state="nothing was sealed; earlier saves are unchanged",
+                run=self.run,
+            )
 
     @contextlib.contextmanager
     def _locked(self, deadline_s: float) -> Iterator[None]:
@@ -279,16 +292,26 @@ class Session:
                 seal = msgspec.structs.replace(seal, left=finish())
             sealed = self.call("seal", seal, protocol.Sealed)
         except Exception as error:  # noqa: BLE001 - told of the save, whatever it is
+            if isinstance(error, AgentTooOld):
+                self._give_up(seal, save)
             self._tell(save, failed={"ram": _ours(error)})
             return
+        is_off = bool(sealed.called_off)
         if sealed.staged:
             self._tell(save, stages=("captured", "staged"))
         elif sealed.failed is not None:
-            self._tell(save, failed={"ram": protocol.error_from_wire(sealed.failed)})
+            self._tell(save, failed={"ram": protocol.error_from_wire(sealed.failed)}, is_off=is_off)
         elif sealed.called_off:
-            self._tell(save, skipped=sealed.called_off)
+            self._tell(save, skipped=sealed.called_off, is_off=is_off)
         self.next_slot = sealed.next_slot
         after()
+
+    def _give_up(self, seal: protocol.Seal, save: Save) -> None:
+        """The slot of what is not sealed goes back, and no other rank waits for it."""
+        with contextlib.suppress(CheckpointError):  # the next save says what is the matter
+            self.call("release", protocol.Release(self.holder, seal.slot_id), protocol.Done)
+        if self.world_size > 1:
+            self.call_off(save, "the node agent was replaced by an older one")
 
     def wait_idle(self, timeout_s: float) -> bool:
         """True once the courier has handed over everything."""
@@ -384,17 +407,18 @@ class Session:
                 waiting=change.waiting,
                 skipped=None if change.failed else change.called_off or None,
                 weak=bool(change.weak),
+                is_off=bool(change.called_off),
             )
 
-    def _tell(self, save: Save, **news: Any) -> None:
+    def _tell(self, save: Save, *, is_off: bool = False, **news: Any) -> None:
         if news.get("skipped") and not save.skipped:
             logger.warning(
                 "run %s: the save of step %d was called off: %s",
                 self.run, save.step, news["skipped"],
             )  # fmt: skip
         save._advance(**news, on_error=self._on_error)
-        if save.done():
-            self._saves.pop(save.id, None)
+        if save.done() and self._saves.pop(save.id, None) is not None and is_off:
+            self.called_off += 1
 
     # -- end -------------------------------------------------------------------------------------
 

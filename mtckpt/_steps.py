@@ -48,6 +48,7 @@ def step_number(step: Any, *, least: int = 0, words: str = "") -> int:
             actions=(
                 "count steps over all passes through the data, from restored.next_step on",
                 "to go back on purpose, restore(step=...)",
+                "threads get their turns in any order: save from one",
             ),
         )
     return number

@@ -436,8 +436,8 @@ def test_a_disk_alone_sets_the_rhythm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("on_failure", ["raise", "warn"])
 def test_a_disk_that_fails_reaches_the_loop_once(tmp_path: Path, on_failure: Any) -> None:
-    (tmp_path / "disk").write_text("a file where a directory should be")
     checkpointer = open_run(tmp_path, on_failure=on_failure)
+    (tmp_path / "disk").write_text("a file where a directory should be")
     save = checkpointer.save(1, make_state())
     save.wait("staged", timeout_s=20)
     with pytest.raises(SaveFailed) as raised:

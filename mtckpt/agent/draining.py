@@ -68,6 +68,8 @@ class Drainer:
         self.reason = ""
         for run in self._runs.values():
             run.draining, run.drained = "", False
+            for save in run.saves.values():
+                save.handed = False
             run.touch()
         self._events.emit("node.stays")
 
@@ -190,10 +192,13 @@ class _Handover:
         if not ranks or not staying:
             return
         first = [number for number in sorted(save.held_on) if number in staying]
+        # Before it is taken: who takes it may go as well, and must not count on this node then.
+        save.handed = True
         number, why = await self._give(save, ranks, [*first, *staying])
         if number is not None:
             self.holders[str(save.name)] = number
         else:
+            save.handed = False
             self.untaken[str(save.name)] = why
 
     def in_doubt(self) -> list[SaveState]:

@@ -1,11 +1,11 @@
 """What an agent notes of a run in its files, for the next one on its node.
 
-Knows what is left out: secrets. Does not write it, nor read it back (``registry``).
+Knows what is left out: secrets. Does not write it, nor read it (``registry``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,11 +14,12 @@ from mtckpt.agent import work
 from mtckpt.agent.owners import boot_id
 
 if TYPE_CHECKING:
+    from mtckpt.agent.nodes import Layout
     from mtckpt.agent.owners import Owner
     from mtckpt.agent.protocol import TierConfig
     from mtckpt.agent.runs import RunState
 
-__all__ = ["config_of", "left_s_of"]
+__all__ = ["config_of", "leaving_of", "left_s_of"]
 
 
 def config_of(run: RunState) -> work.RunConfig:
@@ -42,6 +43,7 @@ def config_of(run: RunState) -> work.RunConfig:
             "unseen": [o.holder for o in run.owners.values() if not o.seen],
             "rank_here": min(run.layout.own) if run.layout else None,
             "failures": run.failures,
+            "leaving": _agents(run.layout, run.leaving) if run.layout else [],
             "guests": run.all_guests(),
             "diverged": {name: s.diverged for name, s in run.saves.items() if s.diverged},
             "chosen": sorted(name for name, save in run.saves.items() if save.chosen),
@@ -56,6 +58,17 @@ def left_s_of(extra: Mapping[str, Any], now_s: float) -> float:
     if not boot_id() or extra.get("boot_id") != boot_id():
         return now_s
     return min(now_s, float(extra.get("left_s") or now_s))
+
+
+def leaving_of(layout: Layout, extra: Mapping[str, Any]) -> set[int]:
+    """The other nodes that were about to go. One where another agent is by now is not: it stays."""
+    noted = extra.get("leaving") or ()
+    others = set(range(len(layout.nodes))) - {layout.here}
+    return {number for number in others if _agents(layout, [number])[0] in noted}
+
+
+def _agents(layout: Layout, numbers: Iterable[int]) -> list[str]:
+    return [layout.nodes[number].address.agent_id for number in sorted(numbers)]
 
 
 def _without_secrets(config: TierConfig) -> TierConfig:

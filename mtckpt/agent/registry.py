@@ -28,7 +28,7 @@ from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.leftovers import Leftovers, adopt_slots
 from mtckpt.agent.links import Links
-from mtckpt.agent.notes import config_of, left_s_of
+from mtckpt.agent.notes import config_of, leaving_of, left_s_of
 from mtckpt.agent.owners import Owner, boot_id
 from mtckpt.agent.peers import SERVING, Peers
 from mtckpt.agent.replicas import Replicas
@@ -141,9 +141,17 @@ class Registry:
                 await self.peers.adopt(self.runs[key], configs.joins[key], noted)
                 rank = self.peers.rank_here(key)
                 if noted is not None and rank is not None:  # else the last start was on this node
-                    self.links.join(self.runs[key], rank)
+                    self._rejoin(self.runs[key], rank, config)
+            # Once it is known which nodes there are: where there are none, none is owed a copy.
+            self.flusher.start(self.runs[key])
         if root not in self.held.loaded:
             self.held.loaded.append(root)
+
+    def _rejoin(self, run: RunState, rank: int, config: work.RunConfig) -> None:
+        """Be one of the nodes that the agent before this one was one of."""
+        self.links.join(run, rank)
+        if run.layout is not None:
+            run.leaving = leaving_of(run.layout, config.extra)
 
     async def _adopt(self, ram: TierRef, config: work.RunConfig, scan: work.RunScan) -> None:
         """One run as another agent left it: living owners are watched, dead ones settled."""
@@ -184,7 +192,6 @@ class Registry:
         self.tools.events.emit(
             "run.found", run=run.run, saves=len(run.saves), finished=len(run.finished)
         )
-        self.flusher.start(run)
 
     def _owner_from_config(self, run: RunState, noted: work.Owner) -> Owner:
         pidfd = owners.open_pidfd(noted.pid, noted.start_ticks)

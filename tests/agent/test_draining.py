@@ -162,3 +162,25 @@ def test_a_disk_that_hangs_or_is_full_does_not_keep_what_is_here_from_a_store() 
     assert handover.brought == {str(name)}
     assert handover.problems == []
     assert "no space is left" in handover.untaken[str(name)]
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_what_is_given_away_is_brought_away_by_nobody_else(takes: bool) -> None:
+    """As soon as another node may have it: that may be told to go the next moment."""
+    run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+    run.layout = cast(Any, SimpleNamespace())
+    name = SaveName(10, 1, f"{10:012d}")
+    save = run.saves[str(name)] = SaveState(name, "x", world_size=2)
+    save.ranks[RAM] = {0}
+    handed = []
+
+    async def hand_over(*_: Any) -> None:
+        handed.append(save.handed)
+        if not takes:
+            raise TierFull("no room", tier="peers")
+
+    copies = SimpleNamespace(candidates=lambda _: [1], hand_over=hand_over)
+    handover = _Handover(run, cast(Any, copies), cast(Any, None))
+    asyncio.run(handover.of_own(save))
+    assert handed == [True]
+    assert save.handed == takes == (str(name) in handover.holders)
