@@ -3,7 +3,8 @@
 Knows live containers and what was saved for them. Does not know files or frameworks.
 A dict that is filled in its place can be filled with one thing only: where a checkpoint has another
 at its next place, that place gets a copy. An array that is filled in its place is not copied: it is
-mostly meant to be one (tied weights), so a checkpoint that has two there is refused.
+mostly meant to be one (tied weights), so a checkpoint that has two there is refused. So is one that
+has both cut in different ways, since what they hold cannot be compared by digests.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Aliases:
         self._plain = plain
         self._met: dict[int, tuple[Any, Node]] = {}  # with the container, so that its id stays its
         self._filled: dict[object, int] = {}
-        self._shared: dict[tuple[int, int], None] = {}  # arrays that are to go into one, in order
+        # Arrays that are to go into one, in order, and whether their digests can be compared.
+        self._shared: dict[tuple[int, int], bool] = {}
 
     def own(self, live: Any, node: Node) -> Any:
         """``live`` itself, or a copy of it if it is to hold something else in another place."""
@@ -45,8 +47,8 @@ class Aliases:
     def share(self, first: int, second: int) -> None:
         """Two stored arrays are wanted in one live one."""
         one, other = self._arrays[first], self._arrays[second]
-        if one.bytes_of != other.bytes_of and _is_comparable(one.spec, other.spec):
-            self._shared[first, second] = None
+        if one.bytes_of != other.bytes_of and _is_one_place(one.spec, other.spec):
+            self._shared[first, second] = _is_cut_alike(one.spec, other.spec)
 
     def fill(self, target: object, index: int) -> None:
         """A stored array is to be copied into a live one that ``target`` stands for, if known."""
@@ -65,8 +67,8 @@ class Aliases:
         return [
             f"{self._arrays[first].path} and {self._arrays[second].path}: "
             "one array here, two in the checkpoint"
-            for first, second in self._shared
-            if not is_same(first, second)
+            for (first, second), can_be_compared in self._shared.items()
+            if not (can_be_compared and is_same(first, second))
         ]
 
     def _is_same(self, one: Node, other: Node) -> bool:
@@ -84,8 +86,12 @@ class Aliases:
         return kinds[0] == kinds[1] and all(map(self._is_same, one.children, other.children))
 
 
-def _is_comparable(one: ArraySpec, other: ArraySpec) -> bool:
-    """True for as many bytes of the same place; of arrays cut in two ways it is not known."""
-    if not one.size_bytes == other.size_bytes > 0 or one.offsets != other.offsets:
-        return False
-    return one.offsets is None or one.shape == other.shape
+def _is_one_place(one: ArraySpec, other: ArraySpec) -> bool:
+    """True for as many bytes, of whole arrays or of boxes that are not empty."""
+    if one.offsets is None and other.offsets is None:
+        return one.size_bytes == other.size_bytes > 0
+    return one.whole_shape == other.whole_shape and min(one.size_bytes, other.size_bytes) > 0
+
+
+def _is_cut_alike(one: ArraySpec, other: ArraySpec) -> bool:
+    return one.offsets == other.offsets and (one.offsets is None or one.shape == other.shape)

@@ -22,7 +22,7 @@ import msgspec
 from mtckpt import _endings, _manifest, _restorer, _retention
 from mtckpt._gathering import survey
 from mtckpt._handle import Restored, Save, Status, Step, check_seconds, stage_of_tier
-from mtckpt._places import refuse_one_directory
+from mtckpt._places import check_places
 from mtckpt._run import Run
 from mtckpt._saver import Saver
 from mtckpt._schedule import (
@@ -37,7 +37,7 @@ from mtckpt._schedule import (
 from mtckpt._session import Session
 from mtckpt._steps import list_steps, metrics_of, step_number
 from mtckpt._turns import Turns, in_turn
-from mtckpt.agent import protocol
+from mtckpt.agent import address, protocol
 from mtckpt.capture.engine import AnyEngine
 from mtckpt.errors import (
     AgentUnavailable,
@@ -79,6 +79,7 @@ class Checkpointer:
 
     Raises:
         UsageError: settings that cannot work, with the arithmetic.
+        AccessDenied: a directory of a tier that others can change, or that is somebody else's.
         UnsupportedPlatform: this operating system can only read checkpoints.
     """
 
@@ -112,8 +113,8 @@ class Checkpointer:
         self._labels = labels_of(self._slow)
         self._schedule = make_schedule(self._ram, self._slow, self._labels)
         ram_path = absolute(self._ram.path) if self._ram.path else protocol.ram_base()
-        places = zip(self._labels, (tier.place for tier in self._slow), strict=True)
-        refuse_one_directory({"ram": ram_path, **dict(places)})
+        places = dict(zip(self._labels, (tier.place for tier in self._slow), strict=True))
+        check_places({"ram": ram_path, **places}, group_access=address.find().service)
         self._session = Session(
             run,
             self._run_key,
@@ -276,7 +277,7 @@ class Checkpointer:
             RankTimeout: other ranks did not come; restore has to be called on all of them.
         """
         if step not in ("latest", "best"):
-            step = step_number(step)
+            step = step_number(step, words='"latest", "best" or ')
         started_s = time.perf_counter()
         self._link.join()
         self._session.open()
@@ -295,10 +296,10 @@ class Checkpointer:
         logger.info("run %s: %s", self.run, restored)
         return restored
 
-    def _records(self, step: int | Literal["latest", "best"]) -> dict[int, _manifest.Record]:
+    def _records(self, step: Any, source: str | None = None) -> dict[int, _manifest.Record]:
         """See ``_restorer.records_of``."""
         self._check_alive()
-        return _restorer.records_of(self._link, self._engine, step)
+        return _restorer.records_of(self._link, self._engine, step, source)
 
     def steps(self) -> list[Step]:
         """Every step of this run in every tier that answers, newest last."""
@@ -316,7 +317,7 @@ class Checkpointer:
             run=self.run,
             incarnation=run.incarnation if run else 0,
             tiers=tuple(map(msgspec.structs.asdict, run.tiers)) if run else (),
-            counters={**(run.counters if run else {}), **self._saver.counters},
+            counters={**(run.counters if run else {}), **self._saver.all_counters},
             every=self._schedule.tiers[0].every_steps,
         )
 

@@ -63,9 +63,13 @@ def codec_named(name: str, path: str) -> Codec:
 
 def _as_deque(tree: Any) -> deque[Any]:
     try:
-        return deque(tree["items"], tree["maxlen"])
+        items, most = tree["items"], tree["maxlen"]
+        found = deque(items, most)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"what is called a deque is none: {error}") from error
+    if len(found) != len(items):
+        raise FormatError(f"what is called a deque of at most {most} items has {len(items)}")
+    return found
 
 
 DEQUE = "deque"

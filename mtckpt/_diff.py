@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["Diff", "described", "difference", "is_same"]
 
 _MAX_LINES = 50
+_OF_NAMES = (
+    "what is new or gone: partial=True takes what both have, and leaves the rest as it is",
+    "what was renamed: rename=function gives each path of the checkpoint its new one",
+)
+_OF_SHAPES = (
+    "what has another shape or type: drop it, by partial=True and a rename=function that gives None"
+    " for its path, or leave its top-level key out of the template",
+)
 _CAST = "cast"
 # One number each; of a packed pair nobody but torch makes two.
 _FLOATS = frozenset(
@@ -35,12 +43,15 @@ class Diff:
 
     def raise_any(self, step: int) -> None:
         """Raise StateMismatch with the whole difference, if there is one."""
-        if not (self.missing or self.unused or self.differing):
+        found = (self.missing, self.unused, self.differing)
+        # Several ways into one object may have found the same.
+        missing, unused, differing = (tuple(dict.fromkeys(each)) for each in found)
+        total = len(missing) + len(unused) + len(differing)
+        if not total:
             return
-        lines = [f"  missing in the checkpoint: {p}" for p in self.missing[:_MAX_LINES]]
-        lines += [f"  not in the template: {p}" for p in self.unused[:_MAX_LINES]]
-        lines += [f"  differs: {p}" for p in self.differing[:_MAX_LINES]]
-        total = len(self.missing) + len(self.unused) + len(self.differing)
+        lines = [f"  missing in the checkpoint: {p}" for p in missing[:_MAX_LINES]]
+        lines += [f"  not in the template: {p}" for p in unused[:_MAX_LINES]]
+        lines += [f"  differs: {p}" for p in differing[:_MAX_LINES]]
         if total > len(lines):
             lines.append(f"  and {total - len(lines)} more, in the attributes of this error")
         error = StateMismatch(
@@ -48,15 +59,16 @@ class Diff:
             step=step,
             state="live state unchanged",
             actions=(
-                "partial=True restores what both have",
-                "rename=function maps or drops (None) paths of the checkpoint",
+                *(_OF_NAMES if missing or unused else ()),
+                *(_OF_SHAPES if differing else ()),
+                "what is another model: give this run another name",
             ),
         )
         # Attributes only: as details they would be in the text, all 20,000 of them.
         error.__dict__.update(
-            missing=tuple(self.missing),
-            unused=tuple(self.unused),
-            differing=tuple(self.differing),
+            missing=missing,
+            unused=unused,
+            differing=differing,
         )
         raise error
 

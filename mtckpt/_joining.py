@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from mtckpt._placement import Layout
     from mtckpt._schedule import SlowTier
 
-__all__ = ["Needs", "joined_of", "layout_of", "node_of", "nowhere", "ring_of", "warnings_of"]
+__all__ = [
+    "Needs",
+    "joined_of",
+    "layout_of",
+    "layouts_of",
+    "node_of",
+    "nowhere",
+    "ring_of",
+    "warnings_of",
+]
 
 
 class Needs(NamedTuple):
@@ -46,11 +55,11 @@ def warnings_of(tiers: Sequence[SlowTier], nodes: Sequence[protocol.NodeOfRun]) 
     ]
 
 
-def layout_of(
+def layouts_of(
     told: Sequence[Needs], nodes: Sequence[Sequence[int]], tiers: Sequence[SlowTier]
-) -> Layout:
-    """How nodes divide what they hold alike, from what each rank has told of itself: by sharing it
-    out where one of them does not have the memory for all of it."""
+) -> list[Layout]:
+    """What each node would have all of them do with what they hold alike, from what each rank has
+    told of itself, and whether that fits into its memory."""
     copies = _copies(tiers)
     found = []
     for ranks in nodes:
@@ -65,6 +74,12 @@ def layout_of(
                 room_bytes=min(each.room_bytes for each in needs),
             )
         )
+    return found
+
+
+def layout_of(found: Sequence[Layout]) -> Layout:
+    """How nodes divide what they hold alike: by sharing it out where one of them does not have the
+    memory for all of it."""
     return next((layout for layout in found if layout.name == "spread"), found[0])
 
 

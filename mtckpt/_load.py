@@ -14,7 +14,8 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -284,8 +285,9 @@ class Checkpoint(Mapping[str, Any]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_closed"):  # not set where __init__ was refused its arguments
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the end of the interpreter what this needs may be gone, and the kernel closes all.
+        if hasattr(self, "_closed") and not is_ending():  # not set where __init__ was refused
             self.close()
 
     def close(self) -> None:

@@ -7,21 +7,24 @@ is called is not believed: a copied save may lie anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mtckpt import _inventory, _manifest
 from mtckpt._access import Access, check_url, open_store
 from mtckpt._manifest import Record, SaveEntry, SaveName
-from mtckpt.errors import FormatError, TierReadOnly, UsageError
+from mtckpt.errors import AccessDenied, FormatError, TierError, TierReadOnly, UsageError
 from mtckpt.tiers._os_errors import tier_error
+from mtckpt.tiers._rooted import Root
 from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives, check_key, read_all
 from mtckpt.tiers.local import Lease, LocalTier
 
@@ -34,18 +37,26 @@ if TYPE_CHECKING:
 __all__ = [
     "Location",
     "Place",
+    "check_places",
     "is_directory",
     "is_location",
     "open_places",
-    "refuse_one_directory",
     "unusable",
 ]
 
 Location = str | os.PathLike[str]
 _LINKS_TIMEOUT_S = 2.0
+_T = TypeVar("_T")
 
 
-def refuse_one_directory(paths: Mapping[str, str]) -> None:
+def check_places(paths: Mapping[str, str], *, group_access: bool) -> None:
+    """Refuse tiers, label to path, that could not be used as they are: UsageError, AccessDenied.
+    ``group_access``: they are written to by a service, which lets its group in."""
+    _refuse_one_directory(paths)
+    _refuse_unsafe(paths, group_access=group_access)
+
+
+def _refuse_one_directory(paths: Mapping[str, str]) -> None:
     """Raise UsageError if two tiers, label to path, are the same directory by whatever name.
 
     A second copy in the place of the first is none, and what memory recycles is no disk's to keep.
@@ -62,13 +73,40 @@ def refuse_one_directory(paths: Mapping[str, str]) -> None:
             )
 
 
+def _refuse_unsafe(paths: Mapping[str, str], *, group_access: bool) -> None:
+    """Raise AccessDenied for a directory, label to path, that is there and that no tier would ever
+    be written to: everybody can change what is in it, or it is somebody else's."""
+    disks = [(label, path) for label, path in paths.items() if label.startswith("disk")]
+    for label, path in disks:
+        for refusal in _in_time(functools.partial(_refusal, label, path, group_access)):
+            if refusal is not None:
+                raise refusal
+
+
+def _refusal(label: str, path: str, group_access: bool) -> AccessDenied | None:
+    try:
+        root = Root(Path(path), tier=label, sync=False, group_access=group_access, read_only=True)
+        with contextlib.closing(root):
+            root.check_writable()
+    except AccessDenied as refused:
+        return refused
+    except TierError:
+        return None  # not there yet, say; who writes to it is told
+    return None
+
+
 def _without_links(path: str) -> str:
     """The path with links followed, or as it is where a device does not answer."""
-    found: list[str] = []
-    look = threading.Thread(target=lambda: found.append(os.path.realpath(path)), daemon=True)
-    look.start()
-    look.join(_LINKS_TIMEOUT_S)
-    return found[0] if found else os.path.abspath(path)
+    return next(iter(_in_time(functools.partial(os.path.realpath, path))), os.path.abspath(path))
+
+
+def _in_time(look: Callable[[], _T]) -> list[_T]:
+    """What a look finds; nothing where a device does not answer."""
+    found: list[_T] = []
+    thread = threading.Thread(target=lambda: found.append(look()), daemon=True)
+    thread.start()
+    thread.join(_LINKS_TIMEOUT_S)
+    return found[:1]
 
 
 @dataclass(frozen=True, slots=True)

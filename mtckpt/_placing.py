@@ -22,7 +22,7 @@ from mtckpt._diff import Diff, difference
 from mtckpt._node import MAPPINGS, array_indexes
 from mtckpt._renaming import Stored, rename_tree
 from mtckpt._replicas import Replicated
-from mtckpt._sequences import assign_items, items_of, sequence_like, unfillable
+from mtckpt._sequences import assign_items, check_deque, items_of, sequence_like, unfillable
 from mtckpt._settling import has_objects, later, refilled, settle
 from mtckpt._state import CODECS, ArraySpec, Node, StateAdapter, escape
 from mtckpt._wanted import Wanted
@@ -367,6 +367,8 @@ class Placing:
     def _match_sequence(self, live: Sequence[Any], node: Node, path: str) -> Any:
         if not live and node.kind == _state.PLAIN and self.plain[node.index] is None:
             return live  # Orbax has None where there is nothing
+        if node.kind == _state.CODEC and node.name == DEQUE:
+            check_deque(node, self.plain)
         node = items_of(node)
         if node.kind == _state.DICT and hasattr(live, "_fields"):
             return self._match_fields(_state.named_fields(live), live, node, path)
@@ -421,6 +423,8 @@ class Placing:
 
     def _decoded(self, node: Node, path: str) -> Any:
         codec = codec_named(node.name, path)
+        if node.name == DEQUE:
+            check_deque(node, self.plain)
         tree = self.tree(node.children[0], path)
         return later(lambda: codec.decode(settle(tree)))
 

@@ -7,6 +7,7 @@ pipe that somebody reads. A display that fails is given up; the operation goes o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -50,8 +51,11 @@ class Progress:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             # A timer thread does nothing at all for the first second: quick operations pay for
             # starting it and for nothing else.
-            self._thread = threading.Thread(target=self._show, name="mtckpt-progress", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._show, name="mtckpt-progress", daemon=True)
+            # Refused where there are too many, and by some versions of Python as the process ends.
+            with contextlib.suppress(RuntimeError):
+                thread.start()
+                self._thread = thread
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -32,6 +32,10 @@ _INSTEAD = {
     "decimal.Decimal": _AS_TEXT,
     "fractions.Fraction": _AS_TEXT,
     "uuid.UUID": _AS_TEXT,
+    "torch.utils.data.dataloader.DataLoader": (
+        "torchdata's StatefulDataLoader knows its place; or leave it out, and find the batch again"
+        " from the number of the step: https://mtckpt.readthedocs.io/quickstart#data-loaders"
+    ),
 }
 
 

@@ -7,6 +7,7 @@ not verified. Does not know frameworks; what goes where is ``_placing``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -76,7 +77,8 @@ def restore_from(
             whether live state is as it was.
         RestoreFailed: live state is undefined.
     """
-    with scope.together("match"):
+    enough = functools.partial(_enough_memory, candidate, attempt)
+    with scope.together("match"), enough():
         shards = Shards(candidate, scope, attempt)
         loaded = shards.open_with(state) if type(state) is ByPath else shards.open(shards.base)
         placing, resolve = _match(loaded, state, scope.adapters, partial=partial, rename=rename)
@@ -86,9 +88,9 @@ def restore_from(
         scope.engine.settle(_targets(parts, repeats))  # in this thread; others read
     # What is damaged spoils nothing where no byte goes into live arrays.
     last, touch = (last, attempt.touch) if placing.changes_live else (False, nothing)
-    fetching = _Fetching(scope, shards, attempt, progress, touch)
+    fetching = _Fetching(scope, shards, attempt, progress, touch, (state, placing, resolve))
     only = placing.changes_live and len(parts) == 1
-    with scope.together("fetch"):
+    with scope.together("fetch"), enough():
         if last and sum(map(len, parts)) > 1:
             # One shard after the other is placed: that the last of them is sound is seen first.
             for part in parts:
@@ -99,10 +101,31 @@ def restore_from(
             fetching.place()
             del parts[0]
         fetching.fetch(parts[0], last=last, only=only)
-    with scope.together("place"):
+    with scope.together("place"), enough():
         fetching.place()
         scope.engine.copy(repeats, touch)
         return _finish(candidate, loaded, placing, state, resolve, fetching.sources)
+
+
+@contextlib.contextmanager
+def _enough_memory(candidate: Candidate, attempt: Attempt) -> Iterator[None]:
+    """What it means that there is not: an older step would need as much."""
+    try:
+        yield
+    except MemoryError as error:
+        became = "undefined" if attempt.touched else "unchanged"
+        raise RestoreFailed(
+            f"too little memory for a restore: {error}",
+            step=candidate.name.step,
+            live_state=became,
+            state="live state is undefined: part of it was placed"
+            if attempt.touched
+            else "live state unchanged",
+            actions=(
+                "free memory of this process, or give it more: ulimit -v, the limit of its cgroup",
+                "restore before other large things are made, and fewer at a time",
+            ),
+        ) from error
 
 
 def _targets(parts: Sequence[Wants], repeats: Sequence[Move]) -> Iterator[int]:
@@ -115,7 +138,8 @@ def _targets(parts: Sequence[Wants], repeats: Sequence[Move]) -> Iterator[int]:
 
 
 class _Fetching:
-    """What one save's shards have delivered so far; ``sources`` has bytes by tier."""
+    """What one save's shards have delivered so far; ``sources`` has bytes by tier. ``owners`` have
+    the memory that is written to."""
 
     def __init__(
         self,
@@ -124,6 +148,7 @@ class _Fetching:
         attempt: Attempt,
         progress: Callable[[int], None],
         touch: Callable[[], None],
+        owners: object,
     ) -> None:
         self.sources: dict[str, int] = {}
         self._scope = scope
@@ -131,6 +156,8 @@ class _Fetching:
         self._attempt = attempt
         self._progress = progress
         self._touch = touch
+        # A thread that was given up still writes, if its tier answers after all: it has ``_told``.
+        self._owners = owners
         self._deliveries: list[tuple[int, Delivery]] = []
         self._kept: dict[int, Delivery] = {}
         self._before_bytes = 0

@@ -120,7 +120,10 @@ def _restore_newest(
 
 
 def records_of(
-    run: Run, engine: Engine, step: int | Literal["latest", "best"]
+    run: Run,
+    engine: Engine,
+    step: int | Literal["latest", "best"],
+    source: str | None = None,
 ) -> dict[int, Record]:
     """What the save that ``restore`` would take says of itself, by rank; all ranks call it.
 
@@ -129,7 +132,8 @@ def records_of(
     run.join()
     with run.together("look", _elsewhere):
         places = run.places()
-    gathered = gather(run, step, places, None)
+        other = None if source is None else run.source(source, places)
+    gathered = gather(run, step, places, other)
     candidates = _plan(run, gathered, step).candidates
     failure: CheckpointError = StepNotFound(
         f"no tier has a step of run {run.name}", step=step, state="live state unchanged"

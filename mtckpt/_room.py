@@ -1,6 +1,6 @@
 """Whether memory for a RAM slot is there, and what to say when it is not.
 
-It knows tmpfs sizes, available memory and the cgroup's limit, all as they are now: somebody else
+It knows free space, available memory and the cgroup's limit, all as they are now: somebody else
 may take the room a moment later, so reserving can still fail, and then has the same words. It does
 not know what a slot is for.
 """
@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mtckpt._probe import tier_label
 from mtckpt.errors import TierFull
 
-__all__ = ["check_room", "memory_left_bytes", "ram_full"]
+__all__ = ["check_room", "memory_left_bytes", "ram_full", "ranks_full"]
 
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 _CGROUPS = Path("/sys/fs/cgroup")
 # A slot is data and a table, then a record and the directory of the save.
 _SLOT_FILES = 4
@@ -32,6 +33,8 @@ def check_room(path: str, needed_bytes: int) -> None:
         raise ram_full(path, needed_bytes)
     if usage.f_blocks and usage.f_bavail * usage.f_frsize < needed_bytes:
         raise ram_full(path, needed_bytes)
+    if tier_label(path) != "ram":
+        return  # beside a disk: its pages are written back where memory is short
     left_bytes, limit = memory_left_bytes()
     if left_bytes is not None and left_bytes < needed_bytes:
         # Said before trying: a tmpfs page over the limit ends in the out-of-memory killer.
@@ -41,8 +44,6 @@ def check_room(path: str, needed_bytes: int) -> None:
             state="nothing was allocated",
             actions=[
                 f"raise the limit by {_gib(needed_bytes - left_bytes)} or more",
-                "use fewer slots: Ram(slots=2)",
-                "leave the RAM tier out: tiers=[Disk(path)]",
             ],
             tier="ram",
             needed_bytes=needed_bytes,
@@ -69,22 +70,49 @@ def ram_full(path: str, needed_bytes: int) -> TierFull:
         )
     total_bytes = usage.f_blocks * usage.f_frsize
     mount = _mount_point(path)
+    arithmetic = (
+        f"{_gib(needed_bytes)} needed, {_gib(free_bytes)} free of {_gib(total_bytes)},"
+        f" {_gib(max(0, needed_bytes - free_bytes))} short"
+    )
+    if tier_label(path) != "ram":
+        return TierFull(
+            f"{mount} has no room for a slot on disk: {arithmetic}",
+            state="nothing was allocated",
+            actions=[
+                "make room there, or give memory enough that slots need not lie on the disk",
+                "keep fewer steps: Disk(path, keep=2)",
+            ],
+            tier="ram",
+            needed_bytes=needed_bytes,
+            free_bytes=free_bytes,
+            total_bytes=total_bytes,
+        )
     # What is used stays used; room for a ring of three, so that the advice need not be taken twice.
     wanted_gib = -(-(total_bytes - free_bytes + 3 * needed_bytes) // GIB)
     return TierFull(
-        f"{mount} has no room for a RAM slot: {_gib(needed_bytes)} needed, {_gib(free_bytes)} free"
-        f" of {_gib(total_bytes)}, {_gib(max(0, needed_bytes - free_bytes))} short",
+        f"{mount} has no room for a RAM slot: {arithmetic}",
         state="nothing was allocated",
         actions=[
             f"mount -o remount,size={wanted_gib}g {mount}",
             f"in Docker: --shm-size={wanted_gib}g (the default is 64 MiB)",
             "look for what dead jobs left there: mtckpt status, mtckpt rm RUN",
-            "use fewer slots: Ram(slots=2), or leave the RAM tier out: tiers=[Disk(path)]",
         ],
         tier="ram",
         needed_bytes=needed_bytes,
         free_bytes=free_bytes,
         total_bytes=total_bytes,
+    )
+
+
+def ranks_full(path: str, num_ranks: int, needed_bytes: int, room_bytes: int) -> TierFull:
+    """The refusal where one slot may fit, and not those that all ranks of a node need."""
+    return TierFull(
+        f"{_mount_point(path)} has no room for the slots of {num_ranks} ranks:"
+        f" {_gib(needed_bytes)} needed, {_gib(room_bytes)} free",
+        state="nothing was allocated",
+        tier="ram",
+        needed_bytes=needed_bytes,
+        free_bytes=room_bytes,
     )
 
 
@@ -146,4 +174,6 @@ def _mount_point(path: str) -> str:
 
 
 def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB // 10 else f"{size_bytes:,} bytes"
+    if size_bytes < MIB:
+        return f"{size_bytes:,} bytes"
+    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.1f} MiB"

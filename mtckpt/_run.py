@@ -66,6 +66,10 @@ _MIN_FAR_BYTES_PER_S = 1e6
 _hurries = contextvars.ContextVar("_hurries", default=False)
 
 
+def _nowhere() -> None:
+    return None
+
+
 class _Silent:
     """In the place of a tier that could not be opened: every look at it says why."""
 
@@ -105,6 +109,7 @@ class Run:
         self._lock = threading.Lock()  # threads may look at a run while one saves
         self._entered = self._joined = self._has_layout = False
         self.members = ALONE
+        self.short: tuple[int, int] | None = None  # what all ranks of a node need, of what is left
         self.incarnation: Incarnation | None = None
         self.parent: tuple[int, int] | None = None
         # To name in errors.
@@ -206,20 +211,27 @@ class Run:
 
     @property
     def lacks_layout(self) -> bool:
-        """Whether nodes are still to agree on who captures what they hold alike."""
-        return not self._has_layout and len(self.members.node) < self.members.world_size
+        """Whether ranks are still to agree on who captures what, and where."""
+        return not self._has_layout and self.members.world_size > 1
 
     def _agree_on_layout(self, told: Sequence[Needs | None]) -> None:
         """Where memory does not hold on each node all that its ranks hold, nodes share out what
-        they hold alike. Decided once, at the first save, from what all ranks told of themselves."""
+        they hold alike; one that has too little even so is ``short``. Decided once, at the first
+        save, from what all ranks told of themselves."""
         lacked, self._has_layout = self.lacks_layout, True
         needs = [each for each in told if each is not None]
-        if not lacked or self.session.joined is None or len(needs) < len(told):
+        if not lacked or len(needs) < len(told):
             return
-        nodes = tuple(tuple(node.ranks) for node in self.session.joined.nodes)
-        layout = _joining.layout_of(needs, nodes, self.tiers)
-        if layout.name == "spread":
-            ring, copies = _joining.ring_of(self.session.joined.nodes, self.tiers)
+        joined = self.session.joined
+        nodes = [node.ranks for node in joined.nodes] if joined else [self.members.node]
+        layouts = _joining.layouts_of(needs, nodes, self.tiers)
+        own = next(at for at, ranks in enumerate(nodes) if self.members.rank in ranks)
+        if not layouts[own].fits:
+            room_bytes = min(needs[rank].room_bytes for rank in nodes[own])
+            self.short = layouts[own].needed_bytes, room_bytes
+        layout = _joining.layout_of(layouts)
+        if joined and layout.name == "spread":
+            ring, copies = _joining.ring_of(joined.nodes, self.tiers)
             self.members = replace(self.members, spread=ring, copies=copies)
             if self.group.rank == 0:
                 logger.warning("run %s: %s", self.name, layout.reason)
@@ -340,7 +352,10 @@ class Run:
                 failure.append(error)
 
         thread = threading.Thread(target=run, name=f"mtckpt-read-{label}", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise TierUnavailable(f"tier {label} was not asked: {error}", tier=label) from error
         thread.join(timeout_s)
         if failure:
             raise failure[0]
@@ -399,15 +414,18 @@ class Run:
         """Go on from another step: the next save starts an incarnation."""
         self.parent, self.incarnation, self._starting = parent, None, None
 
-    def begin(self, needs: Needs | None = None) -> None:
+    def begin(self, needs: Needs | None = None, move: Callable[[], None] = _nowhere) -> None:
         """Start an incarnation before the first save of this start of the job. ``needs`` is what
-        this rank is about to capture, None where it cannot tell: each node captures all then."""
+        this rank is about to capture, None where it cannot tell: each node captures all then.
+        ``move`` is called where this node is ``short`` of memory for that."""
         if self.incarnation is not None:
             return
         self.session.open()
         if self._starting is None:
             self._starting = self._agree_on_start(needs)
             self._warn_of_what_is_left()
+        if self.short is not None:
+            move()
         try:
             self.send_begin(self._starting)
         except RunLocked:

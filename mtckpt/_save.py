@@ -408,6 +408,13 @@ def _map(path: str, inode: int | None, size_bytes: int) -> MemoryMapping:
                 state="nothing was written",
             )
         return map_file(fd, size_bytes, writable=True)
+    except MemoryError as error:
+        raise CaptureFailed(
+            f"too little memory for a slot: {error}",
+            stage="captured",
+            tier="ram",
+            needed_bytes=size_bytes,
+        ) from error
     finally:
         os.close(fd)
 

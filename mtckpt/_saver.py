@@ -18,6 +18,7 @@ from mtckpt import _manifest, _pieces, _save, _writing
 from mtckpt._handle import Save, stage_of_tier
 from mtckpt._joining import Needs
 from mtckpt._progress import progress
+from mtckpt._room import memory_left_bytes, ranks_full
 from mtckpt._schedule import Disk
 from mtckpt._slots import BESIDE
 from mtckpt._steps import metrics_of
@@ -32,6 +33,7 @@ from mtckpt.errors import (
     StepExists,
     TierFull,
     TierUnavailable,
+    UsageError,
     WaitTimeout,
 )
 
@@ -69,8 +71,15 @@ class Saver:
         self._skipping = False
         self._leaving = False
         self._step = -1  # the newest that was begun
+        self._capturing: protocol.SlotGrant | None = None  # until it is handed over, or back
         self._ring_of = 0
         self._ring_slots = 2
+
+    @property
+    def all_counters(self) -> dict[str, int]:
+        """Of the saves of this process; those that others have called off are called off here."""
+        called_off = self.counters["called_off"] + self._session.called_off
+        return {**self.counters, "called_off": called_off}
 
     def save(
         self,
@@ -116,6 +125,7 @@ class Saver:
             members.rank, members.world_size,
         )  # fmt: skip
         due = [label for label in labels if label != "ram"]
+        self._capturing = grant
         try:
             slot = self.ring.adopt(grant, captured.plan.layout)
             writing = _writing.Writing(
@@ -127,10 +137,6 @@ class Saver:
                 writing.finish()
         except Exception as error:  # noqa: BLE001 - raised again, named; the slot goes back first
             return self._give_up(save, grant, error)
-        except BaseException:
-            # An interrupt: the slot is free for the next save, unless a device still writes to it.
-            self.ring.withhold(grant)
-            raise
         if writing.is_captured:
             save._advance(("captured",))
         self.steps.add(step)
@@ -141,6 +147,7 @@ class Saver:
         after = functools.partial(self._prepare_next, captured.plan.layout)
         finish = None if writing.is_done else functools.partial(self._finish, writing, save, grant)
         self._session.submit(seal, save, after, finish)
+        self._capturing = None
         return save
 
     def _note_going_on(self, step: int) -> None:
@@ -196,6 +203,7 @@ class Saver:
     def _give_up(self, save: Save, grant: protocol.SlotGrant, error: Exception) -> Save:
         """Raise why there is no capture; where only its slot is gone, the save is called off."""
         self._take_back(save, grant, error)
+        self._capturing = None
         if not isinstance(error, FileNotFoundError) or error.filename != grant.data_path:
             _save.raise_capture_error(save.step, error)
         # Somebody has emptied this node's memory: the agent begins it anew.
@@ -234,6 +242,7 @@ class Saver:
             held=self.ring.withheld(),
         )
         try:
+            self._give_back_lost(want.wait_s)
             slots = self._ask_slot(want)
         except (AgentUnavailable, TierUnavailable) as error:
             self._call_off(save, f"the node agent: {error.what}")
@@ -242,12 +251,30 @@ class Saver:
             self._call_off(save, slots.reason or "no slot is free")
         return slots.grant
 
+    def _give_back_lost(self, timeout_s: float) -> None:
+        """The slot of a save that an interrupt ended on its way to the agent: it may hold all of a
+        shard, and so would wait for a seal that never comes."""
+        lost = self._capturing
+        if lost is not None and not self.ring.withhold(lost):
+            release = protocol.Release(self._session.holder, lost.slot_id)
+            self._session.call("release", release, protocol.Done, timeout_s)
+        self._capturing = None
+
     def _begin(self, needs: Needs | None) -> None:
+        if self.run.incarnation is not None:
+            return
         try:
-            self.run.begin(needs)
+            self.run.begin(needs, self._move_if_short)
         except TierFull as error:
             self._move_slots(error)
-            self.run.begin(needs)
+            self.run.begin(needs, self._move_if_short)
+        place = os.path.dirname(self._session.open().ram_root)
+        if os.path.basename(place) == BESIDE and place != self._session.ram_path:
+            logger.warning(
+                "run %s: saves are captured on disk, in %s, as by the start before, which has left"
+                " there what no slower tier had; the next start looks at memory again",
+                self.run.name, place,
+            )  # fmt: skip
 
     def _ask_slot(self, want: protocol.WantSlots) -> protocol.Slots:
         try:
@@ -258,23 +285,52 @@ class Saver:
             self.run.send_begin(self.run.incarnation)
             return self._session.call("slots", want, protocol.Slots)
 
+    def _move_if_short(self) -> None:
+        """All ranks of this node are about to capture more than its memory holds, and know it. What
+        was named, or has no disk, is full where somebody asks for a slot."""
+        short, ram_path = self.run.short, self._session.open().ram_root
+        if short is not None and not self._insists and self._disk_path():
+            self._move_slots(ranks_full(ram_path, len(self.run.members.node), *short))
+            self.run.short = None
+
     def _move_slots(self, error: TierFull) -> None:
-        """Go on with slots on a disk. Raises the error where memory is insisted on, or all is."""
-        beside = os.path.join(self._disk_path() or "", BESIDE)
-        alone = self.run.members.world_size == 1  # slots of other ranks would not move along
-        movable = alone and self._disk_path() and self._session.ram_path != beside
-        if self._insists or not movable:
-            raise error
+        """Go on with slots on a disk. Raises the error, with what helps besides more memory, where
+        memory is insisted on, or all is, or other ranks of the node would not move along."""
+        disk = self._disk_path() or ""
+        beside = os.path.join(disk, BESIDE)
+        agreed = self.run.members.world_size == 1 or self.run.short is not None
+        if self._insists or not disk or not agreed or self._session.ram_path == beside:
+            raise self._with_advice(error)
         try:
             os.makedirs(beside, mode=0o700, exist_ok=True)
-        except OSError as why:  # no room there either, or no right: what memory said stands
-            raise error from why
-        logger.warning(
-            "run %s: %s; saves are captured on disk instead of in memory",
-            self.run.name,
-            error.what,
-        )
-        self._session.move_slots(beside)
+            self._session.move_slots(beside)
+        except (OSError, UsageError) as why:
+            # No room there either, or no right: what memory said stands. Or it has the only copy
+            # of a step, which a slower tier is yet to be given.
+            raise self._with_advice(error) from why
+        if self.run.members.rank == self.run.members.node[0]:
+            logger.warning(
+                "run %s: %s; saves are captured on disk instead, in %s; mtckpt doctor says how to"
+                " give it more memory",
+                self.run.name, error.what, beside,
+            )  # fmt: skip
+
+    def _with_advice(self, error: TierFull) -> TierFull:
+        """What helps besides more memory, which the agent has said: it does not know the tiers."""
+        if self._insists:
+            advice = "leave Ram() out: saves are then captured on the disk of a Disk tier"
+        elif not self._disk_path():
+            advice = "name a Disk tier as well: saves are then captured there"
+        elif self.run.members.world_size > 1:
+            advice = "start the job again: all ranks of this node then capture on the disk"
+        else:
+            return error
+        error.actions = (*error.actions, advice)
+        if self.run.short is not None and self._session.opened is not None:
+            ranks = len(self.run.members.node)
+            whole = ranks_full(self._session.opened.ram_root, ranks, *self.run.short)
+            error.actions = (f"make room for all of them: {whole.what}", *error.actions)
+        return error
 
     def _patience_s(self, want: protocol.WantSlots) -> float | None:
         """A ring that exists is answered at once; making one takes as long as its pages do."""
@@ -289,7 +345,7 @@ class Saver:
         if self._ring_of != wanted:
             self._ring_of = wanted
             needed = 4 * wanted * len(self.run.members.node)  # by all ranks of this node
-            self._ring_slots = 3 if _free_bytes(self._session.ram_path) >= needed else 2
+            self._ring_slots = 3 if _free_bytes(self._session.open().ram_root) >= needed else 2
         return self._ring_slots
 
     def _disk_path(self) -> str | None:
@@ -387,13 +443,12 @@ class Saver:
 
 def _free_bytes(path: str) -> int:
     """What is left in the tmpfs and in memory, whichever is less; 0 where it cannot be known."""
+    left_bytes, _ = memory_left_bytes()
     try:
-        with open("/proc/meminfo", "rb") as file:
-            available = next(line for line in file if line.startswith(b"MemAvailable"))
         fs = os.statvfs(path)
-    except (OSError, StopIteration):
+    except OSError:
         return 0
-    return min(int(available.split()[1]) * 1024, fs.f_bavail * fs.f_frsize)
+    return min(left_bytes or 0, fs.f_bavail * fs.f_frsize)
 
 
 def _bytes_below(path: str) -> int:

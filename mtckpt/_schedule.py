@@ -47,6 +47,7 @@ AUTO_LOSS = 0.01
 AUTO_GROWTH = (
     4  # times the interval before, at most: one slow save must not put off the next for hours
 )
+AUTO_TOLD = 2  # an interval that has changed by such a factor since the last line is a line
 logger = logging.getLogger(__name__)
 
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|m|h)\s*")
@@ -292,6 +293,7 @@ class Schedule:
     tiers: list[DueTier] = field(default_factory=list)
     auto: bool = False
     next_every: int | None = None
+    told_every: int | None = None  # by the log
 
     @property
     def every_to_carry(self) -> int:
@@ -340,8 +342,12 @@ class Schedule:
             self.next_every = every
             return
         if every > old or every < 0.8 * old:
-            logger.info("run %s: saving every %d steps (was %d)", run, every, old)
             self.tiers[0].every_steps = every
+            # Short steps are measured with so much noise that each save would have a line.
+            told = self.told_every = self.told_every or old
+            if not told / AUTO_TOLD < every < told * AUTO_TOLD:
+                logger.info("run %s: saving every %d steps (was %d)", run, every, told)
+                self.told_every = every
 
     def is_due(self, step: int, now_s: float) -> bool:
         """The quick question of every step: no list, no allocation."""

@@ -11,10 +11,11 @@ from collections.abc import MutableSequence, Sequence
 from typing import Any
 
 from mtckpt._codecs import DEQUE
-from mtckpt._node import CODEC, Node
+from mtckpt._node import CODEC, PLAIN, Node
 from mtckpt._settling import settle
+from mtckpt.errors import FormatError
 
-__all__ = ["assign_items", "items_of", "sequence_like", "unfillable"]
+__all__ = ["assign_items", "check_deque", "items_of", "sequence_like", "unfillable"]
 
 
 def items_of(node: Node) -> Node:
@@ -26,6 +27,18 @@ def items_of(node: Node) -> Node:
         if key == "items":
             return child
     return node
+
+
+def check_deque(node: Node, plain: Sequence[Any]) -> None:
+    """Raise FormatError for a saved deque with more items than it can have had."""
+    inner = node.children[0]
+    fields = dict(zip(inner.keys or (), inner.children, strict=False))
+    items, most = fields.get("items"), fields.get("maxlen")
+    limit = plain[most.index] if most is not None and most.kind == PLAIN else None
+    if items is not None and isinstance(limit, int) and len(items.children) > limit:
+        raise FormatError(
+            f"what is called a deque of at most {limit} items has {len(items.children)}"
+        )
 
 
 def unfillable(live: Sequence[Any], node: Node, *, takes_all: bool) -> str:

@@ -47,6 +47,12 @@ def start_ticks(pid: int) -> int:
         return 0
 
 
+def _ours(error: Exception) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        return error
+    return CheckpointError(f"{type(error).__name__}: {error}")
+
+
 def _left_s(deadline_s: float) -> float:
     return max(0.1, deadline_s - time.monotonic())
 
@@ -78,6 +84,7 @@ class Session:
         self.joined: protocol.Join | None = None  # of a job on several nodes
         self.fenced: RunLocked | None = None
         self.next_slot: protocol.SlotGrant | None = None
+        self.called_off = 0  # saves that were handed over, and called off by whichever rank
         self.held: Callable[[], dict[str, int]] = dict
         self._on_error = on_error
         self._client: AgentClient | None = None
@@ -144,8 +151,12 @@ class Session:
         """Open again with slots in another directory (nothing has been captured yet)."""
         deadline_s = time.monotonic() + self.timeout_s
         with self._locked(deadline_s):
-            self.ram_path = ram_path
-            self.opened = self._open(deadline_s)
+            before, self.ram_path = self.ram_path, ram_path
+            try:
+                self.opened = self._open(deadline_s)
+            except CheckpointError:
+                self.ram_path = before
+                raise
             return self.opened
 
     def listen(self, towards: str) -> protocol.PeerAddress:
@@ -170,13 +181,25 @@ class Session:
         deadline_s = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         client = self._connected(deadline_s)[0]
         for _ in range(_CALL_RETRIES):
+            self._check_heeded(message)
             try:
                 return client.call(path, message, reply_type, _left_s(deadline_s))
             except AgentUnavailable:
                 if deadline_s - time.monotonic() < _RETRY_S or self._closing.is_set():
                     raise
             client = self._reopen(client, deadline_s)
+        self._check_heeded(message)
         return client.call(path, message, reply_type, _left_s(deadline_s))
+
+    def _check_heeded(self, message: Any) -> None:
+        """Raises AgentTooOld for a seal that says what was left, where an agent that does not look
+        at it has taken the place of one that would have."""
+        if isinstance(message, protocol.Seal) and message.left and not self.checks_left:
+            raise AgentTooOld(
+                "an older node agent has taken this one's place, and does not check what was left",
+                state="nothing was sealed; earlier saves are unchanged",
+                run=self.run,
+            )
 
     @contextlib.contextmanager
     def _locked(self, deadline_s: float) -> Iterator[None]:
@@ -268,17 +291,27 @@ class Session:
             if finish is not None:
                 seal = msgspec.structs.replace(seal, left=finish())
             sealed = self.call("seal", seal, protocol.Sealed)
-        except CheckpointError as error:
-            self._tell(save, failed={"ram": error})
+        except Exception as error:  # noqa: BLE001 - told of the save, whatever it is
+            if isinstance(error, AgentTooOld):
+                self._give_up(seal, save)
+            self._tell(save, failed={"ram": _ours(error)})
             return
+        is_off = bool(sealed.called_off)
         if sealed.staged:
             self._tell(save, stages=("captured", "staged"))
         elif sealed.failed is not None:
-            self._tell(save, failed={"ram": protocol.error_from_wire(sealed.failed)})
+            self._tell(save, failed={"ram": protocol.error_from_wire(sealed.failed)}, is_off=is_off)
         elif sealed.called_off:
-            self._tell(save, skipped=sealed.called_off)
+            self._tell(save, skipped=sealed.called_off, is_off=is_off)
         self.next_slot = sealed.next_slot
         after()
+
+    def _give_up(self, seal: protocol.Seal, save: Save) -> None:
+        """The slot of what is not sealed goes back, and no other rank waits for it."""
+        with contextlib.suppress(CheckpointError):  # the next save says what is the matter
+            self.call("release", protocol.Release(self.holder, seal.slot_id), protocol.Done)
+        if self.world_size > 1:
+            self.call_off(save, "the node agent was replaced by an older one")
 
     def wait_idle(self, timeout_s: float) -> bool:
         """True once the courier has handed over everything."""
@@ -291,24 +324,33 @@ class Session:
     def _hand(self, job: Callable[[], None]) -> None:
         self._start_threads()
         with self._handing:
-            self._idle.clear()
+            # In this order: an interrupt in between must not leave a wait for no job at all.
             self._jobs.put(job)
+            self._idle.clear()
 
     def _start_threads(self) -> None:
         with self._starting:
-            if self._threads:
-                return
-            self._threads = [
-                threading.Thread(target=self._courier, name="mtckpt-courier", daemon=True),
-                threading.Thread(target=self._listener, name="mtckpt-listener", daemon=True),
-            ]
-            for thread in self._threads:
-                thread.start()
+            for work in (self._courier, self._listener)[len(self._threads) :]:
+                name = f"mtckpt-{work.__name__.strip('_')}"
+                thread = threading.Thread(target=work, name=name, daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise AgentUnavailable(
+                        f"there is no thread to speak to the node agent: {error}",
+                        actions=[
+                            "see the limits of this process: ulimit -u, pids.max of its cgroup"
+                        ],
+                    ) from error
+                self._threads.append(thread)
 
     def _courier(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
+            except Exception:
+                # The loop must live: nobody else hands over what is captured after this.
+                logger.exception("run %s: handing over failed", self.run)
             finally:
                 with self._handing:
                     if self._jobs.empty():
@@ -322,7 +364,7 @@ class Session:
                 # Each agent counts from zero: what one has told is no place in another's count.
                 since = heard[1] if heard[0] is opened else 0
                 changes = self._changes(client, opened.agent_id, since)
-            except CheckpointError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it may pass
                 # The loop must live: what is owed is reported when an agent answers again.
                 logger.debug("listening to the agent: %s", error)
                 heard = None, 0
@@ -365,17 +407,18 @@ class Session:
                 waiting=change.waiting,
                 skipped=None if change.failed else change.called_off or None,
                 weak=bool(change.weak),
+                is_off=bool(change.called_off),
             )
 
-    def _tell(self, save: Save, **news: Any) -> None:
+    def _tell(self, save: Save, *, is_off: bool = False, **news: Any) -> None:
         if news.get("skipped") and not save.skipped:
             logger.warning(
                 "run %s: the save of step %d was called off: %s",
                 self.run, save.step, news["skipped"],
             )  # fmt: skip
         save._advance(**news, on_error=self._on_error)
-        if save.done():
-            self._saves.pop(save.id, None)
+        if save.done() and self._saves.pop(save.id, None) is not None and is_off:
+            self.called_off += 1
 
     # -- end -------------------------------------------------------------------------------------
 

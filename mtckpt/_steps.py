@@ -23,8 +23,10 @@ __all__ = ["list_steps", "metrics_of", "step_number"]
 logger = logging.getLogger(__name__)
 
 
-def step_number(step: Any, *, least: int = 0) -> int:
+def step_number(step: Any, *, least: int = 0, words: str = "") -> int:
     """A step as an int, whatever kind of integer it is: NumPy's, or a tensor of one element.
+
+    ``words`` is what the caller takes besides, for the message.
 
     Raises UsageError for everything else: what is no step must never pass for "the newest one".
     And for one that is lower than ``least``, the highest that was offered: it would not be newest.
@@ -35,7 +37,7 @@ def step_number(step: Any, *, least: int = 0) -> int:
         number = -1
     if isinstance(step, bool) or not 0 <= number < _manifest.MAX_STEP:
         raise UsageError(
-            f"step must be an integer from 0 to {_manifest.MAX_STEP - 1:,}, not {step!r}",
+            f"step must be {words}an integer from 0 to {_manifest.MAX_STEP - 1:,}, not {step!r}",
             state="nothing was done",
         )
     if number < least:
@@ -46,6 +48,7 @@ def step_number(step: Any, *, least: int = 0) -> int:
             actions=(
                 "count steps over all passes through the data, from restored.next_step on",
                 "to go back on purpose, restore(step=...)",
+                "threads get their turns in any order: save from one",
             ),
         )
     return number

@@ -109,7 +109,12 @@ def store_shard(
     rank: int,
     same: Same | None = None,
 ) -> CopyResult:
-    """As ``copy_shard``, of a shard that is open. ``same``: what the target can copy by itself."""
+    """As ``copy_shard``, of a shard that is open. ``same``: what the target can copy by itself.
+
+    A place of several nodes may be brought one shard by two: as it was captured, and as a copy that
+    leaves something out. The one that is there stays. Raises TierUnavailable for a copy that leaves
+    something out while the other one is on its way.
+    """
     result = CopyResult()
     stored: list[str] = []
     data_key, table_key, record_key = shard_keys(run_key, name, rank)
@@ -118,13 +123,22 @@ def store_shard(
         (table_key, BytesSource(shard.table_data), lambda: _same(target, table_key, shard)),
         (record_key, BytesSource(shard.record_data), lambda: _same(target, record_key, shard)),
     ]
+
+    def may_replace() -> bool:
+        return target.in_memory or _may_replace(target, run_key, name, rank, shard)
+
     try:
         for point, (key, content, is_right) in zip(("data", "table", "record"), steps, strict=True):
-            if _put(target, key, content, is_right, result, same if point == "data" else None):
+            at_hand = same if point == "data" else None
+            if _put(target, key, content, is_right, may_replace, result, at_hand):
                 stored.append(key)
             crash_point(f"flush.{point}")
+        if shard.record.left_out and not target.in_memory:
+            _check_stands(target, run_key, name, rank, shard)
+    except _IsThere:
+        return result
     except BaseException:
-        _take_back(target, stored)
+        _take_back(target, stored, record_key)
         raise
     result.record[record_key] = shard.record_data
     if isinstance(shard.data, ArrivingSource):
@@ -137,8 +151,9 @@ def _put(
     key: str,
     content: Source,
     is_right: Callable[[], bool],
+    may_replace: Callable[[], bool],
     result: CopyResult,
-    same: Same | None = None,
+    same: Same | None,
 ) -> bool:
     """Store one object; False if it was there and right. A damaged one is set aside."""
     for _ in range(2):
@@ -150,6 +165,8 @@ def _put(
         except AlreadyExists:
             if is_right():
                 return False
+            if not may_replace():
+                raise _on_its_way(target, key) from None
             _set_aside(target, key, "differs from its digest")
             result.rewritten.append(key)
         else:
@@ -198,9 +215,43 @@ def _same(target: Place, key: str, shard: OpenShard) -> bool:
         return False
 
 
-def _take_back(target: Place, stored: list[str]) -> None:
+class _IsThere(Exception):
+    """Another node has brought the shard, in another form."""
+
+
+def _may_replace(target: Place, run_key: str, name: SaveName, rank: int, shard: OpenShard) -> bool:
+    """Whether an object of this shard that is there may go for this one's. Raises _IsThere for one
+    of a shard that is sound. Two that replaced each other's files would leave a mixture."""
+    if not verify_shard(target, run_key, name, rank).damaged:
+        raise _IsThere
+    return not shard.record.left_out
+
+
+def _check_stands(target: Place, run_key: str, name: SaveName, rank: int, shard: OpenShard) -> None:
+    """Raises TierUnavailable where another node has replaced a copy that leaves something out."""
+    data_key, table_key, record_key = shard_keys(run_key, name, rank)
+    try:
+        stands = target.tier.stat(data_key).size_bytes == shard.layout.size_bytes
+    except ObjectNotFound:
+        stands = False
+    if not (stands and _same(target, table_key, shard) and _same(target, record_key, shard)):
+        raise _on_its_way(target, data_key)
+
+
+def _on_its_way(target: Place, key: str) -> TierUnavailable:
+    return TierUnavailable(
+        "another node is bringing this part of the save",
+        state="what that has brought is unchanged",
+        tier=target.tier.name,
+        key=key,
+    )
+
+
+def _take_back(target: Place, stored: list[str], record_key: str) -> None:
     for key in reversed(stored):
         try:
+            if not target.in_memory and _stands(target, record_key):
+                return  # another node has brought the shard, too, and counts on what is there
             target.tier.delete(key)
         except CheckpointError as error:
             # The first error is the one to report. Without its record this is no shard.

@@ -8,6 +8,7 @@ which makes it garbage; the previous save is in another slot.
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import socket
 import time
@@ -22,7 +23,7 @@ from mtckpt._crash import crash_point
 from mtckpt._manifest import Record, ShardEntry
 from mtckpt._shard import Table
 from mtckpt.capture.collector import collector_paused
-from mtckpt.errors import TierFull, UnsupportedState
+from mtckpt.errors import CaptureFailed, TierFull, UnsupportedState
 
 if TYPE_CHECKING:
     from mtckpt._save import Captured, HeldSlot, Identity, Plan
@@ -167,9 +168,11 @@ def _write_record(path: str, data: bytes, mode: int) -> None:
             os.close(fd)
         os.rename(temporary, path)
     except OSError as error:
-        raise TierFull(
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (TierFull if full else CaptureFailed)(
             f"the record could not be written: {error.strerror}",
             tier="ram",
             needed_bytes=len(data),
             state="the step was not saved; earlier steps are unchanged",
+            actions=("make room there",) if full else ("see the cause of this error",),
         ) from error

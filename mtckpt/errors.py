@@ -21,7 +21,7 @@
     |   |-- NoHealthyStep              steps exist and none of them is usable, a line a step
     |   |-- StepNotFound               the step that was asked for is in no tier
     |   |-- RestoreUnavailable         a tier did not answer, and no other one has a step
-    |   |-- StateMismatch              template and checkpoint differ; live state is unchanged
+    |   |-- StateMismatch (ValueError) template and checkpoint differ; live state is unchanged
     |   `-- RestoreFailed              live state may be part old, part new (state="undefined")
     |-- RunLocked                    another live process owns the run, or took it over
     |-- AgentUnavailable             the node agent did not answer within the deadline
@@ -266,12 +266,16 @@ class RestoreUnavailable(RestoreError):
     """A tier could not be looked into, and no other one has a step. Carries ``tiers``."""
 
 
-class StateMismatch(RestoreError):
-    """Template and checkpoint differ: ``missing``, ``unused``, ``differing`` are the full diff."""
+class StateMismatch(RestoreError, ValueError):
+    """Template and checkpoint differ: ``missing``, ``unused``, ``differing`` are the full diff.
+
+    A ValueError, too, as Orbax raises, and optimizers of torch do.
+    """
 
 
 class RestoreFailed(RestoreError):
-    """Live state was being overwritten and no step is left: ``live_state`` is "undefined"."""
+    """Live state was being overwritten and no step is left: ``live_state`` is "undefined". Where
+    memory or a device failed before, it is "unchanged"."""
 
     usual_state = "live state is undefined: part old, part new"
     usual_actions = ("do not train on it: build the objects anew, and restore again",)

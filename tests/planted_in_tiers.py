@@ -118,9 +118,16 @@ TRANSFER = (
     Bug(
         "half-a-copy-stays",
         "_transfer.py",
-        "        _take_back(target, stored)\n        raise",
+        "        _take_back(target, stored, record_key)\n        raise",
         "        raise",
         ("test_transfer.py::test_a_target_that_fails_holds_nothing_of_the_save",),
+    ),
+    Bug(
+        "a-thin-copy-replaces-what-is-on-its-way",
+        "_transfer.py",
+        "    return not shard.record.left_out",
+        "    return True",
+        ("test_two_uploads.py::test_what_one_has_brought_stays_whenever_the_other_dies",),
     ),
     Bug(
         "healed-from-a-damaged-copy",
@@ -340,8 +347,8 @@ RESTORE = (
     Bug(
         "half-written-state-without-a-word",
         "_restore.py",
-        "        raise RestoreFailed(",
-        "        raise NoHealthyStep(",
+        '        raise RestoreFailed(\n            f"load_state_dict failed',
+        '        raise NoHealthyStep(\n            f"load_state_dict failed',
         ("test_errors_raised.py::test_it_is_raised[RestoreFailed]",),
     ),
 )

@@ -137,7 +137,7 @@ def test_a_step_is_an_integer_of_any_kind(tmp_path: Path) -> None:
             save.wait("local", timeout_s=20)
         # What is no number never stands for the newest step.
         for wrong in (None, "newest", 2.0, True, [1]):
-            with pytest.raises(UsageError, match="step must be"):
+            with pytest.raises(UsageError, match='step must be "latest", "best" or an integer'):
                 checkpointer.restore(state, step=wrong)  # type: ignore[arg-type]
         assert checkpointer.restore(state, step=np.int64(2)).step == 2  # type: ignore[arg-type]
         assert (state["w"] == 2).all()
@@ -436,8 +436,8 @@ def test_a_disk_alone_sets_the_rhythm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("on_failure", ["raise", "warn"])
 def test_a_disk_that_fails_reaches_the_loop_once(tmp_path: Path, on_failure: Any) -> None:
-    (tmp_path / "disk").write_text("a file where a directory should be")
     checkpointer = open_run(tmp_path, on_failure=on_failure)
+    (tmp_path / "disk").write_text("a file where a directory should be")
     save = checkpointer.save(1, make_state())
     save.wait("staged", timeout_s=20)
     with pytest.raises(SaveFailed) as raised:

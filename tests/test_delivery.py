@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import mtckpt
 from mtckpt import _delivery
 from mtckpt._shard import CHUNK_BYTES
 from mtckpt.capture.cpu import CpuEngine
+from mtckpt.capture.engine import AnyEngine
 from mtckpt.errors import NoHealthyStep, RestoreFailed, StateMismatch
 
 SIZE = 5 * CHUNK_BYTES // 8 + 3
@@ -181,3 +186,69 @@ def test_an_older_step_that_does_not_fit_leaves_no_doubt_about_the_state(
     ):
         again.restore({"model": state_of(0)})
     assert isinstance(caught.value.__cause__, StateMismatch)
+
+
+def test_memory_stays_while_a_thread_that_was_given_up_may_write_to_it(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tier that answers after all would else write into what is somebody else's by then."""
+    monkeypatch.setattr(_delivery, "_CHEAP_BYTES", 0)
+    answers = threading.Event()
+    fetch_all = CpuEngine.fetch
+
+    def fetch(engine: CpuEngine, fd: int, spans: Any, targets: Any, *more: Any, **how: Any) -> Any:
+        if any(targets):
+            assert answers.wait(30)
+        return fetch_all(engine, fd, spans, targets, *more, **how)
+
+    with mtckpt.Checkpointer("run", [mtckpt.Ram(every=1)]) as first:
+        first.save(1, state_of(1)).wait("staged")
+        monkeypatch.setattr(CpuEngine, "fetch", fetch)
+        # From here on only what was patched is waited for.
+        monkeypatch.setattr(AnyEngine, "settle", lambda *_: setattr(first._link, "timeout_s", 0.1))
+        live = state_of(0)
+        array = weakref.ref(live["a"])
+        with pytest.raises(RestoreFailed, match="stopped answering in the middle"):
+            first.restore(live)
+        del live
+        gc.collect()
+        assert array() is not None
+        answers.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("mtckpt-read"):
+                thread.join(30)
+        gc.collect()
+        assert array() is None
+
+
+def restore_with_little_memory() -> None:
+    """In a process of its own: what its address space may grow by is less than one array."""
+    threading.stack_size(1 << 20)
+    _delivery._CHEAP_BYTES = 1 << 30
+    saved = {"large": np.ones(12 << 20), "small": np.ones(7)}
+    with mtckpt.Checkpointer("run", [mtckpt.Ram(every=1)]) as checkpointer:
+        checkpointer.save(1, saved).wait("staged")
+        for large in (None, np.zeros(12 << 20)):  # for the array itself, and for staging it
+            live: dict[str, Any] = {"large": large, "small": np.zeros(7)}
+            with Path("/proc/self/statm").open() as file:
+                size_bytes = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            _, most = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (size_bytes + (48 << 20), most))
+            with pytest.raises(RestoreFailed, match="too little memory for a restore") as caught:
+                checkpointer.restore(live)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            assert "live state unchanged" in str(caught.value)
+            assert caught.value.details["live_state"] == "unchanged"
+            assert not live["small"].any()
+            assert checkpointer.restore(live)
+            assert np.array_equal(live["large"], saved["large"])
+
+
+def test_too_little_memory_is_said_to_be_that_of_a_restore(runtime_dir: Path) -> None:
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_delivery; test_delivery.restore_with_little_memory()"],
+        env={**os.environ, "PYTHONPATH": path, "MALLOC_ARENA_MAX": "1"},
+        timeout=60,
+    )
+    assert done.returncode == 0

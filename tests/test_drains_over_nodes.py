@@ -204,3 +204,15 @@ def test_a_step_that_becomes_whole_once_the_node_is_gone_was_brought_away_too(
     replaced(job, 1)
     job.start(every=1000)
     assert [found for found, *_ in job.all("restore")] == [step] * 3
+
+
+def test_two_nodes_that_go_do_not_count_on_each_other(cluster: Make) -> None:
+    """The first has given its parts to the second, and is there still when that is to go."""
+    job = cluster(3)
+    step = job.saved()
+    assert drained(job.nodes[1]).safe
+    (taker,) = (n for n in (0, 2) if job.nodes[n].status().counters.get("guests"))
+    assert drained(job.nodes[taker]).safe
+    replaced(job, 1, taker)
+    job.start(every=1000)
+    assert [found for found, *_ in job.all("restore")] == [step] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from typing import Any
@@ -108,6 +109,25 @@ def test_what_does_not_fit_is_said() -> None:
     assert "1 items here, 3 in the checkpoint; an empty one takes all" in longer
     assert "deque here" in differing({"b": torch.ones(1)}, {"b": deque()})
     assert "tuple here" not in differing({"b": tuple(tensors)}, {"b": ()})
+
+
+@pytest.mark.parametrize("empty", [[], deque(), {}])
+def test_tensors_in_what_is_empty_are_on_the_cpu_whatever_the_default(empty: Any) -> None:
+    tensors = {0: torch.ones(1)} if isinstance(empty, dict) else [torch.ones(1)]
+    saved = save({"b": tensors})
+    with torch.device("meta"):
+        restore(saved, {"b": empty})
+    assert empty[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("live", [deque(), None, []])
+def test_a_deque_with_more_items_than_it_can_have_had_is_refused(live: Any) -> None:
+    saved = save({"b": deque([1, 2, 3], maxlen=77)})
+    hostile = dataclasses.replace(saved, plain=saved.plain.replace("77", "2"))
+    with pytest.raises(FormatError, match="a deque of at most 2 items has 3"):
+        restore(hostile, {"b": live})
+    with pytest.raises(FormatError, match="a deque of at most 2 items has 3"):
+        _codecs.codec_named("deque", "b").decode({"items": [1, 2, 3], "maxlen": 2})
 
 
 @pytest.mark.parametrize("empty", [[], deque(), {}])

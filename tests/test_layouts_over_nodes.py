@@ -11,7 +11,7 @@ import pytest
 from node_scene import Cluster, Node
 from node_worker import SIZE
 
-from mtckpt._joining import Needs, layout_of
+from mtckpt._joining import Needs, layout_of, layouts_of
 from mtckpt._schedule import Disk, Peers
 
 pytestmark = pytest.mark.timeout(120)
@@ -108,12 +108,15 @@ def test_all_is_captured_on_each_where_memory_holds_it(cluster: Make) -> None:
 def test_one_node_without_room_decides_for_all() -> None:
     roomy, tight = Needs(10, 90, 2, 1000), Needs(10, 90, 2, 200)
     nodes = [(0, 1), (2,)]
-    assert layout_of([roomy, roomy, roomy], nodes, [Disk("/d")]).name == "node"
-    assert layout_of([roomy, tight, roomy], nodes, [Disk("/d")]).name == "spread"
+    assert layout_of(layouts_of([roomy, roomy, roomy], nodes, [Disk("/d")])).name == "node"
+    assert layout_of(layouts_of([roomy, tight, roomy], nodes, [Disk("/d")])).name == "spread"
     # Of two nodes with one copy each captures all of it anyway.
-    assert layout_of([roomy, roomy, tight], nodes, [Peers(copies=1)]).name == "node"
+    assert layout_of(layouts_of([roomy, roomy, tight], nodes, [Peers(copies=1)])).name == "node"
     each = [(0,), (1,), (2,), (3,)]
-    assert layout_of([roomy, roomy, tight, tight], each, [Peers(copies=1)]).name == "spread"
+    assert (
+        layout_of(layouts_of([roomy, roomy, tight, tight], each, [Peers(copies=1)])).name
+        == "spread"
+    )
     # Of what is each rank's own there is nothing to share out.
     alone = Needs(100, 0, 2, 10)
-    assert layout_of([alone, alone, alone], nodes, []).name == "node"
+    assert layout_of(layouts_of([alone, alone, alone], nodes, [])).name == "node"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from state_harness import fills, plan, restore, save
 
-from mtckpt._placing import settle
+from mtckpt._placing import Diff, settle
 from mtckpt.errors import StateMismatch
 
 
@@ -183,7 +183,19 @@ def test_partial_takes_what_both_have_and_still_minds_shapes() -> None:
     assert live["m"]["a"].tolist() == [1, 1]
     assert live["y"] == 2
     other = {"m": {"a": torch.zeros(3)}}
-    assert list(differences({"m": {"a": torch.ones(2)}}, other, partial=True)) == ["differing"]
+    with pytest.raises(StateMismatch) as caught:
+        plan(save({"m": {"a": torch.ones(2)}}), other, partial=True)
+    assert len(vars(caught.value)["differing"]) == 1
+    # It was given already, and alone is no help.
+    assert not [action for action in caught.value.actions if action.startswith("what is new")]
+
+
+def test_what_is_found_twice_is_said_once() -> None:
+    found = Diff(unused=["m/a", "m/b", "m/a"], differing=["m/c: 1 here, 2 in the checkpoint"] * 2)
+    with pytest.raises(StateMismatch) as caught:
+        found.raise_any(step=1)
+    assert vars(caught.value)["unused"] == ("m/a", "m/b")
+    assert str(caught.value).count("m/c") == 1
 
 
 @pytest.mark.parametrize(

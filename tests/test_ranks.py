@@ -223,8 +223,8 @@ def test_a_callable_is_asked_once_a_save(job: Callable[..., Job]) -> None:
 
         run, begin = checkpointer._link, checkpointer._link.begin
 
-        def agreed(needs: Any) -> None:
-            begin(needs)
+        def agreed(*words: Any) -> None:
+            begin(*words)
             run.members = dataclasses.replace(run.members)
 
         run.begin = agreed  # type: ignore[method-assign, assignment]  # as it is where memory is short

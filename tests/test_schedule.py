@@ -116,3 +116,15 @@ def test_the_tempo_knows_nothing_from_a_single_save() -> None:
     tempo = Tempo()
     assert tempo.note(10, 0.1) is None
     assert tempo.note(20, 0.1) is not None
+
+
+def test_an_interval_that_trembles_is_no_line_a_save(caplog: pytest.LogCaptureFixture) -> None:
+    schedule = make_schedule(Ram(), [], [])
+    with caplog.at_level("INFO"):
+        for every in (12, 9, 7, 13, 19, 20, 39, 18, 10, 8):
+            schedule.adapt(every, "r", at_once=True)
+    assert [record.message for record in caplog.records] == [
+        "run r: saving every 20 steps (was 10)",
+        "run r: saving every 10 steps (was 20)",
+    ]
+    assert schedule.tiers[0].every_steps == 10

@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from state_harness import restore, save
+from torch.utils.data import DataLoader, TensorDataset
 
 from mtckpt import _codecs
 from mtckpt._state import (
@@ -295,6 +296,7 @@ def test_unknown_values_are_named_with_what_to_do(value: Any) -> None:
         (Unknown(), "dataclasses.asdict(value)"),
         ((i for i in "x"), "how far it has come"),
         (iter("x"), "how far it has come"),
+        (DataLoader(TensorDataset(torch.zeros(1))), "StatefulDataLoader"),
     ],
 )
 def test_what_to_save_in_the_place_of_some_values(value: Any, action: str) -> None:

@@ -11,9 +11,10 @@ import contextlib
 import http.client
 import logging
 import os
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -124,8 +125,10 @@ class AgentClient:
         for connection in idle:
             connection.close()
 
-    def __del__(self) -> None:
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # An opening that was refused leaves its client to nobody.
+        if is_ending():
+            return  # what this needs may be gone by now; the kernel closes all
         idle = _kept.pop(id(self._idle), [])
         while idle:
             idle.pop().close()

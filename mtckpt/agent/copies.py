@@ -22,6 +22,7 @@ from mtckpt.agent.saves import RAM
 from mtckpt.errors import (
     AccessDenied,
     AgentUnavailable,
+    CheckpointError,
     Damaged,
     FormatError,
     NodeDraining,
@@ -137,9 +138,11 @@ class Copies:
         secret = run.secret
         asked = [self._have_taken(run, secret, save, number, ranks, note) for number in partners]
         results = await asyncio.gather(*asked, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        failed = [result for result in results if isinstance(result, BaseException)]
+        for error in failed:
+            if isinstance(error, CheckpointError):
+                error.details.update(copies=wanted, copies_made=len(results) - len(failed))
+            raise error
         if run.secret != secret:
             raise _anew()
         if len(partners) < wanted:

@@ -67,6 +67,8 @@ class Drainer:
         self.reason = ""
         for run in self._runs.values():
             run.draining, run.drained = "", False
+            for save in run.saves.values():
+                save.handed = False
             run.touch()
         self._events.emit("node.stays")
 
@@ -188,10 +190,13 @@ class _Handover:
         if not ranks or not staying:
             return
         first = [number for number in sorted(save.held_on) if number in staying]
+        # Before it is taken: who takes it may go as well, and must not count on this node then.
+        save.handed = True
         where, why = await self._give(save, ranks, first, self._run.secret)
         if where:
             self.holders[str(save.name)] = where
         else:
+            save.handed = False
             self.untaken[str(save.name)] = why
 
     def in_doubt(self) -> list[SaveState]:

@@ -5,6 +5,7 @@ Knows what has to be safe elsewhere before. Does not free single slots or saves 
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from mtckpt import _inventory, _manifest
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from mtckpt.agent.runs import RunState
     from mtckpt.agent.saves import SaveState, Slot, TierState
     from mtckpt.agent.tools import Tools
+    from mtckpt.agent.work import TierRef
 
 __all__ = ["Freer", "is_busy", "why_kept"]
+
+_POLL_S = 0.05
 
 
 class Freer:
@@ -77,6 +81,23 @@ class Freer:
             raise
         if self._runs.get(run.key) is run:
             del self._runs[run.key]
+        run.touch()
+
+    async def move(self, run: RunState, ram: TierRef) -> None:
+        """Free all of a run's RAM, and go on with it in other memory, with the same owners. To be
+        called under ``run.opening``."""
+        while run.allocating:  # noqa: ASYNC110 - each has its deadline
+            await asyncio.sleep(_POLL_S)
+        async with run.sealing:
+            await self._tools.call(work.Wipe(run.ram, run.key), work.Freed)
+            run.ram, run.doubted = ram, True
+            run.slots.clear()
+            for save in list(run.saves.values()):
+                save.guests.clear()
+                if RAM in save.ranks:
+                    run.drop_copy(save, RAM)
+                    self._ring.note_gone(run, save)
+        await self.look_again(run)
         run.touch()
 
     async def look_again(self, run: RunState) -> None:

@@ -123,19 +123,23 @@ class Guests:
     async def offered(self, run: RunState, offer: Offer) -> Taken:
         """How far the copy is; the first who asks sets it going. Raises what it ended with, and
         NodeDraining where copies are given away and not taken: ``has_own`` of it says whether they
-        are copies of what this node has as its own, and brings away."""
+        are copies of what this node has as its own, and still brings away."""
         name, ranks = SaveName.parse(offer.save), sorted(set(offer.ranks))
         layout = run.layout
         if layout is None or not 0 <= offer.node < len(layout.nodes) or offer.node == layout.here:
             raise AgentUnavailable("this agent does not work together with that node")
         if name is None or not ranks or ranks[0] < 0 or len(ranks) > MAX_RANKS:
             raise FormatError("not an offer of shards", state="nothing was pulled")
+        is_news = offer.leaving != (offer.node in run.leaving)
         run.note_leaving(offer.node, offer.leaving)
         if run.draining:
             save = run.saves.get(offer.save)
-            has_own = save is not None and save.ranks.get(RAM, set()) >= {*ranks}
+            own = set() if save is None or save.handed else save.ranks.get(RAM, set())
+            has_own = own >= {*ranks}
             raise NodeDraining(run.draining, state="nothing was pulled", has_own=has_own)
         await self._follow(run, offer.node, offer.address)
+        if is_news:  # what it gives away is kept by the next agent, too
+            await self._write_config(run)
         key = _key_of(run, offer)
         pull = self._under_way.get(key)
         if pull is None:

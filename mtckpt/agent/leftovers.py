@@ -6,20 +6,22 @@ Knows which of them may be offered. Does not know how an owner's death is notice
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
+from mtckpt._slots import DIRECTORY
 from mtckpt.agent import queue, work
 from mtckpt.agent.queue import SlotState
+from mtckpt.agent.saves import RAM, Slot, new_id
 from mtckpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mtckpt.agent.owners import Owner
     from mtckpt.agent.ring import Ring
     from mtckpt.agent.runs import RunState
-    from mtckpt.agent.saves import Slot
     from mtckpt.agent.tools import Tools
 
-__all__ = ["Leftovers"]
+__all__ = ["Leftovers", "adopt_slots"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,3 +92,26 @@ def _is_missing(run: RunState, found: work.SlotScan) -> bool:
     return save is None or (
         str(save.name) == found.save and save.is_open and save.lacks(found.rank)
     )
+
+
+def adopt_slots(run: RunState, found: list[work.SlotScan], holder: str) -> None:
+    """Take in the slots that another agent left; ``holder`` may still be writing to them."""
+    base = os.path.join(run.ram.path, run.key, DIRECTORY)
+    for scan in found:
+        run.slots[scan.slot_id] = Slot(
+            scan.slot_id,
+            SlotState.CAPTURING,
+            scan.shard_bytes,
+            scan.table_bytes,
+            scan.inode,
+            os.path.join(base, f"{scan.slot_id}.safetensors"),
+            os.path.join(base, f"{scan.slot_id}.xxh3"),
+            os.path.join(base, f"{scan.slot_id}.json"),
+            holder=holder,
+            doubtful=True,
+        )
+    for save in run.saves.values():
+        for rank in save.ranks.get(RAM, ()):
+            slot = Slot(new_id(), SlotState.COMMITTED, save.shard_bytes[rank])
+            slot.save, slot.rank = str(save.name), rank
+            run.slots[slot.slot_id] = slot

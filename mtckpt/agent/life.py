@@ -228,7 +228,7 @@ class Life:
             await registry.peers.close()
             await server.stop()
         await tools.pool.close()
-        registry.held.close()
+        await registry.held.close()
         logger.info("agent %s ends", registry.agent_id)
 
     def _terminate(self, server: AgentServer, registry: Registry) -> None:

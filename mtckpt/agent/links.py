@@ -126,6 +126,7 @@ class Links:
             save.told.clear()
             save.held_on.clear()
             save.wanted.clear()
+            save.superseded -= {label for label, tier in run.tiers.items() if tier.is_peers}
             save.found = True
         for number in run.links:
             self._tools.start(self._serve(run, number), f"telling node {number} of {run.key}")

@@ -1,22 +1,25 @@
 """What an agent notes of a run in its files, for the next one on its node.
 
-Knows what is left out: secrets. Does not write it, nor read it back (``registry``).
+Knows what is left out: secrets. Does not write it, nor read it (``registry``).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from mtckpt.agent import work
+from mtckpt.agent.owners import boot_id
 
 if TYPE_CHECKING:
+    from mtckpt.agent.nodes import Layout
     from mtckpt.agent.owners import Owner
     from mtckpt.agent.protocol import TierConfig
     from mtckpt.agent.runs import RunState
 
-__all__ = ["config_of"]
+__all__ = ["config_of", "leaving_of", "left_s_of"]
 
 
 def config_of(run: RunState) -> work.RunConfig:
@@ -32,6 +35,7 @@ def config_of(run: RunState) -> work.RunConfig:
         newest.id if newest else "",
         {
             "left_s": run.left_s,
+            "boot_id": boot_id(),
             "closing": run.closing,
             "token": run.token,
             "uid": run.creator_uid,
@@ -39,12 +43,32 @@ def config_of(run: RunState) -> work.RunConfig:
             "unseen": [o.holder for o in run.owners.values() if not o.seen],
             "rank_here": min(run.layout.own) if run.layout else None,
             "failures": run.failures,
+            "leaving": _agents(run.layout, run.leaving) if run.layout else [],
             "guests": run.all_guests(),
             "diverged": {name: s.diverged for name, s in run.saves.items() if s.diverged},
             "chosen": sorted(name for name, save in run.saves.items() if save.chosen),
             "fenced": msgspec.to_builtins([_noted(o) for o in run.fenced.values()]),
         },
     )
+
+
+def left_s_of(extra: Mapping[str, Any], now_s: float) -> float:
+    """Since when nobody has had a run, as an agent before has noted: seconds after the start of
+    this machine, so of another start, from which a disk has slots, they say nothing."""
+    if not boot_id() or extra.get("boot_id") != boot_id():
+        return now_s
+    return min(now_s, float(extra.get("left_s") or now_s))
+
+
+def leaving_of(layout: Layout, extra: Mapping[str, Any]) -> set[int]:
+    """The other nodes that were about to go. One where another agent is by now is not: it stays."""
+    noted = extra.get("leaving") or ()
+    others = set(range(len(layout.nodes))) - {layout.here}
+    return {number for number in others if _agents(layout, [number])[0] in noted}
+
+
+def _agents(layout: Layout, numbers: Iterable[int]) -> list[str]:
+    return [layout.nodes[number].address.agent_id for number in sorted(numbers)]
 
 
 def _without_secrets(config: TierConfig) -> TierConfig:

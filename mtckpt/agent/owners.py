@@ -8,6 +8,7 @@ without SO_PEERPIDFD it is a closed connection and silence after it.
 from __future__ import annotations
 
 import enum
+import functools
 import os
 import socket
 import time
@@ -56,6 +57,7 @@ def read_process(pid: int) -> Process | None:
         return None
 
 
+@functools.cache
 def boot_id() -> str:
     """What the kernel calls this start of the machine; "" if it does not say."""
     try:

@@ -163,7 +163,13 @@ class PeerServer:
             last = who_goes(strangers, connection.source, MAX_STRANGERS, MAX_STRANGERS_OF_ONE)
             if last is not None:
                 last.end("others want to prove themselves")
-            threading.Thread(target=self._run, args=(connection,), daemon=True).start()
+            try:
+                threading.Thread(target=self._run, args=(connection,), daemon=True).start()
+            except RuntimeError as error:  # no thread to be had: others are still to be answered
+                logger.warning("refused a connection of %s: %s", peer[0], error)
+                sock.close()
+                with self._lock:
+                    del self._connections[id(connection)]
 
     def _wait_for_room(self) -> bool:
         """False if it stays full. Connections that were ended take a moment to go."""

@@ -264,13 +264,14 @@ class Peers:
 
     async def keep(self) -> None:
         """Once a second or so, and after changes: a data process that was replaced serves again."""
-        if self._listener is None or self._address is None:
+        address = self._address
+        if self._listener is None or address is None:
             return
         self._listener.close_idle()
         for key in self._kept.keys() - self._registry.runs.keys():
             self.leave(key)
-        port = await self._serve(self._address.host, self._address.data_port)
-        if port != self._address.data_port:
+        port = await self._serve(address.host, address.data_port)
+        if port != address.data_port:
             raise AgentUnavailable("the data port of this node is taken by another process")
 
     async def _serve(self, host: str, port: int) -> int:

@@ -7,8 +7,6 @@ agent before this one left undone is in files; it is read here and goes on where
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import os
 import socket
@@ -17,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mtckpt._slots import BESIDE, DIRECTORY
-from mtckpt.agent import owners, protocol, work
+from mtckpt._slots import BESIDE
+from mtckpt.agent import beside, owners, protocol, work
 from mtckpt.agent.agreement import Agreement
 from mtckpt.agent.copies import Copies
 from mtckpt.agent.draining import Drainer
@@ -27,17 +25,16 @@ from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.freeing import Freer, is_busy
 from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
-from mtckpt.agent.holding import Roots
-from mtckpt.agent.leftovers import Leftovers
+from mtckpt.agent.leftovers import Leftovers, adopt_slots
 from mtckpt.agent.links import Links
-from mtckpt.agent.notes import config_of
+from mtckpt.agent.notes import config_of, leaving_of, left_s_of
 from mtckpt.agent.owners import Owner, boot_id
 from mtckpt.agent.peers import SERVING, Peers
-from mtckpt.agent.queue import SlotState
 from mtckpt.agent.replicas import Replicas
 from mtckpt.agent.ring import Ring
+from mtckpt.agent.roots import Roots
 from mtckpt.agent.runs import RunState
-from mtckpt.agent.saves import RAM, Slot, TierState, new_id
+from mtckpt.agent.saves import RAM, TierState
 from mtckpt.agent.tools import until
 from mtckpt.agent.work import TierRef
 from mtckpt.errors import CheckpointError, TierFull, UsageError
@@ -51,11 +48,13 @@ __all__ = ["Registry"]
 
 logger = logging.getLogger(__name__)
 
-ROOTS_NAME = "ram-roots.json"
-MAX_ROOTS = 64
 # The holder of slots that an earlier agent gave to somebody.
 UNSURE = "?"
 _POLL_S = 0.05
+# An agent that ends may take so long to let go of what it has.
+LATE_S = 30.0
+# What a start waits for, to find out whether what lies beside a disk is on that disk as well.
+SCAN_S = 2.0
 
 
 class Registry:
@@ -86,40 +85,54 @@ class Registry:
         self.freer = Freer(tools, self.runs, self.links, self.flusher, self.ring)
         self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config, self.agent_id)
         self.directory = directory
-        self.held = Roots(directory)
-        self._roots_path = os.path.join(directory, ROOTS_NAME)
-        self._roots: list[str] = []
+        self.held = Roots(directory, protocol.ram_base(), self.boot_id)
         self._loading = asyncio.Lock()
 
     # -- finding runs ----------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Find what earlier agents of this directory left."""
-        for root in self._known_roots():
-            try:
-                await self._load_root(root)
-            except CheckpointError as error:
-                logger.warning("RAM tier %s is not usable: %s", root, error)
+        unusable = await self._load_roots(await self.held.known())
         self.ready.set()
+        if unusable:
+            self.tools.start(self._load_late(unusable), "reading what was left, late")
 
-    def _known_roots(self) -> list[str]:
-        """RAM directories that are there; tmpfs, so looking at them does not wait for a disk."""
-        known = [protocol.ram_base()]
-        with contextlib.suppress(OSError, ValueError), open(self._roots_path, "rb") as file:
-            known += [path for path in json.load(file)[:MAX_ROOTS] if isinstance(path, str)]
-        return [path for path in dict.fromkeys(known) if os.path.isdir(path)]
+    async def _load_late(self, roots: list[str]) -> None:
+        deadline_s = time.monotonic() + LATE_S
+        while roots and time.monotonic() < deadline_s:
+            await asyncio.sleep(LATE_S / 60)
+            roots = await self._load_roots(roots, late=True)
 
-    async def _load_root(self, root: str) -> None:
-        """Take in every run of a RAM tier. Raises what keeps it from being looked at: then that is
-        done before anybody opens a run there, for what is there is never taken for nothing."""
+    async def _load_roots(self, roots: list[str], *, late: bool = False) -> list[str]:
+        """Those of several that are not usable yet: an agent that ends still has its own."""
+        unusable = []
+        for root in roots:
+            try:
+                async with self._loading:
+                    if root not in self.held.loaded:
+                        await self._load_root(root)
+            except CheckpointError as error:
+                unusable.append(root)
+                if not late:
+                    logger.warning("RAM tier %s is not usable: %s", root, error)
+        return unusable
+
+    async def _load_root(self, root: str, only: work.RunConfig | None = None) -> None:
+        """Take in every run of a RAM tier, or one, whose tiers are these. Raises what keeps it from
+        being looked at: then that is done before anybody opens a run there, for what is there is
+        never taken for nothing."""
         ram = self._ram_ref(root)
         configs = await self.tools.call(work.ReadRunConfigs(ram), work.RunConfigs)
         await self.held.take(root)  # from here on: what is half done there is nobody else's
-        scanned = await self.tools.call(work.Scan(ram), work.Scanned)
+        scan = work.Scan(ram, only.run_key if only else None)
+        scanned = await self.tools.call(scan, work.Scanned)
         for problem in configs.problems:
             logger.warning("RAM tier %s: %s", root, problem)
         by_key = {config.run_key: config for config in configs.configs}
         scans = {scan.run_key: scan for scan in scanned.runs}
+        if only is not None:
+            known = by_key.get(only.run_key, only)
+            by_key = {only.run_key: msgspec.structs.replace(known, tiers=only.tiers)}
         for key in sorted({*by_key, *scans} - self.runs.keys()):
             config = by_key.get(key) or work.RunConfig(key, key)
             await self._adopt(ram, config, scans.get(key) or work.RunScan(key))
@@ -128,8 +141,17 @@ class Registry:
                 await self.peers.adopt(self.runs[key], configs.joins[key], noted)
                 rank = self.peers.rank_here(key)
                 if noted is not None and rank is not None:  # else the last start was on this node
-                    self.links.join(self.runs[key], rank)
-        self._roots.append(root)
+                    self._rejoin(self.runs[key], rank, config)
+            # Once it is known which nodes there are: where there are none, none is owed a copy.
+            self.flusher.start(self.runs[key])
+        if root not in self.held.loaded:
+            self.held.loaded.append(root)
+
+    def _rejoin(self, run: RunState, rank: int, config: work.RunConfig) -> None:
+        """Be one of the nodes that the agent before this one was one of."""
+        self.links.join(run, rank)
+        if run.layout is not None:
+            run.leaving = leaving_of(run.layout, config.extra)
 
     async def _adopt(self, ram: TierRef, config: work.RunConfig, scan: work.RunScan) -> None:
         """One run as another agent left it: living owners are watched, dead ones settled."""
@@ -141,7 +163,7 @@ class Registry:
         run.noted_diverged = dict(extra.get("diverged") or {})
         run.noted_chosen = set(extra.get("chosen") or ())
         run.note_scan(RAM, scan)
-        run.left_s = min(owners.uptime_s(), float(extra.get("left_s") or run.left_s))
+        run.left_s = left_s_of(extra, owners.uptime_s())
         run.closing = bool(extra.get("closing"))
         run.token = str(extra.get("token") or "")
         run.creator_uid = int(extra.get("uid", -1))
@@ -160,7 +182,7 @@ class Registry:
                 run.fenced[owner.holder] = owner
         # Who was given which slot is not in a file. With a living owner none is touched until it
         # comes back and says which are its own, or dies.
-        _adopt_slots(run, scan.slots, UNSURE)
+        adopt_slots(run, scan.slots, UNSURE)
         self.runs[run.key] = run
         for owner in run.living():
             self.watch(run, owner)
@@ -170,7 +192,6 @@ class Registry:
         self.tools.events.emit(
             "run.found", run=run.run, saves=len(run.saves), finished=len(run.finished)
         )
-        self.flusher.start(run)
 
     def _owner_from_config(self, run: RunState, noted: work.Owner) -> Owner:
         pidfd = owners.open_pidfd(noted.pid, noted.start_ticks)
@@ -205,31 +226,50 @@ class Registry:
 
     async def run_for(self, key: str, message: protocol.Open) -> RunState:
         """The run that is opened, known or new. Raises UsageError if its RAM lies elsewhere."""
-        # A service keeps everybody's slots in its own directory; the reply says where.
-        root = _absolute("" if self.service else message.ram_path)
         async with self._loading:
-            if root not in self._roots:
-                if len(self._roots) >= MAX_ROOTS:
-                    raise UsageError(f"this agent has {MAX_ROOTS} RAM directories already")
-                self._note_root(root)
-                await self._load_root(root)
+            root = await self._root_for(key, message)
             run = self.runs.get(key)
-            if run is not None and run.ram.path != root and await self._moves(run, root, message):
-                run = None
             if run is None:
                 run = self.runs[key] = RunState(message.run, key, self._ram_ref(root))
+            elif run.ram.path != root:
+                await self._move(run, root, message)
         return run
 
-    async def _moves(self, run: RunState, root: str, message: protocol.Open) -> bool:
-        """RAM was elsewhere before: that goes, unless it has what no other tier has. A place that
-        nobody had named is gone on with then, as is one where somebody lives who has this rank."""
+    async def _root_for(self, key: str, message: protocol.Open) -> str:
+        """Where a run that is opened has its slots. What is left of it beside a disk, where the job
+        before had too little memory, is taken in on the way."""
+        # A service keeps everybody's slots in its own directory; the reply says where.
+        root = _absolute("" if self.service else message.ram_path)
+        if beside.is_asked(root):
+            root = await self.held.own(root)
+        if root not in self.held.loaded:
+            await self.held.let_go({run.ram.path for run in self.runs.values()})
+            self.held.note(root)
+            await self._load_root(root)
+        for tier in () if self.service else message.tiers:
+            if tier.kind == "disk" and key not in self.runs:
+                own = await self.held.take_over(key, os.path.join(tier.path, BESIDE))
+                if own:
+                    # Its tiers are where this job says, not where a container before had them.
+                    await self._load_root(own, work.RunConfig(message.run, key, message.tiers))
+        return root
+
+    async def _move(self, run: RunState, root: str, message: protocol.Open) -> None:
+        """RAM was elsewhere before: that goes, unless it has what no other tier has. Where somebody
+        lives who has this rank it stays, and the place beside a disk, which nobody names, until its
+        owners are gone: all ranks of a node have agreed on it."""
         others = (owner for owner in run.living() if owner.holder != message.holder)
         if any(owner.rank == message.rank for owner in others):
-            return False
+            return
+        is_beside, goes_beside = beside.is_one(run.ram.path), beside.is_one(root)
+        if is_beside and not goes_beside:
+            if run.living():
+                return
+            await self.wait_scanned(run, SCAN_S)
         newest = run.newest_staged()
         if newest is not None and not any(newest.is_complete(label) for label in run.tiers):
-            if os.path.basename(run.ram.path) == BESIDE:
-                return False
+            if is_beside:
+                return
             raise UsageError(
                 f"the newest save of this run is in {run.ram.path} and nowhere else",
                 state="nothing was done",
@@ -238,16 +278,7 @@ class Registry:
                 path=root,
             )
         async with run.opening:
-            await self.freer.wipe(run)
-        return True
-
-    def _note_root(self, root: str) -> None:
-        kept = [*self._roots, root]
-        temporary = f"{self._roots_path}.{os.getpid()}"
-        with contextlib.suppress(OSError):  # the default directory is always looked at
-            with open(temporary, "w") as file:
-                json.dump(kept, file)
-            os.replace(temporary, self._roots_path)
+            await self.freer.move(run, self._ram_ref(root))
 
     def _ram_ref(self, root: str) -> TierRef:
         return TierRef("ram", root, self.service, RAM)
@@ -387,7 +418,7 @@ class Registry:
     async def housekeeping(self) -> None:
         """Once a second or so: silent owners, old RAM, scrubs, listeners, idle data processes."""
         now_s = time.monotonic()
-        self.held.renew()
+        await self.held.renew()
         if self.ready.is_set():
             await self.tools.pool.keep(self._places())
         try:
@@ -412,7 +443,7 @@ class Registry:
 
     def _places(self) -> list[TierRef]:
         """All that a data process is there for."""
-        ram = [self._ram_ref(root) for root in self._roots]
+        ram = [self._ram_ref(root) for root in self.held.loaded]
         slower = [tier.ref for run in self.runs.values() for tier in run.tiers.values()]
         return [SERVING, PULLING, *ram, *slower]
 
@@ -440,29 +471,6 @@ def _end_waiting(run: RunState, tier: TierState) -> None:
         tier.task = None
     for save in run.saves.values():
         save.failed.pop(tier.label, None)
-
-
-def _adopt_slots(run: RunState, found: list[work.SlotScan], holder: str) -> None:
-    """Take in the slots that another agent left; ``holder`` may still be writing to them."""
-    base = os.path.join(run.ram.path, run.key, DIRECTORY)
-    for scan in found:
-        run.slots[scan.slot_id] = Slot(
-            scan.slot_id,
-            SlotState.CAPTURING,
-            scan.shard_bytes,
-            scan.table_bytes,
-            scan.inode,
-            os.path.join(base, f"{scan.slot_id}.safetensors"),
-            os.path.join(base, f"{scan.slot_id}.xxh3"),
-            os.path.join(base, f"{scan.slot_id}.json"),
-            holder=holder,
-            doubtful=True,
-        )
-    for save in run.saves.values():
-        for rank in save.ranks.get(RAM, ()):
-            slot = Slot(new_id(), SlotState.COMMITTED, save.shard_bytes[rank])
-            slot.save, slot.rank = str(save.name), rank
-            run.slots[slot.slot_id] = slot
 
 
 def _ref_of(config: TierConfig, limits: Limits, *, group_access: bool) -> TierRef:

@@ -107,6 +107,7 @@ class SaveState:
     reported: bool = False
     due: set[str] = field(default_factory=set)
     wanted: set[str] = field(default_factory=set)
+    handed: bool = False  # this node goes, and has given its parts away, or is about to
     ranks: dict[str, set[int]] = field(default_factory=dict)
     told: Told = field(default_factory=Told)
     guests: set[int] = field(default_factory=set)

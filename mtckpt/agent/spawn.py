@@ -50,6 +50,20 @@ def ensure_agent(timeout_s: float = 10.0) -> str:
         AgentUnavailable: a service does not answer, or an agent could not be started in time.
     """
     where = address.find()
+    try:
+        return _ensured(where, timeout_s)
+    except (OSError, RuntimeError) as error:
+        # No descriptor, no room for a lock or a socket, a place that is gone; RuntimeError: Python
+        # begins no process any more, since this one is ending.
+        raise AgentUnavailable(
+            f"the node agent cannot be reached or started: {error}",
+            actions=[f"see what {where.directory} says to `ls -la` and `df`, and `ulimit -n`"],
+            socket=where.socket_path,
+            timeout_s=timeout_s,
+        ) from error
+
+
+def _ensured(where: address.Address, timeout_s: float) -> str:
     deadline_s = time.monotonic() + timeout_s
     if where.service:
         if address.answers(where.socket_path, timeout_s):
@@ -117,7 +131,8 @@ def _reap(process: subprocess.Popen[bytes], where: address.Address, timeout_s: f
         code = process.wait(timeout_s)
     except subprocess.TimeoutExpired as error:
         process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in a device: the kernel's then
+            process.wait(1.0)
         raise AgentUnavailable(
             "the node agent did not start in time",
             state="nothing was done",

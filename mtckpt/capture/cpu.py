@@ -8,6 +8,7 @@ them between threads would cost more than that. They are fetched a buffer at a t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -279,11 +280,22 @@ class CpuEngine:
             threading.Thread(target=loop, name="mtckpt-copy", daemon=True)
             for _ in range(_num_threads(total_bytes, self.max_threads) - 1)
         ]
-        for thread in threads:
-            thread.start()
-        loop()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                with contextlib.suppress(RuntimeError):  # none to be had: slower, not an error
+                    thread.start()
+            loop()
+            for thread in threads:
+                if thread.is_alive():
+                    thread.join()
+        except BaseException as error:
+            # An interrupt. Whoever called lets go of all this memory, so each thread ends first,
+            # with the piece that it has in hand.
+            failures.append(error)
+            for thread in threads:
+                if thread.is_alive():
+                    thread.join()
+            raise
         if failures:
             raise failures[0]
 

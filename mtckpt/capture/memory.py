@@ -11,9 +11,11 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mtckpt.errors import CaptureFailed, TierFull
+from mtckpt.errors import TierFull
 
 if TYPE_CHECKING:
     from array import array
@@ -109,24 +111,21 @@ class Mapping:
             _libc.munmap(self.address, self.size_bytes)
         self.address = 0
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_ending():  # then what this needs may be gone, and the kernel unmaps all
+            self.close()
 
 
 def _map(size_bytes: int, prot: int, flags: int, fd: int) -> int:
     address = _libc.mmap(None, size_bytes, prot, flags, fd, 0)
     if address is None or address == _MAP_FAILED:
         error = ctypes.get_errno()
-        raise CaptureFailed(
-            f"cannot map {size_bytes:,} bytes: {os.strerror(error)}",
-            stage="captured",
-            needed_bytes=size_bytes,
-        )
+        raise MemoryError(f"cannot map {size_bytes:,} bytes: {os.strerror(error)}")
     return int(address)
 
 
 def map_file(fd: int, size_bytes: int, *, writable: bool) -> Mapping:
-    """Map an open file, shared. The descriptor may be closed afterwards.
+    """Map an open file, shared. The descriptor may be closed afterwards. Raises MemoryError.
 
     A forked child does not inherit the mapping, so it keeps no slot alive.
     """
@@ -139,7 +138,10 @@ def map_file(fd: int, size_bytes: int, *, writable: bool) -> Mapping:
 
 
 def anonymous(size_bytes: int, *, huge: bool = True) -> Mapping:
-    """Fresh private memory, page aligned; ``huge``: in huge pages where the kernel gives them."""
+    """Fresh private memory, page aligned; ``huge``: in huge pages where the kernel gives them.
+
+    Raises MemoryError.
+    """
     if size_bytes == 0:
         return Mapping(0, 0, writable=True)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -199,7 +201,7 @@ class Buffer:
             ctypes.memmove(target, source, size_bytes)
             source += size_bytes
 
-    def __del__(self) -> None:
-        if self._fd >= 0:
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self._fd >= 0 and not is_ending():
             os.close(self._fd)
             self._fd = -1

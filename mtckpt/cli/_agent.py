@@ -12,7 +12,7 @@ import click
 
 from mtckpt.cli import _output
 from mtckpt.cli._output import json_option, print_json, print_line, print_table, reporting
-from mtckpt.cli._target import agent_status, closed_run
+from mtckpt.cli._target import agent_status, closed_run, directories_of
 from mtckpt.errors import AgentUnavailable, StepNotFound, UsageError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _runs(found: AgentStatus | None, run: str | None) -> list[RunStatus]:
             state="nothing was done",
             actions=[
                 f"runs that it knows: {', '.join(known.run for known in runs) or 'none'}",
-                "a run that lies on disk alone is a directory: mtckpt ls PATH/",
+                *directories_of(run),
             ],
             run=run,
         )
@@ -250,12 +250,12 @@ def _remove(known: RunStatus, step: int | None, tiers: tuple[str, ...], *, as_js
     return _output.WRONG if answer.kept else _output.FINE
 
 
-@click.group()
+@click.group(short_help="Run the node agent, ask how it is, stop it.")
 def agent() -> None:
     """Run the node agent as a service, ask how it is, empty its node, or stop it."""
 
 
-@agent.command("run")
+@agent.command("run", short_help="Be the agent of this node until stopped.")
 @click.option("--group", help="Serve the members of this group as well, not only this user.")
 @click.option(
     "--runtime-dir",
@@ -289,7 +289,7 @@ def agent_run(
     os._exit(code)
 
 
-@agent.command("health")
+@agent.command("health", short_help="Ask whether the agent answers.")
 @click.option("--ready", is_flag=True, help="Also: it has read what an earlier agent left.")
 @click.option("--timeout", "timeout_s", default=5.0, show_default=True, help="Seconds to wait.")
 @json_option
@@ -313,7 +313,7 @@ def agent_health(ready: bool, timeout_s: float, as_json: bool) -> int:
     return _output.FINE
 
 
-@agent.command("drain")
+@agent.command("drain", short_help="Bring away what this node's memory holds.")
 @click.option(
     "--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds it may take."
 )

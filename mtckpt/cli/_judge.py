@@ -161,7 +161,8 @@ def _ram(facts: Facts) -> Finding:
             name,
             value,
             "wrong",
-            "this is the size that containers are given; two slots of a model do not fit",
+            "this is the size that containers are given; two slots of a model do not fit: saves are"
+            " captured on the disk, or refused where Ram() was named",
             _MORE_SHM.get(facts.container, _MORE_SHM["docker"]),
         )
     if facts.ram_free_bytes < facts.ram_total_bytes // 10:

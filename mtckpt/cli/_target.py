@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mtckpt.agent.known_runs import KnownRun
     from mtckpt.agent.protocol import AgentStatus, RunStatus
 
-__all__ = ["Found", "agent_status", "closed_run", "find", "parse_step"]
+__all__ = ["Found", "agent_status", "closed_run", "directories_of", "find", "parse_step"]
 
 STATUS_TIMEOUT_S = 5.0
 
@@ -103,7 +104,7 @@ def closed_run(run: str) -> list[KnownRun]:
 def _unknown(run: str, status: AgentStatus | None) -> StepNotFound:
     from mtckpt.agent.protocol import ram_base
 
-    actions = ["its directory can be named, a path with a /: mtckpt ls checkpoints/RUN"]
+    actions = directories_of(run)
     if status is None:
         what = f"no agent runs on this node, and RAM has nothing of a run {run!r}"
         return StepNotFound(
@@ -116,6 +117,17 @@ def _unknown(run: str, status: AgentStatus | None) -> StepNotFound:
         actions=[f"runs that it knows: {names}", *actions],
         run=run,
     )
+
+
+def directories_of(name: str) -> list[str]:
+    """What to do where no run has this name: it may be that of a directory, or of a run in one."""
+    from mtckpt._manifest import run_key
+
+    usual = (name, os.path.join("checkpoints", run_key(name)))
+    there = [f"./{path}" for path in usual if os.path.isdir(path)]
+    return [
+        f"there is a directory, named with a /: mtckpt ls {shlex.quote(each)}" for each in there
+    ] or ["the directory of a run can be named, with a /: mtckpt ls ./checkpoints/RUN"]
 
 
 def _without_agent(run: str | None, found: Found) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtckpt import _gathering, _handle, _progress, _restore, _run, _session, _writing
 from mtckpt.adapters import active_adapters
-from mtckpt.agent import address, holding, owners, peers, protocol, registry, server, verbs
+from mtckpt.agent import address, owners, peers, protocol, registry, roots, server, verbs
 from mtckpt.testing._restores import PeerPlace, restore_from
 from mtckpt.testing._trainers import begin
 from mtckpt.testing._virtual import Threads, Time
@@ -102,8 +102,9 @@ def names_of(world: World) -> Names:
     names.put(owners, "peer_pidfd", world.peer_pidfd)
     for module in (owners, server, verbs):
         names.put(module, "os", _os_of(world))
-    names.put(holding, "lock", lambda _: -1)
-    names.put(holding, "NOTE", "nowhere/.agent")
+    names.put(roots, "aside", _at_once)
+    names.put(roots, "lock", lambda _: _Held())
+    names.put(roots, "NOTE", "nowhere/.agent")
     names.put(address, "peer_of", lambda process: address.Peer(process.pid, 0, 0))
     names.put(registry, "boot_id", lambda: _node_here().boot_id)
     names.put(protocol, "ram_base", lambda: "/")
@@ -118,6 +119,20 @@ def names_of(world: World) -> Names:
     names.put(_gathering, "PeerTier", functools.partial(PeerPlace, world))
     active_adapters()
     return names
+
+
+class _Held:
+    """A lock that nobody else wants."""
+
+    def is_of(self, _: str) -> bool:
+        return True
+
+    def close(self) -> None:
+        return None
+
+
+async def _at_once(work: Callable[[], Any], *_: Any) -> Any:
+    return work()
 
 
 def _node_here() -> Node:

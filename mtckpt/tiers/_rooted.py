@@ -12,9 +12,10 @@ import errno
 import functools
 import os
 import stat
+import sys
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mtckpt.errors import (
@@ -174,8 +175,12 @@ class Root:
         finally:
             let_go(fd)
 
-    def _check_root(self, info: os.stat_result) -> None:
-        if self.read_only:
+    def check_writable(self) -> None:
+        """Refuse a directory, opened to be read, that could not be written to as one of ours."""
+        self._check_root(os.fstat(self._fd), to_write=True)
+
+    def _check_root(self, info: os.stat_result, *, to_write: bool = False) -> None:
+        if self.read_only and not to_write:
             return
         if not self._is_ours(info) and not (
             self.group_access and info.st_gid in (os.getegid(), *os.getgroups())
@@ -194,12 +199,11 @@ class Root:
         forbidden = 0o002 if self.group_access else 0o022
         if info.st_mode & forbidden:
             who = "everybody" if info.st_mode & 0o002 else "its group"
-            raise self.unsafe(
-                path,
-                key,
-                f"can be written by {who} (mode {stat.S_IMODE(info.st_mode):04o})",
-                f"chmod {'o-w' if self.group_access else 'go-w'} {path}",
-            )
+            mode = stat.S_IMODE(info.st_mode)
+            narrower = f"chmod {'o-w' if self.group_access else 'go-w'} {path}"
+            if mode & stat.S_ISVTX:  # everybody's, as /tmp, and to stay so
+                narrower = f"use a directory of your own in it, as {path / 'checkpoints'}"
+            raise self.unsafe(path, key, f"can be written by {who} (mode {mode:04o})", narrower)
 
     def unsafe(self, path: Path, key: str | None, why: str, *actions: str) -> AccessDenied:
         """The refusal of something that is not plainly ours."""
@@ -280,9 +284,10 @@ class Root:
             self._closed = True
             self._close_if_unused()
 
-    def __del__(self) -> None:
-        # A tier that nobody closed must not keep a descriptor for the life of a training job.
-        if getattr(self, "_fd", -1) >= 0:
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # A tier that nobody closed must not keep a descriptor for the life of a training job. At
+        # the end of the interpreter what this needs may be gone, and the kernel closes all.
+        if getattr(self, "_fd", -1) >= 0 and not is_ending():
             let_go(self._fd)
 
     def _close_if_unused(self) -> None:

@@ -228,8 +228,10 @@ class Http:
         with self._lock:
             self._watched[id(running)] = running
             if not self._watching:
-                self._watching = True
-                threading.Thread(target=self._look, name="mtckpt-http", daemon=True).start()
+                # No thread to be had: then the next request asks for one.
+                with contextlib.suppress(RuntimeError):
+                    threading.Thread(target=self._look, name="mtckpt-http", daemon=True).start()
+                    self._watching = True
         try:
             yield
         finally:

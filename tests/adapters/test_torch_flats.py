@@ -321,19 +321,64 @@ def test_a_module_that_is_in_the_state_beside_what_it_is_a_part_of_has_its_place
         assert shapes(optimizer) == [(9, 8), (9,), (10, 9), (10,), (11, 10), (11,)]
 
 
-def test_parameters_that_fsdp_ignores_come_first_in_their_module_in_every_form() -> None:
-    class Three(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = (nn.Parameter(torch.ones(4, n)) for n in (2, 3, 4))
+class Three(nn.Module):
+    """Parameters of one shape: nothing but their order, or their names, tells which is which."""
 
-    with as_rank(0):
-        for use_orig_params in (True, False):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.full((4, 3), n)) for n in (2.0, 3.0, 4.0))
+
+
+def averages(optimizer: torch.optim.Optimizer, net: Three) -> list[float]:
+    """A moment of each parameter, in the order of the module."""
+    return [float(optimizer.state[each]["exp_avg"].mean()) for each in (net.a, net.b, net.c)]
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_moments_beside_ignored_parameters_go_by_name(use_orig_params: bool) -> None:
+    """FSDP puts ignored parameters before others, or behind: where they were is not known."""
+    plain = Three()
+    optimizer = step(plain.parameters())
+    expected = averages(optimizer, plain)
+    trees = []
+    for rank in range(RANKS):
+        with as_rank(rank):
             net = Three()
             model = wrap(net, use_orig_params=use_orig_params, ignored_states=[net.b])
-            optimizer = step(model.parameters())
-            surveying.survey([model, optimizer])
-            assert shapes(optimizer) == [(4, 3), (4, 2), (4, 4)]
+            ours = step(model.parameters())
+            surveying.survey([model, ours])
+            trees.append(state_of(ours))
+            live = torch.optim.Adam(model.parameters())
+            surveying.survey([model, live])
+            with pytest.raises(StateMismatch, match="their order is not known"):
+                plan(save({"o": optimizer}), {"o": live})
+            named = torch.optim.Adam(plain.named_parameters())
+            named.load_state_dict(optimizer.state_dict())
+            restore(save({"o": named}), {"o": live})
+            assert same(state_of(live), trees[-1])
+    entries = {
+        name: {key: joined([tree["state"][name][key] for tree in trees]) for key in entry}
+        for name, entry in trees[0]["state"].items()
+    }
+    saved = save({"o": {**trees[0], "state": entries}})
+    fresh = Three()
+    live = torch.optim.Adam(fresh.parameters())
+    surveying.survey({"model": torch.nn.DataParallel(fresh), "o": live})
+    restore(saved, {"o": live})
+    assert averages(live, fresh) == expected
+    surveying.survey({"o": live})
+    with pytest.raises(StateMismatch, match="names are not: put the module into the template"):
+        plan(saved, {"o": live})
+
+
+def test_ignored_parameters_of_an_optimizer_without_names_of_their_own_are_refused() -> None:
+    with as_rank(0):
+        nets = [Three(), Three()]
+        models = [wrap(net, ignored_states=[net.b], use_orig_params=True) for net in nets]
+        optimizer = step([each for model in models for each in model.parameters()])
+        surveying.survey([models, optimizer])
+        with pytest.raises(UnsupportedState, match="have a name of their own"):
+            state_of(optimizer)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Modules that save what their own loading refuses: said at the save, where it can be known."""
+"""Modules and optimizers that their own loading refuses, or should: said where it can be known."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from state_harness import restore, save
-from torch import nn
+from state_harness import plan, restore, save
+from torch import nn, optim
 
-from mtckpt.errors import UnsupportedState
+from mtckpt.errors import StateMismatch, UnsupportedState
 
 
 class SavesMore(nn.Linear):
@@ -63,3 +63,46 @@ def test_whoever_loads_itself_may_save_what_it_likes(where: str) -> None:
         setattr(model, "load_state_dict", drop_later)  # noqa: B010 - as a user would, untyped
     model.load_state_dict(model.state_dict())
     restore(save({"m": model}), {"m": model})
+
+
+@pytest.mark.parametrize(
+    ("saved", "live"),
+    [
+        *(("Adam", "RAdam"), ("RAdam", "Adam"), ("Adamax", "Adam"), ("NAdam", "Adam")),
+        *(("Adam", "AdamW"), ("AdamW", "Adam"), ("RMSprop", "Adagrad")),
+        *(("Adagrad", "Adadelta"), ("SGD", "RMSprop")),
+    ],
+)
+def test_torchs_kinds_of_optimizers_are_told_apart(saved: str, live: str) -> None:
+    """Torch takes each of them, and goes on as another optimizer or fails in the next step."""
+    parameters = [nn.Parameter(torch.ones(1))]
+    one, other = (getattr(optim, kind)(parameters) for kind in (saved, live))
+    differ = "decoupled_weight_decay" if "AdamW" in (saved, live) else "settings"
+    with pytest.raises(StateMismatch, match=differ):
+        plan(save({"o": one}), {"o": other})
+    restore(save({"o": one}), {"o": getattr(optim, saved)(parameters)})
+
+
+class Slow(optim.SGD):
+    """As optimizers around optimizers: a state of a form of its own."""
+
+    seen: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fast": super().state_dict(), "slow": [torch.ones(2)], "steps": 7}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict["fast"])
+        self.seen = state_dict["slow"], state_dict["steps"]
+
+
+def test_an_optimizer_of_its_own_kind_may_save_what_it_likes() -> None:
+    saved = save({"o": Slow([nn.Parameter(torch.ones(1))], lr=3.0)})
+    live = Slow([nn.Parameter(torch.ones(1))])
+    restore(saved, {"o": live})
+    (slow,), steps = live.seen
+    assert torch.equal(slow, torch.ones(2))
+    assert steps == 7
+    assert live.param_groups[0]["lr"] == 3
+    with pytest.raises(StateMismatch, match="Slow here, array in the checkpoint"):
+        plan(save({"o": torch.ones(1)}), {"o": live})

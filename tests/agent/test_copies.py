@@ -14,7 +14,9 @@ from mtckpt._events import EventStream
 from mtckpt._manifest import Incarnation, SaveName
 from mtckpt.agent import queue, work
 from mtckpt.agent.copies import Copies
+from mtckpt.agent.guests import Taken
 from mtckpt.agent.healing import Healer
+from mtckpt.agent.nodes import Layout
 from mtckpt.agent.notes import config_of
 from mtckpt.agent.partners import partners_of
 from mtckpt.agent.protocol import TierConfig
@@ -23,7 +25,7 @@ from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import PARTNER_PATIENCE_S, RunState
 from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.agent.tools import Tools
-from mtckpt.errors import TierUnavailable
+from mtckpt.errors import TierFull, TierUnavailable
 
 RAM_REF = work.TierRef("ram", "/dev/shm/x", label=RAM)
 ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
@@ -136,6 +138,29 @@ def test_partners_of_other_nodes_that_are_silent_for_long_do_not_hold_up_saves()
     run.begun_s = 0.0
     new.stages.append("replicated")
     assert is_copied(run, new)
+
+
+def test_who_waits_for_copies_hears_how_many_there_are() -> None:
+    """One partner has no room; what the other has is a copy, and the save is not replicated."""
+    run = run_with_peers()
+    run.layout = layout(0, "a", "b", "c")
+    tier = run.tiers["peers"]
+    tier.config = TierConfig("peers", "peers", "2 other nodes", copies=2)
+    save = run.saves["s"] = SaveState(SaveName(1, 1, "ab" * 6), ID)
+    save.ranks = {RAM: {0}}
+
+    async def ask(run: RunState, layout: Layout, save: SaveState, number: int, *_: Any) -> Taken:
+        if number == 1:
+            raise TierFull("b has no room", tier="peers")
+        return Taken(5, 5, f"boot-{number}")
+
+    tools = Tools(cast(Any, None), queue.Limits(), EventStream())
+    copies = Copies(tools, cast(Any, None), cast(Any, SimpleNamespace(verbs={})))
+    cast(Any, copies)._ask = ask
+    with pytest.raises(TierFull, match="copies=2, copies_made=1"):
+        asyncio.run(copies.copy(run, tier, save))
+    copies.close()
+    assert "peers" not in save.ranks
 
 
 def test_a_node_that_is_alone_waits_for_no_partner() -> None:

@@ -215,3 +215,25 @@ def test_what_others_brought_to_a_store_is_known_with_its_sizes() -> None:
     assert asyncio.run(flusher.bring(run, tier, save, {0}))
     assert save.ranks["store"] == {0, 1}
     assert save.size_of({0, 1}) == 350
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_what_is_given_away_is_brought_away_by_nobody_else(takes: bool) -> None:
+    """As soon as another node may have it: that may be told to go the next moment."""
+    run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+    run.layout = layout(0, "a", "b")
+    name = SaveName(10, 1, f"{10:012d}")
+    save = run.saves[str(name)] = SaveState(name, "x", world_size=2)
+    save.ranks[RAM] = {0}
+    handed = []
+
+    async def hand_over(*_: Any) -> None:
+        handed.append(save.handed)
+        if not takes:
+            raise TierFull("no room", tier="peers")
+
+    copies = SimpleNamespace(candidates=lambda _: [1], hand_over=hand_over)
+    handover = _Handover(run, cast(Any, copies), cast(Any, None))
+    asyncio.run(handover.of_own(save))
+    assert handed == [True]
+    assert save.handed == takes == (str(name) in handover.holders)

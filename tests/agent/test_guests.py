@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,16 +15,19 @@ from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import save_name
 from mtckpt.agent import work
 from mtckpt.agent.guests import Guests, Offer, Taken
-from mtckpt.agent.nodes import News, layout_of
+from mtckpt.agent.nodes import News, layout_of, moved
+from mtckpt.agent.notes import config_of
+from mtckpt.agent.peers import _Kept
 from mtckpt.agent.protocol import Join, NodeOfRun, TierConfig
 from mtckpt.agent.queue import Limits
+from mtckpt.agent.registry import Registry
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.agent.tools import Tools
 from mtckpt.errors import AgentUnavailable, NodeDraining, TierFull, TierUnavailable
 
 ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
-ADDRESSES = [PeerAddress(f"10.0.0.{n}", 1, 2, name="ab"[n]) for n in range(2)]
+ADDRESSES = [PeerAddress(f"10.0.0.{n}", 1, 2, "", f"agent-{n}", "ab"[n]) for n in range(2)]
 
 
 class Scene:
@@ -32,12 +36,14 @@ class Scene:
     def __init__(self) -> None:
         nodes = [NodeOfRun(ADDRESSES[0], [0]), NodeOfRun(ADDRESSES[1], [1, 2])]
         self.run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
-        self.run.layout = layout_of(Join("h", "00" * 32, 3, nodes), 0)
+        self.join = Join("h", "00" * 32, 3, nodes)
+        self.run.layout = layout_of(self.join, 0)
         self.run.secret = "now"
         self.pulled: list[tuple[int, str]] = []
         self.lets_through = asyncio.Event()
         self.refused = ""
         self.is_full = False
+        self.noted = work.RunConfig("r", "r")
         tools = Tools(cast(Any, self), Limits(), EventStream())
         peers = cast(Any, SimpleNamespace(verbs={}))
         self.guests = Guests(tools, peers, "boot", self._nothing, self._note)
@@ -46,9 +52,10 @@ class Scene:
     async def _nothing(self, *_: Any) -> None:
         """No node has moved."""
 
-    async def _note(self, _: RunState) -> None:
+    async def _note(self, run: RunState) -> None:
         if self.is_full:
             raise TierFull("no page is left", tier="ram")
+        self.noted = config_of(run)
 
     async def call(self, command: work.Command, **_: Any) -> Any:
         """In the place of the data processes."""
@@ -133,19 +140,98 @@ def test_what_was_offered_before_does_not_stand_for_what_is_offered_now() -> Non
     asyncio.run(another_start())
 
 
-@pytest.mark.parametrize(("ranks", "has_own"), [([0], True), ([1], False), ([0, 1], False)])
+@pytest.mark.parametrize(
+    ("ranks", "handed", "has_own"),
+    [([0], False, True), ([0], True, False), ([1], False, False), ([0, 1], False, False)],
+)
 def test_a_node_that_goes_says_whether_what_it_is_offered_is_its_own(
-    ranks: list[int], has_own: bool
+    ranks: list[int], handed: bool, has_own: bool
 ) -> None:
-    """Then it brings it away itself: two that brought one part to a store might mix their files."""
+    """Then it brings it away itself. Not where it has given it to somebody, who may ask since it
+    goes, too: each would count on the other."""
     scene = Scene()
     save = scene.run.saves[scene.offer.save] = SaveState(save_name(1, 1, ID), ID, world_size=3)
-    save.ranks[RAM] = {0}
+    save.ranks[RAM], save.handed = {0}, handed
     scene.run.draining = "the node goes"
     offer = msgspec.structs.replace(scene.offer, ranks=ranks)
     with pytest.raises(NodeDraining) as caught:
         asyncio.run(scene.guests.offered(scene.run, offer))
     assert caught.value.details["has_own"] is has_own
+
+
+@pytest.mark.parametrize(("agent_id", "leaving"), [("agent-1", {1}), ("another", set())])
+def test_the_next_agent_knows_who_gave_away_what_is_here(
+    tmp_path: Path, agent_id: str, leaving: set[int]
+) -> None:
+    """The node has gone, and what is here is nowhere else. Where another agent is on it, it has
+    not."""
+
+    async def story() -> RunState:
+        scene = Scene()
+        await scene.ask(1, wait_s=0.0)  # under way, as any copy, when the node is to go
+        leaves = msgspec.structs.replace(scene.offer, leaving=True, wait_s=5.0)
+        scene.lets_through.set()
+        assert (await scene.guests.offered(scene.run, leaves)).boot_id == "boot"
+        assert scene.run.leaving == {1}
+        address = msgspec.structs.replace(ADDRESSES[1], agent_id=agent_id)
+        kept = msgspec.json.encode(_Kept(moved(scene.join, 1, address), rank=0))
+
+        async def call(command: work.Command, **_: Any) -> work.Result:
+            """A data process of the next agent."""
+            if isinstance(command, work.ReadRunConfigs):
+                return work.RunConfigs([scene.noted], [], {"r": kept})
+            return work.Scanned() if isinstance(command, work.Scan) else work.Stored()
+
+        tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+        registry = Registry(tools, str(tmp_path), service=False)
+        await registry._load_root(str(tmp_path))
+        return registry.runs["r"]
+
+    assert asyncio.run(story()).leaving == leaving
+
+
+def test_the_newest_step_that_an_agent_finds_is_owed_to_partners_still(tmp_path: Path) -> None:
+    """It is not told who they are before it has looked into its memory; nor does a start of the job
+    on other nodes find that the step had none when it was on one."""
+
+    async def story() -> tuple[SaveState, bool]:
+        scene = Scene()
+        name = scene.offer.save
+        scene.run.saves[name] = SaveState(save_name(1, 1, ID), ID, guests={1, 2})
+        config = config_of(scene.run)
+        tier = TierConfig("peers", "peers", "1 other node", copies=1)
+        config = msgspec.structs.replace(config, tiers=[tier])
+        save = work.SaveScan(
+            name, 1, 1, [0, 1, 2], world_size=3, complete=True, save_id=ID, due=["peers"],
+            shard_bytes=[1, 1, 1],
+        )  # fmt: skip
+        kept = msgspec.json.encode(_Kept(scene.join, rank=0))
+
+        async def call(command: work.Command, **_: Any) -> work.Result:
+            await asyncio.sleep(0)
+            if isinstance(command, work.ReadRunConfigs):
+                return work.RunConfigs([config], [], {"r": kept})
+            if isinstance(command, work.Scan):
+                return work.Scanned([work.RunScan("r", [save])])
+            return work.Stored()
+
+        tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+        registry = Registry(tools, str(tmp_path), service=False)
+        await registry._load_root(str(tmp_path))
+        run = registry.runs["r"]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        found = run.saves[name]
+        is_owed = "peers" in found.owed
+        found.superseded.add("peers")
+        join = msgspec.structs.replace(scene.join, secret="11" * 32)
+        registry.peers._kept["r"] = _Kept(join, rank=0)
+        registry.links.join(run, 0)
+        return found, is_owed
+
+    save, was_owed = asyncio.run(story())
+    assert was_owed
+    assert "peers" in save.owed
 
 
 def test_what_a_job_was_restored_from_is_not_still_to_come() -> None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
+import logging
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
 
-from mtckpt.agent import address, holding, protocol
-from mtckpt.agent.holding import Roots, noted
-from mtckpt.errors import AgentUnavailable
+from mtckpt.agent import address, protocol, roots
+from mtckpt.agent.holding import noted
+from mtckpt.agent.roots import MAX_ROOTS, Roots
+from mtckpt.errors import AgentUnavailable, UsageError
 
 
 @pytest.fixture
 def root(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The memory of this user, and no word of where the agent is."""
     monkeypatch.delenv("MTCKPT_RUNTIME_DIR")
-    monkeypatch.setattr(holding, "WAIT_S", 0.1)
+    monkeypatch.setattr(roots, "WAIT_S", 0.1)
     monkeypatch.setattr(address, "SERVICE_DIRECTORY", str(runtime_dir / "none"))
     path = Path(protocol.ram_base())
     path.mkdir(mode=0o700)
@@ -31,23 +36,86 @@ def test_two_agents_never_have_the_same_memory(root: Path) -> None:
     with pytest.raises(AgentUnavailable, match="at /run/first, has the memory") as raised:
         asyncio.run(second.take(str(root)))
     assert "MTCKPT_RUNTIME_DIR=/run/first" in raised.value.actions[0]
-    first.close()
+    asyncio.run(first.close())
     asyncio.run(second.take(str(root)))
     assert noted(str(root)) == "/run/second"
-    second.close()
+    asyncio.run(second.close())
     assert list(root.iterdir()) == []
 
 
-def test_memory_that_was_made_anew_is_the_agents_again(root: Path) -> None:
+def test_a_directory_on_nfs_is_locked_by_a_file_in_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client of NFS turns flock into a lock of bytes, and refuses what is open for reading."""
+    flock = fcntl.flock
+
+    def as_nfs(fd: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
     first, second = Roots("/run/first"), Roots("/run/second")
     asyncio.run(first.take(str(root)))
+    with pytest.raises(AgentUnavailable, match="at /run/first, has the memory"):
+        asyncio.run(second.take(str(root)))
+    asyncio.run(first.close())
+    asyncio.run(second.take(str(root)))
+    asyncio.run(second.close())
+
+
+def test_memory_that_was_made_anew_is_the_agents_again(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second, third = Roots("/run/first"), Roots("/run/second"), Roots("/run/third")
+    asyncio.run(first.take(str(root)))
     shutil.rmtree(root)
-    first.renew()
+    asyncio.run(first.renew())
     root.mkdir()
-    first.renew()
+    asyncio.run(first.renew())
     with pytest.raises(AgentUnavailable):
         asyncio.run(second.take(str(root)))
-    first.close()
+    shutil.rmtree(root)
+    root.mkdir()
+    asyncio.run(third.take(str(root)))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            asyncio.run(first.renew())
+    assert len(caplog.records) == 1  # told once, and not every second
+    for each in (first, third):
+        asyncio.run(each.close())
+
+
+def test_directories_where_nothing_is_any_more_make_room_for_others(
+    runtime_dir: Path, tmp_path: Path
+) -> None:
+    held = Roots(str(runtime_dir))
+
+    async def use(path: Path) -> None:
+        os.mkdir(path, 0o700)
+        held.note(str(path))
+        await held.take(str(path))
+        held.loaded.append(str(path))
+
+    async def story() -> None:
+        for number in range(MAX_ROOTS):
+            await use(tmp_path / str(number))
+        (tmp_path / "0" / "run").mkdir()
+        shutil.rmtree(tmp_path / "1")
+        with pytest.raises(UsageError, match="64 RAM directories"):
+            await use(tmp_path / "more")
+        await held.let_go({str(tmp_path / "2")})
+        assert held.loaded == [str(tmp_path / "0"), str(tmp_path / "2")]
+        held.note(str(tmp_path / "more"))
+        other = Roots("/run/other")
+        await other.take(str(tmp_path / "3"))
+        await other.close()
+        assert await Roots(str(runtime_dir)).known() == [
+            str(tmp_path / name) for name in ("0", "2", "more")
+        ]
+        await held.close()
+
+    asyncio.run(story())
 
 
 def test_a_job_finds_the_agent_that_has_its_memory(
@@ -57,8 +125,8 @@ def test_a_job_finds_the_agent_that_has_its_memory(
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     there = address.find()
     address.make_directory(there.directory)
-    roots = Roots(there.directory)
-    asyncio.run(roots.take(str(root)))
+    held = Roots(there.directory)
+    asyncio.run(held.take(str(root)))
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     own = address.find()
     assert own != there  # nobody listens
@@ -67,4 +135,4 @@ def test_a_job_finds_the_agent_that_has_its_memory(
         for bad in (b"relative\0path", os.fsencode(root / ".agent" / "is a file")):
             (root / ".agent").write_bytes(bad)
             assert address.find() == own
-    roots.close()
+    asyncio.run(held.close())

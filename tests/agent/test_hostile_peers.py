@@ -339,6 +339,19 @@ def test_a_peer_that_falls_silent_is_named_in_time(scene: Scene, at: int) -> Non
 # -- the port for small messages -------------------------------------------------------------------
 
 
+def test_who_comes_while_there_is_no_thread_is_refused_and_the_next_is_answered(
+    scene: Scene, talk: Callable[[], Talk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert talk().is_closed()
+    until(lambda: scene.num_connections() == 0)
+    talk().prove()
+
+
 def test_the_control_port_is_no_softer(tmp_path: Path) -> None:
     with two_nodes.nodes(2) as pair:
         secret = two_nodes.joined(RUN, *pair)

@@ -11,7 +11,8 @@ import pytest
 
 from mtckpt._events import EventStream
 from mtckpt._manifest import save_name
-from mtckpt.agent import work
+from mtckpt.agent import registry as registries
+from mtckpt.agent import roots, work
 from mtckpt.agent.leftovers import Leftovers
 from mtckpt.agent.owners import Owner
 from mtckpt.agent.queue import Limits, SlotState
@@ -97,5 +98,35 @@ def test_memory_that_an_agent_could_not_look_at_is_looked_at_when_a_run_is_opene
                 await registry.run_for("r", message)
             assert asked == [work.ReadRunConfigs]
         assert registry.runs == {}
+
+    asyncio.run(story())
+
+
+def test_memory_that_another_agent_had_at_the_start_is_looked_at_once_that_has_ended(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody need open a run for what it is owed to go on its way."""
+    monkeypatch.setattr(roots, "WAIT_S", 0.0)
+    monkeypatch.setattr(registries, "LATE_S", 3.0)
+    (tmp_path / "run").mkdir(mode=0o700)
+    (tmp_path / "a").mkdir()
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        if isinstance(command, work.ReadRunConfigs):
+            return work.RunConfigs([work.RunConfig("r", "r")], [])
+        return work.Scanned([]) if isinstance(command, work.Scan) else work.Stored()
+
+    async def story() -> None:
+        tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+        ending = roots.Roots(str(tmp_path / "ending"))
+        await ending.take(str(tmp_path / "a"))
+        registry = Registry(tools, str(tmp_path / "run"), service=False)
+        registry.held.note(str(tmp_path / "a"))
+        await registry.start()
+        assert registry.runs == {}
+        await ending.close()
+        while "r" not in registry.runs:  # noqa: ASYNC110 - as somebody who looks at status
+            await asyncio.sleep(0.01)  # LATE_S at most, or the test's own time
+        await registry.held.close()
 
     asyncio.run(story())

@@ -10,11 +10,12 @@ import pytest
 
 from mtckpt._manifest import FORMAT_VERSION, Incarnation, SaveName
 from mtckpt.agent import queue, work
-from mtckpt.agent.notes import config_of
+from mtckpt.agent.leftovers import adopt_slots
+from mtckpt.agent.notes import config_of, left_s_of
 from mtckpt.agent.owners import Owner
 from mtckpt.agent.protocol import TierConfig, WireError
 from mtckpt.agent.queue import Limits
-from mtckpt.agent.registry import Registry, _adopt_slots
+from mtckpt.agent.registry import Registry
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, Plan, SaveState, TierState
 
@@ -105,7 +106,7 @@ def test_slots_that_an_earlier_agent_left_fit_whose_ranks_are_of_unequal_size(
     run: RunState,
 ) -> None:
     run.note_scan(RAM, work.RunScan("r", [found(10, [0, 1])]))
-    _adopt_slots(run, [], "?")
+    adopt_slots(run, [], "?")
     sizes = {slot.rank: slot.shard_bytes for slot in run.slots.values()}
     assert sizes == dict(enumerate(SIZES))
     assert [s.rank for s in run.slots.values() if s.fits(Plan(SIZES[1], 64))] == [1]
@@ -247,3 +248,12 @@ def test_what_is_done_for_a_save_does_not_grow_with_those_that_were_before(run: 
     assert at(run, 7).ranks
     assert at(run, 2000).stages == ["staged", "replicated"]  # who waits for it is still told
     assert len(run.saves) <= 500
+
+
+def test_a_time_since_another_start_of_the_machine_says_nothing(run: RunState) -> None:
+    """Slots beside a disk outlive a reboot: nobody has been away from them for longer than it."""
+    run.left_s = 5.0
+    noted = config_of(run).extra
+    assert left_s_of(noted, 100.0) == 5.0
+    assert left_s_of({**noted, "boot_id": "another"}, 100.0) == 100.0
+    assert left_s_of({}, 100.0) == 100.0

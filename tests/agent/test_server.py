@@ -376,7 +376,7 @@ def test_it_is_healthy_before_it_is_ready(tmp_path: Path) -> None:
         await registry.stop(5.0)
         await server.stop()
         await pool.close()
-        registry.held.close()
+        await registry.held.close()
 
     asyncio.run(serve())
     waiting = "the agent is still reading what an earlier one left"

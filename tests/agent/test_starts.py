@@ -172,7 +172,7 @@ def test_a_start_waits_until_memory_that_is_being_freed_is_free(tmp_path: Path) 
     async def story() -> tuple[RunState, RunState]:
         tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
         registry = AgentRegistry(tools, str(tmp_path), service=False)
-        registry._roots.append(str(tmp_path))
+        registry.held.loaded.append(str(tmp_path))
         verbs = Verbs(registry)
         old = registry.runs["r"] = RunState("r", "r", work.TierRef("ram", str(tmp_path), label=RAM))
         old.closing = True

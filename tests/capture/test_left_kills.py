@@ -152,6 +152,7 @@ def test_what_was_left_is_looked_at_whichever_agent_does_it(
             with pytest.raises(SaveFailed, match="what lay in its slot was damaged"):
                 save.wait("staged", timeout_s=30)
             assert save.skipped
+            assert checkpointer.status().counters["called_off"] == 1
         else:
             save.wait("local", timeout_s=30)
             assert checkpointer.status().counters["left_bytes"] == ALL_BYTES - 2 * CHUNK_BYTES

@@ -110,6 +110,19 @@ def test_ls_of_a_tier_with_several_runs_and_with_none(tier: Path, tmp_path: Path
     assert "no runs" in mtckpt("ls", tmp_path / "empty").output
 
 
+def test_a_directory_that_is_named_like_a_run_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build_save(tmp_path / "checkpoints", "my run", 1, {"w": np.zeros(1)})
+    (place,) = (tmp_path / "checkpoints").iterdir()
+    for command, name in (("ls", "my run"), ("status", "my run"), ("show", place.name)):
+        (*_, action) = as_json(command, name, code=1)["error"]["actions"]
+        assert action.endswith(f": mtckpt ls ./checkpoints/{place.name}")
+    (*_, action) = as_json("ls", "checkpoints", code=1)["error"]["actions"]
+    assert action.endswith(": mtckpt ls ./checkpoints")
+
+
 def test_ls_shows_damage_and_missing_ranks(tier: Path) -> None:
     flip(saves(tier)[10] / "rank-00001.json", 300)
     (saves(tier)[20] / "rank-00001.json").unlink()

@@ -298,3 +298,19 @@ def test_two_tiers_are_never_one_directory(how: str, tmp_path: Path, ram_dir: Pa
         mtckpt.Checkpointer("r", tiers)
     assert "disk-2" in str(caught.value)
     assert list(ram_dir.iterdir()) == []
+
+
+@pytest.mark.root
+def test_a_disk_that_everybody_may_write_to_is_refused_at_once(tmp_path: Path) -> None:
+    """And a directory of ours in it, as in /tmp, is as good as any."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    with pytest.raises(mtckpt.errors.AccessDenied, match=r"by everybody \(mode 1777\)") as caught:
+        open_run("r", mtckpt.Ram(every=1), mtckpt.Disk(shared))
+    assert f"use a directory of your own in it, as {shared}/checkpoints" in str(caught.value)
+    (shared / "mine").mkdir(0o700)
+    state = {"a": np.arange(1000.0)}
+    with open_run("r", mtckpt.Ram(every=1), mtckpt.Disk(shared / "mine")) as checkpointer:
+        checkpointer.save(1, state).wait("local", timeout_s=20)
+    assert steps_on(shared / "mine") == [1]

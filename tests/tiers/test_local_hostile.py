@@ -183,14 +183,21 @@ def test_what_others_can_write_is_refused(tier: LocalTier, root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "who"), [(0o777, "everybody"), (0o1777, "everybody"), (0o770, "its group")]
+    ("mode", "who", "action"),
+    [
+        (0o777, "everybody", "chmod go-w {root}"),
+        (0o1777, "everybody", "use a directory of your own in it, as {root}/checkpoints"),
+        (0o770, "its group", "chmod go-w {root}"),
+    ],
 )
-def test_a_root_that_others_can_write_is_refused(root: Path, mode: int, who: str) -> None:
+def test_a_root_that_others_can_write_is_refused(
+    root: Path, mode: int, who: str, action: str
+) -> None:
     root.mkdir()
     root.chmod(mode)
     with pytest.raises(errors.AccessDenied, match=f"written by {who}") as raised:
         LocalTier(root)
-    assert f"chmod go-w {root}" in str(raised.value)
+    assert action.format(root=root) in str(raised.value)
 
 
 @pytest.mark.root

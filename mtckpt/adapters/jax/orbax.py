@@ -188,10 +188,10 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
 
         Without a template, arrays come as they were saved, in plain containers. ``restore_args``
         say types, which floating-point arrays are converted to, and shardings; ``partial_restore``
-        is ``partial``. Raises what ``Checkpointer.restore`` does, and FormatError for a directory
-        that points nowhere.
+        is ``partial``. A directory may point to another run of the same tiers. Raises what
+        ``Checkpointer.restore`` does, and FormatError for a directory that points nowhere.
         """
-        pointer = self._pointer(directory)
+        pointer = _read_pointer(directory)
         args = args or ocp.args.PyTreeRestore(item)
         wanted = orbax_arguments.wanted_of(args, lambda: self.metadata(directory).tree)
         template = wanted.template
@@ -200,7 +200,10 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         item_name = pointer["item"]
         state = {item_name: template}
         restored = self._checkpointer.restore(
-            state, step=pointer["step"], partial=wanted.is_partial
+            state,
+            step=pointer["step"],
+            partial=wanted.is_partial,
+            source=self._source(pointer),
         )
         found = restored.state[item_name]
         if wanted.template is None:
@@ -216,24 +219,19 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
 
         Raises what ``restore`` does. No array is read.
         """
-        pointer = self._pointer(directory)
+        pointer = _read_pointer(directory)
         item, custom = pointer["item"], pointer.get("custom")
         return orbax_metadata.of_record(self._record(pointer), item, directory, custom)
 
     def _record(self, pointer: dict[str, Any]) -> Record:
         """What one process told of the save; all processes ask for it."""
-        records = self._checkpointer._records(pointer["step"])
+        records = self._checkpointer._records(pointer["step"], self._source(pointer))
         return records[min(records)]
 
-    def _pointer(self, directory: Any) -> dict[str, Any]:
-        pointer = _read_pointer(directory)
-        if pointer["run"] != self._checkpointer.run:
-            raise UsageError(
-                f"the step was saved into the run {pointer['run']!r},"
-                f" and the handler's Checkpointer is of {self._checkpointer.run!r}",
-                state="live state unchanged",
-            )
-        return pointer
+    def _source(self, pointer: dict[str, Any]) -> str | None:
+        """Another run of the same tiers, where the directory is that of another manager."""
+        run: str = pointer["run"]
+        return None if run == self._checkpointer.run else run
 
 
 @ocp.args.register_with_handler(Handler, for_save=True)
@@ -279,6 +277,7 @@ def _read_pointer(directory: Any) -> dict[str, Any]:
     if not (
         isinstance(pointer, dict)
         and isinstance(pointer.get("run"), str)
+        and "/" not in pointer["run"]  # a run, and no place that the file may name
         and type(pointer.get("step")) is int
         and isinstance(pointer.get("item"), str)
     ):

@@ -34,12 +34,17 @@ _NOWHERE = -1, -1
 
 
 class _Member(NamedTuple):
-    """One parameter of the module without FSDP: in which of the optimizer's it is, and where."""
+    """One parameter of the module without FSDP: in which of the optimizer's it is, and where.
+
+    For ``name``, which is empty if nobody knows it, and ``mixed`` see ``flats.Known``.
+    """
 
     number: int
     parameter: torch.Tensor
     unit: Unit | None
     part: int
+    name: str
+    mixed: int
 
     @property
     def is_here(self) -> bool:
@@ -74,13 +79,14 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
     """
     _check(optimizer)
     groups = _members(optimizer)
+    ids = _ids(optimizer, groups)
     native = optimizer.state_dict()
     entries, saved_groups = native["state"], native["param_groups"]
     members = [(member, at) for at, group in enumerate(groups) for member in group]
     likes = [(m, at, entries[m.number]) for m, at in members if m.is_here and entries.get(m.number)]
-    state: dict[int, Any] = {}
+    state: dict[int | str, Any] = {}
     had: set[int] = set()
-    for place, (member, at) in enumerate(members):
+    for place, (member, at) in zip(ids, members, strict=True):
         entry = entries.get(member.number)
         # An optimizer may make state of what it never steps here: its count of steps stays 0.
         described = None if member.is_here else _described(member, at, likes, had)
@@ -90,11 +96,34 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
             state[place] = {name: _part(member, value, had) for name, value in entry.items()}
     numbers = {member.number for member, _ in members}
     state.update({key: value for key, value in entries.items() if key not in numbers})
-    counter = itertools.count()
+    rest = iter(ids)
     for group, inside in zip(saved_groups, groups, strict=True):
-        group["params"] = [next(counter) for _ in inside]
+        group["params"] = list(itertools.islice(rest, len(inside)))
         group.pop("param_names", None)  # those that FSDP gives
     return {**native, "state": state, "param_groups": saved_groups}
+
+
+def _ids(optimizer: Optimizer, groups: Sequence[Sequence[_Member]]) -> Sequence[int | str]:
+    """What the parameters go by: their numbers, or their names where their order is not known."""
+    members = list(itertools.chain(*groups))
+    if all(map(_is_ordered, groups)):
+        return range(len(members))
+    names = [member.name for member in members]
+    if "" in names or len(set(names)) < len(names):
+        raise _unsupported(
+            optimizer,
+            "an FSDP1 module ignores some parameters of a part of it, so that their order is not"
+            " known, and not all parameters of its optimizer have a name of their own",
+            "put one module into the state that all parameters of the optimizer are in",
+            "or give ignored parameters an optimizer of their own",
+        )
+    return names
+
+
+def _is_ordered(group: Sequence[_Member]) -> bool:
+    """False if some of a group are of a part whose other parameters in it FSDP ignores."""
+    mixed = [{m.mixed for m in group if (m.unit is None) is ignored} for ignored in (True, False)]
+    return not (mixed[0] & mixed[1]) - {-1}
 
 
 def _part(member: _Member, value: Any, had: set[int]) -> Any:
@@ -181,8 +210,11 @@ def _pieces(
     """The parameters that one of an optimizer's stands for, with their places."""
     found = flats.known(parameter)
     if not flats.is_flattened(parameter):
-        at = _NOWHERE if found is None else (found.module, found.places[0])
-        yield at, _Member(number, parameter, None, 0)
+        if found is None:
+            yield _NOWHERE, _Member(number, parameter, None, 0, "", -1)
+        else:
+            member = _Member(number, parameter, None, 0, found.names[0], found.mixed[0])
+            yield (found.module, found.places[0]), member
         return
     fsdp = None if found is None or found.fsdp is None else found.fsdp()
     if found is None or fsdp is None:
@@ -190,10 +222,12 @@ def _pieces(
         return
     unit = units[id(fsdp)] if id(fsdp) in units else units.setdefault(id(fsdp), found.unit())
     if found.part is not None:  # in the order that it was given in, which is the module's own
-        yield _NOWHERE, _Member(number, parameter, unit, found.part)
+        name, mixed = found.names[0], found.mixed[0]
+        yield _NOWHERE, _Member(number, parameter, unit, found.part, name, mixed)
         return
-    for index, place in enumerate(found.places):
-        yield (found.module, place), _Member(number, parameter, unit, index)
+    told = zip(found.places, found.names, found.mixed, strict=True)
+    for index, (place, name, mixed) in enumerate(told):
+        yield (found.module, place), _Member(number, parameter, unit, index, name, mixed)
 
 
 def _in_order(placed: Sequence[tuple[_At, _Member]]) -> Iterator[_Member]:
@@ -230,7 +264,10 @@ def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> None
     """Moments go into live ones where there are any, else into fresh ones of the right shape."""
     _check(optimizer)
     groups = _members(optimizer)
-    saved = optimizers.find_saved(optimizer, list(map(len, groups)), node, path, placing)
+    here = optimizers.Here(
+        list(map(len, groups)), lambda: _names(groups), all(map(_is_ordered, groups))
+    )
+    saved = optimizers.find_saved(optimizer, here, node, path, placing)
     if saved is None:
         return
     by_number: dict[int, list[_Saved]] = {}
@@ -266,6 +303,12 @@ def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> None
         optimizers.load(optimizer, parameters, settle(trees), settled)
 
     placing.finish.append(finish)
+
+
+def _names(groups: Sequence[Sequence[_Member]]) -> list[list[str]] | None:
+    """By group; None if any is not known."""
+    names = [[member.name for member in group] for group in groups]
+    return None if any("" in group for group in names) else names
 
 
 def _is_stepped_here(member: _Member) -> bool:

@@ -36,15 +36,20 @@ _Ranks = tuple[int, ...]
 
 class Known(NamedTuple):
     """A parameter that was seen in a module: its unit if it is in one, which of that it is, and its
-    place in the order of the module without FSDP; of a flat parameter the places of all.
+    place in the order of the module without FSDP, and its name there; of a flat parameter those of
+    all.
 
-    ``module`` is a number that all parameters have which were seen in the same one.
+    ``module`` is a number that all parameters have which were seen in the same one. ``mixed`` has
+    one for each part of it of which FSDP ignores some parameters and manages others: where they
+    were among each other is not known. It is -1 elsewhere.
     """
 
     fsdp: Callable[[], Any] | None
     part: int | None
     module: int
     places: tuple[int, ...]
+    names: tuple[str, ...]
+    mixed: tuple[int, ...]
 
     def unit(self) -> Unit | None:
         """Whose piece it is; None for a parameter that FSDP left alone."""
@@ -282,16 +287,24 @@ def note(module: Module) -> None:
     walk = _Walk(module)
     walk.visit(module, "", {}, "")
     number = next(_modules)
+    names = list(walk.found.tensors)
+
+    def known(back: Any, part: int | None, places: list[int]) -> Known:
+        mixed = tuple(walk.mixed.get(place, -1) for place in places)
+        return Known(
+            back, part, number, tuple(places), tuple(names[place] for place in places), mixed
+        )
+
     for unit in walk.found.units:
         places = [walk.places[id(unit), index] for index in range(len(unit.flat._shapes))]
         back = weakref.ref(unit.fsdp)
         if unit.keeps_parameters:
             for index, place in enumerate(places):
-                _known[unit.flat._params[index]] = Known(back, index, number, (place,))
+                _known[unit.flat._params[index]] = known(back, index, [place])
         else:
-            _known[unit.flat] = Known(back, None, number, tuple(places))
+            _known[unit.flat] = known(back, None, places)
     for parameter, place in walk.others:
-        _known[parameter] = Known(None, None, number, (place,))
+        _known[parameter] = known(None, None, [place])
 
 
 class _Walk:
@@ -300,6 +313,7 @@ class _Walk:
     def __init__(self, module: Module) -> None:
         self.found = Found()
         self.places: dict[tuple[int, int], int] = {}
+        self.mixed: dict[int, int] = {}  # by place, see ``Known``
         self.others: list[tuple[torch.Tensor, int]] = []
         self._boxes: dict[tuple[int, int], Boxes] = {}
         self._managed: dict[int, dict[str, tuple[Unit, int]]] = {}
@@ -341,7 +355,7 @@ class _Walk:
                 self.visit(child, f"{prefix}{name}.", types, f"{inner}{name}.")
 
     def _parameters(self, module: Module, prefix: str) -> None:
-        managed = self._managed.get(id(module), {})
+        managed, first = self._managed.get(id(module), {}), len(self.found.tensors)
         # Those that FSDP was to ignore come first: where they were among the others, nobody knows
         # any more, and with use_orig_params FSDP itself has put the others behind them.
         for name, parameter in module._parameters.items():
@@ -349,6 +363,9 @@ class _Walk:
                 continue
             self.others.append((parameter, len(self.found.tensors)))
             self.found.tensors[prefix + name] = parameter
+        if managed and len(self.found.tensors) > first:
+            last = len(self.found.tensors) + len(managed)
+            self.mixed.update(dict.fromkeys(range(first, last), first))
         for name, (unit, index) in managed.items():
             key = id(unit), index
             if key not in self._boxes:  # tied: one object

@@ -224,7 +224,10 @@ def _refusal(tensor: torch.Tensor, template: bool) -> tuple[str, str]:
     if tensor.layout is not torch.strided:
         return f"a sparse tensor ({tensor.layout})", "save its indices and values, or .to_dense()"
     if tensor.is_quantized:
-        return "a quantised tensor", "save .int_repr(), .q_scale() and .q_zero_point()"
+        return "a quantised tensor", (
+            "save .int_repr(), .q_scale() and .q_zero_point(); of a quantised module, save the one"
+            " that it was made of, and quantise that again after restore()"
+        )
     if tensor.dtype not in NAME_OF:
         return f"a tensor of type {tensor.dtype}", "save it as another type, or leave it out"
     if tensor.is_meta and not template:
@@ -276,7 +279,10 @@ def _writable(block: Sequence[torch.Tensor], specs: Sequence[ArraySpec]) -> list
 
 
 def new_tensor(spec: ArraySpec, path: str = "") -> tuple[torch.Tensor, int]:
-    """An empty host tensor in memory of its own, whatever default device is set."""
+    """An empty host tensor in memory of its own, whatever default device is set.
+
+    Raises MemoryError, and UnsupportedState for a type that this torch lacks.
+    """
     dtype = DTYPE_OF.get(spec.dtype)
     if dtype is None:
         raise UnsupportedState(
@@ -286,11 +292,14 @@ def new_tensor(spec: ArraySpec, path: str = "") -> tuple[torch.Tensor, int]:
             state="live state unchanged",
             actions=("restore with a torch that has it, or read it with mtckpt.load",),
         )
-    if dtype is torch.complex32:  # its own constructor warns that it is experimental
-        pairs = torch.empty((*spec.shape, 2), dtype=torch.float16, device="cpu")
-        tensor = torch.view_as_complex(pairs)
-    else:
-        tensor = torch.empty(spec.shape, dtype=dtype, device="cpu")
+    try:
+        if dtype is torch.complex32:  # its own constructor warns that it is experimental
+            pairs = torch.empty((*spec.shape, 2), dtype=torch.float16, device="cpu")
+            tensor = torch.view_as_complex(pairs)
+        else:
+            tensor = torch.empty(spec.shape, dtype=dtype, device="cpu")
+    except RuntimeError as error:  # of its allocator
+        raise MemoryError(str(error).splitlines()[0]) from error
     return tensor, tensor.data_ptr()
 
 

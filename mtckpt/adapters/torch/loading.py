@@ -8,7 +8,7 @@ nothing is said.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,15 @@ _EXTRA = "_extra_state"
 _OF_SCHEDULERS = frozenset(
     {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}
 )
+# Settings of torch that tell optimizers with otherwise the same ones apart, and that none was given
+# later.
+_OF_KINDS = frozenset(
+    {
+        *("alpha", "amsgrad", "betas", "centered", "dampening", "etas", "lambd", "lr_decay"),
+        *("momentum", "momentum_decay", "nesterov", "rho", "step_sizes"),
+    }
+)
+_DECOUPLED = "decoupled_weight_decay"
 # Modules whose names were looked at: they hardly ever change, and there is a save every few steps.
 _checked: weakref.WeakSet[Module] = weakref.WeakSet()
 
@@ -119,15 +128,25 @@ def _decides_for_all(part: Module) -> bool:
     return bool(part._load_state_dict_post_hooks) or isinstance(part, torch.jit.ScriptModule)
 
 
-def other_settings(optimizer: Optimizer, saved: Iterable[str]) -> str:
-    """Why a saved group is of another kind of optimizer; empty if it may be of this one.
+def other_settings(optimizer: Optimizer, number: int, saved: Mapping[str, Any]) -> str:
+    """Why a saved group is of another kind of optimizer than group ``number`` of this one; empty if
+    it may be of this kind. ``saved`` are its settings.
 
-    Torch would take it, and the next step fails for want of a setting. One that only one side has,
-    as another version of torch may, is no reason.
+    Torch would take it, and the next steps would be another optimizer's, or fail for want of a
+    setting. One that only one side has, as another version of torch may, is no reason, unless it is
+    what makes a kind of optimizer.
     """
-    names = set(saved)
-    lacking = optimizer.defaults.keys() - names
-    foreign = names.difference(_OF_SCHEDULERS, *optimizer.param_groups)
-    if not lacking or not foreign:
-        return ""
-    return f"settings {sorted(lacking)} here, {sorted(foreign)} in the checkpoint"
+    lacking = optimizer.defaults.keys() - saved.keys()
+    foreign = saved.keys() - _OF_SCHEDULERS.union(*optimizer.param_groups)
+    is_torchs = type(optimizer).__module__.startswith("torch.optim")
+    kinds = _OF_KINDS & (lacking | foreign) if is_torchs else ()
+    if (lacking and foreign) or kinds:
+        return f"settings {sorted(lacking)} here, {sorted(foreign)} in the checkpoint"
+    here = optimizer.param_groups[number].get(_DECOUPLED)
+    there = saved.get(_DECOUPLED)
+    if isinstance(here, bool) and isinstance(there, bool) and here != there:
+        return (
+            f"{_DECOUPLED}={here} here, {there} in the checkpoint (Adam has False, AdamW True):"
+            " the same moments, and another weight decay"
+        )
+    return ""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Module
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from mtckpt import _state
 from mtckpt._placing import settle
@@ -29,6 +30,7 @@ from mtckpt.adapters.torch import (
     loading,
     optimizers,
     replicas,
+    schedules,
     sharded,
     wrappers,
 )
@@ -78,6 +80,8 @@ def place_object(live: Any, node: Node, path: str, placing: Placing) -> bool:
     if isinstance(live, torch.Generator):
         _place_generator(live, node, path, placing)
         return True
+    if isinstance(live, LRScheduler):
+        schedules.check_kind(live, node, path, placing)
     return False
 
 

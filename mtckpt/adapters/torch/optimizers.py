@@ -6,6 +6,7 @@ modules, nor parameters that are pieces of a flat one (``flat_optimizers``). No 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,14 +16,16 @@ from torch.optim import Optimizer
 from mtckpt import _state
 from mtckpt._placing import settle
 from mtckpt._state import escape
-from mtckpt.adapters.torch import leaves, sharded
+from mtckpt.adapters.torch import leaves, naming, sharded
 from mtckpt.adapters.torch.loading import other_settings
 
 if TYPE_CHECKING:
     from mtckpt._placing import Placing
     from mtckpt._state import Node
+    from mtckpt.adapters.torch.naming import Names
 
 __all__ = [
+    "Here",
     "Moments",
     "Saved",
     "children_of",
@@ -44,16 +47,22 @@ _ELEMENTWISE = frozenset(
 
 
 def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> bool:
-    """Moments go into live ones where there are any, else into fresh tensors; no step is taken."""
-    is_plain = type(optimizer).load_state_dict is Optimizer.load_state_dict
-    here = [len(group["params"]) for group in optimizer.param_groups] if is_plain else None
+    """Moments go into live ones where there are any, else into fresh tensors; no step is taken.
+
+    False for an optimizer that has its own idea of what a state is: it gets fresh tensors.
+    """
+    if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+        if node.kind != _state.DICT:
+            placing.differs(optimizer, node, path)
+        return node.kind != _state.DICT
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    here = Here(sizes, lambda: naming.names_of(optimizer))
     saved = find_saved(optimizer, here, node, path, placing)
     if saved is None:
         return True
-    if not is_plain:
-        return False  # it has its own idea of what a state is: load_state_dict gets fresh tensors
     live = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     parameters = {str(i): parameter for i, parameter in zip(chain(*saved.ids), live, strict=True)}
+    id_of = {str(i): i for i in chain(*saved.ids)}
     trees: dict[Any, Any] = {}
     moments = Moments()
     for key, child in saved.entries.items():
@@ -62,10 +71,21 @@ def place(optimizer: Optimizer, node: Node, path: str, placing: Placing) -> bool
         if parameter is None or child.kind != _state.DICT:
             trees[key] = placing.tree(child, child_path)
         else:
-            trees[int(key)] = place_entry(optimizer, parameter, child, child_path, placing, moments)
+            trees[id_of[str(key)]] = place_entry(
+                optimizer, parameter, child, child_path, placing, moments
+            )
     moments.place(placing)
     others = saved.others(path, placing)
-    placing.finish.append(lambda: load(optimizer, parameters, settle(trees), settle(others)))
+
+    def finish() -> None:
+        settled = settle(others)
+        for group, ids in zip(settled["param_groups"], saved.ids, strict=True):
+            if group.get("params") != ids:  # by name: in another order, which are its own names
+                group["params"] = ids
+                group.pop("param_names", None)
+        load(optimizer, parameters, settle(trees), settled)
+
+    placing.finish.append(finish)
     return True
 
 
@@ -74,12 +94,24 @@ def is_elementwise(optimizer: Optimizer, name: object) -> bool:
     return name in _ELEMENTWISE and type(optimizer).__module__.startswith("torch.optim")
 
 
+class Here(NamedTuple):
+    """The parameters of a live optimizer: how many in each group, and their names if known.
+
+    ``is_ordered``: they have the order in which the module without wrappers has them.
+    """
+
+    sizes: list[int]
+    names: Callable[[], Names | None]
+    is_ordered: bool = True
+
+
 class Saved(NamedTuple):
-    """The state of an optimizer in a checkpoint: ``ids`` are its parameters, group by group."""
+    """The state of an optimizer in a checkpoint: ``ids`` are its parameters, group by group, in the
+    order of those here."""
 
     fields: dict[str, Node]
     entries: dict[Any, Node]
-    ids: list[list[int]]
+    ids: list[list[Any]]
 
     def others(self, path: str, placing: Placing) -> dict[str, Any]:
         """All but the state of parameters."""
@@ -91,29 +123,52 @@ class Saved(NamedTuple):
 
 
 def find_saved(
-    optimizer: Optimizer, here: list[int] | None, node: Node, path: str, placing: Placing
+    optimizer: Optimizer, here: Here, node: Node, path: str, placing: Placing
 ) -> Saved | None:
-    """What was saved; None, and a difference, if its groups are not as long as ``here``.
-
-    ``here`` is None where the optimizer alone knows what its groups are.
-    """
+    """What was saved; None, and a difference, if its groups are not those of ``here``."""
     fields = children_of(node)
     state, groups = fields.get("state"), fields.get("param_groups")
     if state is None or state.kind != _state.DICT or groups is None:
         placing.differs(optimizer, node, path)
         return None
-    ids = [_saved_ids(group, placing) for group in groups.children]
-    if here is not None and here != list(map(len, ids)):
+    saved = [children_of(group) for group in groups.children]
+    ids = [_saved_list(group, "params", placing) for group in saved]
+    if here.sizes != list(map(len, ids)):
         placing.diff.differing.append(
-            f"{path}/param_groups: groups of {here} parameters here, "
+            f"{path}/param_groups: groups of {here.sizes} parameters here, "
             f"of {list(map(len, ids))} in the checkpoint"
         )
         return None
-    is_told = here is not None and not placing.partial
-    for i, group in enumerate(groups.children if is_told else ()):
-        if why := other_settings(optimizer, children_of(group)):
+    ids, why = _in_order(optimizer, ids, saved, here, placing)
+    if why:
+        placing.diff.differing.append(f"{path}/param_groups: {why}")
+        return None
+    for i, group in enumerate(() if placing.partial else saved):
+        plain = {
+            name: placing.plain[child.index] if child.kind == _state.PLAIN else None
+            for name, child in group.items()
+        }
+        if why := other_settings(optimizer, i, plain):
             placing.diff.differing.append(f"{path}/param_groups/{i}: {why}")
     return Saved(fields, dict(zip(state.keys or [], state.children, strict=True)), ids)
+
+
+def _in_order(
+    optimizer: Optimizer,
+    ids: list[list[Any]],
+    saved: list[dict[str, Node]],
+    here: Here,
+    placing: Placing,
+) -> tuple[list[list[Any]], str]:
+    """See ``naming.in_order``; what a hook of loading makes of names is for it alone."""
+    goes_by_name = any(isinstance(i, str) for i in chain(*ids))
+    names = ids if goes_by_name else [_saved_list(g, "param_names", placing) for g in saved]
+    is_told = list(map(len, names)) == here.sizes
+    is_needed = goes_by_name or not here.is_ordered
+    if not is_needed and (not is_told or optimizer._optimizer_load_state_dict_pre_hooks):
+        return ids, ""
+    known = here.names()
+    return naming.in_order(ids, names if is_told else None, known, is_needed=is_needed)
 
 
 def children_of(node: Node) -> dict[str, Node]:
@@ -123,12 +178,12 @@ def children_of(node: Node) -> dict[str, Node]:
     return dict(zip(map(str, node.keys or []), node.children, strict=True))
 
 
-def _saved_ids(group: Node, placing: Placing) -> list[int]:
-    """The parameters of a saved group, as numbers."""
-    params = children_of(group).get("params")
-    if params is None:
+def _saved_list(group: dict[str, Node], name: str, placing: Placing) -> list[Any]:
+    """A list of plain values of a saved group: its parameters as numbers, or their names."""
+    found = group.get(name)
+    if found is None:
         return []
-    return [placing.plain[child.index] for child in params.children if child.kind == _state.PLAIN]
+    return [placing.plain[child.index] for child in found.children if child.kind == _state.PLAIN]
 
 
 class Moments:

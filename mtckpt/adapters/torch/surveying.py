@@ -13,21 +13,23 @@ from torch.optim import Optimizer
 
 from mtckpt._node import MAX_DEPTH
 from mtckpt._replicas import Replicated
-from mtckpt.adapters.torch import flat_optimizers, flats, replicas, wrappers
+from mtckpt.adapters.torch import flat_optimizers, flats, naming, replicas, wrappers
 
 __all__ = ["survey"]
 
 
 def survey(state: object) -> None:
-    """Note the parameters of replicated modules, and of FSDP1's where an optimizer has any."""
+    """Note the modules, the parameters of replicated ones, and FSDP1's that an optimizer has."""
     objects = list(_objects_in(state))
     for value in objects:
         if replicas.is_replicated(value):
             replicas.note(value)
-    if any(isinstance(value, Optimizer) and flat_optimizers.has_flat(value) for value in objects):
-        flat = [each for each in objects if isinstance(each, Module) and flats.has_flat(each)]
+    optimizers = [value for value in objects if isinstance(value, Optimizer)]
+    modules = [value for value in objects if isinstance(value, Module)] if optimizers else []
+    naming.note(modules)
+    if any(map(flat_optimizers.has_flat, optimizers)):
         # The whole after its parts: what counts is the order of the whole.
-        for module in sorted(flat, key=lambda each: sum(1 for _ in each.modules())):
+        for module in naming.by_size(filter(flats.has_flat, modules)):
             flats.note(module)
 
 

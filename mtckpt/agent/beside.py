@@ -1,0 +1,128 @@
+"""Directories of slots on a disk, beside the runs of a tier: each agent has one of its own there.
+
+Containers with little memory may share a disk, and so may hosts. Knows what these directories are
+called, which of them are nobody's any more, and how what is left of a run there is taken over.
+Does not know what lies in them. All calls block.
+
+One is nobody's if its lock can be had and locks on that disk tell of every process that could have
+it: its agent ran under this kernel, which its name says, or the disk is of a kind that one machine
+alone has mounted. Of any other, as on NFS after its host is gone, nobody can tell from here: it is
+left alone, and said. Only what is left of the very run that is opened is taken over: where the
+slower tiers of another one are, as seen from here, only its own job can say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+
+from mtckpt import _probe
+from mtckpt._slots import BESIDE
+from mtckpt.agent.holding import LOCK, NOTE, Lock, lock
+from mtckpt.errors import TierUnavailable
+
+__all__ = ["Taken", "has_left", "is_asked", "is_one", "make", "remove", "take_over"]
+
+_NAME = re.compile(r"([0-9a-f-]{36}|unknown)\.[0-9a-f]{16}")
+# File systems that no two machines have mounted at once: a lock that can be had there is free.
+_OF_ONE_MACHINE = frozenset(
+    ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs")
+)
+
+
+@dataclass(slots=True)
+class Taken:
+    """What became of a look: ``here`` if the run is in the directory now, from wherever it came;
+    ``left`` are directories that have some of it, and whose agent may live."""
+
+    here: bool = False
+    left: list[str] = field(default_factory=list)
+
+
+def is_asked(path: str) -> bool:
+    """Whether this is where agents have their directories, on some disk."""
+    return os.path.basename(path) == BESIDE
+
+
+def is_one(root: str) -> bool:
+    """Whether this is the directory of one agent beside a disk."""
+    parent, name = os.path.split(root)
+    return is_asked(parent) and bool(_NAME.fullmatch(name))
+
+
+def make(place: str, boot_id: str) -> str:
+    """A new directory for one agent of this boot of this machine. OSError."""
+    os.makedirs(place, mode=0o700, exist_ok=True)
+    root = os.path.join(place, f"{boot_id or 'unknown'}.{os.urandom(8).hex()}")
+    os.mkdir(root, 0o700)
+    return root
+
+
+def has_left(place: str, run_key: str) -> bool:
+    """Whether any directory there has something of a run."""
+    return any(os.path.isdir(os.path.join(root, run_key)) for root in _all(place))
+
+
+def take_over(place: str, run_key: str, own: str, boot_id: str) -> Taken:
+    """Bring what is left of a run into ``own``, from one directory that is nobody's any more."""
+    taken = Taken(os.path.isdir(os.path.join(own, run_key)))
+    for root in _all(place):
+        there = os.path.join(root, run_key)
+        if root == own or (held := _try(root)) is None:
+            continue
+        try:
+            dead = _is_dead(root, boot_id)
+            if os.path.isdir(there) and not dead:
+                taken.left.append(root)
+            elif os.path.isdir(there) and not taken.here:
+                os.rename(there, os.path.join(own, run_key))
+                taken.here = True
+            if dead:
+                remove(root)
+        finally:
+            held.close()
+    return taken
+
+
+def remove(root: str) -> None:
+    """Remove a directory that is locked, if no run has anything in it; and the last one's place."""
+    with contextlib.suppress(OSError):
+        if set(os.listdir(root)) <= {NOTE, LOCK}:
+            for name in (NOTE, LOCK):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(root, name))
+            os.rmdir(root)
+            os.rmdir(os.path.dirname(root))
+
+
+def _try(root: str) -> Lock | None:
+    """The lock, where it can be had and says something."""
+    with contextlib.suppress(OSError, TierUnavailable):
+        return lock(root)
+    return None
+
+
+def _all(place: str) -> list[str]:
+    """The directories of all agents there; what somebody else could have put there is none."""
+    roots = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if _is_ours(place):
+            roots = sorted(os.path.join(place, name) for name in os.listdir(place))
+    return [root for root in roots if is_one(root) and _is_ours(root)]
+
+
+def _is_ours(path: str) -> bool:
+    info = os.lstat(path)
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o022
+
+
+def _is_dead(root: str, boot_id: str) -> bool:
+    """Whether nobody can have a directory whose lock is ours."""
+    started_in = os.path.basename(root).partition(".")[0]
+    if boot_id and started_in == boot_id:
+        return True
+    mount = _probe.mount_at(root)
+    return mount is not None and mount.kind in _OF_ONE_MACHINE

@@ -1,0 +1,242 @@
+"""The directories of slots that an agent has: taken for itself alone, noted for the next agent.
+
+Knows the list of them, which is kept beside the agent's socket. One may lie on a disk that does not
+answer: then that directory is not usable, and nothing else waits for it. Does not know runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Collection
+from typing import TypeVar
+
+from mtckpt.agent import beside
+from mtckpt.agent.holding import NOTE, Lock, lock, noted
+from mtckpt.errors import AgentUnavailable, TierError, TierUnavailable, UsageError
+from mtckpt.tiers._os_errors import tier_error
+
+__all__ = ["Roots", "aside"]
+
+logger = logging.getLogger(__name__)
+
+ROOTS_NAME = "ram-roots.json"
+MAX_ROOTS = 64
+# An agent that ends may still be writing there.
+WAIT_S = 3.0
+_POLL_S = 0.05
+ANSWER_S = 10.0
+# What a run may wait for at its start, where another of its tiers may have all that it needs.
+LOOK_S = 0.3
+_T = TypeVar("_T")
+
+
+async def aside(work: Callable[[], _T], where: str, timeout_s: float = ANSWER_S) -> _T:
+    """``work`` in a thread that is left behind where a disk hangs. Raises TierUnavailable then."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[_T] = loop.create_future()
+
+    def settle(result: _T | None, error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(result)  # type: ignore[arg-type]  # of a work that has ended
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - raised by whoever waits
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name=f"mtckpt-{where}", daemon=True).start()
+    try:
+        return await asyncio.wait_for(done, timeout_s)
+    except asyncio.TimeoutError:
+        raise TierUnavailable(
+            f"{where} did not answer within {timeout_s:g} s", tier="ram"
+        ) from None
+
+
+class Roots:
+    """The directories of slots that this agent has. ``directory`` is where it is reached.
+
+    ``loaded`` are those whose runs it has taken in.
+    """
+
+    def __init__(self, directory: str, default: str = "", boot_id: str = "") -> None:
+        self.loaded: list[str] = []
+        self._directory = directory
+        self._default = default
+        self._boot_id = boot_id
+        self._path = os.path.join(directory, ROOTS_NAME)
+        self._locks: dict[str, Lock | None] = {}  # None where nothing can be locked
+        self._noted: list[str] = []
+        self._lost: set[str] = set()
+
+    async def known(self) -> list[str]:
+        """Those that there are, of this agent and of the one before it; the default one first."""
+        self._read()
+        found = []
+        for path in dict.fromkeys([self._default, *self._noted]):
+            try:
+                if await aside(functools.partial(os.path.isdir, path), path):
+                    found.append(path)
+            except TierUnavailable as error:
+                logger.warning("RAM tier %s is not usable: %s", path, error)
+        return found
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError, ValueError), open(self._path, "rb") as file:
+            paths = [path for path in json.load(file)[:MAX_ROOTS] if isinstance(path, str)]
+            self._noted = list(dict.fromkeys(paths))
+
+    def note(self, root: str) -> None:
+        """Have the next agent look there too. Raises UsageError where there are too many."""
+        if root in (self._default, *self._noted):
+            return
+        if len(self._noted) >= MAX_ROOTS:
+            raise UsageError(f"this agent has {MAX_ROOTS} RAM directories already")
+        self._write([*self._noted, root])
+
+    def _write(self, noted: list[str]) -> None:
+        self._noted = noted
+        temporary = f"{self._path}.{os.getpid()}"
+        with contextlib.suppress(OSError):  # the default directory is always looked at
+            with open(temporary, "w") as file:
+                json.dump(noted, file)
+            os.replace(temporary, self._path)
+
+    async def own(self, place: str) -> str:
+        """This agent's directory beside a disk, made where it has none yet. Raises TierUnavailable,
+        TierError."""
+        for root in [*self.loaded, *self._noted]:
+            if beside.is_one(root) and os.path.dirname(root) == place:
+                return root
+        try:
+            return await aside(functools.partial(beside.make, place, self._boot_id), place)
+        except OSError as error:
+            raise tier_error(error, doing="open", tier="ram", key=None, place=place) from error
+
+    async def take_over(self, run_key: str, place: str) -> str:
+        """Where a run that an agent which is gone has left beside a disk is from now on: this
+        agent's directory there; "" where nothing is left of it that could be taken over."""
+        try:
+            look = functools.partial(beside.has_left, place, run_key)
+            if not await aside(look, place, LOOK_S):
+                return ""
+            own = await self.own(place)
+            self.note(own)
+            await self.take(own)  # before anything is in it
+            take_over = functools.partial(beside.take_over, place, run_key, own, self._boot_id)
+            taken = await aside(take_over, place)
+        except (OSError, TierError) as error:
+            # A restore finds out by itself whether that disk answers.
+            logger.warning("run %s: %s is not looked into: %s", run_key, place, error)
+            return ""
+        for root in taken.left:
+            logger.warning(
+                "run %s: an agent of another host has left slots in %s, and nobody can tell from"
+                " here whether its job lives: remove that directory if it does not",
+                run_key, root,
+            )  # fmt: skip
+        return own if taken.here else ""
+
+    async def take(self, root: str) -> None:
+        """Have a directory that is there for this agent alone. Raises AgentUnavailable."""
+        deadline_s = time.monotonic() + WAIT_S
+        while root not in self._locks and not await aside(lambda: self._try(root), root):
+            if time.monotonic() >= deadline_s:
+                other = noted(root) or "another directory"
+                raise AgentUnavailable(
+                    f"another agent of this user, at {other}, has the memory in {root}",
+                    state="nothing was done",
+                    actions=[
+                        f"let this job use that one: MTCKPT_RUNTIME_DIR={other}",
+                        "or give it memory of its own: MTCKPT_RAM_DIR",
+                    ],
+                    path=root,
+                )
+            await asyncio.sleep(_POLL_S)
+
+    async def renew(self) -> None:
+        """Take directories again that somebody has removed, and that were made anew."""
+        for root, held in list(self._locks.items()):
+            if held is not None:
+                with contextlib.suppress(TierUnavailable):
+                    await aside(functools.partial(self._renew, root, held), root)
+
+    def _renew(self, root: str, held: Lock) -> None:
+        with contextlib.suppress(OSError, TierUnavailable):  # it is not there: nobody has it
+            if held.is_of(root) or self._try(root):
+                self._lost.discard(root)
+            elif root not in self._lost:
+                self._lost.add(root)
+                logger.warning("%s was made anew, and another agent has it", root)
+
+    async def let_go(self, used: Collection[str]) -> None:
+        """Let others have those where nothing is, or that are gone themselves."""
+        for root in [*self.loaded, *self._noted]:
+            if root in used or root == self._default:
+                continue
+            with contextlib.suppress(TierUnavailable):
+                if await aside(functools.partial(self._leave, root), root):
+                    self.loaded = [path for path in self.loaded if path != root]
+                    self._write([path for path in self._noted if path != root])
+
+    def _leave(self, root: str) -> bool:
+        """Unlock a directory that has no run; the one beside a disk goes. False if it has any."""
+        try:
+            with os.scandir(root) as entries:
+                if any(entry.is_dir(follow_symlinks=False) for entry in entries):
+                    return False
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                return False
+        self._release(root)
+        return True
+
+    def _release(self, root: str) -> None:
+        held = self._locks.pop(root, None)
+        with contextlib.suppress(OSError):
+            if noted(root) == self._directory:
+                os.unlink(os.path.join(root, NOTE))
+        if held is not None:
+            if beside.is_one(root):
+                beside.remove(root)
+            held.close()
+
+    async def close(self) -> None:
+        """Let others have them. Idempotent."""
+        for root in list(self._locks):
+            with contextlib.suppress(TierUnavailable):  # its lock ends with this process
+                await aside(functools.partial(self._release, root), root)
+
+    def _try(self, root: str) -> bool:
+        try:
+            held = lock(root)
+        except OSError as error:
+            logger.warning("%s cannot be locked: %s; one agent alone must use it", root, error)
+            self._locks[root] = None
+            return True
+        if held is None:
+            return False
+        before = self._locks.pop(root, None)
+        if before is not None:
+            before.close()
+        self._locks[root] = held
+        with contextlib.suppress(OSError):  # full: a hint less
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(os.path.join(root, NOTE), flags, 0o600), "wb") as file:
+                file.write(os.fsencode(self._directory))
+        return True

@@ -1,0 +1,119 @@
+"""Directories of slots beside a disk: each agent has its own, and takes over what the dead left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from mtckpt._slots import BESIDE
+from mtckpt.agent import beside
+from mtckpt.agent.roots import Roots
+
+HERE, ELSEWHERE = ("11111111-2222-3333-4444-555555555555", "99999999-2222-3333-4444-555555555555")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> str:
+    return str(tmp_path / BESIDE)
+
+
+def agent_with(place: str, runtime: Path, *runs: str, boot_id: str = HERE) -> tuple[Roots, Path]:
+    """An agent that has these runs there."""
+    runtime.mkdir()
+    held = Roots(str(runtime), boot_id=boot_id)
+
+    async def begin() -> str:
+        own = await held.own(place)
+        held.note(own)
+        await held.take(own)
+        return own
+
+    own = Path(asyncio.run(begin()))
+    for run in runs:
+        (own / run).mkdir()
+        (own / run / "file").write_text(str(runtime))
+    return held, own
+
+
+def ended(held: Roots) -> None:
+    """Killed: nothing of its own doing happens any more, and the kernel lets go of its locks."""
+    for lock in held._locks.values():
+        assert lock is not None
+        lock.close()
+    held._locks.clear()
+
+
+def test_agents_that_share_a_disk_have_directories_of_their_own(place: str, tmp_path: Path) -> None:
+    first, one = agent_with(place, tmp_path / "a", "r")
+    second, other = agent_with(place, tmp_path / "b", "s")
+    assert one != other
+    assert asyncio.run(first.own(place)) == str(one)
+    # The next agent of that place goes on with what is its own.
+    ended(first)
+    again = Roots(str(tmp_path / "a"), boot_id=HERE)
+    assert asyncio.run(again.known()) == [str(one)]
+    assert asyncio.run(again.own(place)) == str(one)
+    asyncio.run(second.close())
+    assert (other / "s").is_dir()
+
+
+def test_a_run_that_a_dead_agent_left_is_taken_over_and_nothing_else(
+    place: str, tmp_path: Path
+) -> None:
+    dead, left = agent_with(place, tmp_path / "a", "r", "s")
+    living, kept = agent_with(place, tmp_path / "b", "r")
+    ended(dead)
+    third, own = agent_with(place, tmp_path / "c")
+    assert asyncio.run(third.take_over("r", place)) == str(own)
+    assert (own / "r" / "file").read_text() == str(tmp_path / "a")
+    assert os.listdir(kept / "r") == ["file"]
+    assert os.listdir(left / "s") == ["file"]
+    assert asyncio.run(third.take_over("t", place)) == ""
+    assert asyncio.run(third.take_over("s", place)) == str(own)
+    assert not left.exists()
+    # What lives is never taken, and not even when there is nothing else.
+    fourth, _ = agent_with(place, tmp_path / "d")
+    assert asyncio.run(fourth.take_over("r", place)) == ""
+    for held in (living, third, fourth):
+        asyncio.run(held.close())
+    assert sorted(os.listdir(place)) == sorted([kept.name, own.name])
+
+
+def test_what_another_host_left_is_taken_over_only_where_its_locks_would_be_seen(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    far, left = agent_with(place, tmp_path / "a", "r", boot_id=ELSEWHERE)
+    ended(far)
+    here, own = agent_with(place, tmp_path / "b")
+    monkeypatch.setattr(beside, "_OF_ONE_MACHINE", frozenset())  # as on NFS
+    assert asyncio.run(here.take_over("r", place)) == ""
+    assert f"has left slots in {left}" in caplog.text
+    assert os.listdir(left / "r") == ["file"]
+    monkeypatch.undo()
+    # An earlier start of this machine, on a disk that no other one has mounted.
+    assert asyncio.run(here.take_over("r", place)) == str(own)
+    asyncio.run(here.close())
+
+
+def test_a_directory_that_has_nothing_left_goes_with_its_agent(place: str, tmp_path: Path) -> None:
+    held, _ = agent_with(place, tmp_path / "a")
+    asyncio.run(held.close())
+    assert not os.path.exists(place)
+
+
+def test_what_somebody_else_could_have_put_there_is_not_looked_at(
+    place: str, tmp_path: Path
+) -> None:
+    held, left = agent_with(place, tmp_path / "a", "r")
+    ended(held)
+    left.chmod(0o777)
+    other, _ = agent_with(place, tmp_path / "b")
+    assert asyncio.run(other.take_over("r", place)) == ""
+    left.chmod(0o700)
+    os.rename(left, tmp_path / "elsewhere")
+    left.symlink_to(tmp_path / "elsewhere")
+    assert asyncio.run(other.take_over("r", place)) == ""
+    asyncio.run(other.close())

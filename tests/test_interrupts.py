@@ -1,0 +1,174 @@
+"""Ctrl-C amid a call, descriptors or threads that run out: what comes after goes on as before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import pytest
+
+import mtckpt
+from mtckpt.capture.cpu import CpuEngine, _Unit
+from mtckpt.errors import AgentUnavailable, RestoreUnavailable
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
+
+_PACKAGE = os.path.dirname(mtckpt.__file__)
+_STRIDE = 9
+
+
+class Interrupting:
+    """Raises KeyboardInterrupt at one of the points at which Python looks for signals: as one of
+    our functions begins, or as a call of C from one ends."""
+
+    def __init__(self, point: int) -> None:
+        self._left = point
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> None:
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(_PACKAGE):
+            self._left -= 1
+            if self._left < 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+
+def test_an_interrupt_anywhere_in_a_save_costs_that_save_alone(seed: int) -> None:
+    """With two slots: one that nobody gave back would leave none for any later save."""
+    tiers = [mtckpt.Ram(every=1, slots=2)]
+    with mtckpt.Checkpointer("r", tiers, timeout_s=20, max_stall_s=10) as checkpointer:
+        state = {"w": np.zeros(1000, int)}
+        for step in (1, 2):
+            checkpointer.save(step, state).wait("staged", timeout_s=20)
+        step = 2
+        for point in range(seed % _STRIDE, 2000, _STRIDE):
+            step += 2
+            sys.setprofile(Interrupting(point))
+            try:
+                checkpointer.save(step - 1, state)
+            except KeyboardInterrupt:
+                sys.setprofile(None)
+            else:
+                break
+            finally:
+                sys.setprofile(None)
+            state["w"][:] = step
+            saved = checkpointer.save(step, state)
+            assert not saved.skipped, f"after an interrupt at point {point}"
+            saved.wait("staged", timeout_s=20)
+        assert 100 < point < 2000
+        template = {"w": np.zeros(1000, int)}
+        assert checkpointer.restore(template).step == step - 1
+        assert (template["w"] == step - 2).all()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core copies by one thread")
+def test_nobody_copies_any_more_once_an_interrupt_is_out() -> None:
+    main = threading.main_thread()
+    ended: list[int] = []
+
+    def work(unit: _Unit) -> None:
+        if threading.current_thread() is main:
+            return
+        assert main.ident is not None
+        signal.pthread_kill(main.ident, signal.SIGINT)
+        time.sleep(0.3)  # as a large piece takes
+        ended.append(unit.which)
+
+    units = [_Unit(which, 0, 0, 64 << 20, 0) for which in range(2)]
+    # Whoever comes first may have both: then the other thread has had none.
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(1000):
+            CpuEngine()._run(units, work)
+    assert ended
+
+
+DESCRIPTORS = """
+import logging, os, resource, signal, sys, threading
+import numpy as np
+import mtckpt
+
+heard = threading.Semaphore(0)
+
+class Hear(logging.Handler):
+    def emit(self, record):
+        if "starting another" in record.getMessage() and record.threadName == "mtckpt-listener":
+            heard.release()
+
+logging.getLogger("mtckpt").addHandler(Hear())
+tiers = [mtckpt.Ram(every=1), mtckpt.Disk(sys.argv[1])]
+checkpointer = mtckpt.Checkpointer("r", tiers, timeout_s=20, max_stall_s=20)
+state = {"w": np.ones(1000)}
+checkpointer.save(1, state).wait("local", timeout_s=20)
+agent = int(open(os.environ["MTCKPT_RUNTIME_DIR"] + "/agent.pid").read())
+limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+os.kill(agent, signal.SIGKILL)
+assert all(heard.acquire(timeout=10) for _ in range(2)), "nobody listens any more"
+try:
+    checkpointer.save(2, state)
+except mtckpt.errors.CheckpointError as error:
+    print(type(error).__name__, error.what)
+resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+checkpointer.save(3, state, tiers="all").wait("local", timeout_s=20)
+checkpointer.close(timeout_s=20)
+"""
+
+
+def test_descriptors_that_run_out_while_the_agent_is_away_cost_a_save(tmp_path: Path) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", DESCRIPTORS, str(tmp_path / "disk")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+        timeout=55,
+        check=False,
+    )
+    assert said.returncode == 0, said.stderr
+    assert "CaptureFailed the record could not be written: Too many open files" in said.stdout
+
+
+@pytest.fixture
+def no_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """As where a limit of processes is reached (``pids.max`` of a container)."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    @contextlib.contextmanager
+    def without() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            yield
+
+    return without
+
+
+def test_without_threads_calls_fail_by_errors_of_ours_and_work_again_later(
+    tmp_path: Path, no_threads: Callable[[], contextlib.AbstractContextManager[None]]
+) -> None:
+    tiers = [mtckpt.Ram(every=1, slots=2), mtckpt.Disk(tmp_path / "disk")]
+    checkpointer = mtckpt.Checkpointer("r", tiers, timeout_s=20, max_stall_s=10)
+    state = {"w": np.zeros(3_000_000, int)}  # more than one thread's share
+    with no_threads(), pytest.raises(AgentUnavailable, match="can't start new thread"):
+        checkpointer.save(1, state)
+    checkpointer.save(2, state).wait("local", timeout_s=20)
+    with no_threads():
+        saved = checkpointer.save(3, state)
+        with pytest.raises(RestoreUnavailable, match="disk was not asked"):
+            checkpointer.restore(state)
+    saved.wait("local", timeout_s=20)
+    checkpointer.save(4, state).wait("local", timeout_s=20)
+    assert checkpointer.restore(state).step == 4
+    with no_threads():  # as at the end of the process, which some versions of Python see so
+        checkpointer.close(timeout_s=20)
