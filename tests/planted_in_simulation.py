@@ -91,7 +91,7 @@ BUGS = (
         "agent/verbs.py",
         "        await self._registry.agreement.begun(run, message.number, message.parent)\n",
         "",
-        20,
+        41,
     ),
     SimulatedBug(
         "slots-given-by-an-earlier-agent-never-settled",
