@@ -146,6 +146,7 @@ def test_what_is_not_offered_any_more_is_tried_again_later(scene: Scene) -> None
 
 
 def test_no_room_is_said_before_a_byte_comes(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtckpt._room.tier_label", lambda _: "ram")
     monkeypatch.setattr("mtckpt._room.memory_left_bytes", lambda: (1 << 20, "cgroup /job"))
     with pytest.raises(TierFull, match="cgroup /job has no room"):
         scene.pull()
