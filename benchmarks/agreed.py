@@ -146,7 +146,7 @@ def agree(num_ranks: int) -> dict[str, float]:
             rank.restore()
             begun[0] += 1
             for number, step in enumerate(STEPS):
-                rank.world.loop.fiber.wait(_until(wanted[number]))
+                rank.world.loop.fiber.pause(wanted[number], None)
                 rank.save(step).wait("staged", timeout_s=100.0)
 
         async def play() -> None:
@@ -184,10 +184,6 @@ def _look_for_errors(ranks: Sequence[Any]) -> None:
     for rank in ranks:
         if rank.error is not None or rank.main.error is not None:
             raise SystemExit(f"rank {rank.rank}: {rank.error or rank.main.error!r}")
-
-
-async def _until(future: Any) -> None:
-    await future
 
 
 async def _pause(pause_s: float) -> None:
