@@ -115,7 +115,10 @@ def _all(place: str) -> list[str]:
 
 
 def _is_ours(path: str) -> bool:
-    info = os.lstat(path)
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return False  # another agent has tidied up meanwhile
     return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o022
 
 

@@ -248,7 +248,8 @@ class Registry:
             await self._load_root(root)
         for tier in () if self.service else message.tiers:
             if tier.kind == "disk" and key not in self.runs:
-                own = await self.held.take_over(key, os.path.join(tier.path, BESIDE))
+                place = os.path.join(tier.path, BESIDE)
+                own = await self.held.take_over(key, place, message.patience_s)
                 if own:
                     # Its tiers are where this job says, not where a container before had them.
                     await self._load_root(own, work.RunConfig(message.run, key, message.tiers))
