@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 
@@ -20,7 +20,7 @@ from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.agent.tools import Tools
 
-KINDS = ("disk", "peers", "store")
+KINDS: tuple[Literal["disk", "peers", "store"], ...] = ("disk", "peers", "store")
 
 
 def save_at(step: int, **ranks: set[int]) -> SaveState:
