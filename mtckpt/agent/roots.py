@@ -126,8 +126,10 @@ class Roots:
     async def own(self, place: str) -> str:
         """This agent's directory beside a disk, made where it has none yet. Raises TierUnavailable,
         TierError."""
-        for root in [*self.loaded, *self._noted]:
-            if beside.is_one(root) and os.path.dirname(root) == place:
+        there = [root for root in [*self.loaded, *self._noted] if os.path.dirname(root) == place]
+        for root in filter(beside.is_one, there):
+            # What was empty as the agent before this one ended went with it.
+            if root in self.loaded or await aside(functools.partial(os.path.isdir, root), place):
                 return root
         try:
             return await aside(functools.partial(beside.make, place, self._boot_id), place)

@@ -139,6 +139,21 @@ def test_a_disk_that_is_slow_to_wake_up_is_waited_for_and_one_that_hangs_is_not(
     asyncio.run(here.close())
 
 
+def test_a_directory_that_went_with_its_agent_is_none_for_the_next(
+    place: str, tmp_path: Path
+) -> None:
+    before, empty = agent_with(place, tmp_path / "a")
+    asyncio.run(before.close())
+    dead, _ = agent_with(place, tmp_path / "b", "r")
+    ended(dead)
+    held = Roots(str(tmp_path / "a"), boot_id=HERE)
+    assert asyncio.run(held.known()) == []
+    own = asyncio.run(held.take_over("r", place))
+    assert own not in ("", str(empty))
+    assert os.listdir(os.path.join(own, "r")) == ["file"]
+    asyncio.run(held.close())
+
+
 def test_what_another_agent_removes_amid_a_look_hides_nothing(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
