@@ -93,13 +93,16 @@ class Roots:
     async def known(self) -> list[str]:
         """Those that there are, of this agent and of the one before it; the default one first."""
         self._read()
+        paths = list(dict.fromkeys([self._default, *self._noted]))
+        looks = [aside(functools.partial(os.path.isdir, path), path) for path in paths]
         found = []
-        for path in dict.fromkeys([self._default, *self._noted]):
-            try:
-                if await aside(functools.partial(os.path.isdir, path), path):
-                    found.append(path)
-            except TierUnavailable as error:
-                logger.warning("RAM tier %s is not usable: %s", path, error)
+        for path, is_there in zip(
+            paths, await asyncio.gather(*looks, return_exceptions=True), strict=True
+        ):
+            if isinstance(is_there, BaseException):
+                logger.warning("RAM tier %s is not usable: %s", path, is_there)
+            elif is_there:
+                found.append(path)
         return found
 
     def _read(self) -> None:
@@ -235,10 +238,11 @@ class Roots:
             held.close()
 
     async def close(self) -> None:
-        """Let others have them. Idempotent."""
-        for root in list(self._locks):
-            with contextlib.suppress(TierUnavailable):  # its lock ends with this process
-                await aside(functools.partial(self._release, root), root)
+        """Let others have them, none later because another one hangs. Idempotent."""
+        leaves = [aside(functools.partial(self._release, root), root) for root in self._locks]
+        for error in await asyncio.gather(*leaves, return_exceptions=True):
+            if isinstance(error, BaseException):  # its lock ends with this process
+                logger.info("%s", error)
 
     def _try(self, root: str) -> bool:
         try:

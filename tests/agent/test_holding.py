@@ -129,6 +129,31 @@ def test_a_disk_that_hangs_keeps_one_thread_busy(
     asyncio.run(held.close())
 
 
+def test_a_disk_that_hangs_keeps_no_other_directory(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, next_one = Roots("/run/first"), Roots("/run/next")
+    answers, release = threading.Event(), Roots._release
+
+    def hanging(roots: Roots, path: str) -> None:
+        if path == str(tmp_path):
+            answers.wait(20)
+        release(roots, path)
+
+    async def story() -> None:
+        await held.take(str(tmp_path))
+        await held.take(str(root))
+        monkeypatch.setattr(Roots, "_release", hanging)
+        monkeypatch.setattr(roots, "WAIT_S", 4.0)
+        ending = asyncio.create_task(held.close())
+        await next_one.take(str(root))
+        answers.set()
+        await ending
+        await next_one.close()
+
+    asyncio.run(story())
+
+
 def test_directories_where_nothing_is_any_more_make_room_for_others(
     runtime_dir: Path, tmp_path: Path
 ) -> None:
