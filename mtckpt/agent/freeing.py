@@ -166,7 +166,7 @@ def is_elsewhere(run: RunState) -> bool:
     return not run.unsettled and all(
         has(save, save.ranks.get(RAM, set()), whole) and has(save, save.guests, whole_here)
         for save in run.saves.values()
-        if save.guests or save.ranks.get(RAM)
+        if not save.called_off and (save.guests or save.ranks.get(RAM))
     )
 
 

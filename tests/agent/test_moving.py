@@ -87,6 +87,12 @@ def test_what_is_older_than_something_whole_is_let_go(tmp_path: Path) -> None:
     assert not moves(tmp_path, save_at(10, ram={0}), damaged)
 
 
+def test_what_is_left_of_a_save_that_was_called_off_keeps_nothing(tmp_path: Path) -> None:
+    save = save_at(20, ram={0})
+    save.called_off = "rank 1 is gone"
+    assert moves(tmp_path, save_at(10, ram={0}, disk={0}), save)
+
+
 def test_what_a_dead_trainer_had_finished_is_sealed_before(tmp_path: Path) -> None:
     whole = save_at(10, ram={0}, store={0, 1})
     assert not moves(tmp_path, whole, settling=save_at(20, ram={0}))
