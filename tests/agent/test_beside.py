@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mtckpt._manifest import SaveName
 from mtckpt._slots import BESIDE
 from mtckpt.agent import beside, roots
 from mtckpt.agent.roots import Roots
@@ -136,6 +137,22 @@ def test_a_disk_that_is_slow_to_wake_up_is_waited_for_and_one_that_hangs_is_not(
     assert asyncio.run(here.take_over("r", place, patience_s=1.0)) == ""
     threading.Timer(2 * roots.MIN_LOOK_S, awake.set).start()
     assert asyncio.run(here.take_over("r", place, patience_s=60.0)) == str(own)
+    asyncio.run(here.close())
+
+
+def test_of_several_that_are_left_the_one_with_the_newest_save_is_taken_over(
+    place: str, tmp_path: Path
+) -> None:
+    dead = [agent_with(place, tmp_path / name, "r") for name in "ab"]
+    paths = sorted(own for _, own in dead)
+    for number, (path, incarnation) in enumerate(zip(paths, (1, 2), strict=True)):
+        (path / "r" / str(SaveName(10 - number, incarnation, f"{number:012d}"))).mkdir()
+    for held, _ in dead:
+        ended(held)
+    here, own = agent_with(place, tmp_path / "c")
+    assert asyncio.run(here.take_over("r", place)) == str(own)
+    assert (own / "r" / str(SaveName(9, 2, f"{1:012d}"))).is_dir()
+    assert (paths[0] / "r").is_dir()
     asyncio.run(here.close())
 
 
