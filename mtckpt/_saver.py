@@ -31,6 +31,7 @@ from mtckpt.errors import (
     SaveFailed,
     StageNotPlanned,
     StepExists,
+    TierError,
     TierFull,
     TierUnavailable,
     UsageError,
@@ -176,7 +177,7 @@ class Saver:
             return None
         path = self._session.open().ram_root
         free_bytes = _free_bytes(path)
-        if not free_bytes:
+        if free_bytes is None:
             return None
         layout = captured.plan.layout
         size_bytes = layout.size_bytes + layout.table_bytes
@@ -302,9 +303,8 @@ class Saver:
         if self._insists or not disk or not agreed or self._session.ram_path == beside:
             raise self._with_advice(error)
         try:
-            os.makedirs(beside, mode=0o700, exist_ok=True)
             self._session.move_slots(beside)
-        except (OSError, UsageError) as why:
+        except (TierError, UsageError) as why:
             # No room there either, or no right: what memory said stands. Or it has the only copy
             # of a step, which a slower tier is yet to be given.
             raise self._with_advice(error) from why
@@ -345,7 +345,8 @@ class Saver:
         if self._ring_of != wanted:
             self._ring_of = wanted
             needed = 4 * wanted * len(self.run.members.node)  # by all ranks of this node
-            self._ring_slots = 3 if _free_bytes(self._session.open().ram_root) >= needed else 2
+            free_bytes = _free_bytes(self._session.open().ram_root) or 0
+            self._ring_slots = 3 if free_bytes >= needed else 2
         return self._ring_slots
 
     def _disk_path(self) -> str | None:
@@ -441,14 +442,16 @@ class Saver:
         return save
 
 
-def _free_bytes(path: str) -> int:
-    """What is left in the tmpfs and in memory, whichever is less; 0 where it cannot be known."""
+def _free_bytes(path: str) -> int | None:
+    """What is left in the tmpfs and in memory, whichever is less; None where nothing says."""
     left_bytes, _ = memory_left_bytes()
     try:
         fs = os.statvfs(path)
     except OSError:
-        return 0
-    return min(left_bytes or 0, fs.f_bavail * fs.f_frsize)
+        return None
+    if left_bytes is None or not fs.f_blocks:  # a tmpfs without a limit
+        return left_bytes
+    return min(left_bytes, fs.f_bavail * fs.f_frsize)
 
 
 def _bytes_below(path: str) -> int:

@@ -134,6 +134,7 @@ class Session:
             incarnation=self.incarnation,
             held=self._held(),
             token=os.environ.get("MTCKPT_TOKEN", ""),
+            patience_s=_left_s(deadline_s),
         )
         path = f"/v1/runs/{self.run_key}"
         opened = client.call(f"{path}/open", message, protocol.Opened, _left_s(deadline_s))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from typing import Any, cast
 
 import pytest
 
+from mtckpt import _pieces, _saver
 from mtckpt._handle import Save
+from mtckpt._joining import Needs
 from mtckpt._saver import Saver
 from mtckpt._session import Session
 from mtckpt._slots import BESIDE
 from mtckpt.agent import protocol
+from mtckpt.agent.roots import Roots
 from mtckpt.errors import AgentTooOld, AgentUnavailable, TierFull
 
 
@@ -64,18 +68,42 @@ def test_a_job_that_comes_as_the_last_one_ends_is_waited_for(
 
 
 def test_where_the_disk_takes_no_slots_either_it_is_memory_that_is_full(tmp_path: Path) -> None:
-    """And no error that is none of ours."""
+    """And no error that is none of ours. The agent alone looks at the disk, which may hang."""
     (tmp_path / BESIDE).write_bytes(b"a file")
+
+    def move_slots(path: str) -> None:
+        assert path == str(tmp_path / BESIDE)
+        asyncio.run(Roots(str(tmp_path)).own(path))
+
     run = SimpleNamespace(members=SimpleNamespace(world_size=1), name="r", short=None)
     saver = SimpleNamespace(
         run=run,
         _insists=False,
-        _session=SimpleNamespace(ram_path="/memory"),
+        _session=SimpleNamespace(ram_path="/memory", move_slots=move_slots),
         _disk_path=lambda: str(tmp_path),
         _with_advice=lambda error: error,
     )
     with pytest.raises(TierFull, match="no page is left"):
         Saver._move_slots(cast(Any, saver), TierFull("no page is left", tier="ram"))
+
+
+def test_no_page_at_all_is_a_number_and_not_the_lack_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no rank would say that memory is short, and none could move to the disk."""
+    monkeypatch.setattr(_pieces, "shared_bytes", lambda *_: 0)
+    monkeypatch.setattr(_saver, "memory_left_bytes", lambda: (0, "the limit"))
+    layout = SimpleNamespace(size_bytes=100, table_bytes=10)
+    captured = SimpleNamespace(plan=SimpleNamespace(layout=layout, recipe=None))
+    opened = SimpleNamespace(ram_root=str(tmp_path))
+    saver = SimpleNamespace(
+        run=SimpleNamespace(lacks_layout=True, key="r", members=None),
+        _session=SimpleNamespace(open=lambda: opened),
+        _ram=SimpleNamespace(slots=2),
+    )
+    assert Saver._needs(cast(Any, saver), cast(Any, captured)) == Needs(110, 0, 2, 0)
+    monkeypatch.setattr(_saver, "memory_left_bytes", lambda: (None, ""))
+    assert Saver._needs(cast(Any, saver), cast(Any, captured)) is None
 
 
 @pytest.mark.timeout(30)

@@ -2,7 +2,7 @@
 
 Containers with little memory may share a disk, and so may hosts. Knows what these directories are
 called, which of them are nobody's any more, and how what is left of a run there is taken over.
-Does not know what lies in them. All calls block.
+Does not read what lies in them. All calls block.
 
 One is nobody's if its lock can be had and locks on that disk tell of every process that could have
 it: its agent ran under this kernel, which its name says, or the disk is of a kind that one machine
@@ -20,6 +20,7 @@ import stat
 from dataclasses import dataclass, field
 
 from mtckpt import _probe
+from mtckpt._manifest import SaveName
 from mtckpt._slots import BESIDE
 from mtckpt.agent.holding import LOCK, NOTE, Lock, lock
 from mtckpt.errors import TierUnavailable
@@ -67,9 +68,10 @@ def has_left(place: str, run_key: str) -> bool:
 
 
 def take_over(place: str, run_key: str, own: str, boot_id: str) -> Taken:
-    """Bring what is left of a run into ``own``, from one directory that is nobody's any more."""
+    """Bring what is left of a run into ``own``, from one directory that is nobody's any more: of
+    several the one that has the newest save."""
     taken = Taken(os.path.isdir(os.path.join(own, run_key)))
-    for root in _all(place):
+    for root in sorted(_all(place), key=lambda root: _newest(root, run_key), reverse=True):
         there = os.path.join(root, run_key)
         if root == own or (held := _try(root)) is None:
             continue
@@ -114,8 +116,19 @@ def _all(place: str) -> list[str]:
     return [root for root in roots if is_one(root) and _is_ours(root)]
 
 
+def _newest(root: str, run_key: str) -> tuple[int, int]:
+    """Incarnation and step of the newest save of a run there, as its directory is called."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = map(SaveName.parse, os.listdir(os.path.join(root, run_key)))
+        return max(((name.incarnation, name.step) for name in names if name), default=(0, 0))
+    return (0, 0)
+
+
 def _is_ours(path: str) -> bool:
-    info = os.lstat(path)
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return False  # another agent has tidied up meanwhile
     return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o022
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mtckpt.agent.tools import Tools
     from mtckpt.agent.work import TierRef
 
-__all__ = ["Freer", "is_busy", "why_kept"]
+__all__ = ["Freer", "is_busy", "is_elsewhere", "why_kept"]
 
 _POLL_S = 0.05
 
@@ -139,6 +139,34 @@ def _holds_for_others(run: RunState) -> bool:
         and save not in outlived
         and not any(tier.is_store and save.is_complete(label) for label, tier in run.tiers.items())
         for save in run.saves.values()
+    )
+
+
+def is_elsewhere(run: RunState) -> bool:
+    """Whether nothing is lost with RAM while its job goes on: of each save that has a part here a
+    slower tier has that part, or something newer that is whole. Copies for other nodes are for when
+    those are lost: it has to be whole as this node reads it then. Other nodes' memory does not
+    count: they may let go at the same time. Nor does it matter whether the save in RAM is known to
+    be whole, which an agent does not know that has just started."""
+    slow = [tier.label for tier in run.tiers.values() if tier.scanned and not tier.is_peers]
+    line = run.line()
+    whole, whole_here = [], []
+    for save in run.saves.values():
+        sound = [label for label in slow if not save.is_damaged(label)]
+        if any(map(save.is_complete, sound)):
+            whole.append(save.worth(line))
+        if any(len(save.ranks.get(label, ())) >= save.world_size for label in sound):
+            whole_here.append(save.worth(line))
+
+    def has(save: SaveState, ranks: set[int], held: list[tuple[bool, tuple[int, int]]]) -> bool:
+        sound = (label for label in slow if not save.is_damaged(label))
+        in_part = any(ranks <= save.ranks.get(label, set()) for label in sound)
+        return in_part or (bool(held) and save.worth(line) <= max(held))
+
+    return not run.unsettled and all(
+        has(save, save.ranks.get(RAM, set()), whole) and has(save, save.guests, whole_here)
+        for save in run.saves.values()
+        if not save.called_off and (save.guests or save.ranks.get(RAM))
     )
 
 

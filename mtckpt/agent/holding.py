@@ -24,6 +24,7 @@ __all__ = ["LOCK", "NOTE", "Lock", "lock", "noted"]
 NOTE = ".agent"
 LOCK = ".lock"
 MAX_NOTE_BYTES = 4096
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class Lock:
@@ -56,7 +57,7 @@ class Lock:
 
     def is_of(self, root: str) -> bool:
         """Whether the directory is still the one that was locked. OSError where there is none."""
-        return os.path.samestat(os.stat(root), os.fstat(self._fds[0]))
+        return bool(self._fds) and os.path.samestat(os.stat(root), os.fstat(self._fds[0]))
 
     def close(self) -> None:
         """Let others have it. Idempotent."""
@@ -65,14 +66,17 @@ class Lock:
 
 
 def lock(root: str) -> Lock | None:
-    """The lock on a directory; None while another agent has it, or where nothing is locked. Raises
-    TierUnavailable where there is none."""
+    """The lock on a directory; None while another agent has it. Raises TierUnavailable where it is
+    not there or cannot be opened, OSError where the file system has no locks at all."""
     try:
         return Lock(root)
     except BlockingIOError:
         return None
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise TierUnavailable(f"{root} went away: {error.strerror}", tier="ram") from error
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            raise
+        # Out of descriptors, say: whoever has it has it still.
+        raise TierUnavailable(f"{root} cannot be had: {error.strerror}", tier="ram") from error
 
 
 def noted(root: str) -> str:

@@ -103,6 +103,7 @@ class Open(msgspec.Struct, frozen=True):
     incarnation: IncarnationNumber = 0
     held: dict[str, int] = {}
     token: str = ""
+    patience_s: float = 1.0  # how long the answer may take
 
 
 class NodeOfRun(msgspec.Struct, frozen=True):

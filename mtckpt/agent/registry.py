@@ -22,7 +22,7 @@ from mtckpt.agent.copies import Copies
 from mtckpt.agent.draining import Drainer
 from mtckpt.agent.fetching import Fetcher
 from mtckpt.agent.flushing import Flusher
-from mtckpt.agent.freeing import Freer, is_busy
+from mtckpt.agent.freeing import Freer, is_busy, is_elsewhere
 from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.leftovers import Leftovers, adopt_slots
@@ -248,7 +248,8 @@ class Registry:
             await self._load_root(root)
         for tier in () if self.service else message.tiers:
             if tier.kind == "disk" and key not in self.runs:
-                own = await self.held.take_over(key, os.path.join(tier.path, BESIDE))
+                place = os.path.join(tier.path, BESIDE)
+                own = await self.held.take_over(key, place, message.patience_s)
                 if own:
                     # Its tiers are where this job says, not where a container before had them.
                     await self._load_root(own, work.RunConfig(message.run, key, message.tiers))
@@ -262,23 +263,23 @@ class Registry:
         if any(owner.rank == message.rank for owner in others):
             return
         is_beside, goes_beside = beside.is_one(run.ram.path), beside.is_one(root)
-        if is_beside and not goes_beside:
-            if run.living():
-                return
+        if run.settling:
+            await asyncio.wait(list(run.settling.values()))  # what the dead had finished is sealed
+        if not is_elsewhere(run):
             await self.wait_scanned(run, SCAN_S)
-        newest = run.newest_staged()
-        if newest is not None and not any(newest.is_complete(label) for label in run.tiers):
-            if is_beside:
-                return
-            raise UsageError(
-                f"the newest save of this run is in {run.ram.path} and nowhere else",
-                state="nothing was done",
-                actions=[f"use Ram({run.ram.path!r}) once more", "or: mtckpt rm of the run"],
-                run=run.run,
-                path=root,
-            )
         async with run.opening:
-            await self.freer.move(run, self._ram_ref(root))
+            if is_beside and not goes_beside and run.living():
+                return
+            if is_elsewhere(run):
+                await self.freer.move(run, self._ram_ref(root))
+            elif not is_beside:
+                raise UsageError(
+                    f"the newest save of this run is in {run.ram.path} and nowhere else",
+                    state="nothing was done",
+                    actions=[f"use Ram({run.ram.path!r}) once more", "or: mtckpt rm of the run"],
+                    run=run.run,
+                    path=root,
+                )
 
     def _ram_ref(self, root: str) -> TierRef:
         return TierRef("ram", root, self.service, RAM)

@@ -32,8 +32,10 @@ MAX_ROOTS = 64
 WAIT_S = 3.0
 _POLL_S = 0.05
 ANSWER_S = 10.0
-# What a run may wait for at its start, where another of its tiers may have all that it needs.
-LOOK_S = 0.3
+# What a run may wait for at its start. Another of its tiers may have all that it needs; and a disk
+# that is slow to wake up may have the newest of it.
+LOOK_S, MIN_LOOK_S, LOOK_SHARE = 5.0, 0.3, 0.2
+RENEW_S = 0.3
 _T = TypeVar("_T")
 
 
@@ -59,7 +61,10 @@ async def aside(work: Callable[[], _T], where: str, timeout_s: float = ANSWER_S)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             loop.call_soon_threadsafe(settle, result, failure)
 
-    threading.Thread(target=run, name=f"mtckpt-{where}", daemon=True).start()
+    try:
+        threading.Thread(target=run, name=f"mtckpt-{where}", daemon=True).start()
+    except RuntimeError as error:
+        raise TierUnavailable(f"{where} was not asked: {error}", tier="ram") from error
     try:
         return await asyncio.wait_for(done, timeout_s)
     except asyncio.TimeoutError:
@@ -83,17 +88,21 @@ class Roots:
         self._locks: dict[str, Lock | None] = {}  # None where nothing can be locked
         self._noted: list[str] = []
         self._lost: set[str] = set()
+        self._looking: set[str] = set()  # those that a look has not come back from
 
     async def known(self) -> list[str]:
         """Those that there are, of this agent and of the one before it; the default one first."""
         self._read()
+        paths = list(dict.fromkeys([self._default, *self._noted]))
+        looks = [aside(functools.partial(os.path.isdir, path), path) for path in paths]
         found = []
-        for path in dict.fromkeys([self._default, *self._noted]):
-            try:
-                if await aside(functools.partial(os.path.isdir, path), path):
-                    found.append(path)
-            except TierUnavailable as error:
-                logger.warning("RAM tier %s is not usable: %s", path, error)
+        for path, is_there in zip(
+            paths, await asyncio.gather(*looks, return_exceptions=True), strict=True
+        ):
+            if isinstance(is_there, BaseException):
+                logger.warning("RAM tier %s is not usable: %s", path, is_there)
+            elif is_there:
+                found.append(path)
         return found
 
     def _read(self) -> None:
@@ -120,20 +129,24 @@ class Roots:
     async def own(self, place: str) -> str:
         """This agent's directory beside a disk, made where it has none yet. Raises TierUnavailable,
         TierError."""
-        for root in [*self.loaded, *self._noted]:
-            if beside.is_one(root) and os.path.dirname(root) == place:
+        there = [root for root in [*self.loaded, *self._noted] if os.path.dirname(root) == place]
+        for root in filter(beside.is_one, there):
+            # What was empty as the agent before this one ended went with it.
+            if root in self.loaded or await aside(functools.partial(os.path.isdir, root), place):
                 return root
         try:
             return await aside(functools.partial(beside.make, place, self._boot_id), place)
         except OSError as error:
             raise tier_error(error, doing="open", tier="ram", key=None, place=place) from error
 
-    async def take_over(self, run_key: str, place: str) -> str:
+    async def take_over(self, run_key: str, place: str, patience_s: float = 60.0) -> str:
         """Where a run that an agent which is gone has left beside a disk is from now on: this
-        agent's directory there; "" where nothing is left of it that could be taken over."""
+        agent's directory there; "" where nothing is left of it that could be taken over, or where
+        the disk does not say so within a part of ``patience_s``."""
         try:
             look = functools.partial(beside.has_left, place, run_key)
-            if not await aside(look, place, LOOK_S):
+            look_s = min(LOOK_S, max(MIN_LOOK_S, LOOK_SHARE * patience_s))
+            if not await aside(look, place, look_s):
                 return ""
             own = await self.own(place)
             self.note(own)
@@ -172,17 +185,25 @@ class Roots:
     async def renew(self) -> None:
         """Take directories again that somebody has removed, and that were made anew."""
         for root, held in list(self._locks.items()):
-            if held is not None:
-                with contextlib.suppress(TierUnavailable):
-                    await aside(functools.partial(self._renew, root, held), root)
+            if held is None or root in self._looking:
+                continue  # a disk that hangs has one thread, not one more every time
+            with contextlib.suppress(TierUnavailable):
+                await aside(functools.partial(self._renew, root, held), root, RENEW_S)
 
     def _renew(self, root: str, held: Lock) -> None:
-        with contextlib.suppress(OSError, TierUnavailable):  # it is not there: nobody has it
+        self._looking.add(root)
+        try:
+            if self._locks.get(root) is not held:
+                return  # it was let go of
             if held.is_of(root) or self._try(root):
                 self._lost.discard(root)
             elif root not in self._lost:
                 self._lost.add(root)
                 logger.warning("%s was made anew, and another agent has it", root)
+        except (OSError, TierUnavailable):
+            return  # it is not there: nobody has it
+        finally:
+            self._looking.discard(root)
 
     async def let_go(self, used: Collection[str]) -> None:
         """Let others have those where nothing is, or that are gone themselves."""
@@ -217,10 +238,11 @@ class Roots:
             held.close()
 
     async def close(self) -> None:
-        """Let others have them. Idempotent."""
-        for root in list(self._locks):
-            with contextlib.suppress(TierUnavailable):  # its lock ends with this process
-                await aside(functools.partial(self._release, root), root)
+        """Let others have them, none later because another one hangs. Idempotent."""
+        leaves = [aside(functools.partial(self._release, root), root) for root in self._locks]
+        for error in await asyncio.gather(*leaves, return_exceptions=True):
+            if isinstance(error, BaseException):  # its lock ends with this process
+                logger.info("%s", error)
 
     def _try(self, root: str) -> bool:
         try:

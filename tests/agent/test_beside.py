@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
+from mtckpt._manifest import SaveName
 from mtckpt._slots import BESIDE
-from mtckpt.agent import beside
+from mtckpt.agent import beside, roots
 from mtckpt.agent.roots import Roots
 
 HERE, ELSEWHERE = ("11111111-2222-3333-4444-555555555555", "99999999-2222-3333-4444-555555555555")
@@ -117,3 +119,71 @@ def test_what_somebody_else_could_have_put_there_is_not_looked_at(
     left.symlink_to(tmp_path / "elsewhere")
     assert asyncio.run(other.take_over("r", place)) == ""
     asyncio.run(other.close())
+
+
+def test_a_disk_that_is_slow_to_wake_up_is_waited_for_and_one_that_hangs_is_not(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, _ = agent_with(place, tmp_path / "a", "r")
+    ended(dead)
+    here, own = agent_with(place, tmp_path / "b")
+    has_left, awake = beside.has_left, threading.Event()
+
+    def slow(*args: str) -> bool:
+        awake.wait(20)
+        return has_left(*args)
+
+    monkeypatch.setattr(beside, "has_left", slow)
+    assert asyncio.run(here.take_over("r", place, patience_s=1.0)) == ""
+    threading.Timer(2 * roots.MIN_LOOK_S, awake.set).start()
+    assert asyncio.run(here.take_over("r", place, patience_s=60.0)) == str(own)
+    asyncio.run(here.close())
+
+
+def test_of_several_that_are_left_the_one_with_the_newest_save_is_taken_over(
+    place: str, tmp_path: Path
+) -> None:
+    dead = [agent_with(place, tmp_path / name, "r") for name in "ab"]
+    paths = sorted(own for _, own in dead)
+    for number, (path, incarnation) in enumerate(zip(paths, (1, 2), strict=True)):
+        (path / "r" / str(SaveName(10 - number, incarnation, f"{number:012d}"))).mkdir()
+    for held, _ in dead:
+        ended(held)
+    here, own = agent_with(place, tmp_path / "c")
+    assert asyncio.run(here.take_over("r", place)) == str(own)
+    assert (own / "r" / str(SaveName(9, 2, f"{1:012d}"))).is_dir()
+    assert (paths[0] / "r").is_dir()
+    asyncio.run(here.close())
+
+
+def test_a_directory_that_went_with_its_agent_is_none_for_the_next(
+    place: str, tmp_path: Path
+) -> None:
+    before, empty = agent_with(place, tmp_path / "a")
+    asyncio.run(before.close())
+    dead, _ = agent_with(place, tmp_path / "b", "r")
+    ended(dead)
+    held = Roots(str(tmp_path / "a"), boot_id=HERE)
+    assert asyncio.run(held.known()) == []
+    own = asyncio.run(held.take_over("r", place))
+    assert own not in ("", str(empty))
+    assert os.listdir(os.path.join(own, "r")) == ["file"]
+    asyncio.run(held.close())
+
+
+def test_what_another_agent_removes_amid_a_look_hides_nothing(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, _ = agent_with(place, tmp_path / "a", "r")
+    ended(dead)
+    here, own = agent_with(place, tmp_path / "b")
+    listdir = os.listdir
+    gone = f"{HERE}.0123456789abcdef"
+
+    def before(path: str) -> list[str]:
+        return [*listdir(path), gone] if path == place else listdir(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", before)
+        assert asyncio.run(here.take_over("r", place)) == str(own)
+    asyncio.run(here.close())

@@ -7,16 +7,18 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import shutil
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
 from mtckpt.agent import address, protocol, roots
-from mtckpt.agent.holding import noted
+from mtckpt.agent.holding import Lock, noted
 from mtckpt.agent.roots import MAX_ROOTS, Roots
-from mtckpt.errors import AgentUnavailable, UsageError
+from mtckpt.errors import AgentUnavailable, TierUnavailable, UsageError
 
 
 @pytest.fixture
@@ -84,6 +86,72 @@ def test_memory_that_was_made_anew_is_the_agents_again(
     assert len(caplog.records) == 1  # told once, and not every second
     for each in (first, third):
         asyncio.run(each.close())
+
+
+def test_who_has_no_descriptor_left_has_no_directory(root: Path) -> None:
+    """Another agent may have it: that no file could be opened says nothing of that."""
+    first, second = Roots("/run/first"), Roots("/run/second")
+    asyncio.run(first.take(str(root)))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    last = os.dup(0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, before[1]))
+    try:
+        with pytest.raises(TierUnavailable, match="Too many open files"):
+            second._try(str(root))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        os.close(last)
+    asyncio.run(first.close())
+
+
+def test_a_disk_that_hangs_keeps_one_thread_busy(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, answers, asked = Roots("/run/first"), threading.Event(), threading.Semaphore(0)
+    asyncio.run(held.take(str(root)))
+    is_of = Lock.is_of
+
+    def hanging(lock: Lock, path: str) -> bool:
+        asked.release()
+        return answers.wait(20) and is_of(lock, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(roots, "RENEW_S", 0.01)
+        patched.setattr(Lock, "is_of", hanging)
+        asyncio.run(held.renew())
+        assert asked.acquire(timeout=20)
+        for _ in range(3):
+            asyncio.run(held.renew())
+        assert not asked.acquire(blocking=False)
+        answers.set()
+    while held._looking:
+        threading.Event().wait(0.01)
+    asyncio.run(held.close())
+
+
+def test_a_disk_that_hangs_keeps_no_other_directory(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, next_one = Roots("/run/first"), Roots("/run/next")
+    answers, release = threading.Event(), Roots._release
+
+    def hanging(roots: Roots, path: str) -> None:
+        if path == str(tmp_path):
+            answers.wait(20)
+        release(roots, path)
+
+    async def story() -> None:
+        await held.take(str(tmp_path))
+        await held.take(str(root))
+        monkeypatch.setattr(Roots, "_release", hanging)
+        monkeypatch.setattr(roots, "WAIT_S", 4.0)
+        ending = asyncio.create_task(held.close())
+        await next_one.take(str(root))
+        answers.set()
+        await ending
+        await next_one.close()
+
+    asyncio.run(story())
 
 
 def test_directories_where_nothing_is_any_more_make_room_for_others(

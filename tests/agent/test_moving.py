@@ -1,0 +1,98 @@
+"""A run that goes on in other memory: what it had is freed, where nobody else has it it stays."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, cast
+
+import pytest
+
+from mtckpt._events import EventStream
+from mtckpt._manifest import SaveName
+from mtckpt._slots import BESIDE
+from mtckpt.agent import work
+from mtckpt.agent.protocol import TierConfig
+from mtckpt.agent.queue import Limits
+from mtckpt.agent.registry import Registry
+from mtckpt.agent.runs import RunState
+from mtckpt.agent.saves import RAM, SaveState, TierState
+from mtckpt.agent.tools import Tools
+
+KINDS: tuple[Literal["disk", "peers", "store"], ...] = ("disk", "peers", "store")
+
+
+def save_at(step: int, **ranks: set[int]) -> SaveState:
+    """One of a job of two ranks, each on its node, as this node knows it."""
+    name = SaveName(step, 1, f"{step:012d}")
+    return SaveState(name, str(step), world_size=2, ranks=dict(ranks))
+
+
+def moves(tmp_path: Path, *saves: SaveState, settling: SaveState | None = None) -> bool:
+    """Whether a start that asks for memory frees slots that an earlier one had beside a disk."""
+    asked: list[type] = []
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        asked.append(type(command))
+        return work.Freed(0) if isinstance(command, work.Wipe) else work.Scanned([])
+
+    async def story() -> None:
+        tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+        registry = Registry(tools, str(tmp_path), service=False)
+        name = "11111111-2222-3333-4444-555555555555.0123456789abcdef"
+        beside = str(tmp_path / BESIDE / name)
+        run = RunState("r", "r", work.TierRef("ram", beside, label=RAM))
+        run.saves = {str(save.name): save for save in saves}
+        for kind in KINDS:
+            config, ref = TierConfig(kind, kind, "/there"), work.TierRef(kind, "/there", label=kind)
+            run.tiers[kind] = TierState(kind, config, ref, scanned=True)
+
+        async def settle(save: SaveState) -> None:
+            await asyncio.sleep(0)
+            run.saves[str(save.name)] = save
+
+        if settling is not None:
+            run.settling["dead"] = asyncio.create_task(settle(settling))
+        await registry._move(run, str(tmp_path), cast(Any, SimpleNamespace(holder="h", rank=0)))
+        assert (run.ram.path == beside) is (work.Wipe not in asked)
+
+    asyncio.run(story())
+    return work.Wipe in asked
+
+
+@pytest.mark.parametrize(
+    ("newest", "guests", "frees"),
+    [
+        ({"ram": {0}}, set(), False),  # an agent that has just started knows of no other node's
+        ({"ram": {0}, "peers": {0, 1}}, set(), False),  # which may free it at the same time
+        ({"ram": {0}, "disk": {0}}, set(), True),
+        ({"ram": {0}, "disk": {0}}, {1}, False),  # the other node, and its disk, may be gone
+        ({"ram": {0}, "store": {0, 1}}, {1}, True),
+        ({}, set(), True),
+    ],
+)
+def test_memory_is_left_where_no_slower_tier_has_what_is_in_it(
+    newest: dict[str, set[int]], guests: set[int], frees: bool, tmp_path: Path
+) -> None:
+    save = save_at(20, **newest)
+    save.guests = guests
+    assert moves(tmp_path, save_at(10, disk={0}), save) is frees
+
+
+def test_what_is_older_than_something_whole_is_let_go(tmp_path: Path) -> None:
+    assert moves(tmp_path, save_at(10, ram={0}), save_at(20, store={0, 1}))
+    damaged = save_at(20, store={0, 1})
+    damaged.damaged.add("store")
+    assert not moves(tmp_path, save_at(10, ram={0}), damaged)
+
+
+def test_what_is_left_of_a_save_that_was_called_off_keeps_nothing(tmp_path: Path) -> None:
+    save = save_at(20, ram={0})
+    save.called_off = "rank 1 is gone"
+    assert moves(tmp_path, save_at(10, ram={0}, disk={0}), save)
+
+
+def test_what_a_dead_trainer_had_finished_is_sealed_before(tmp_path: Path) -> None:
+    whole = save_at(10, ram={0}, store={0, 1})
+    assert not moves(tmp_path, whole, settling=save_at(20, ram={0}))
