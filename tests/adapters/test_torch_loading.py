@@ -83,6 +83,15 @@ def test_torchs_kinds_of_optimizers_are_told_apart(saved: str, live: str) -> Non
     restore(save({"o": one}), {"o": getattr(optim, saved)(parameters)})
 
 
+def test_names_of_parameters_are_no_settings() -> None:
+    """As of an older torch, which lacks one, in a job whose optimizer was not given names."""
+    saved = optim.AdamW(nn.Linear(1, 1).named_parameters(), lr=3.0)
+    del saved.param_groups[0]["decoupled_weight_decay"]
+    live = optim.AdamW(nn.Linear(1, 1).parameters())
+    restore(save({"o": saved}), {"o": live})
+    assert live.param_groups[0]["lr"] == 3
+
+
 class Slow(optim.SGD):
     """As optimizers around optimizers: a state of a form of its own."""
 
