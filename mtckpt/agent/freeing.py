@@ -45,14 +45,7 @@ class Freer:
             return
         if self._links.is_behind(run):
             return
-        newest = run.newest_staged()
-        safe = newest is None or any(
-            tier.scanned and newest.is_complete(label) and label not in newest.damaged
-            for label, tier in run.tiers.items()
-            if not tier.is_peers  # that is memory as well: it may be freed at the same time
-        )
-        safe = safe and not any(s.is_open and s.ranks.get(RAM) for s in run.saves.values())  # doubt
-        safe = safe and not _holds_for_others(run)
+        safe = self.is_safe(run)
         in_ram = any(RAM in save.ranks or save.guests for save in run.saves.values())
         left_s = owners.uptime_s() - run.left_s
         if left_s > self._tools.limits.ram_ttl_s:
@@ -99,6 +92,18 @@ class Freer:
                     self._ring.note_gone(run, save)
         await self.look_again(run)
         run.touch()
+
+    def is_safe(self, run: RunState, *, has_begun: bool = False) -> bool:
+        """Whether a run's RAM may go without anything that counts. ``has_begun``: its job has gone
+        on from a step, so what this node alone does not know to be whole is nothing any more."""
+        newest = run.newest_staged()
+        safe = newest is None or any(
+            tier.scanned and newest.is_complete(label) and label not in newest.damaged
+            for label, tier in run.tiers.items()
+            if not tier.is_peers  # that is memory as well: it may be freed at the same time
+        )
+        doubted = not has_begun and any(s.is_open and s.ranks.get(RAM) for s in run.saves.values())
+        return safe and not doubted and not _holds_for_others(run)
 
     async def look_again(self, run: RunState) -> None:
         """Before anybody goes on with a run that was to go, or that somebody may have removed: its

@@ -266,12 +266,12 @@ class Registry:
             if run.living():
                 return
             await self.wait_scanned(run, SCAN_S)
-        newest = run.newest_staged()
-        if newest is not None and not any(newest.is_complete(label) for label in run.tiers):
+        # A job moves beside a disk once it has gone on from a step, and elsewhere before.
+        if not self.freer.is_safe(run, has_begun=goes_beside):
             if is_beside:
                 return
             raise UsageError(
-                f"the newest save of this run is in {run.ram.path} and nowhere else",
+                f"the newest save of this run is in {run.ram.path} and in no slower tier",
                 state="nothing was done",
                 actions=[f"use Ram({run.ram.path!r}) once more", "or: mtckpt rm of the run"],
                 run=run.run,

@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from mtckpt._events import EventStream
 from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import SaveName
+from mtckpt._slots import BESIDE
 from mtckpt.agent import work
 from mtckpt.agent.freeing import Freer, why_kept
 from mtckpt.agent.nodes import News, layout_of
 from mtckpt.agent.protocol import Join, NodeOfRun, TierConfig
 from mtckpt.agent.queue import Limits, SlotState
+from mtckpt.agent.registry import Registry
 from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, SaveState, Slot, TierState
 from mtckpt.agent.tools import Tools
-from mtckpt.errors import TierUnavailable
+from mtckpt.errors import TierUnavailable, UsageError
 
 OLD, NEW = SaveName(1, 1, "0" * 12), SaveName(2, 1, "1" * 12)
 
@@ -124,6 +128,50 @@ def test_a_clock_that_is_set_frees_no_memory(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(run, "left_s", run.left_s - 10 * 86400.0)  # and now it is
     with pytest.raises(TierUnavailable, match="ended twice"):
         asyncio.run(freer.let_go(run))
+
+
+@pytest.mark.parametrize("case", ["copied", "doubted", "on a disk"])
+def test_memory_is_left_for_other_memory_once_a_slower_tier_has_the_newest(
+    case: str, tmp_path: Path
+) -> None:
+    """Copies are memory as well: where all nodes leave theirs, nothing is left of a step."""
+    run, wiped = a_run(), False
+    beside, other = (str(tmp_path / BESIDE / f"unknown.{n * 16}") for n in "01")
+    for label in ("disk", "peers"):
+        config = TierConfig(label, label, "/nowhere/else")
+        run.tiers[label] = TierState(label, config, work.TierRef("disk", "/", label=label))
+        run.tiers[label].scanned = True
+    new = run.saves[str(NEW)]
+    if case == "doubted":  # whole as far as other nodes know, of which this one has not heard
+        for save in run.saves.values():
+            save.guests.clear()
+    else:
+        label = "peers" if case == "copied" else "disk"
+        new.ranks[label] = {0}
+        new.told[1] = News(str(NEW), new.save_id, world_size=2, parts={label: [1]})
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        nonlocal wiped
+        wiped |= isinstance(command, work.Wipe)
+        return work.Freed(0) if isinstance(command, work.Wipe) else work.Scanned([])
+
+    async def story() -> None:
+        tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+        registry = Registry(tools, str(tmp_path), service=False)
+        registry.runs[run.key] = run
+        message = cast(Any, SimpleNamespace(holder="h", rank=0))
+        if case == "on a disk":
+            await registry._move(run, beside, message)
+            assert run.ram.path == beside
+            return
+        with pytest.raises(UsageError, match="no slower tier"):
+            await registry._move(run, other if case == "copied" else "/dev/null/other", message)
+        run.ram = msgspec.structs.replace(run.ram, path=beside)
+        await registry._move(run, "/dev/null/other", message)
+        assert run.ram.path == beside
+
+    asyncio.run(story())
+    assert wiped == (case == "on a disk")
 
 
 def test_what_has_a_damaged_record_is_there() -> None:
