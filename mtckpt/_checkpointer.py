@@ -291,10 +291,16 @@ class Checkpointer:
                 self._schedule.tiers[0].every_steps = restored._every
             self._saver.steps.clear()
             self._schedule.resumed(restored.step or 0, time.monotonic())
-        self._offered = 0
-        self._restored = restored
+        self._offered, self._restored = 0, restored
         logger.info("run %s: %s", self.run, restored)
         return restored
+
+    @in_turn
+    def _read(self, state: Any, step: int, source: str, partial: bool) -> Restored:
+        """What another run has, for a run that goes on from where it is: nothing of it changes."""
+        self._link.join()
+        self._session.open()
+        return _restorer.restore(self._link, self._engine, state, step, source, partial, None)
 
     def _records(self, step: Any, source: str | None = None) -> dict[int, _manifest.Record]:
         """See ``_restorer.records_of``."""
@@ -346,7 +352,7 @@ class Checkpointer:
             self._session.close(_left_s(deadline_s, 5.0))
             if self._session.wait_idle(0.0):  # else a device may still copy into a slot
                 self._saver.ring.close()
-            if _open_runs.get(self._open_key, _no_one)() is self:
+            if _open_runs.get(self._open_key, lambda: None)() is self:
                 del _open_runs[self._open_key]
         if errors := list({error.what: error for error in errors}.values()):
             error = CloseFailed(
@@ -476,16 +482,11 @@ class Checkpointer:
         return errors
 
     def _fence_older(self) -> None:
-        older = _open_runs.get(self._open_key, _no_one)()
+        older = _open_runs.get(self._open_key, lambda: None)()
         if older is not None and not older._closed and older._pid == os.getpid():
-            logger.warning(
-                "run %s was opened again in this process: the older one is closed", self.run
-            )
-            older._session.fenced = RunLocked(
-                f"run {self.run} was opened again in this process",
-                run=self.run,
-                owner_pid=os.getpid(),
-            )
+            why = f"run {self.run} was opened again in this process"
+            logger.warning("%s: the older one is closed", why)
+            older._session.fenced = RunLocked(why, run=self.run, owner_pid=os.getpid())
             older._closed = True
             older._session.close(0.1, last=older._saver.ring.close)
         _open_runs[self._open_key] = weakref.ref(self)
@@ -494,7 +495,3 @@ class Checkpointer:
 def _left_s(deadline_s: float, most_s: float) -> float:
     """For one more call before a deadline: what is left, but never too little for an answer."""
     return min(most_s, max(_GRACE_S, deadline_s - time.monotonic()))
-
-
-def _no_one() -> None:
-    return None

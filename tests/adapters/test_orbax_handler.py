@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mtckpt
-from mtckpt.errors import FormatError, StepNotFound, UnsupportedState, UsageError
+from mtckpt.errors import FormatError, StepExists, StepNotFound, UnsupportedState, UsageError
 
 jax = pytest.importorskip("jax")
 ocp = pytest.importorskip("orbax.checkpoint")
@@ -119,8 +119,14 @@ def test_what_cannot_be_saved_or_restored_is_said(tmp_path: Path) -> None:
     with open_run(tmp_path, "another") as checkpointer:
         handler = Handler(checkpointer)
         other = tmp_path / "orbax" / "2" / "default"
+        checkpointer.save(1, make_state(1), tiers="all").wait("local", timeout_s=30)
         assert bits(handler.restore(other, make_state(0))) == bits(make_state(2))
         assert bits(handler.restore(other)) == bits(make_state(2))
+        # What was read of another run is nothing that this one begins anew from.
+        with pytest.raises(StepExists):
+            checkpointer.save(1, make_state(1), tiers="all")
+        checkpointer.save(3, make_state(3), tiers="all").wait("local", timeout_s=30)
+        assert [step.step for step in checkpointer.steps()] == [1, 3]
         pointer = other / "mtckpt.json"
         text = pointer.read_text()
         for run, error in (("gone", StepNotFound), ("../r", FormatError)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -81,6 +82,53 @@ def test_torchs_kinds_of_optimizers_are_told_apart(saved: str, live: str) -> Non
     with pytest.raises(StateMismatch, match=differ):
         plan(save({"o": one}), {"o": other})
     restore(save({"o": one}), {"o": getattr(optim, saved)(parameters)})
+
+
+def test_names_of_parameters_are_no_settings() -> None:
+    """As of an older torch, which lacks one, in a job whose optimizer was not given names."""
+    saved = optim.AdamW(nn.Linear(1, 1).named_parameters(), lr=3.0)
+    del saved.param_groups[0]["decoupled_weight_decay"]
+    live = optim.AdamW(nn.Linear(1, 1).parameters())
+    restore(save({"o": saved}), {"o": live})
+    assert live.param_groups[0]["lr"] == 3
+
+
+class AcceleratedOptimizer(optim.Optimizer):
+    """As Accelerate's: nothing of its own, not even what every optimizer has."""
+
+    def __init__(self, optimizer: optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+
+def test_an_optimizer_that_accelerate_prepared_is_the_one_inside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate.optimizer", sys.modules[__name__])
+
+    def made(kind: type[optim.Optimizer], *sizes: int) -> Any:
+        groups = [{"params": [nn.Parameter(torch.ones(1)) for _ in range(n)]} for n in sizes]
+        return AcceleratedOptimizer(kind(groups))  # type: ignore[call-arg]
+
+    first = made(optim.Adam, 2)
+    for parameter in first.param_groups[0]["params"]:
+        parameter.grad = torch.ones(1)
+    first.optimizer.step()
+    saved, live = save({"o": first}), made(optim.Adam, 2)
+    restore(saved, {"o": live})
+    assert repr(live.state_dict()) == repr(first.state_dict())
+    for other in (made(optim.RAdam, 2), made(optim.Adam, 1, 1)):
+        with pytest.raises(StateMismatch, match="o/param_groups"):
+            plan(saved, {"o": other})
 
 
 class Slow(optim.SGD):

@@ -41,3 +41,10 @@ def test_parameters_in_another_order_are_found_by_their_names() -> None:
     two = make("abcd", groups=2)
     with pytest.raises(StateMismatch, match="parameter c is in group 0 here, not in"):
         plan(save({"o": two}), {"o": make("acbd", groups=2)})
+
+
+def test_what_are_no_names_are_no_names() -> None:
+    first = optim.Adam([("a", nn.Parameter(torch.ones(2))), ("b", nn.Parameter(torch.ones(2)))])
+    first.param_groups[0]["param_names"] = ["a", 7]
+    live = optim.Adam([("b", nn.Parameter(torch.ones(2))), ("a", nn.Parameter(torch.ones(2)))])
+    restore(save({"o": first}), {"o": live})

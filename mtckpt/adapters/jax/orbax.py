@@ -198,13 +198,12 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         if template is None and orbax_metadata.is_divided(directory):
             template = orbax_metadata.placed(self._record(pointer), pointer["item"], directory)
         item_name = pointer["item"]
-        state = {item_name: template}
-        restored = self._checkpointer.restore(
-            state,
-            step=pointer["step"],
-            partial=wanted.is_partial,
-            source=self._source(pointer),
-        )
+        state, step, is_partial = {item_name: template}, pointer["step"], wanted.is_partial
+        other = self._source(pointer)
+        if other is None:
+            restored = self._checkpointer.restore(state, step=step, partial=is_partial)
+        else:  # read alone: Orbax's manager goes on with its own steps
+            restored = self._checkpointer._read(state, step, other, is_partial)
         found = restored.state[item_name]
         if wanted.template is None:
             found = orbax_arguments.without_named_tuples(found)

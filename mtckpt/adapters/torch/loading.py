@@ -29,9 +29,12 @@ OWN_NAMES = frozenset(
     {"state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict"}
 )
 _EXTRA = "_extra_state"
-# What schedulers of torch add to the settings of an optimizer.
-_OF_SCHEDULERS = frozenset(
-    {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}
+# What schedulers of torch add to the settings of an optimizer, and what is no setting.
+_ADDED = frozenset(
+    {
+        *("initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"),
+        *("params", "param_names"),
+    }
 )
 # Settings of torch that tell optimizers with otherwise the same ones apart, and that none was given
 # later.
@@ -137,7 +140,7 @@ def other_settings(optimizer: Optimizer, number: int, saved: Mapping[str, Any]) 
     what makes a kind of optimizer.
     """
     lacking = optimizer.defaults.keys() - saved.keys()
-    foreign = saved.keys() - _OF_SCHEDULERS.union(*optimizer.param_groups)
+    foreign = saved.keys() - _ADDED.union(*optimizer.param_groups)
     is_torchs = type(optimizer).__module__.startswith("torch.optim")
     kinds = _OF_KINDS & (lacking | foreign) if is_torchs else ()
     if (lacking and foreign) or kinds:

@@ -68,7 +68,8 @@ def in_order(
     """
     as_saved = [list(group) for group in ids]
     if saved is None or here is None:
-        return as_saved, _UNKNOWN if is_needed else ""
+        why = _UNORDERED if saved is None else _NAMELESS
+        return as_saved, why if is_needed else ""
     saved, here = _bare(saved), _bare(here)
     every = [sorted(name for group in side for name in group) for side in (saved, here)]
     if every[0] != every[1] or len(set(every[0])) < len(every[0]):
@@ -84,10 +85,13 @@ def in_order(
     return found, ""
 
 
-_UNKNOWN = (
+_UNORDERED = (
     "an FSDP1 module ignores some parameters of a part of it, so that their order is not known, and"
-    " names are not: put the module into the template beside its optimizer, or make the optimizer"
-    " of named_parameters()"
+    " what was saved goes by numbers: save it from an optimizer that was made of named_parameters()"
+)
+_NAMELESS = (
+    "what was saved goes by the names of parameters, and those here are not known: put the module"
+    " into the template beside its optimizer, or make the optimizer of named_parameters()"
 )
 
 

@@ -163,7 +163,7 @@ def _in_order(
     """See ``naming.in_order``; what a hook of loading makes of names is for it alone."""
     goes_by_name = any(isinstance(i, str) for i in chain(*ids))
     names = ids if goes_by_name else [_saved_list(g, "param_names", placing) for g in saved]
-    is_told = list(map(len, names)) == here.sizes
+    is_told = list(map(len, names)) == here.sizes and all(isinstance(n, str) for n in chain(*names))
     is_needed = goes_by_name or not here.is_ordered
     if not is_needed and (not is_told or optimizer._optimizer_load_state_dict_pre_hooks):
         return ids, ""

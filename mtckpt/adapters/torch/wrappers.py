@@ -1,4 +1,5 @@
-"""What is put around a module without a state of its own: by ``torch.compile``, ``DataParallel``.
+"""What is put around an object without a state of its own: by ``torch.compile``, ``DataParallel``,
+and Accelerate, around optimizers and schedules too.
 
 Knows how to get inside, and what names look like from there. A checkpoint says nothing of such a
 wrapper, so what was saved with it is restored without it, and the reverse. Imports nothing to look.
@@ -16,6 +17,10 @@ from torch.nn import DataParallel, Module
 __all__ = ["COMPILED", "bare_name", "bare_names", "inside_of", "is_compiled", "unwrapped"]
 
 COMPILED = "_orig_mod."
+_ACCELERATED = (
+    ("accelerate.optimizer", "AcceleratedOptimizer", "optimizer"),
+    ("accelerate.scheduler", "AcceleratedScheduler", "scheduler"),
+)
 
 
 def is_compiled(value: object) -> bool:
@@ -25,7 +30,9 @@ def is_compiled(value: object) -> bool:
 
 
 def unwrapped(value: Any) -> Any:
-    """The module inside wrappers that have no state; any other value as it is."""
+    """The object inside wrappers that have no state; any other value as it is."""
+    if not isinstance(value, Module):
+        return _prepared(value)
     while isinstance(value, Module):
         if is_compiled(value):
             value = value._orig_mod
@@ -33,6 +40,15 @@ def unwrapped(value: Any) -> Any:
             value = value.module
         else:
             break
+    return value
+
+
+def _prepared(value: Any) -> Any:
+    """What Accelerate's ``prepare`` was given, of an optimizer or a schedule that it returned."""
+    for name, kind, inside in _ACCELERATED:
+        module = sys.modules.get(name)
+        if module is not None and type(value) is getattr(module, kind, None):
+            return getattr(value, inside)
     return value
 
 
