@@ -135,6 +135,7 @@ def test_a_disk_that_is_slow_to_wake_up_is_waited_for_and_one_that_hangs_is_not(
 
     monkeypatch.setattr(beside, "has_left", slow)
     assert asyncio.run(here.take_over("r", place, patience_s=1.0)) == ""
+    assert "did not answer within 0.3 s" in here.unlooked["r"]
     threading.Timer(2 * roots.MIN_LOOK_S, awake.set).start()
     assert asyncio.run(here.take_over("r", place, patience_s=60.0)) == str(own)
     asyncio.run(here.close())
