@@ -164,6 +164,12 @@ class Roots:
                 f"an agent of another host has left slots in {root}, and nobody can tell from here"
                 " whether its job lives: remove that directory if it does not",
             )
+        for root in taken.more:
+            self._pass_over(
+                run_key,
+                f"an agent that is gone has left parts of it in {root} as well, which a job of as"
+                " many containers as there were would take over",
+            )
         return own if taken.here else ""
 
     def _pass_over(self, run_key: str, why: str) -> None:

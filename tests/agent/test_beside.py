@@ -157,6 +157,21 @@ def test_of_several_that_are_left_the_one_with_the_newest_save_is_taken_over(
     asyncio.run(here.close())
 
 
+def test_other_ranks_parts_that_another_dead_agent_has_are_spoken_of(
+    place: str, tmp_path: Path
+) -> None:
+    """Two containers, a rank in each, and then one with both: it has one of the directories."""
+    dead = [agent_with(place, tmp_path / name, "r") for name in "abc"]
+    for (held, own), step in zip(dead, (20, 20, 10), strict=True):
+        (own / "r" / str(SaveName(step, 1, f"{step:012d}"))).mkdir()
+        ended(held)
+    here, _ = agent_with(place, tmp_path / "d")
+    assert asyncio.run(here.take_over("r", place))
+    (left,) = (own for _, own in dead[:2] if (own / "r").is_dir())
+    assert f"agent that is gone has left parts of it in {left} as well" in here.unlooked["r"]
+    asyncio.run(here.close())
+
+
 def test_a_directory_that_went_with_its_agent_is_none_for_the_next(
     place: str, tmp_path: Path
 ) -> None:
