@@ -141,6 +141,12 @@ class Session:
         if self.joined is not None:  # which another agent may not have found in its memory
             client.call(f"{path}/join", self.joined, protocol.Done, _left_s(deadline_s))
         self._client = client
+        if opened.unlooked:
+            logger.warning(
+                "run %s: slots that an earlier start may have on disk are passed over, and with"
+                " them steps that may be newer than all others: %s",
+                self.run, opened.unlooked,
+            )  # fmt: skip
         return opened
 
     def _held(self) -> dict[str, int]:

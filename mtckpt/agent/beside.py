@@ -37,10 +37,12 @@ _OF_ONE_MACHINE = frozenset(
 @dataclass(slots=True)
 class Taken:
     """What became of a look: ``here`` if the run is in the directory now, from wherever it came;
-    ``left`` are directories that have some of it, and whose agent may live."""
+    ``left`` are directories that have some of it, and whose agent may live; ``more`` are those of
+    dead ones, where the same save is, say, of other ranks, or a newer one."""
 
     here: bool = False
     left: list[str] = field(default_factory=list)
+    more: list[str] = field(default_factory=list)
 
 
 def is_asked(path: str) -> bool:
@@ -82,6 +84,8 @@ def take_over(place: str, run_key: str, own: str, boot_id: str) -> Taken:
             elif os.path.isdir(there) and not taken.here:
                 os.rename(there, os.path.join(own, run_key))
                 taken.here = True
+            elif _newest(root, run_key) >= max(_newest(own, run_key), (1, 0)):
+                taken.more.append(root)
             if dead:
                 remove(root)
         finally:

@@ -127,7 +127,7 @@ class Others(msgspec.Struct, frozen=True):
 class Opened(msgspec.Struct, frozen=True):
     """``finished`` names the saves that the agent sealed for an owner that died. ``others`` has the
     nodes of starts of the job before this one, the last first. ``checks_left``: the agent looks at
-    what a seal has left; one from before there was that would not, and is given whole shards."""
+    what a seal has left; older ones do not. ``unlooked``: why slots on a disk are passed over."""
 
     protocol: int
     agent_id: str
@@ -138,6 +138,7 @@ class Opened(msgspec.Struct, frozen=True):
     fenced_pid: int = 0
     others: list[Others] = []
     checks_left: bool = False
+    unlooked: str = ""
 
 
 class Begin(msgspec.Struct, frozen=True):

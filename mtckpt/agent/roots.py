@@ -87,6 +87,7 @@ class Roots:
         self._path = os.path.join(directory, ROOTS_NAME)
         self._locks: dict[str, Lock | None] = {}  # None where nothing can be locked
         self._noted: list[str] = []
+        self.unlooked: dict[str, str] = {}  # by run: why what may be left of it was not looked for
         self._lost: set[str] = set()
         self._looking: set[str] = set()  # those that a look has not come back from
 
@@ -154,16 +155,26 @@ class Roots:
             take_over = functools.partial(beside.take_over, place, run_key, own, self._boot_id)
             taken = await aside(take_over, place)
         except (OSError, TierError) as error:
-            # A restore finds out by itself whether that disk answers.
-            logger.warning("run %s: %s is not looked into: %s", run_key, place, error)
+            what = error.what if isinstance(error, TierError) else error
+            self._pass_over(run_key, f"{place} is not looked into: {what}")
             return ""
         for root in taken.left:
-            logger.warning(
-                "run %s: an agent of another host has left slots in %s, and nobody can tell from"
-                " here whether its job lives: remove that directory if it does not",
-                run_key, root,
-            )  # fmt: skip
+            self._pass_over(
+                run_key,
+                f"an agent of another host has left slots in {root}, and nobody can tell from here"
+                " whether its job lives: remove that directory if it does not",
+            )
+        for root in taken.more:
+            self._pass_over(
+                run_key,
+                f"an agent that is gone has left parts of it in {root} as well, which a job of as"
+                " many containers as there were would take over",
+            )
         return own if taken.here else ""
+
+    def _pass_over(self, run_key: str, why: str) -> None:
+        logger.warning("run %s: %s", run_key, why)
+        self.unlooked[run_key] = why
 
     async def take(self, root: str) -> None:
         """Have a directory that is there for this agent alone. Raises AgentUnavailable."""

@@ -118,6 +118,7 @@ class Verbs:
             fenced_pid,
             self._registry.peers.others(run),
             checks_left=True,
+            unlooked=self._registry.held.unlooked.pop(run.key, ""),
         )
 
     def _admit(self, run: RunState, caller: Caller, message: protocol.Open) -> None:

@@ -135,6 +135,7 @@ def test_a_disk_that_is_slow_to_wake_up_is_waited_for_and_one_that_hangs_is_not(
 
     monkeypatch.setattr(beside, "has_left", slow)
     assert asyncio.run(here.take_over("r", place, patience_s=1.0)) == ""
+    assert "did not answer within 0.3 s" in here.unlooked["r"]
     threading.Timer(2 * roots.MIN_LOOK_S, awake.set).start()
     assert asyncio.run(here.take_over("r", place, patience_s=60.0)) == str(own)
     asyncio.run(here.close())
@@ -153,6 +154,21 @@ def test_of_several_that_are_left_the_one_with_the_newest_save_is_taken_over(
     assert asyncio.run(here.take_over("r", place)) == str(own)
     assert (own / "r" / str(SaveName(9, 2, f"{1:012d}"))).is_dir()
     assert (paths[0] / "r").is_dir()
+    asyncio.run(here.close())
+
+
+def test_other_ranks_parts_that_another_dead_agent_has_are_spoken_of(
+    place: str, tmp_path: Path
+) -> None:
+    """Two containers, a rank in each, and then one with both: it has one of the directories."""
+    dead = [agent_with(place, tmp_path / name, "r") for name in "abc"]
+    for (held, own), step in zip(dead, (20, 20, 10), strict=True):
+        (own / "r" / str(SaveName(step, 1, f"{step:012d}"))).mkdir()
+        ended(held)
+    here, _ = agent_with(place, tmp_path / "d")
+    assert asyncio.run(here.take_over("r", place))
+    (left,) = (own for _, own in dead[:2] if (own / "r").is_dir())
+    assert f"agent that is gone has left parts of it in {left} as well" in here.unlooked["r"]
     asyncio.run(here.close())
 
 

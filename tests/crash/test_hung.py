@@ -393,6 +393,7 @@ def test_a_hung_disk_does_not_hold_up_a_restore(
         late.restore(before)
     assert str(path) in str(caught.value)
     assert "disk" in str(caught.value)
+    assert "slots that an earlier start may have on disk are passed over" in caplog.text
     assert is_state(before, 0)
     with ends_within(3.0), pytest.raises(RestoreUnavailable, match=str(path)):
         late.restore(before, source=path / "r")
