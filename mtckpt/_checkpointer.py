@@ -344,11 +344,11 @@ class Checkpointer:
         if self._closed:
             return  # by the thread that was waited for
         self._closed = True
-        errors: list[CheckpointError] = list(self._pending)
-        self._pending.clear()
+        errors: list[CheckpointError] = [*self._pending]
         try:
             errors += self._drain(deadline_s)
         finally:
+            self._link.connections.close()
             self._session.close(_left_s(deadline_s, 5.0))
             if self._session.wait_idle(0.0):  # else a device may still copy into a slot
                 self._saver.ring.close()

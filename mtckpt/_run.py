@@ -117,6 +117,7 @@ class Run:
             label: tier.place for label, tier in zip(self.labels, self.tiers, strict=True)
         }
         self._stores: dict[str, Tier] = {}
+        self.connections = contextlib.ExitStack()  # to stores: closed with the Checkpointer
         self._highest = 0
         self._starting: Incarnation | None = None  # agreed on, and not yet known to the agent
         self._scanned = False
@@ -282,10 +283,8 @@ class Run:
                 store = open_store(
                     settings.place, settings.access, name=label, timeout_s=self.timeout_s
                 )
-                kept = self._stores.setdefault(label, store)
-                if kept is not store:
-                    store.close()  # another thread was faster
-                return kept
+                self.connections.callback(store.close)
+                return self._stores.setdefault(label, store)  # another thread may be faster
             if not is_directory(Path(settings.place), label):
                 return None
             return LocalTier(settings.place, name=label, read_only=True)

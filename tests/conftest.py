@@ -59,6 +59,11 @@ _FORKING = {
 }
 
 
+# How long a test of `make torture` may take, whatever it says itself: such a limit is there so that
+# a run ends, and hours of work are not thrown away because the machine had other things to do.
+TORTURE_LIMIT_S = 14_400
+
+
 @pytest.hookimpl(trylast=True)  # after the shuffle
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Modules that may take long begin first: the end of a run waits for none that has just begun.
@@ -72,6 +77,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.name in _FORKING:
             item.add_marker(harmless)
+        if item.get_closest_marker("torture"):
+            item.add_marker(pytest.mark.timeout(TORTURE_LIMIT_S), append=False)
 
 
 def _limit_s(item: pytest.Item) -> float:

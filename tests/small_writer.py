@@ -27,6 +27,7 @@ import mtckpt._checkpointer
 import mtckpt._load
 import mtckpt.adapters.numpy
 from mtckpt.errors import CheckpointError
+from mtckpt.tiers import BytesSource, LocalTier
 
 TIMEOUT_S = 60.0
 RUN = "small"
@@ -149,10 +150,14 @@ class Writer:
 
 
 class Nursery:
-    """The warm process, from the test's side. Each writer has a log of its own in ``directory``."""
+    """The warm process, from the test's side. Each writer has a log of its own in ``directory``.
+
+    Threads may share it.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._lock = threading.Lock()
         self._count = 0
         self._writers: list[Writer] = []
         self._listener = socket.socket(socket.AF_UNIX)
@@ -170,20 +175,22 @@ class Nursery:
 
     def start(self) -> Writer:
         """Fork a writer."""
-        self._count += 1
-        log = self._directory / f"writer-{self._count}.log"
-        pid = self._ask("fork", str(log))
-        connection, _ = self._listener.accept()
-        writer = Writer(pid, connection, log)
-        self._writers.append(writer)
-        return writer
+        with self._lock:
+            self._count += 1
+            log = self._directory / f"writer-{self._count}.log"
+            pid = self._ask("fork", str(log))
+            connection, _ = self._listener.accept()
+            writer = Writer(pid, connection, log)
+            self._writers.append(writer)
+            return writer
 
     def wait(self, writer: Writer) -> int:
         """Until it has ended; its exit status, negative for a signal."""
-        status = int(self._ask("wait", writer.pid))
-        writer.close()
-        self._writers.remove(writer)
-        return status
+        with self._lock:
+            status = int(self._ask("wait", writer.pid))
+            writer.close()
+            self._writers.remove(writer)
+            return status
 
     def close(self) -> None:
         for writer in self._writers:
@@ -297,6 +304,11 @@ class _Writing:
         for step in range(restored["step"] + 1, restored["step"] + 1 + count):
             self.save(step)
         self.close()
+
+    def put(self, root: str, key: str, size_bytes: int) -> bool:
+        """One object of zeros into a tier, without a run and without an agent."""
+        with contextlib.closing(LocalTier(root)) as tier:
+            return tier.put(key, BytesSource(bytes(size_bytes))).atomic
 
     def close(self) -> None:
         self._checkpointer.close()

@@ -44,6 +44,11 @@ ON_FILES = frozenset({
     "fsync", "fdatasync", "close", "linkat", "renameat", "rename", "unlinkat", "unlink", "rmdir",
 })  # fmt: skip
 
+# Commands of fcntl that lock nothing: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC.
+_OWN_FCNTL = frozenset({0, 1, 2, 3, 4, 1030})
+_MAKING = os.O_CREAT | os.O_TRUNC  # O_TMPFILE is told by its own bit: the rest of it is O_DIRECTORY
+_TMPFILE = 0o20000000
+
 _PATH_FIRST = frozenset({"open", "mkdir", "rmdir", "unlink", "rename", "link", "chmod"})
 _AT = frozenset({"openat", "mkdirat", "unlinkat", "renameat", "linkat", "renameat2"})
 _NAMES = {number: name for name, number in NUMBERS.items()}
@@ -71,6 +76,7 @@ class Call:
     name: str
     path: str
     failed: bool = False
+    changes: bool = True
 
 
 class Tracer:
@@ -81,6 +87,7 @@ class Tracer:
         kill: SIGKILL before the call of that number, from 1; 0 for never.
         fail: that call fails with ``error``, and ``times`` in all (0: for ever).
         below: only calls on files below this directory count.
+        changing: only calls that change anything for others count, see ``_Program._changes``.
         along: killed at the same moment, before the process itself.
     """
 
@@ -94,11 +101,13 @@ class Tracer:
         error: int = errno.EIO,
         times: int = 1,
         below: str = "",
+        changing: bool = False,
         along: Sequence[int] = (),
     ) -> None:
         self.pid = pid
         spec = {"pid": pid, "calls": sorted(calls), "kill": kill, "fail": fail, "error": error,
-                "times": times, "below": below, "along": list(along)}  # fmt: skip
+                "times": times, "below": below, "changing": changing,
+                "along": list(along)}  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, json.dumps(spec)],
             stdin=subprocess.DEVNULL,
@@ -121,14 +130,18 @@ class Tracer:
 
     def stop(self) -> list[Call]:
         """Let the process go on untraced; the calls that were counted, in order."""
-        if self._process.poll() is None:
+        for _ in range(60):
+            # Again and again: one that comes right before a wait does not end that wait.
             self._process.send_signal(signal.SIGTERM)
-        try:
-            out = self._process.communicate(timeout=30.0)[0]
-        except subprocess.TimeoutExpired:
+            try:
+                out = self._process.communicate(timeout=0.5)[0]
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        else:
             self._process.kill()
             self._process.communicate()
-            raise
+            raise TimeoutError(f"the tracer of {self.pid} does not end")
         lines = out.splitlines()
         return [Call(*words) for words in json.loads(lines[-1])] if lines else []
 
@@ -173,6 +186,7 @@ class _Program:
         self.error: int = spec["error"]
         self.last = spec["fail"] + spec["times"] - 1 if spec["times"] else float("inf")
         self.below: str = spec["below"]
+        self.changing: bool = spec["changing"]
         self.along: list[int] = spec["along"]
         self.wanted = {NUMBERS[name] for name in spec["calls"]}
         self.log: list[list[Any]] = []
@@ -263,7 +277,10 @@ class _Program:
         path = self._path(tid, name)
         if self.below and not f"{path}/".startswith(f"{self.below}/"):
             return
-        self.log.append([name, path, False])
+        changes = self._changes(name)
+        if self.changing and not changes:
+            return
+        self.log.append([name, path, False, changes])
         count = len(self.log)
         if count == self.kill:
             for pid in (*self.along, self.pid):
@@ -274,6 +291,35 @@ class _Program:
             self.failing[tid] = self.error
             if name != "close":  # a close that fails has closed
                 self._ptrace(POKE, tid, ORIG_RAX, (1 << 64) - 1)
+
+    def _changes(self, name: str) -> bool:
+        """Whether others, or the disk, can tell that the call was made.
+
+        Not of a file that is opened and not made, and not of a descriptor that is closed without a
+        lock on it, and was only read: a kill right after such a call finds what one right before it
+        does. Sockets and pipes have somebody at the other end.
+        """
+        args = self._info.args
+        if name in ("mmap", "munmap", "dup"):
+            return False
+        if name == "fcntl":
+            return args[1] not in _OWN_FCNTL
+        if name == "openat":
+            return bool(args[2] & (_MAKING | _TMPFILE))
+        if name == "close":
+            return self._is_noticed(ctypes.c_int32(args[0]).value)
+        return True
+
+    def _is_noticed(self, fd: int) -> bool:
+        """Whether anybody notices that this descriptor is closed."""
+        try:
+            target = os.readlink(f"/proc/{self.pid}/fd/{fd}")
+            with open(f"/proc/{self.pid}/fdinfo/{fd}") as file:
+                told = file.read()
+        except OSError:
+            return True
+        flags = next(int(line.split()[1], 8) for line in told.splitlines() if "flags:" in line)
+        return not target.startswith("/") or "lock:" in told or bool(flags & os.O_ACCMODE)
 
     def _path(self, tid: int, name: str) -> str:
         args = self._info.args

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from agent_checks import agent_pid, ram_root, until
-from stores import S3Server
+from stores import GcsServer, S3Server
 
 import mtckpt
 from mtckpt import _access, _run
@@ -255,3 +255,28 @@ def test_the_store_of_a_source_is_not_taken_for_the_runs_own(
         assert checkpointer.restore(make_state(), source=f"{other['url']}/base").step == 3
         monkeypatch.undo()
         assert [step.step for step in checkpointer.steps()] == [7]
+
+
+def connections_to(port: int) -> int:
+    """How many this process has open."""
+    own = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            own.add(os.readlink(f"/proc/self/fd/{fd}"))
+    lines = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+    return sum(w[2].endswith(f":{port:04X}") and f"socket:[{w[9]}]" in own for w in lines)
+
+
+def test_a_closed_run_leaves_no_connection_open(
+    tmp_path: Path, gcs: GcsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in gcs.environment.items():
+        monkeypatch.setenv(name, value)
+    port = int(gcs.url.rpartition(":")[2])
+    before = connections_to(port)
+    run = open_run(tmp_path, {"url": f"gs://{gcs.new_prefix()}", "every": 1})
+    assert not run.restore(make_state())
+    run.save(1, make_state(1.0)).wait("durable", timeout_s=20)
+    assert connections_to(port) > before
+    run.close()
+    assert connections_to(port) <= before

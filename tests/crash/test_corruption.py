@@ -320,7 +320,7 @@ def test_one_fault_in_one_tier(tiers: Tiers, seed: int, num_faults: int) -> None
 @pytest.mark.torture
 @pytest.mark.parametrize("tiers", ["numpy", "jax"], indirect=True)
 def test_one_fault_in_one_tier_many_times(tiers: Tiers, seed: int) -> None:
-    check_faults(tiers, seed, 30_000)
+    check_faults(tiers, seed, 10_000)
 
 
 @pytest.mark.parametrize("tiers", ["numpy", "jax"], indirect=True)

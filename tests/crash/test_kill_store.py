@@ -50,7 +50,8 @@ class Scene:
         reached = threading.Event()
         reader = threading.Thread(target=self._read, args=(process, wanted, reached), daemon=True)
         reader.start()
-        assert reached.wait(60), f"it does not get on: {self}"
+        assert reached.wait(180), f"it does not get on: {self}"
+        assert process.poll() is None, f"it has ended by itself: {self}"
         time.sleep(moment.uniform(0, 0.12))
         _isolation.end_all(self.runtime)  # also what was just being started
         process.wait(20)

@@ -85,6 +85,41 @@ def test_calls_fail_as_told(tmp_path: Path, times: int, errors: int, size: int) 
     assert calls[3] == Call("fsync", str(tmp_path / "file"), True)
 
 
+CHANGES = """
+import fcntl, os, sys
+print("ready", flush=True)
+sys.stdin.readline()
+place, file = sys.argv[1], f"{sys.argv[1]}/file"
+os.close(os.open(place, os.O_RDONLY))
+made = os.open(file, os.O_CREAT | os.O_WRONLY)
+os.write(made, b"x")
+os.close(os.dup(os.open(file, os.O_RDONLY)))
+os.close(made)
+locked = os.open(file, os.O_RDONLY)
+fcntl.fcntl(locked, fcntl.F_GETFL)
+fcntl.flock(locked, fcntl.LOCK_SH)
+os.close(locked)
+os.open(place, os.O_TMPFILE | os.O_RDWR)
+"""
+
+
+def test_only_what_changes_something_is_counted(tmp_path: Path) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", CHANGES, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert program.stdout is not None
+    assert program.stdout.readline() == b"ready\n"
+    with Tracer(program.pid, below=str(tmp_path), changing=True) as tracer:
+        program.communicate(b"\n", timeout=30)
+        assert tracer.ended(10.0)
+        calls = tracer.stop()
+    names = ["openat", "write", "close", "flock", "close", "openat"]
+    assert [call.name for call in calls] == names
+    assert all(call.changes for call in calls)
+
+
 def test_strace_counts_the_same(tmp_path: Path) -> None:
     script = (
         "import os\nfor n in range(7): os.mkdir(f'{d}/{n}'); os.rename(f'{d}/{n}', f'{d}/m{n}')"

@@ -1,7 +1,9 @@
 """SIGKILL before every system call that others can see: of a writer, the agent, its processes.
 
 Each call is numbered over all threads of its process. `make test` takes a sample of the numbers,
-the torture versions take all of them.
+the torture versions take all of them. Of the agent and its processes only calls count that change
+something for others: a kill before a call finds what one before the next change finds. A writer
+also changes what it has mapped, between any two calls, so there every call counts.
 """
 
 from __future__ import annotations
@@ -147,7 +149,18 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def wait_for(what: Callable[[], bool], name: str, timeout_s: float = 30.0) -> None:
+def threads_of(pid: int) -> str:
+    """What each thread of a process is at, as the kernel tells it."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            state = (task / "stat").read_bytes().rpartition(b")")[2].split()[0].decode()
+            where = [(task / name).read_text().strip() for name in ("wchan", "syscall")]
+            found.append(f"{task.name} {state} {where}")
+    return "\n".join([f"threads of {pid}:", *found])
+
+
+def wait_for(what: Callable[[], bool], name: str, timeout_s: float = 60.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not what():
         assert time.monotonic() < deadline_s, f"waited {timeout_s:g} s: {name}"
@@ -285,7 +298,7 @@ def numbers_of_a_save(story: Story, victim: str) -> int:
     writer, step = story.resume()
     writer.do("saves", step + 1, step + 3)
     wait_for(story.kept, "the steps before are deleted")
-    with Tracer(story.pid_of(victim)) as tracer:
+    with Tracer(story.pid_of(victim), changing=True) as tracer:
         writer.do("save", step + 4)
         wait_for(story.kept, "the oldest step is deleted")
         time.sleep(0.05)  # what comes after the deletion; more is no harm, less a smaller sweep
@@ -302,6 +315,23 @@ def numbers_of_a_save(story: Story, victim: str) -> int:
     return len(calls)
 
 
+def is_killed(story: Story, tracer: Tracer) -> bool:
+    """Whether the traced process was, before retention had come to its end."""
+    slow: list[str] = []
+    began_s = time.monotonic()
+
+    def ends() -> bool:
+        if not slow and time.monotonic() > began_s + 10.0:
+            slow.append(threads_of(tracer.pid))
+        return tracer.ended() or story.kept()
+
+    try:
+        wait_for(ends, "retention")
+    except AssertionError as error:
+        raise AssertionError("\n".join([str(error), *slow])) from None
+    return tracer.ended(0.1)
+
+
 def kill_everything_at(story: Story, victim: str, number: int) -> None:
     """A save under which that process, the agent and the writer are killed at the same moment.
 
@@ -310,12 +340,11 @@ def kill_everything_at(story: Story, victim: str, number: int) -> None:
     writer, step = story.resume()
     writer.do("saves", step + 1, step + 3)
     along = [story.pid_of(""), writer.pid]
-    with Tracer(story.pid_of(victim), kill=number, along=along) as tracer:
+    with Tracer(story.pid_of(victim), kill=number, changing=True, along=along) as tracer:
         writer.send("save", step + 4)
         with contextlib.suppress(WriterGone):
             writer.answer()
-            wait_for(lambda: tracer.ended() or story.kept(), "retention")
-        killed = tracer.ended(0.1)
+        killed = is_killed(story, tracer)
         calls = tracer.stop()
     story.end(writer)
     story.learn(writer)
@@ -330,12 +359,10 @@ def kill_agent_at(story: Story, victim: str, number: int) -> None:
     writer, step = story.resume()
     writer.do("saves", step + 1, step + 3)
     pid = story.pid_of(victim)
-    with Tracer(pid, kill=number) as tracer:
+    with Tracer(pid, kill=number, changing=True) as tracer:
         writer.send("save", step + 4)
         writer.answer()
-        if not tracer.ended():
-            wait_for(lambda: tracer.ended() or story.kept(), "retention")
-        killed = tracer.ended(0.1)
+        killed = is_killed(story, tracer)
         calls = tracer.stop()
     if killed:
         story.counts[f"killed {victim or 'agent'}"] += 1

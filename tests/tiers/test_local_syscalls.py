@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from small_writer import Nursery, WriterGone
+from syscall_tracer import Call, Tracer, why_not
 
 from mtckpt.errors import AlreadyExists
 from mtckpt.testing import CrashPoint
@@ -260,30 +264,31 @@ def test_a_sweep_leaves_what_another_host_may_be_writing(tmp_path: Path) -> None
     assert [path.name for path in directory.iterdir()] == ["a"]
 
 
-@pytest.mark.torture
-@pytest.mark.timeout(3600)
-@pytest.mark.strace
-def test_killed_before_every_syscall(tmp_path: Path) -> None:
-    """SIGKILL at the Nth call of the process, for every N from the opening of the root on."""
-    calls = "mkdir,mkdirat,openat,fsync,fallocate,pwrite64,linkat,unlink,unlinkat,close,flock,dup"
-    log = tmp_path / "trace"
-    run_put(tmp_path / "whole", "strace", "-f", "-o", str(log), "-e", f"trace={calls}")
-    lines = log.read_text().splitlines()
-    first = next(number for number, line in enumerate(lines) if "/whole" in line)
-    names = [re.sub(r"^\d+ +(\w+)\(.*", r"\1", line) for line in lines]
-    tested = 0
-    for number in range(first, len(lines)):
-        name, nth = names[number], names[: number + 1].count(names[number])
-        root = tmp_path / f"{number}"
-        fault = f"inject={name}:signal=SIGKILL:when={nth}"
-        done = run_put(root, "strace", "-f", "-o", "/dev/null", "-e", f"trace={calls}", "-e", fault)
-        if done.returncode == 0:
-            continue  # Not a call of the form NAME(...): an exit line or a signal.
-        tier = LocalTier(root)
-        for info in tier.list():
-            assert read_all(tier, info.key, max_bytes=5000) == bytes(5000)
-        tier.sweep_temporaries()
-        hidden = [name for *_, files in os.walk(root) for name in files if name.startswith(".")]
-        assert hidden == []
-        tested += 1
-    assert tested > 20
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "processes can be traced")
+def test_killed_before_every_syscall(tmp_path: Path, runtime_dir: Path) -> None:
+    """SIGKILL before every call of the process, from the opening of the root to its closing."""
+    nursery = Nursery(tmp_path)
+    killed: list[Call] = []
+    try:
+        while len(killed) < 1000:
+            root = tmp_path / f"{len(killed)}"
+            writer = nursery.start()
+            with Tracer(writer.pid, kill=len(killed) + 1) as tracer:
+                with contextlib.suppress(WriterGone):
+                    assert writer.do("put", str(root), "run/1/a", 5000)
+                    break
+                killed.append(tracer.stop()[-1])
+            nursery.wait(writer)
+            tier = LocalTier(root)
+            for info in tier.list():
+                assert read_all(tier, info.key, max_bytes=5000) == bytes(5000)
+            tier.sweep_temporaries()
+            hidden = [name for *_, files in os.walk(root) for name in files if name[0] == "."]
+            assert hidden == [], killed[-1]
+    finally:
+        nursery.close()
+    names = Counter(call.name for call in killed)
+    print(names)
+    assert names["fsync"] == 5  # as `missing_syncs` wants them
+    assert names["linkat"] == 1
+    assert names["unlinkat"] == 1
