@@ -2,8 +2,9 @@
 
 Knows what "safe to go" means: the newest step that is whole, and what is held here for other nodes,
 are where the loss of this node does not reach: with other nodes that stay, or in a store. The same
-for a command, a supervisor's hook and SIGTERM. Does not move bytes (``flushing``, ``copies``), and
-does not end the agent (``life``).
+for a command, a supervisor's hook and SIGTERM. Once that was said, an agent that is started where
+this one was killed holds to it. Does not move bytes (``flushing``, ``copies``), and does not end
+the agent (``life``).
 """
 
 from __future__ import annotations
@@ -49,13 +50,15 @@ class Drainer:
         copies: Copies,
         flusher: Flusher,
         events: EventStream,
+        note: drains.Note,
     ) -> None:
         self._runs = runs
         self._ready = ready
         self._copies = copies
         self._flusher = flusher
         self._events = events
-        self.reason = ""
+        self._note = note
+        self.reason = note.read()
 
     def refuse(self) -> None:
         """Raises NodeDraining where something new would be begun here."""
@@ -65,6 +68,7 @@ class Drainer:
     def cancel(self) -> None:
         """The node stays. Others use it again as they hear of that: when it offers them copies."""
         self.reason = ""
+        self._note.remove()
         for run in self._runs.values():
             run.draining, run.drained = "", False
             for save in run.saves.values():
@@ -72,10 +76,20 @@ class Drainer:
             run.touch()
         self._events.emit("node.stays")
 
-    async def drain(self, timeout_s: float, reason: str) -> drains.Drained:
-        """Bring what is here elsewhere, as far as ``timeout_s`` goes; how far that was."""
+    def adopt(self, run: RunState) -> None:
+        """A run that an agent before this one had, which may have said that the node goes."""
+        run.draining, run.drained = self.reason, bool(self.reason)
+
+    def end(self) -> None:
+        """The agent ends in good order: the next one here begins anew."""
+        self._note.remove()
+
+    async def drain(self, timeout_s: float, reason: str, *, ends: bool = False) -> drains.Drained:
+        """Bring what is here elsewhere, as far as ``timeout_s`` goes; how far that was. ``ends``:
+        it is the agent that goes, and the node may stay."""
         deadline_s = time.monotonic() + timeout_s
         self.reason = reason
+        self._note.remove()
         self._events.emit("node.drains", reason=reason, seconds=round(timeout_s, 1))
         await until(self._ready, timeout_s)  # what is here may still be looked for
         runs = [run for run in self._runs.values() if not run.gone]
@@ -90,6 +104,8 @@ class Drainer:
             level = logging.INFO if each.safe else logging.WARNING
             said = "; ".join([each.detail, *each.lacking])
             logger.log(level, "run %s is drained: %s", each.run, said)
+        if drained.safe and not ends and self.reason == reason:  # else it was taken back
+            self._note.write(reason)
         self._events.emit("node.drained", safe=drained.safe)
         return drained
 

@@ -134,7 +134,9 @@ class Guests:
         run.note_leaving(offer.node, offer.leaving)
         if run.draining:
             save = run.saves.get(offer.save)
-            own = set() if save is None or save.handed else save.ranks.get(RAM, set())
+            own: set[int] = set()
+            if save is not None and not save.handed and not run.drained:
+                own = save.ranks.get(RAM, set())
             has_own = own >= {*ranks}
             raise NodeDraining(run.draining, state="nothing was pulled", has_own=has_own)
         await self._follow(run, offer.node, offer.address)

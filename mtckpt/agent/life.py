@@ -223,6 +223,7 @@ class Life:
         tools.events.emit("agent.started", pid=os.getpid())
         with contextlib.ExitStack() as lock:
             await self._until_done(server, registry, lock)
+            registry.drainer.end()
             await registry.stop(self._stop_s())
             self._leave()
             await registry.peers.close()
@@ -242,7 +243,8 @@ class Life:
         async def drain() -> None:
             try:
                 # A part of the time is kept for what is under way then.
-                await registry.drainer.drain(0.8 * grace_s, "the agent of this node was terminated")
+                reason = "the agent of this node was terminated"
+                await registry.drainer.drain(0.8 * grace_s, reason, ends=True)
             finally:
                 server.stopped.set()
 

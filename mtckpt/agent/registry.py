@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mtckpt._slots import BESIDE
-from mtckpt.agent import beside, owners, protocol, work
+from mtckpt.agent import beside, drains, owners, protocol, work
 from mtckpt.agent.agreement import Agreement
 from mtckpt.agent.copies import Copies
 from mtckpt.agent.draining import Drainer
@@ -76,7 +76,8 @@ class Registry:
         self.peers = Peers(self)
         self.copies = Copies(tools, self.ring, self.peers)
         self.flusher = Flusher(tools, self.ring, self.healer, self.copies)
-        self.drainer = Drainer(self.runs, self.ready, self.copies, self.flusher, tools.events)
+        note = drains.Note(directory, self.boot_id)
+        self.drainer = Drainer(self.runs, self.ready, self.copies, self.flusher, tools.events, note)
         self.replicas = Replicas(tools, self.peers, self.write_config)
         self.links = Links(
             tools, self.ring, self.agreement, self.flusher, self.replicas, self.peers
@@ -156,6 +157,7 @@ class Registry:
     async def _adopt(self, ram: TierRef, config: work.RunConfig, scan: work.RunScan) -> None:
         """One run as another agent left it: living owners are watched, dead ones settled."""
         run = RunState(config.run, config.run_key, ram)
+        self.drainer.adopt(run)
         self.set_tiers(run, config.tiers)
         extra = config.extra
         run.failures = int(extra.get("failures") or 0)

@@ -271,7 +271,8 @@ class AgentServer(HttpServer):
         self._check_own_user(request)
         detail = ""
         if message.drain:
-            drained = await self._registry.drainer.drain(message.timeout_s, "the agent is stopped")
+            reason = "the agent is stopped"
+            drained = await self._registry.drainer.drain(message.timeout_s, reason, ends=True)
             lacking = [(run.run, why) for run in drained.runs for why in run.lacking]
             detail = "\n".join(f"{run}: {why}" for run, why in lacking)
         asyncio.get_running_loop().call_later(0.05, self.stopped.set)

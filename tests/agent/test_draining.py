@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from agent_checks import Own, until
+from agent_checks import Own, agent_pid, kill_agent, until
 from fake_trainer import FakeTrainer, disk
 from layouts import layout
 
@@ -97,6 +97,31 @@ def test_what_does_not_come_away_in_time_is_told(own: Own, tmp_path: Path) -> No
     assert run.detail == "step 1 is in the memory of this node and nowhere else"
     (why,) = run.lacking
     assert why.startswith("disk: ")
+
+
+def test_an_agent_that_is_killed_does_not_take_back_that_its_node_is_safe_to_go(
+    own: Own, tmp_path: Path
+) -> None:
+    """A newer step that it began would be the end of the one that was brought away. An agent that
+    ends by itself, as where it is replaced, does take it back."""
+    store = protocol.TierConfig("store", "store", f"file://{tmp_path}/s")
+    trainer = own("r", [store])
+    trainer.open()
+    trainer.begin(1)
+    trainer.save(1)
+    assert drained(trainer).safe
+    kill_agent()
+    trainer.open()  # by the next agent
+    trainer.next_slot = None
+    assert trainer.run_status().tiers[0].steps == [1]
+    assert "is being drained" in trainer.slot(wait_s=5.0).reason
+    with pytest.raises(NodeDraining, match="is being drained"):
+        own("other").open()
+    pid = agent_pid()
+    trainer.client.call("/v1/stop", protocol.Stop(), protocol.Done)
+    until(lambda: not Path(f"/proc/{pid}").exists())
+    trainer.open()
+    assert trainer.slot().grant is not None
 
 
 @pytest.mark.parametrize("grace", ["20", "0.0001"])

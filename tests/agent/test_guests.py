@@ -141,18 +141,24 @@ def test_what_was_offered_before_does_not_stand_for_what_is_offered_now() -> Non
 
 
 @pytest.mark.parametrize(
-    ("ranks", "handed", "has_own"),
-    [([0], False, True), ([0], True, False), ([1], False, False), ([0, 1], False, False)],
+    ("ranks", "away", "has_own"),
+    [
+        ([0], "", True),
+        ([0], "handed", False),
+        ([0], "drained", False),
+        ([1], "", False),
+        ([0, 1], "", False),
+    ],
 )
 def test_a_node_that_goes_says_whether_what_it_is_offered_is_its_own(
-    ranks: list[int], handed: bool, has_own: bool
+    ranks: list[int], away: str, has_own: bool
 ) -> None:
     """Then it brings it away itself. Not where it has given it to somebody, who may ask since it
-    goes, too: each would count on the other."""
+    goes, too: each would count on the other. To whom, an agent started since does not know."""
     scene = Scene()
     save = scene.run.saves[scene.offer.save] = SaveState(save_name(1, 1, ID), ID, world_size=3)
-    save.ranks[RAM], save.handed = {0}, handed
-    scene.run.draining = "the node goes"
+    save.ranks[RAM], save.handed = {0}, away == "handed"
+    scene.run.draining, scene.run.drained = "the node goes", away == "drained"
     offer = msgspec.structs.replace(scene.offer, ranks=ranks)
     with pytest.raises(NodeDraining) as caught:
         asyncio.run(scene.guests.offered(scene.run, offer))
