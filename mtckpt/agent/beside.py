@@ -25,7 +25,7 @@ from mtckpt._slots import BESIDE
 from mtckpt.agent.holding import LOCK, NOTE, Lock, lock
 from mtckpt.errors import TierUnavailable
 
-__all__ = ["Taken", "has_left", "is_asked", "is_one", "make", "remove", "take_over"]
+__all__ = ["Taken", "has_left", "is_asked", "is_one", "make", "remove", "take_over", "tidy"]
 
 _NAME = re.compile(r"([0-9a-f-]{36}|unknown)\.[0-9a-f]{16}")
 # File systems that no two machines have mounted at once: a lock that can be had there is free.
@@ -91,6 +91,17 @@ def take_over(place: str, run_key: str, own: str, boot_id: str) -> Taken:
         finally:
             held.close()
     return taken
+
+
+def tidy(place: str, own: str, boot_id: str) -> None:
+    """Remove the directories of others that are nobody's any more and have nothing."""
+    for root in _all(place):
+        if root != own and (held := _try(root)) is not None:
+            try:
+                if _is_dead(root, boot_id):
+                    remove(root)
+            finally:
+                held.close()
 
 
 def remove(root: str) -> None:

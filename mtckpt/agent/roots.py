@@ -30,6 +30,7 @@ ROOTS_NAME = "ram-roots.json"
 MAX_ROOTS = 64
 # An agent that ends may still be writing there.
 WAIT_S = 3.0
+MAX_MADE = 10
 _POLL_S = 0.05
 ANSWER_S = 10.0
 # What a run may wait for at its start. Another of its tiers may have all that it needs; and a disk
@@ -136,9 +137,20 @@ class Roots:
             if root in self.loaded or await aside(functools.partial(os.path.isdir, root), place):
                 return root
         try:
-            return await aside(functools.partial(beside.make, place, self._boot_id), place)
+            return await aside(functools.partial(self._make, place), place)
         except OSError as error:
             raise tier_error(error, doing="open", tier="ram", key=None, place=place) from error
+
+    def _make(self, place: str) -> str:
+        """A new one, which is this agent's. Until it is, whoever looks there for what dead agents
+        have left takes it for one that has nothing, and tidies it away."""
+        for _ in range(MAX_MADE):
+            with contextlib.suppress(FileNotFoundError, TierUnavailable):  # so it was
+                root = beside.make(place, self._boot_id)
+                if self._try(root):
+                    beside.tidy(place, root, self._boot_id)
+                    return root
+        raise TierUnavailable(f"{place} is being tidied up by other agents", tier="ram")
 
     async def take_over(self, run_key: str, place: str, patience_s: float = 60.0) -> str:
         """Where a run that an agent which is gone has left beside a disk is from now on: this

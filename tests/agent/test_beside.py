@@ -84,6 +84,31 @@ def test_a_run_that_a_dead_agent_left_is_taken_over_and_nothing_else(
     assert sorted(os.listdir(place)) == sorted([kept.name, own.name])
 
 
+def test_a_directory_that_is_just_made_may_be_tidied_away_by_who_looks_for_what_is_left(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers that begin at the same time: it is nobody's until it is locked."""
+    other, its_own = agent_with(place, tmp_path / "a", "r")
+    dead, _ = agent_with(place, tmp_path / "b", "s")
+    ended(dead)
+    make, made = beside.make, []
+
+    def and_look(*arguments: str) -> str:
+        made.append(make(*arguments))
+        if len(made) == 1:
+            beside.tidy(place, str(its_own), HERE)
+            assert not os.path.exists(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(beside, "make", and_look)
+    (tmp_path / "c").mkdir()
+    third = Roots(str(tmp_path / "c"), boot_id=HERE)
+    assert asyncio.run(third.take_over("s", place)) == made[1]
+    assert not beside.take_over(place, "s", str(its_own), HERE).here
+    for held in (other, third):
+        asyncio.run(held.close())
+
+
 def test_what_another_host_left_is_taken_over_only_where_its_locks_would_be_seen(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -104,6 +129,17 @@ def test_a_directory_that_has_nothing_left_goes_with_its_agent(place: str, tmp_p
     held, _ = agent_with(place, tmp_path / "a")
     asyncio.run(held.close())
     assert not os.path.exists(place)
+    # That of one which was killed, with the next that is made there.
+    killed, nothing = agent_with(place, tmp_path / "b")
+    ended(killed)
+    living, one = agent_with(place, tmp_path / "c")
+    dead, left = agent_with(place, tmp_path / "d", "r")
+    ended(dead)
+    last, other = agent_with(place, tmp_path / "e")
+    assert sorted(os.listdir(place)) == sorted([one.name, left.name, other.name])
+    assert not nothing.exists()
+    for held in (living, last):
+        asyncio.run(held.close())
 
 
 def test_what_somebody_else_could_have_put_there_is_not_looked_at(
