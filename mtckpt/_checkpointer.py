@@ -23,6 +23,7 @@ from mtckpt import _endings, _manifest, _restorer, _retention
 from mtckpt._closing import bring_home, left_s, let_go
 from mtckpt._gathering import survey
 from mtckpt._handle import Restored, Save, Status, Step, check_seconds, stage_of_tier
+from mtckpt._media import warn_of_media
 from mtckpt._places import check_places
 from mtckpt._run import Run
 from mtckpt._saver import Saver
@@ -111,6 +112,7 @@ class Checkpointer:
         ram_path = absolute(self._ram.path) if self._ram.path else protocol.ram_base()
         places = dict(zip(self._labels, (tier.place for tier in self._slow), strict=True))
         check_places({"ram": ram_path, **places}, group_access=address.find().service)
+        warn_of_media(places)
         self._session = Session(
             run,
             self._run_key,
