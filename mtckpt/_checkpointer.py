@@ -293,7 +293,7 @@ class Checkpointer:
             self._saver.steps.clear()
             self._schedule.resumed(restored.step or 0, time.monotonic())
         self._offered, self._restored = 0, restored
-        logger.info("run %s: %s", self.run, restored)
+        logger.info("run %s: %s%s", self.run, restored._saved, restored)
         return restored
 
     @in_turn
@@ -382,6 +382,12 @@ class Checkpointer:
             )
             error.errors = tuple(errors)
             raise error from errors[0]
+
+    def __repr__(self) -> str:
+        last = self._saver.last
+        saved = f", saved step {last.step}" if last is not None else ""
+        tiers = " + ".join(["ram", *self._labels])
+        return f"Checkpointer({self.run!r}, {tiers}{saved}{', closed' if self._closed else ''})"
 
     def __enter__(self) -> Checkpointer:
         return self

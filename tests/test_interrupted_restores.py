@@ -46,7 +46,7 @@ def test_nobody_writes_to_live_state_once_an_interrupt_is_out(
         if not interrupted.is_set():
             interrupted.set()
             signal.pthread_kill(ident, signal.SIGINT)
-            gone_on.wait(1)  # unless the call waits for this
+            gone_on.wait(0.3)  # unless the call waits for this
         copy(target, source, size_bytes)
 
     with mtckpt.Checkpointer("r", [mtckpt.Ram(every=1, slots=2)], timeout_s=20) as checkpointer:
