@@ -20,8 +20,10 @@ from typing import Any, Literal
 import msgspec
 
 from mtckpt import _endings, _manifest, _restorer, _retention
+from mtckpt._closing import bring_home, left_s, let_go
 from mtckpt._gathering import survey
 from mtckpt._handle import Restored, Save, Status, Step, check_seconds, stage_of_tier
+from mtckpt._media import warn_of_media
 from mtckpt._places import check_places
 from mtckpt._run import Run
 from mtckpt._saver import Saver
@@ -40,7 +42,6 @@ from mtckpt._turns import Turns, in_turn
 from mtckpt.agent import address, protocol
 from mtckpt.capture.engine import AnyEngine
 from mtckpt.errors import (
-    AgentUnavailable,
     CheckpointError,
     CloseFailed,
     ForkedProcess,
@@ -56,10 +57,6 @@ __all__ = ["Checkpointer"]
 logger = logging.getLogger(__name__)
 
 State = Any
-# What the last words with the agent may take, though the deadline has passed.
-_GRACE_S = 1.0
-# How long close() waits until memory is free.
-_FREEING_S = 5.0
 _open_runs: dict[tuple[str, int], weakref.ref[Checkpointer]] = {}
 
 
@@ -115,6 +112,7 @@ class Checkpointer:
         ram_path = absolute(self._ram.path) if self._ram.path else protocol.ram_base()
         places = dict(zip(self._labels, (tier.place for tier in self._slow), strict=True))
         check_places({"ram": ram_path, **places}, group_access=address.find().service)
+        warn_of_media(places)
         self._session = Session(
             run,
             self._run_key,
@@ -132,7 +130,10 @@ class Checkpointer:
         self._saver = Saver(self._link, self._engine, self._ram, insists=insists)
         self._max_stall_s = max_stall_s
         self._pid = os.getpid()
-        self._closed = False
+        self._closed = self._ended = False  # one after the other
+        self._cut_off = False  # by an interrupt, in between
+        self._behind: list[CheckpointError] | None = None  # what is not in all tiers at the end
+        self._undone: list[CheckpointError] = []
         self._offered = 0  # the highest step that ``save`` was called with
         self._pending: list[SaveFailed] = []
         self._lock = threading.Lock()
@@ -292,7 +293,7 @@ class Checkpointer:
             self._saver.steps.clear()
             self._schedule.resumed(restored.step or 0, time.monotonic())
         self._offered, self._restored = 0, restored
-        logger.info("run %s: %s", self.run, restored)
+        logger.info("run %s: %s%s", self.run, restored._saved, restored)
         return restored
 
     @in_turn
@@ -330,31 +331,48 @@ class Checkpointer:
     def close(self, *, timeout_s: float = 600.0) -> None:
         """Send the newest step to every tier, wait for it, and free the memory. Idempotent.
 
+        One that an interrupt has ended goes on when it is called again.
+
         Raises:
             CloseFailed: what did not get there within ``timeout_s``, error by error.
             WaitTimeout: another thread's call did not end within it. Nothing was done.
         """
         check_seconds("timeout_s", timeout_s)
-        if self._closed or self._pid != os.getpid():
+        if self._ended or self._pid != os.getpid():
             return
         deadline_s = time.monotonic() + timeout_s
-        self._turns.take("close", timeout_s, functools.partial(self._close, deadline_s))
+        try:
+            self._turns.take("close", timeout_s, functools.partial(self._close, deadline_s))
+        except Exception:
+            raise
+        except BaseException:
+            self._cut_off = True
+            raise
 
     def _close(self, deadline_s: float) -> None:
-        if self._closed:
+        if self._ended:
             return  # by the thread that was waited for
         self._closed = True
-        errors: list[CheckpointError] = [*self._pending]
+        # Where an interrupt comes, all stays as it is: who calls again goes on from there.
+        self._undone += self._take_pending()
         try:
-            errors += self._drain(deadline_s)
-        finally:
-            self._link.connections.close()
-            self._session.close(_left_s(deadline_s, 5.0))
-            if self._session.wait_idle(0.0):  # else a device may still copy into a slot
-                self._saver.ring.close()
-            if _open_runs.get(self._open_key, lambda: None)() is self:
-                del _open_runs[self._open_key]
-        if errors := list({error.what: error for error in errors}.values()):
+            if self._behind is None:
+                behind = bring_home(self._saver, self._labels, deadline_s, self._failed)
+                self._behind = [*behind, *self._take_pending()]
+            let_go(self._saver, deadline_s, free_ram=not self._behind)
+        except RunLocked:
+            pass  # Another process has it, and closes it.
+        except CheckpointError as why:
+            self._undone.append(why)
+        self._undone += self._behind or ()
+        self._link.connections.close()
+        self._session.close(left_s(deadline_s, 5.0))
+        if self._session.wait_idle(0.0):  # else a device may still copy into a slot
+            self._saver.ring.close()
+        if _open_runs.get(self._open_key, lambda: None)() is self:
+            del _open_runs[self._open_key]
+        self._ended = True
+        if errors := list({error.what: error for error in self._undone}.values()):
             error = CloseFailed(
                 f"{len(errors)} pieces of work were not done: "
                 + "; ".join(e.what for e in errors[:5]),
@@ -364,6 +382,12 @@ class Checkpointer:
             )
             error.errors = tuple(errors)
             raise error from errors[0]
+
+    def __repr__(self) -> str:
+        last = self._saver.last
+        saved = f", saved step {last.step}" if last is not None else ""
+        tiers = " + ".join(["ram", *self._labels])
+        return f"Checkpointer({self.run!r}, {tiers}{saved}{', closed' if self._closed else ''})"
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -380,7 +404,7 @@ class Checkpointer:
 
     def __del__(self) -> None:
         # Not where the constructor raised, nor in a fork, nor if nobody was spoken to.
-        is_open = not getattr(self, "_closed", True) and self._pid == os.getpid()
+        is_open = not getattr(self, "_ended", True) and self._pid == os.getpid()
         if is_open and self._session.opened is not None:
             _endings.close_dropped(self)
 
@@ -414,8 +438,7 @@ class Checkpointer:
 
     def _raise_failed(self, step: int, labels: Sequence[str]) -> None:
         """What went wrong since the last save; where that is raised, no rank saves this step."""
-        with self._lock:
-            failures, self._pending = self._pending, []
+        failures = self._take_pending()
         if failures and self._on_failure == "warn":
             warnings.warn(str(failures[0]), RuntimeWarning, stacklevel=3)
         elif failures:
@@ -439,59 +462,18 @@ class Checkpointer:
         with self._lock:
             self._pending.append(failure)
 
-    # -- the end ---------------------------------------------------------------------------------
-
-    def _drain(self, deadline_s: float) -> list[CheckpointError]:
-        session = self._session
-        if session.opened is None:
-            return []
-        errors: list[CheckpointError] = []
-        if not session.wait_idle(max(0.0, deadline_s - time.monotonic())):
-            return [AgentUnavailable("the node agent did not take the last save", run=self.run)]
-        last = self._saver.last
-        try:
-            if last is not None and session.fenced is None:
-                last._plan({label: stage_of_tier(label) for label in self._labels})
-                session.watch(last)
-                session.call(
-                    "flush",
-                    protocol.Flush(session.holder),
-                    protocol.Done,
-                    _left_s(deadline_s, self._timeout_s),
-                )
-                errors += self._saver.await_newest(last, deadline_s)
-            if last is not None and (error := last.exception()) is not None:
-                self._failed(last, error)  # told before perhaps, and open all the same
-            with self._lock:
-                errors += self._pending
-                self._pending.clear()
-            session.stop_listening()
-            # The agent answers once memory is free; what still reads it is the newest save's check.
-            wait_s = min(_FREEING_S, max(0.0, deadline_s - time.monotonic() - _GRACE_S))
-            closed = session.call(
-                "close",
-                protocol.Close(session.holder, free_ram=not errors, wait_s=wait_s),
-                protocol.Closed,
-                _left_s(deadline_s, self._timeout_s + wait_s),
-            )
-            if closed.kept:
-                logger.warning("run %s: its memory is not free yet: %s", self.run, closed.kept)
-        except (CheckpointError, RunLocked) as error:
-            if not isinstance(error, RunLocked):
-                errors.append(error)
-        return errors
+    def _take_pending(self) -> list[SaveFailed]:
+        with self._lock:
+            failures, self._pending = self._pending, []
+        return failures
 
     def _fence_older(self) -> None:
         older = _open_runs.get(self._open_key, lambda: None)()
-        if older is not None and not older._closed and older._pid == os.getpid():
+        is_left = older is not None and (older._cut_off or not older._closed) and not older._ended
+        if older is not None and is_left and older._pid == os.getpid():
             why = f"run {self.run} was opened again in this process"
             logger.warning("%s: the older one is closed", why)
             older._session.fenced = RunLocked(why, run=self.run, owner_pid=os.getpid())
-            older._closed = True
+            older._closed = older._ended = True
             older._session.close(0.1, last=older._saver.ring.close)
         _open_runs[self._open_key] = weakref.ref(self)
-
-
-def _left_s(deadline_s: float, most_s: float) -> float:
-    """For one more call before a deadline: what is left, but never too little for an answer."""
-    return min(most_s, max(_GRACE_S, deadline_s - time.monotonic()))

@@ -104,8 +104,11 @@ class StoreGroup:
 
         # What a store blocks in has its own idea of time, or none: it is left behind.
         thread = threading.Thread(target=talk, name="mtckpt-ranks", daemon=True)
-        thread.start()
-        thread.join(timeout_s + _LAST_READ_S)
+        try:
+            thread.start()
+            thread.join(timeout_s + _LAST_READ_S)
+        except RuntimeError as error:  # no thread is to be had
+            failure.append(error)
         if failure and not isinstance(failure[0], RuntimeError):
             raise failure[0]
         if not found:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from mtckpt import _shard, _striped
 from mtckpt._describing import Copy, Loaded, Place, Want, describe, whole_wants
 from mtckpt._held import hold
+from mtckpt._patience import Leave
 from mtckpt.capture.base import Engine, Move, Span
 from mtckpt.capture.memory import Mapping as MemoryMapping
 from mtckpt.capture.memory import anonymous
@@ -84,6 +85,8 @@ class Attempt:
 # Copying as many bytes once more takes a few milliseconds.
 _CHEAP_BYTES = 64 * 1024 * 1024
 _STAGE_BYTES = 64 * 1024 * 1024
+# How long an interrupt waits for what is just being placed.
+_END_S = 10.0
 
 
 class Delivery:
@@ -222,19 +225,34 @@ class Delivery:
         targets = [self._wants[i].address for i in wanted]
         cuts = {at: cut for at, i in enumerate(wanted) if (cut := self._wants[i].cuts)}
         with self._within(place.label, functools.partial(self._hold_at, place)) as held:
+            leave = Leave()
+
+            def count(size_bytes: int) -> None:
+                leave.check()
+                self._count(size_bytes)
+
+            def touch() -> None:
+                leave.check()
+                self._touch()
+
             place_all = functools.partial(
-                self._engine.fetch, held.fd, spans, targets, digests, self._count,
-                cuts=cuts, whole=whole, placing=self._touch,
+                self._engine.fetch, held.fd, spans, targets, digests, count,
+                cuts=cuts, whole=whole, placing=touch,
             )  # fmt: skip
             try:
-                bad = self._read(place, place_all, size_bytes)
+                bad = self._read(place, functools.partial(leave.run, place_all), size_bytes)
             except _Late as error:
+                leave.end(0)
                 raise RestoreFailed(
                     f"{place.label}: {error.what}",
                     step=self._loaded.record.step,
                     live_state="undefined",
                     state="live state is undefined: the tier stopped answering in the middle",
                 ) from error
+            except BaseException:
+                # An interrupt: whoever made it may go on with this memory, and not with our bytes.
+                leave.end(_END_S)
+                raise
         left = sorted(wanted[i] for i in bad)
         if whole and left:
             return left

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 
 EXIT_S = 30.0
+# Where somebody has interrupted close(): they do not want to wait.
+_AGAIN_S = 1.0
 _DROPPED_S = 600.0
 
 _closing: list[threading.Thread] = []
@@ -31,6 +33,7 @@ class Open(Protocol):
     """What is to be closed."""
 
     run: str
+    _cut_off: bool  # close() was called, and interrupted
 
     def close(self, *, timeout_s: float) -> None:
         """Nothing if it was closed before. Raises CheckpointError."""
@@ -68,7 +71,7 @@ def close_dropped(found: Open) -> None:
 
 def _close_if_there(reference: weakref.ref[Open]) -> None:
     if (found := reference()) is not None:
-        _close(found, "at exit", EXIT_S)
+        _close(found, "at exit", _AGAIN_S if found._cut_off else EXIT_S)
 
 
 def _close(found: Open, when: str, timeout_s: float) -> None:

@@ -6,6 +6,7 @@ here. Does not choose among steps: every rank is told the same, so all choose al
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -295,12 +296,13 @@ def _look_at_each(run: Run, nodes: Sequence[Sequence[Place]]) -> _Told:
             answers.append(_look_at_one(run, node))  # noqa: PERF401 - heard before the next
 
     # Left behind where they wait for a node that is dark.
-    threads = [
-        threading.Thread(target=functools.partial(look, number), name="mtckpt-former", daemon=True)
-        for number in range(num_threads)
-    ]
-    for thread in threads:
-        thread.start()
+    threads = []
+    for number in range(num_threads):
+        work = functools.partial(look, number)
+        thread = threading.Thread(target=work, name="mtckpt-former", daemon=True)
+        with contextlib.suppress(RuntimeError):  # none to be had: these count as silent
+            thread.start()
+            threads.append(thread)
     deadline_s = time.monotonic() + run.timeout_s
     for thread in threads:
         thread.join(max(0.0, deadline_s - time.monotonic()))

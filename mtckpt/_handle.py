@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -259,6 +259,7 @@ class Restored:
         self._state = state
         self._incarnation = 0
         self._every = 0
+        self._saved = ""  # by whom and when, for the log
         self._must_read = False  # new arrays are in the state, and nobody has looked
 
     @property
@@ -312,7 +313,7 @@ class Step:
     abandoned: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Status:
     """What each tier of a run holds and owes, as the agent told it."""
 
@@ -321,3 +322,18 @@ class Status:
     tiers: tuple[Mapping[str, Any], ...] = ()
     counters: Mapping[str, int] = field(default_factory=dict)
     every: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Status({', '.join([repr(self.run), *self._words()])})"
+
+    def _words(self) -> Iterator[str]:
+        if self.incarnation:
+            yield f"incarnation {self.incarnation}"
+        for tier in self.tiers:
+            newest, owed = tier.get("newest_step"), len(tier.get("owed") or ())
+            words = f"{tier.get('label')}: {'nothing' if newest is None else f'step {newest}'}"
+            if owed:
+                words += f", owes {owed} step{'s' if owed > 1 else ''}"
+            if tier.get("problem"):
+                words += f": {str(tier['problem'])[:200]}"
+            yield words

@@ -12,7 +12,6 @@ import errno
 import functools
 import os
 import stat
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from mtckpt import _inventory, _manifest
 from mtckpt._access import Access, check_url, open_store
 from mtckpt._manifest import Record, SaveEntry, SaveName
+from mtckpt._patience import NoThread, in_time
 from mtckpt.errors import AccessDenied, FormatError, TierError, TierReadOnly, UsageError
 from mtckpt.tiers._os_errors import tier_error
 from mtckpt.tiers._rooted import Root
@@ -101,12 +101,10 @@ def _without_links(path: str) -> str:
 
 
 def _in_time(look: Callable[[], _T]) -> list[_T]:
-    """What a look finds; nothing where a device does not answer."""
-    found: list[_T] = []
-    thread = threading.Thread(target=lambda: found.append(look()), daemon=True)
-    thread.start()
-    thread.join(_LINKS_TIMEOUT_S)
-    return found[:1]
+    """What a look finds; nothing where a device does not answer, or nobody can be sent to look."""
+    with contextlib.suppress(NoThread):
+        return in_time(look, _LINKS_TIMEOUT_S, name="mtckpt-look")
+    return []
 
 
 @dataclass(frozen=True, slots=True)

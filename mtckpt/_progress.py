@@ -7,7 +7,6 @@ pipe that somebody reads. A display that fails is given up; the operation goes o
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
@@ -52,10 +51,14 @@ class Progress:
             # A timer thread does nothing at all for the first second: quick operations pay for
             # starting it and for nothing else.
             thread = threading.Thread(target=self._show, name="mtckpt-progress", daemon=True)
-            # Refused where there are too many, and by some versions of Python as the process ends.
-            with contextlib.suppress(RuntimeError):
+            try:
                 thread.start()
                 self._thread = thread
+            except RuntimeError:
+                pass  # There are too many, or the process ends (with some versions of Python).
+            except BaseException:
+                self._ended.set()  # An interrupt: nobody would tell it later.
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:

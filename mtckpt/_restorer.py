@@ -291,11 +291,6 @@ def _fetched(
 def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> Restored:
     record = outcome.record
     age_s = max(0.0, time.time() - record.saved_at_s)
-    logger.info(
-        "run %s: step %d of incarnation %d, saved %.0f s ago on %s, from %s",
-        run.name, record.step, record.incarnation, age_s, record.host,
-        ", ".join(outcome.sources) or "no bytes",
-    )  # fmt: skip
     restored = Restored(
         record.step,
         outcome.state,
@@ -305,6 +300,9 @@ def _restored(run: Run, outcome: _restore.Outcome, skipped: dict[str, str]) -> R
     )
     restored._incarnation = record.incarnation
     restored._every = outcome.every
+    restored._saved = (
+        f"saved {age_s:.0f} s ago on {record.host} by incarnation {record.incarnation}; "
+    )
     restored._must_read = outcome.replaced
     return restored
 

@@ -26,6 +26,7 @@ from mtckpt._coordination import Group, Single
 from mtckpt._handshake import new_secret
 from mtckpt._joining import Needs
 from mtckpt._manifest import Incarnation, SaveName
+from mtckpt._patience import NoThread, in_time
 from mtckpt._pieces import ALONE, Members
 from mtckpt._places import is_directory
 from mtckpt._restore import Place
@@ -341,23 +342,10 @@ class Run:
         timeout_s = self.timeout_s + self.reading_s(label, size_bytes)
         if _hurries.get() and label in self._stores:
             timeout_s = min(timeout_s, _STORE_PATIENCE_S)
-        result: list[Any] = []
-        failure: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                result.append(work())
-            except BaseException as error:  # noqa: BLE001 - raised by the caller below
-                failure.append(error)
-
-        thread = threading.Thread(target=run, name=f"mtckpt-read-{label}", daemon=True)
         try:
-            thread.start()
-        except RuntimeError as error:
+            result = in_time(work, timeout_s, name=f"mtckpt-read-{label}")
+        except NoThread as error:
             raise TierUnavailable(f"tier {label} was not asked: {error}", tier=label) from error
-        thread.join(timeout_s)
-        if failure:
-            raise failure[0]
         if not result:
             where = f" at {path}" if (path := self._paths.get(label)) else ""
             raise TierUnavailable(

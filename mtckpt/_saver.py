@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mtckpt import _manifest, _pieces, _save, _writing
-from mtckpt._handle import Save, stage_of_tier
+from mtckpt._handle import Save, size_text, stage_of_tier
 from mtckpt._joining import Needs
 from mtckpt._progress import progress
 from mtckpt._room import memory_left_bytes, ranks_full
-from mtckpt._schedule import Disk
+from mtckpt._schedule import Disk, Peers
 from mtckpt._slots import BESIDE
 from mtckpt._steps import metrics_of
 from mtckpt.adapters import active_adapters
@@ -339,15 +339,31 @@ class Saver:
 
     def _num_slots(self, layout: ShardLayout) -> int:
         """Slots in the ring: three where memory allows, else two; decided once for a layout."""
-        if self._ram.slots != "auto":
-            return int(self._ram.slots)
         wanted = layout.size_bytes + layout.table_bytes
         if self._ring_of != wanted:
             self._ring_of = wanted
-            needed = 4 * wanted * len(self.run.members.node)  # by all ranks of this node
             free_bytes = _free_bytes(self._session.open().ram_root) or 0
-            self._ring_slots = 3 if free_bytes >= needed else 2
+            needed = 4 * wanted * len(self.run.members.node)  # by all ranks of this node
+            fitting = 3 if free_bytes >= needed else 2
+            self._ring_slots = fitting if self._ram.slots == "auto" else int(self._ram.slots)
+            self._say_what_memory(wanted, free_bytes)
         return self._ring_slots
+
+    def _say_what_memory(self, shard_bytes: int, free_bytes: int) -> None:
+        members = self.run.members
+        if members.rank != members.node[0]:
+            return
+        # A copy is kept until the next one is whole.
+        others = sum(2 * tier.copies for tier in self.run.tiers if isinstance(tier, Peers))
+        held = f" and {others} copies for other nodes" if others else ""
+        ranks = len(members.node)
+        total_bytes = (self._ring_slots + others) * shard_bytes * ranks
+        logger.info(
+            "run %s: memory of this node: %d slots%s of %s%s, %s in all; %s are free now",
+            self.run.name, self._ring_slots, held, size_text(shard_bytes),
+            f" for each of {ranks} ranks" if ranks > 1 else "",
+            size_text(total_bytes), size_text(free_bytes),
+        )  # fmt: skip
 
     def _disk_path(self) -> str | None:
         """The first tier on a disk, where there is one."""

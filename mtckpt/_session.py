@@ -13,11 +13,12 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 
+from mtckpt._turns import Turns
 from mtckpt.agent import protocol
 from mtckpt.agent.client import AgentClient
 from mtckpt.agent.spawn import ensure_agent
@@ -36,6 +37,7 @@ _OPEN_RETRIES = 3
 _CALL_RETRIES = 3
 _REOPEN_PAUSE_S = 0.05
 _T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 def start_ticks(pid: int) -> int:
@@ -88,7 +90,7 @@ class Session:
         self.held: Callable[[], dict[str, int]] = dict
         self._on_error = on_error
         self._client: AgentClient | None = None
-        self._lock = threading.Lock()
+        self._opening = Turns()  # which an interrupt amid a call cannot leave taken
         self._saves: dict[str, Save] = {}
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._idle = threading.Event()
@@ -157,7 +159,8 @@ class Session:
     def move_slots(self, ram_path: str) -> protocol.Opened:
         """Open again with slots in another directory (nothing has been captured yet)."""
         deadline_s = time.monotonic() + self.timeout_s
-        with self._locked(deadline_s):
+
+        def move() -> protocol.Opened:
             before, self.ram_path = self.ram_path, ram_path
             try:
                 self.opened = self._open(deadline_s)
@@ -165,6 +168,8 @@ class Session:
                 self.ram_path = before
                 raise
             return self.opened
+
+        return self._alone(deadline_s, move)
 
     def listen(self, towards: str) -> protocol.PeerAddress:
         """Where other nodes reach this one's agent, from now on. ``towards`` is where the ranks
@@ -208,27 +213,27 @@ class Session:
                 run=self.run,
             )
 
-    @contextlib.contextmanager
-    def _locked(self, deadline_s: float) -> Iterator[None]:
+    def _alone(self, deadline_s: float, work: Callable[[], _R]) -> _R:
         """One thread opens the run at a time, and none waits longer for it than its call may."""
-        if not self._lock.acquire(timeout=_left_s(deadline_s)):
+
+        def late(_: str) -> NoReturn:
             raise AgentUnavailable(
                 "the node agent does not answer: another thread waits for it", run=self.run
             )
-        try:
-            yield
-        finally:
-            self._lock.release()
+
+        return self._opening.take("open", _left_s(deadline_s), work, late)
 
     def _connected(self, deadline_s: float | None = None) -> tuple[AgentClient, protocol.Opened]:
         """The client, and what the agent that it talks to answered when the run was opened."""
-        if deadline_s is None:
-            deadline_s = time.monotonic() + self.timeout_s
-        with self._locked(deadline_s):
+        until_s = time.monotonic() + self.timeout_s if deadline_s is None else deadline_s
+
+        def connect() -> tuple[AgentClient, protocol.Opened]:
             if self.opened is None:
-                self.opened = self._open(deadline_s)
+                self.opened = self._open(until_s)
             assert self._client is not None
             return self._client, self.opened
+
+        return self._alone(until_s, connect)
 
     def status(self) -> protocol.AgentStatus:
         """The whole agent's status."""
@@ -243,13 +248,15 @@ class Session:
         self._closing.set()
 
     def _reopen(self, failed: AgentClient, deadline_s: float) -> AgentClient:
-        with self._locked(deadline_s):
+        def reopen() -> AgentClient:
             if self._client is failed:
                 logger.warning("run %s: the node agent went away, starting another", self.run)
                 self.opened = self._open(deadline_s)
                 failed.close()
             assert self._client is not None
             return self._client
+
+        return self._alone(deadline_s, reopen)
 
     # -- saves -----------------------------------------------------------------------------------
 

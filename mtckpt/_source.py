@@ -100,15 +100,7 @@ class VerifyingSource:
                 failed.append(error)
 
         num_others = min(self._reader.num_threads, -(-self.size_bytes // BLOCK_BYTES)) - 1
-        others = [
-            threading.Thread(target=work, name="mtckpt-verify", daemon=True)
-            for _ in range(num_others)
-        ]
-        for other in others:
-            other.start()
-        work()
-        for other in others:
-            other.join()
+        in_threads(num_others + 1, lambda _: work())
         if failed:
             raise failed[0]
 

@@ -212,6 +212,8 @@ def _named(level: str, losses: Sequence[Loss]) -> str:
     names = [loss.domain for loss in losses]
     if len(names) > _MAX_NAMED:
         names = [*names[: _MAX_NAMED - 1], f"{len(names) - _MAX_NAMED + 1} more"]
+    if all(loss.domain.startswith(level) for loss in losses):
+        return _or(names)  # node-0 says what it is
     return f"{level} {_or(names)}"
 
 

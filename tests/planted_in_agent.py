@@ -322,7 +322,7 @@ DEADLINES = (
     ),
     Bug(
         "looks-into-tiers-take-for-ever",
-        "_run.py",
+        "_patience.py",
         "        thread.join(timeout_s)",
         "        thread.join()",
         ("test_guards.py::test_a_look_into_a_tier_that_hangs_ends_by_its_deadline",),

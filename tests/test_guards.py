@@ -333,8 +333,8 @@ def test_a_resumed_incarnation_names_its_parent(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("runtime_dir")
 def test_a_failure_is_raised_once(tmp_path: Path) -> None:
-    (tmp_path / "disk").write_text("a file where a directory should be")
     with open_run(tmp_path) as checkpointer:
+        (tmp_path / "disk").write_text("a file where a directory should be")
         save = checkpointer.save(1, {"w": np.zeros(3)})
         until(save.exception)
         (tmp_path / "disk").unlink()

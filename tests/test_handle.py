@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from mtckpt._handle import Restored, Save, size_text
+import mtckpt
+from mtckpt._handle import Restored, Save, Status, size_text
 from mtckpt.errors import CheckpointError, SaveFailed, StageNotPlanned, TierFull, WaitTimeout
 
 
@@ -117,3 +119,17 @@ def test_step_zero_was_restored_and_nothing_was_not() -> None:
 
 def test_sizes_for_people() -> None:
     assert [size_text(n) for n in (5, 2048, 3 * 2**40)] == ["5 B", "2.0 KiB", "3.0 TiB"]
+
+
+def test_what_a_notebook_shows_is_short(tmp_path: Path, runtime_dir: Path) -> None:
+    with mtckpt.Checkpointer("r", [mtckpt.Ram(every=1), mtckpt.Disk(tmp_path)]) as checkpointer:
+        assert repr(checkpointer) == "Checkpointer('r', ram + disk)"
+        checkpointer.save(7, {"w": 1}).wait("local", timeout_s=20)
+        assert repr(checkpointer) == "Checkpointer('r', ram + disk, saved step 7)"
+        assert (
+            repr(checkpointer.status()) == "Status('r', incarnation 1, ram: step 7, disk: step 7)"
+        )
+    assert repr(checkpointer) == "Checkpointer('r', ram + disk, saved step 7, closed)"
+    owing = {"label": "disk", "newest_step": None, "owed": [8], "problem": "disk full"}
+    told = repr(Status("r", 2, (owing,)))
+    assert told == "Status('r', incarnation 2, disk: nothing, owes 1 step: disk full)"

@@ -13,12 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+import builders
 import numpy as np
 import pytest
 
 import mtckpt
+from mtckpt import _shard
+from mtckpt._held import Place
+from mtckpt._manifest import SaveName
+from mtckpt._source import open_shard
+from mtckpt.capture import pages
 from mtckpt.capture.cpu import CpuEngine, _Unit
-from mtckpt.errors import AgentUnavailable, RestoreUnavailable
+from mtckpt.errors import AgentUnavailable, RestoreUnavailable, TierUnavailable
+from mtckpt.tiers import LocalTier
+from mtckpt.tiers.wrappers import DeadlineTier
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
 
@@ -172,3 +180,24 @@ def test_without_threads_calls_fail_by_errors_of_ours_and_work_again_later(
     assert checkpointer.restore(state).step == 4
     with no_threads():  # as at the end of the process, which some versions of Python see so
         checkpointer.close(timeout_s=20)
+
+
+def test_reading_goes_on_without_threads(
+    tmp_path: Path, no_threads: Callable[[], contextlib.AbstractContextManager[None]]
+) -> None:
+    path = builders.build_save(tmp_path, "r", 1, {"w": np.arange(4_000_000)})
+    name = SaveName.parse(path.name)
+    assert name is not None
+    tier = LocalTier(tmp_path, read_only=True)
+    slow = DeadlineTier(tier, timeout_s=10)
+    with no_threads():
+        assert mtckpt.load(path)["w"][-1] == 3_999_999
+        with open_shard(Place(tier, tier, in_memory=True), "r", name, 0) as shard:
+            shard.data.read_all()
+            view = shard.data.read(0, shard.layout.size_bytes)
+            _shard.verify_mapped(shard.layout, shard.table, memoryview(view))
+        with pytest.raises(TierUnavailable, match="can't start new thread"):
+            slow.stat("r")
+        kept = [pages.fresh(pages._BLOCK_BYTES) for _ in range(3)]
+        assert len(kept) == 3
+    tier.close()

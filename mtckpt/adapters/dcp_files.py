@@ -8,6 +8,7 @@ mtckpt's tiers.
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import math
 import os
@@ -15,7 +16,6 @@ import re
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from mtckpt._boxes import Box, cover, whole
 from mtckpt._building import Pieced
 from mtckpt._dtypes import DTYPES, check_dtype
 from mtckpt._node import MAX_DEPTH
+from mtckpt._patience import NoThread, in_time
 from mtckpt._state import ArraySpec, Node, escape
 from mtckpt.errors import Damaged, FormatError, UnsupportedPlatform, UnsupportedState, UsageError
 
@@ -38,6 +39,7 @@ MAX_DIMENSIONS = 32
 BAND_BYTES = 64 * 1024 * 1024
 MAX_TOLD_BYTES = 512 * 1024 * 1024
 CHILD_S = 600.0
+_KILL_S = 5.0
 _METADATA = ".metadata"
 _NUMBERED = r"(?:.*[_.-])?(\d+)"
 _CHILD = Path(__file__).with_name("dcp_unpickling.py")
@@ -171,19 +173,29 @@ def _ask(path: Path) -> _Told:
         env={},
         cwd="/",
     )
-    killer = threading.Timer(CHILD_S, child.kill)
-    killer.start()
-    try:
+
+    def hear() -> bytes:
         assert child.stdout is not None
-        said = child.stdout.read(MAX_TOLD_BYTES + 1)
-    finally:
-        killer.cancel()
-        child.kill()
-        child.wait()
-        if child.stdout is not None:
-            child.stdout.close()
+        with child.stdout as told:
+            return told.read(MAX_TOLD_BYTES + 1)
+
     try:
-        return msgspec.json.decode(said, type=_Told)
+        said = in_time(hear, CHILD_S, name="mtckpt-pickles")
+    except NoThread as error:
+        raise FormatError(f"its pickles were not read: {error}", path=str(path)) from error
+    finally:
+        child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_KILL_S)  # not longer: where a disk hangs, what reads it cannot be ended
+    if not said:
+        raise FormatError(
+            f"the process that reads its pickles has not answered within {CHILD_S:.0f} s",
+            path=str(path),
+            state="nothing was written",
+            actions=("see whether its disk answers: ls, dmesg",),
+        )
+    try:
+        return msgspec.json.decode(said[0], type=_Told)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(
             "the process that reads its pickles ended without an answer", path=str(path)

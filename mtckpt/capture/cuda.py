@@ -384,7 +384,11 @@ class CudaEngine:
     def _later(self, work: Callable[[], None]) -> None:
         """Do in the background what nobody has to wait for, before the engine is closed."""
         thread = threading.Thread(target=work, name="mtckpt-clear", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            work()  # No thread to be had: the caller waits for it after all.
+            return
         self._clearing = [*(one for one in self._clearing if one.is_alive()), thread]
 
     def _copy_from_devices(self, moves: Sequence[Move]) -> None:

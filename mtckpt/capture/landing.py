@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from mtckpt.capture.buffers import DeviceMemory, PinnedMemory
 from mtckpt.capture.driver import OUT_OF_MEMORY, CudaError, giving_back
 from mtckpt.capture.memory import Mapping, map_file, read_at, view_at
 from mtckpt.capture.windows import ROW_WORDS, Spread, Window, room_bytes, windows
+from mtckpt.tiers._blocks import in_threads
 
 if TYPE_CHECKING:
     from mtckpt.capture.base import Span
@@ -359,15 +359,7 @@ def _through_threads(
         except BaseException as error:  # noqa: BLE001 - carried to the caller, who raises it
             failures.append(error)
 
-    threads = [
-        threading.Thread(target=work, args=(number,), name="mtckpt-land", daemon=True)
-        for number in range(1, num_threads)
-    ]
-    for thread in threads:
-        thread.start()
-    work(0)
-    for thread in threads:
-        thread.join()
+    in_threads(num_threads, work)
     if failures:
         raise failures[0]
 

@@ -9,6 +9,7 @@ give it back to its guest, several times as much. Which of the two it is here is
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import threading
 import time
@@ -81,7 +82,8 @@ def fresh(size_bytes: int) -> memoryview:
         # One that ends just now leaves it undone: then the pages come as they are written to.
         if _worker is None or not _worker.is_alive():
             _worker = threading.Thread(target=_populate, name="mtckpt-pages", daemon=True)
-            _worker.start()
+            with contextlib.suppress(RuntimeError):  # none to be had: the same then
+                _worker.start()
     block = _Block(max(size_bytes, _BLOCK_BYTES))
     _own.last = weakref.ref(block)
     part = block.part(size_bytes)

@@ -24,7 +24,7 @@ __all__ = ["estimate"]
 
 MAX_NODES = 100_000
 MAX_FILE_BYTES = 16 << 20
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)(B?)", re.IGNORECASE)
 
 
 @click.command(short_help="Say what saves will take of each node, and what they survive.")
@@ -57,7 +57,7 @@ def estimate(
     """Say what memory saves take of each node, and which losses they survive.
 
     SIZE is what the ranks of one node hold of their own: parameters and optimizer state of their
-    shards, such as 80GiB; 0 where all is shared. Exit status 1 if memory does not hold it.
+    shards, such as 80GiB or 80GB; 0 where all is shared. Exit status 1 if memory does not hold it.
     """
     from mtckpt._placement import choose_layout, held_in, place
 
@@ -84,7 +84,7 @@ def estimate(
 
 
 def _parsed(text: str, what: str) -> int:
-    """A size such as 80GiB, 512M or 1.5T, in bytes; units are binary."""
+    """A size such as 80GiB, 512M or 1.5T, in bytes. Units are binary but for KB, MB, GB and TB."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or len(text) > 40:
         raise UsageError(
@@ -92,8 +92,9 @@ def _parsed(text: str, what: str) -> int:
             state="nothing was estimated",
             actions=("write a number and a unit: 80GiB, 512MiB, 1.5TiB",),
         )
-    number, unit, _ = match.groups()
-    return int(float(number) * 1024 ** " KMGT".index(unit.upper() or " "))
+    number, unit, binary, byte = match.groups()
+    base = 1000 if byte and not binary else 1024
+    return int(float(number) * base ** " KMGT".index(unit.upper() or " "))
 
 
 def _room_here() -> int:

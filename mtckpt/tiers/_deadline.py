@@ -204,7 +204,10 @@ class _Call(Generic[T]):
         self._errors: list[BaseException] = []
         self.results: list[T] = []
         name = f"mtckpt-{tier.name}-{verb}"
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name=name, daemon=True).start()
+        except RuntimeError as error:
+            raise TierUnavailable(f"{verb} was not tried: {error}", tier=tier.name) from error
 
     def chunks(self) -> Iterator[memoryview]:
         """What the call hands over, until it ends; then its error, if it raised one."""

@@ -10,6 +10,8 @@ import os
 import pickle
 import random
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -463,3 +465,26 @@ def test_the_child_knows_the_types_that_torch_has() -> None:
     for name, dtype in dcp_stand_ins._STORAGES.items():
         assert getattr(torch, name) in torch._storage_classes
         assert hasattr(torch, dtype)
+
+
+def test_a_reader_of_pickles_that_does_not_end_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the disk hangs: the pipe stays open although the child was killed."""
+    child, held = tmp_path / "child.py", tmp_path / "pid"
+    child.write_text(
+        "import subprocess, sys, time\n"
+        "inner = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])\n"
+        f"open({str(held)!r}, 'w').write(str(inner.pid))\n"
+        "time.sleep(100)\n"
+    )
+    monkeypatch.setattr(dcp_files, "_CHILD", child)
+    monkeypatch.setattr(dcp_files, "CHILD_S", 2.0)
+    try:
+        with pytest.raises(FormatError, match="within 2 s"):
+            dcp_files.read_step(tmp_path)
+    finally:
+        os.kill(int(held.read_text()), signal.SIGKILL)
+        for thread in threading.enumerate():
+            if thread.name == "mtckpt-pickles":
+                thread.join(20)

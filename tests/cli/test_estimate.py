@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mtckpt.cli import main
+from mtckpt.cli._estimate import _parsed
 
 GIB = 1 << 30
 
@@ -88,3 +89,14 @@ def test_a_line_that_names_no_domain_is_named(tmp_path: Path) -> None:
     domains = tmp_path / "domains"
     domains.write_text("rack=r0\nrack\n")
     assert "node 1 does not say" in estimate("1", "--domains", domains).output
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"), [("80GB", 80 * 10**9), ("80GiB", 80 << 30), ("80G", 80 << 30), ("7", 7)]
+)
+def test_units_are_decimal_where_they_say_so(text: str, size_bytes: int) -> None:
+    assert _parsed(text, "SIZE") == size_bytes
+
+
+def test_a_node_is_named_once() -> None:
+    assert "does not survive node-0" in estimate("1GiB", "--copies", 0).output

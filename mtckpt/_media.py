@@ -1,0 +1,76 @@
+"""What the directories of Disk tiers lie on, and what that does not survive. Refuses nothing.
+
+Knows mounts and devices. A directory that is not there yet will lie where its parents do.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from mtckpt import _probe
+from mtckpt._patience import NoThread, in_time
+
+__all__ = ["Medium", "warn_of_media", "warnings_of"]
+
+logger = logging.getLogger(__name__)
+
+_LOOK_TIMEOUT_S = 2.0
+_said: set[str] = set()
+
+
+class Medium(NamedTuple):
+    """``device`` is the number that the kernel has for it; ``kind`` the type of file system."""
+
+    device: int
+    kind: str
+
+
+def warn_of_media(paths: Mapping[str, str]) -> None:
+    """Log what the Disk tiers of these, label to path, do not survive; each thing once."""
+    found = {label: _medium(path) for label, path in paths.items() if label.startswith("disk")}
+    known = {label: medium for label, medium in found.items() if medium is not None}
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # another rank of this node says it
+    for warning in warnings_of(paths, known):
+        if warning not in _said:
+            _said.add(warning)
+            logger.warning("%s", warning)
+
+
+def warnings_of(paths: Mapping[str, str], media: Mapping[str, Medium]) -> list[str]:
+    """What is to be said of tiers on these media. Pure."""
+    warnings: list[str] = []
+    first: dict[int, str] = {}
+    for label, medium in media.items():
+        where = f"{label} at {paths[label]}"
+        if medium.kind in ("tmpfs", "ramfs"):
+            warnings.append(
+                f"{where} is memory ({medium.kind}): what is called local there does not survive"
+                " a reboot or a power cut. Choose a directory on a device"
+            )
+        elif (other := first.setdefault(medium.device, label)) != label:
+            warnings.append(
+                f"{where} and {other} at {paths[other]} are on one device: both are lost with it."
+                " Choose directories on devices that fail apart, or leave one out"
+            )
+    return warnings
+
+
+def _medium(path: str) -> Medium | None:
+    """None where that cannot be known in time."""
+    try:
+        look = functools.partial(_look, Path(path))
+        return next(iter(in_time(look, _LOOK_TIMEOUT_S, name="mtckpt-look")), None)
+    except (NoThread, OSError):
+        return None
+
+
+def _look(path: Path) -> Medium:
+    there = next(each for each in (path, *path.parents) if each.exists())
+    mount = _probe.mount_at(str(there))
+    return Medium(there.stat().st_dev, mount.kind if mount is not None else "")
