@@ -26,6 +26,7 @@ BUGS = (
     *format_.INCARNATIONS,
     *format_.CAPTURE,
     *agent.SLOTS,
+    *agent.ASKED,
     *agent.EMPTIED,
     *agent.FENCING,
     *agent.SECURITY,

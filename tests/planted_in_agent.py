@@ -105,6 +105,16 @@ SLOTS = (
     ),
 )
 
+ASKED = (
+    Bug(
+        "told-once-and-not-to-who-asks-then",
+        "agent/verbs.py",
+        "        save.said = None  # who asks for it waits for what it may have been told before\n",
+        "",
+        ("agent/test_flushing.py::test_who_asks_for_what_is_there_already_hears_that_it_is",),
+    ),
+)
+
 EMPTIED = (
     Bug(
         "slots-given-that-are-gone",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from planted_bug import Bug
 
+_AGREEMENT = "agent/test_agreement.py::test_what"
+
 SAVES = (
     Bug(
         "committed-without-the-news-of-all-nodes",
@@ -87,9 +89,37 @@ DECISIONS = (
     Bug(
         "whole-save-called-off",
         "agent/agreement.py",
-        "if not (save.is_open or untouched):",
+        "if not (is_open or untouched):",
         "if save.called_off:",
         ("agent/test_agreement.py::test_what_is_whole_is_never_called_off",),
+    ),
+    Bug(
+        "recycled-part-taken-for-one-that-never-came",
+        "agent/runs.py",
+        "        self._note_remains()  # nobody takes it for a part that never came\n",
+        "",
+        (f"{_AGREEMENT}_a_node_let_go_of_before_the_lead_spoke_is_as_the_lead_says",),
+    ),
+    Bug(
+        "called-off-not-heard-once-a-newer-one-is-whole",
+        "agent/agreement.py",
+        "save.is_unsettled if is_word else save.is_open",
+        "save.is_open",
+        (f"{_AGREEMENT}_a_node_let_go_of_before_the_lead_spoke_is_as_the_lead_says",),
+    ),
+    Bug(
+        "whole-not-heard-once-its-parts-are-gone",
+        "agent/links.py",
+        "save.is_whole if save.name.incarnation == run.incarnation else save.is_complete",
+        "save.is_complete",
+        (f"{_AGREEMENT}_a_node_let_go_of_before_the_lead_spoke_is_as_the_lead_says",),
+    ),
+    Bug(
+        "word-of-another-start-taken-in",
+        "agent/links.py",
+        "if run.links.get(number) is not link:",
+        "if run.gone:",
+        (f"{_AGREEMENT}_was_told_to_another_start_of_the_job_is_not_taken_in",),
     ),
     Bug(
         "steps-of-an-earlier-start-taken-for-this-one's",

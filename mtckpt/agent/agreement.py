@@ -106,7 +106,7 @@ class Agreement:
         if news.called_off and not save.called_off:
             wire = news.failed.get(RAM)
             error = protocol.error_from_wire(wire) if wire is not None else None
-            await self._call_off(run, save, news.called_off, error)
+            await self._call_off(run, save, news.called_off, error, is_word=True)
         await self._compare(run, save.name.incarnation)
 
     async def left(self, run: RunState, owner: Owner) -> None:
@@ -193,12 +193,22 @@ class Agreement:
         run.touch(save)
 
     async def _call_off(
-        self, run: RunState, save: SaveState, reason: str, error: CheckpointError | None = None
+        self,
+        run: RunState,
+        save: SaveState,
+        reason: str,
+        error: CheckpointError | None = None,
+        *,
+        is_word: bool = False,
     ) -> None:
-        """No rank can make it whole any more, one that has not come to it yet included."""
+        """No rank can make it whole any more, one that has not come to it yet included.
+
+        ``is_word``: some node says so. It has come to an end then also where a newer one is whole.
+        """
         async with run.sealing:  # what is just being sealed would not be given back
             untouched = not (save.ranks.get(RAM) or save.stages or save.called_off)
-            if not (save.is_open or untouched):
+            is_open = save.is_unsettled if is_word else save.is_open
+            if not (is_open or untouched):
                 return
             save.called_off = reason
             if error is not None:

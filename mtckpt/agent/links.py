@@ -283,6 +283,7 @@ class Links:
                 run.note_leaving(message.node, False)  # another agent has its place
             link.told_by = message.address.agent_id
             await self.follow(run, message.node, message.address)
+        self._check_same(run, message.node, link)
         owed = _owed(run)
         before = {news.save: self._standing(run, news.save) for news in message.saves}
         heard = [save for news in message.saves if (save := self._take_in(run, message.node, news))]
@@ -291,6 +292,7 @@ class Links:
             if (save.name.incarnation, save.name.step) > (link.incarnation, link.last_step):
                 link.incarnation, link.last_step = save.order
             await self._agreement.heard(run, save, save.told[message.node])
+            self._check_same(run, message.node, link)
             self._settle(run, save)
             self._replicas.look(run, save)
         run.discharge(scanned=False)
@@ -304,6 +306,12 @@ class Links:
         for label in {label for save in changed for label in save.ranks if label in run.tiers}:
             self._flusher.look_again(run, run.tiers[label])
         return Heard(here.agent_id)
+
+    def _check_same(self, run: RunState, number: int, link: Link) -> None:
+        """Raises AgentUnavailable if the job was started anew while what a node of the start before
+        had said was heard: nodes have other numbers."""
+        if run.links.get(number) is not link:
+            raise AgentUnavailable("this node has joined another start of the job")
 
     async def follow(self, run: RunState, number: int, address: PeerAddress) -> None:
         """Another agent has the place of one that joined: it is spoken to where it is."""
@@ -343,7 +351,9 @@ class Links:
 
     def _settle(self, run: RunState, save: SaveState) -> None:
         """What follows for this node where all nodes have their parts."""
-        if save.is_complete(RAM) and "staged" not in save.stages:
+        # Who still waits for it here is told also where this node has let go of its parts.
+        whole = save.is_whole if save.name.incarnation == run.incarnation else save.is_complete
+        if whole(RAM) and "staged" not in save.stages:
             save.failed.pop(RAM, None)
             self._ring.note_staged(run, save)
         for label, tier in run.tiers.items():

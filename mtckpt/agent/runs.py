@@ -354,10 +354,10 @@ class RunState:
     def drop_shard(self, save: SaveState, slot_id: str, rank: int) -> None:
         """One rank's part of a save is not in RAM any more."""
         self.slots.pop(slot_id, None)
-        ranks = save.ranks.get(RAM, set())
-        ranks.discard(rank)
+        (ranks := save.ranks.get(RAM, set())).discard(rank)
         if not ranks:
             self.drop_copy(save, RAM)
+        self._note_remains()  # nobody takes it for a part that never came
 
     def open_saves(self, incarnation: int) -> list[SaveState]:
         """Saves of an incarnation that not all ranks have sealed yet."""

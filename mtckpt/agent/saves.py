@@ -217,10 +217,16 @@ class SaveState:
         return bool(somewhere) and not self.is_whole(label)
 
     @property
-    def is_open(self) -> bool:
-        """Whether parts of it are in RAM, on some node, and others may still come."""
+    def is_unsettled(self) -> bool:
+        """Whether parts of it are in RAM, on some node, and it is neither known to have been whole
+        nor called off."""
         was_whole = self.stages or self.chosen
-        return self.in_part(RAM) and not (self.called_off or was_whole or self.remains)
+        return self.in_part(RAM) and not (self.called_off or was_whole)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether other parts of it may still come."""
+        return self.is_unsettled and not self.remains
 
     def lacks(self, rank: int) -> bool:
         """Whether its part is not in RAM, as far as is known here."""

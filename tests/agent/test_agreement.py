@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,7 +13,7 @@ import pytest
 
 from mtckpt._events import EventStream
 from mtckpt._handshake import PeerAddress
-from mtckpt._manifest import save_name
+from mtckpt._manifest import Incarnation, save_name
 from mtckpt.agent.agreement import Agreement
 from mtckpt.agent.links import Link, Links
 from mtckpt.agent.nodes import News, Tell, layout_of
@@ -400,3 +401,71 @@ def test_what_the_job_was_restored_from_may_be_whole_on_other_nodes_alone() -> N
     scene.overdue()
     assert not save.is_open
     assert not save.failed
+
+
+@pytest.mark.parametrize("word", [{"whole": [RAM]}, {"called_off": "rank 0: no slot is free"}])
+@pytest.mark.parametrize("num_gone", [0, 1, 2])
+def test_what_a_node_let_go_of_before_the_lead_spoke_is_as_the_lead_says(
+    num_gone: int, word: dict[str, Any]
+) -> None:
+    """It knows that a newer save is whole from the copies that it was given of it."""
+    scene = Scene(1)
+    run, (older, newer) = scene.run, (scene.save(1), scene.save(2))
+    for save in (older, newer):
+        save.world_size, save.ranks[RAM] = 4, {1, 3}
+        for rank in (1, 3):
+            slot = Slot(f"{save.name}-{rank}", SlotState.SEALED, 1, save=str(save.name), rank=rank)
+            run.slots[slot.slot_id] = slot
+    assert run.layout is not None
+    nodes = [
+        msgspec.structs.replace(n, ranks=[i, 3][: i + 1]) for i, n in enumerate(run.layout.nodes)
+    ]
+    run.layout = dataclasses.replace(run.layout, nodes=tuple(nodes))
+    newer.guests = {0, 2}
+    for rank in (1, 3)[:num_gone]:
+        run.drop_shard(older, f"{older.name}-{rank}", rank)
+    last = Owner("g", 3, 2, 2, 2, "host", world_size=4, incarnation=1)
+    last.last_step = 3
+    run.owners = {1: scene.owner, 3: last}
+    run.owners[1].last_step = 3
+    run.incarnations[1] = Incarnation(1, "r", 1, ID, None, "host", 1)
+    asyncio.run(scene.agreement.sealed(run, last))
+    assert (older.called_off, newer.called_off) == ("", "")
+    identity: dict[str, Any] = {"save_id": ID, "world_size": 4}
+    news = [
+        News(str(older.name), **identity, **word),
+        News(str(newer.name), **identity, whole=[RAM]),
+    ]
+    staged: list[SaveState] = []
+    links = scene.links()
+    links._ring.note_staged = lambda _, save: staged.append(save)  # type: ignore[method-assign, assignment]
+    asyncio.run(links.hear(run, Tell(0, PeerAddress("10.0.0.0", 1, 2, agent_id="b"), news)))
+    assert staged == [*([older] if "whole" in word else []), newer]
+    assert older.called_off == word.get("called_off", "")
+
+
+@pytest.mark.parametrize("when", ["while it follows", "while it calls off"])
+def test_what_was_told_to_another_start_of_the_job_is_not_taken_in(when: str) -> None:
+    """The node has joined again meanwhile, and numbers are those of other nodes."""
+    scene = Scene(1)
+    run, links = scene.run, scene.links()
+    saves = [scene.save(1), scene.save(2)]
+    off = "rank 0: no slot is free"
+    news = [News(str(save.name), ID, world_size=3, called_off=off) for save in saves]
+    address = PeerAddress("10.0.0.0", 1, 2, agent_id="b")
+    if when != "while it follows":
+        run.links[0].told_by = "b"
+
+    async def story() -> None:
+        async with links._peers.joining, run.sealing:
+            hearing = asyncio.create_task(links.hear(run, Tell(0, address, news)))
+            await asyncio.sleep(0)
+            run.links = {0: Link()}
+            for save in saves:
+                save.told.clear()
+        await hearing
+
+    with pytest.raises(AgentUnavailable):
+        asyncio.run(story())
+    assert not saves[1].called_off
+    assert not list(saves[1].told)

@@ -199,6 +199,19 @@ def test_close_frees_ram_once_a_slower_tier_has_it(own: Own, tmp_path: Path) -> 
     assert status_of() is None
 
 
+def test_who_asks_for_what_is_there_already_hears_that_it_is(own: Own, tmp_path: Path) -> None:
+    """It was told before, and waits for the answer to what it asks now."""
+    trainer = own("r", [disk(tmp_path / "d")])
+    trainer.open()
+    trainer.begin(1)
+    trainer.save(1, ["disk"])
+    trainer.wait(1, lambda change: "local" in change.stages and not change.waiting)
+    since = trainer.changes().seq
+    trainer.flush()
+    told = trainer.changes(since, 1.0).saves
+    assert [(change.step, change.waiting) for change in told] == [(1, [])]
+
+
 def test_close_brings_what_somebody_removed_to_the_disk_again(own: Own, tmp_path: Path) -> None:
     trainer = own("r", [disk(tmp_path / "d")])
     trainer.open()
