@@ -261,6 +261,8 @@ class PeerListener(HttpServer):
             raise web.HTTPNotFound
         type_, verb = found
         message = await self.message(request, type_)
+        if not answerer.still_knows:
+            raise AccessDenied("the job was started anew meanwhile", state="nothing was done")
         run = self._runs.get(request.match_info["key"])
         if run is None:
             raise AgentUnavailable("this agent has no such run any more")

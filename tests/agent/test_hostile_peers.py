@@ -19,8 +19,9 @@ from agent_checks import until
 from tcp_proxy import TcpProxy
 
 from mtckpt import _handshake
-from mtckpt._handshake import Challenger, Hello, PeerAddress, Proof, Welcome
+from mtckpt._handshake import Challenger, Hello, PeerAddress, Proof, Role, Welcome
 from mtckpt.agent import peer_server, work
+from mtckpt.agent.nodes import Tell
 from mtckpt.agent.peer_client import PeerClient
 from mtckpt.agent.peer_server import PeerServer
 from mtckpt.agent.protocol import Done
@@ -70,9 +71,11 @@ class Talk:
         self.send(f"GET {path} HTTP/1.1\r\nHost: x\r\n{more}\r\n".encode())
         return self.answer()
 
-    def prove(self, run: str = RUN) -> tuple[Hello, Proof]:
+    def prove(
+        self, run: str = RUN, role: Role = "data", secret: bytes = b""
+    ) -> tuple[Hello, Proof]:
         """As who knows the secret does; what was said."""
-        challenger = Challenger(run, "data", SECRETS[run], AGENT)
+        challenger = Challenger(run, role, secret or SECRETS[run], "" if secret else AGENT)
         said = self.post("/v1/hello", challenger.hello())
         assert said is not None
         proof = challenger.check(msgspec.json.decode(said[1], type=Welcome))
@@ -387,6 +390,20 @@ def test_the_control_port_is_no_softer(tmp_path: Path) -> None:
         client.close()
         for sock in idle:
             sock.close()
+        # What one start of the job says is nothing to the next.
+        late = Talk(address.control_port)
+        late.prove(role="control", secret=secret)
+        word = msgspec.json.encode(Tell(1, pair[1].listen()))
+        head = f"POST /v1/runs/{RUN}/tell HTTP/1.1\r\nHost: x\r\nContent-Length: {len(word)}"
+        late.send(head.encode() + b"\r\n\r\n" + word[:1])
+        secret = _handshake.new_secret()
+        for node in pair:
+            node.join(secret, *(each.listen() for each in pair))
+        late.send(word[1:])
+        answer = late.answer()
+        assert answer is not None
+        assert answer[0] == 403
+        late.close()
         # What another run's nodes share opens nothing here.
         client = PeerClient(address, "nobody", secret)
         with pytest.raises(AgentUnavailable):
