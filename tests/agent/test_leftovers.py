@@ -130,3 +130,30 @@ def test_memory_that_another_agent_had_at_the_start_is_looked_at_once_that_has_e
         await registry.held.close()
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize("joins", [{}, {"r": b"{}"}])
+def test_a_run_that_is_freed_while_it_is_taken_in_keeps_nobody_from_this_agent(
+    tmp_path: Any, joins: dict[str, bytes]
+) -> None:
+    """Its job had closed it: nobody needs it, and there may be others."""
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        if isinstance(command, work.ReadRunConfigs):
+            return work.RunConfigs([work.RunConfig(key, key) for key in "rs"], [], joins)
+        if isinstance(command, work.WriteRunConfig) and "r" in registry.runs:
+            await registry.freer.wipe(registry.runs["r"])
+        if isinstance(command, work.Wipe):
+            return work.Freed(1)
+        return work.Scanned([]) if isinstance(command, work.Scan) else work.Stored()
+
+    async def story() -> None:
+        registry.held.note(str(tmp_path))
+        await registry.start()
+        assert list(registry.runs) == ["s"]
+        assert registry.ready.is_set()
+        await registry.held.close()
+
+    tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+    registry = Registry(tools, str(tmp_path), service=False)
+    asyncio.run(story())
