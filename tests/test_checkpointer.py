@@ -312,7 +312,7 @@ def test_a_disk_that_may_not_be_mounted_is_named(
     with open_run(tmp_path, tiers=tiers) as checkpointer:
         assert not checkpointer.restore(make_state())
         checkpointer.save(1, make_state(1.0), tiers="all")
-    assert not caplog.records
+    assert {record.module for record in caplog.records} <= {"_media"}  # both are on one device
     (tmp_path / "b").rename(tmp_path / "elsewhere")
     with open_run(tmp_path, tiers=tiers) as checkpointer:
         assert checkpointer.restore(make_state()).step == 1
