@@ -285,9 +285,8 @@ class Checkpointer:
         self._saver.await_staged(self._timeout_s / 2)
         restored = _restorer.restore(self._link, self._engine, state, step, source, partial, rename)
         restored.elapsed_s = time.perf_counter() - started_s
-        self._link.is_restored = self._link.is_restored or source is None
+        _restorer.go_on(self._link, restored, source)
         if restored:
-            self._link.restart(None if source else (restored._incarnation, restored.step or 0))
             if self._schedule.auto and restored._every:
                 self._schedule.tiers[0].every_steps = restored._every
             self._saver.steps.clear()

@@ -17,6 +17,7 @@ from mtckpt._placement import choose_layout
 from mtckpt._schedule import Peers
 from mtckpt.agent import protocol
 from mtckpt.agent.partners import placement_of
+from mtckpt.tiers._os_errors import tier_error
 
 if TYPE_CHECKING:
     from mtckpt._placement import Layout
@@ -119,6 +120,11 @@ def nowhere(boot_id: str) -> protocol.PeerAddress:
 
 
 def node_of(opened: protocol.Opened) -> list[Any]:
-    """Equal for ranks whose slots lie in one memory, whatever their host is called."""
-    found = os.stat(opened.ram_root)
+    """Equal for ranks whose slots lie in one memory, whatever their host is called. It may lie on a
+    disk, that hangs. Raises TierError where it is not there."""
+    try:
+        found = os.stat(opened.ram_root)
+    except OSError as error:
+        place = opened.ram_root
+        raise tier_error(error, doing="open", tier="ram", key=None, place=place) from error
     return [opened.boot_id, found.st_dev, found.st_ino]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mtckpt._run import Run
     from mtckpt.capture.base import Engine
 
-__all__ = ["records_of", "restore"]
+__all__ = ["go_on", "records_of", "restore"]
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,22 @@ def _restore_newest(
     if attempt.touched:
         raise _undefined(skipped, nothing) from nothing
     raise nothing
+
+
+def go_on(run: Run, restored: Restored, source: str | os.PathLike[str] | None) -> None:
+    """Have the next save go on from what was restored; from nothing, if that is of another run."""
+    run.is_restored = run.is_restored or source is None
+    if not restored:
+        return
+    has_own = run.parent is not None or run.incarnation is not None
+    if source is not None and has_own and run.group.rank == 0:
+        logger.warning(
+            "run %s: restore(source=...) came after this run had a step of its own, so the next"
+            " save begins anew: that step and all before are abandoned, and deleted first. To go on"
+            " from them, call restore(source=...) first, and restore() after it",
+            run.name,
+        )
+    run.restart(None if source else (restored._incarnation, restored.step or 0))
 
 
 def records_of(

@@ -155,7 +155,8 @@ class Run:
     def _join_ranks(self) -> None:
         group = self.group
         opened = self.session.open()
-        told = self.exchange("join", [_joining.node_of(opened), opened.agent_id])
+        node = self.within("ram", lambda: _joining.node_of(opened))
+        told = self.exchange("join", [node, opened.agent_id])
         nodes = [str(node) for node, _ in told]
         here = tuple(rank for rank, node in enumerate(nodes) if node == nodes[group.rank])
         if len(here) < group.world_size:

@@ -114,8 +114,9 @@ class Saver:
             self._decline(save, f"the state could not be read: {type(error).__name__}")
             _save.raise_capture_error(step, error)
         try:
+            self._session.start()  # while the step counts as not saved
             grant = self._slot(captured.plan.layout, save, stall_s)
-        except TierFull as error:
+        except (AgentUnavailable, TierFull) as error:
             self._decline(save, error.what)
             raise
         if grant is None:

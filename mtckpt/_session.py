@@ -282,7 +282,7 @@ class Session:
         return self.opened is not None and self.opened.checks_left
 
     def call_off(self, save: Save, reason: str) -> None:
-        """Tell the agent, in the background, that this rank takes no part in a save."""
+        """Tell the agent, in the background if possible, that this rank takes no part in a save."""
         message = protocol.CallOff(self.holder, save.id, save.step, reason)
 
         def tell() -> None:
@@ -292,7 +292,10 @@ class Session:
                 # The others then find out by their deadline.
                 logger.warning("run %s: %s", self.run, error.what)
 
-        self._hand(tell)
+        try:
+            self._hand(tell)
+        except AgentUnavailable:  # there is no thread for it
+            tell()
 
     def _seal(
         self,
@@ -336,13 +339,14 @@ class Session:
         return list(self._saves.values())
 
     def _hand(self, job: Callable[[], None]) -> None:
-        self._start_threads()
+        self.start()
         with self._handing:
             # In this order: an interrupt in between must not leave a wait for no job at all.
             self._jobs.put(job)
             self._idle.clear()
 
-    def _start_threads(self) -> None:
+    def start(self) -> None:
+        """Have the threads that hand over and hear. Raises AgentUnavailable where there is none."""
         with self._starting:
             for work in (self._courier, self._listener)[len(self._threads) :]:
                 name = f"mtckpt-{work.__name__.strip('_')}"

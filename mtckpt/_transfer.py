@@ -240,7 +240,7 @@ def _check_stands(target: Place, run_key: str, name: SaveName, rank: int, shard:
 
 def _on_its_way(target: Place, key: str) -> TierUnavailable:
     return TierUnavailable(
-        "another node is bringing this part of the save",
+        "another node is bringing this part of the save, or has ended amid that",
         state="what that has brought is unchanged",
         tier=target.tier.name,
         key=key,

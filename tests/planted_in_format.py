@@ -163,7 +163,7 @@ INCARNATIONS = (
     ),
     Bug(
         "roll-back-without-a-parent",
-        "_checkpointer.py",
+        "_restorer.py",
         "None if source else (restored._incarnation, restored.step or 0)",
         "None",
         ("test_guards.py::test_a_resumed_incarnation_names_its_parent",),

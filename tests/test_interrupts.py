@@ -170,7 +170,7 @@ def test_without_threads_calls_fail_by_errors_of_ours_and_work_again_later(
     state = {"w": np.zeros(3_000_000, int)}  # more than one thread's share
     with no_threads(), pytest.raises(AgentUnavailable, match="can't start new thread"):
         checkpointer.save(1, state)
-    checkpointer.save(2, state).wait("local", timeout_s=20)
+    checkpointer.save(1, state).wait("local", timeout_s=20)  # what raised was not saved
     with no_threads():
         saved = checkpointer.save(3, state)
         with pytest.raises(RestoreUnavailable, match="disk was not asked"):

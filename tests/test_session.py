@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -15,12 +16,14 @@ import pytest
 from mtckpt import _pieces, _saver
 from mtckpt._handle import Save
 from mtckpt._joining import Needs
+from mtckpt._run import Run
 from mtckpt._saver import Saver
 from mtckpt._session import Session
 from mtckpt._slots import BESIDE
 from mtckpt.agent import protocol
 from mtckpt.agent.roots import Roots
-from mtckpt.errors import AgentTooOld, AgentUnavailable, TierFull
+from mtckpt.errors import AgentTooOld, AgentUnavailable, TierFull, TierUnavailable
+from mtckpt.testing.groups import local_groups
 
 
 class Jobs(queue.SimpleQueue[Any]):
@@ -143,3 +146,48 @@ def test_an_older_agent_is_not_given_a_seal_of_what_it_would_not_look_at(
         assert type(save.exception()) is failed
     assert heard == ["seal", "release", "seal"]
     session._jobs.put(None)
+
+
+def test_a_save_that_nobody_can_hand_over_is_called_off_on_other_ranks_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a limit of processes is reached."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    session = Session("r", "r", [], "", timeout_s=10, on_error=lambda *_: None)
+    heard: list[str] = []
+    agent = SimpleNamespace(call=lambda path, *_: heard.append(path))
+    session._client, session.opened = cast(Any, agent), cast(Any, SimpleNamespace())
+    session.call_off(Save(3, "6ba7b810-9dad-51d1-80b4-00c04fd430c8"), "the reason")
+    assert heard == ["/v1/runs/r/calloff"]
+
+
+class HungPath(os.PathLike[str]):
+    """Nobody who looks there comes back before ``free`` is set."""
+
+    def __init__(self) -> None:
+        self.free = threading.Event()
+
+    def __fspath__(self) -> str:
+        self.free.wait(30)
+        return "/"
+
+
+@pytest.mark.timeout(30)
+def test_ranks_do_not_wait_for_memory_beside_a_disk_that_hangs_nor_meet_without_one(
+    tmp_path: Path,
+) -> None:
+    for root, timeout_s, why in (
+        (HungPath(), 0.1, "did not answer within"),
+        (tmp_path / "gone", 10.0, "No such file"),
+    ):
+        opened = SimpleNamespace(ram_root=root, boot_id="boot", agent_id="agent")
+        session = SimpleNamespace(open=lambda: opened, rank=0, world_size=1)  # noqa: B023
+        run = Run("r", "r", cast(Any, session), [], [], timeout_s, local_groups(2)[0])
+        with pytest.raises(TierUnavailable, match=why):
+            run.join()
+        if isinstance(root, HungPath):
+            root.free.set()

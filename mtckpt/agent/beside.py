@@ -87,7 +87,7 @@ def take_over(place: str, run_key: str, own: str, boot_id: str) -> Taken:
             elif _newest(root, run_key) >= max(_newest(own, run_key), (1, 0)):
                 taken.more.append(root)
             if dead:
-                remove(root)
+                remove(root, held)
         finally:
             held.close()
     return taken
@@ -99,19 +99,28 @@ def tidy(place: str, own: str, boot_id: str) -> None:
         if root != own and (held := _try(root)) is not None:
             try:
                 if _is_dead(root, boot_id):
-                    remove(root)
+                    remove(root, held)
             finally:
                 held.close()
 
 
-def remove(root: str) -> None:
-    """Remove a directory that is locked, if no run has anything in it; and the last one's place."""
+def remove(root: str, held: Lock) -> None:
+    """Remove a directory, if no run has anything in it; and the last one's place. Its lock may end
+    by that."""
     with contextlib.suppress(OSError):
-        if set(os.listdir(root)) <= {NOTE, LOCK}:
-            for name in (NOTE, LOCK):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(root, name))
-            os.rmdir(root)
+        names = set(os.listdir(root))
+        if names <= {NOTE, LOCK}:
+            for name in names:
+                os.unlink(os.path.join(root, name))
+            try:
+                os.rmdir(root)
+            except OSError:
+                if LOCK not in names:
+                    raise
+                # NFS has a file under another name while it is open. Who locks a directory by one
+                # makes it first: what somebody has meanwhile is not empty.
+                held.close()
+                os.rmdir(root)
             os.rmdir(os.path.dirname(root))
 
 

@@ -118,6 +118,7 @@ class Guests:
         self._follow = follow
         self._write_config = write_config
         self._under_way: dict[_Key, _Pull] = {}
+        self._unnoted: set[tuple[str, int]] = set()  # nodes of which the next agent is to hear
         peers.verbs["pull"] = (Offer, self.offered)
 
     async def offered(self, run: RunState, offer: Offer) -> Taken:
@@ -130,7 +131,8 @@ class Guests:
             raise AgentUnavailable("this agent does not work together with that node")
         if name is None or not ranks or ranks[0] < 0 or len(ranks) > MAX_RANKS:
             raise FormatError("not an offer of shards", state="nothing was pulled")
-        is_news = offer.leaving != (offer.node in run.leaving)
+        if offer.leaving != (offer.node in run.leaving):
+            self._unnoted.add((run.key, offer.node))
         run.note_leaving(offer.node, offer.leaving)
         if run.draining:
             save = run.saves.get(offer.save)
@@ -140,8 +142,9 @@ class Guests:
             has_own = own >= {*ranks}
             raise NodeDraining(run.draining, state="nothing was pulled", has_own=has_own)
         await self._follow(run, offer.node, offer.address)
-        if is_news:  # what it gives away is kept by the next agent, too
+        if (run.key, offer.node) in self._unnoted:  # the next agent keeps what it gives away, too
             await self._write_config(run)
+            self._unnoted.discard((run.key, offer.node))
         key = _key_of(run, offer)
         pull = self._under_way.get(key)
         if pull is None:

@@ -119,13 +119,14 @@ class Registry:
         return unusable
 
     async def _load_root(self, root: str, only: work.RunConfig | None = None) -> None:
-        """Take in every run of a RAM tier, or one, whose tiers are these. Raises what keeps it from
-        being looked at: then that is done before anybody opens a run there, for what is there is
-        never taken for nothing."""
+        """Take in every run of a RAM tier, or one more that has come, whose tiers are these. Raises
+        what keeps it from being looked at: then that is done before anybody opens a run there, for
+        what is there is never taken for nothing."""
         ram = self._ram_ref(root)
         configs = await self.tools.call(work.ReadRunConfigs(ram), work.RunConfigs)
         await self.held.take(root)  # from here on: what is half done there is nobody else's
-        scan = work.Scan(ram, only.run_key if only else None)
+        has_others = root not in self.held.loaded  # which nobody has taken in
+        scan = work.Scan(ram, only.run_key if only and not has_others else None)
         scanned = await self.tools.call(scan, work.Scanned)
         for problem in configs.problems:
             logger.warning("RAM tier %s: %s", root, problem)
@@ -133,7 +134,8 @@ class Registry:
         scans = {scan.run_key: scan for scan in scanned.runs}
         if only is not None:
             known = by_key.get(only.run_key, only)
-            by_key = {only.run_key: msgspec.structs.replace(known, tiers=only.tiers)}
+            others = by_key if has_others else {}
+            by_key = {**others, only.run_key: msgspec.structs.replace(known, tiers=only.tiers)}
         for key in sorted({*by_key, *scans} - self.runs.keys()):
             config = by_key.get(key) or work.RunConfig(key, key)
             run = await self._adopt(ram, config, scans.get(key) or work.RunScan(key))

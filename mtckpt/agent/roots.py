@@ -230,13 +230,15 @@ class Roots:
 
     async def let_go(self, used: Collection[str]) -> None:
         """Let others have those where nothing is, or that are gone themselves."""
-        for root in [*self.loaded, *self._noted]:
-            if root in used or root == self._default:
-                continue
+
+        async def leave(root: str) -> None:
             with contextlib.suppress(TierUnavailable):
                 if await aside(functools.partial(self._leave, root), root):
                     self.loaded = [path for path in self.loaded if path != root]
                     self._write([path for path in self._noted if path != root])
+
+        roots = {*self.loaded, *self._noted} - {*used, self._default}
+        await asyncio.gather(*map(leave, roots))  # none later because another one hangs
 
     def _leave(self, root: str) -> bool:
         """Unlock a directory that has no run; the one beside a disk goes. False if it has any."""
@@ -257,7 +259,7 @@ class Roots:
                 os.unlink(os.path.join(root, NOTE))
         if held is not None:
             if beside.is_one(root):
-                beside.remove(root)
+                beside.remove(root, held)
             held.close()
 
     async def close(self) -> None:

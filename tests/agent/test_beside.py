@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import os
+import stat
 import threading
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 from mtckpt._manifest import SaveName
 from mtckpt._slots import BESIDE
 from mtckpt.agent import beside, roots
+from mtckpt.agent.holding import LOCK, Lock
 from mtckpt.agent.roots import Roots
 
 HERE, ELSEWHERE = ("11111111-2222-3333-4444-555555555555", "99999999-2222-3333-4444-555555555555")
@@ -239,3 +243,51 @@ def test_what_another_agent_removes_amid_a_look_hides_nothing(
         patched.setattr(os, "listdir", before)
         assert asyncio.run(here.take_over("r", place)) == str(own)
     asyncio.run(here.close())
+
+
+def test_on_nfs_a_directory_goes_once_its_lock_has(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is removed while it is open is there under another name until it is closed."""
+    flock, unlink, close = fcntl.flock, os.unlink, Lock.close
+    stays: list[str] = []
+
+    def as_nfs(fd: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(fd, operation)
+
+    def rename(path: str) -> None:
+        if not path.endswith(LOCK):
+            return unlink(path)
+        stays.append(os.path.join(os.path.dirname(path), ".nfs0001"))
+        return os.rename(path, stays[-1])
+
+    def closed(lock: Lock) -> None:
+        close(lock)
+        while stays:
+            unlink(stays.pop())
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    held, _ = agent_with(place, tmp_path / "a")
+    monkeypatch.setattr(os, "unlink", rename)
+    monkeypatch.setattr(Lock, "close", closed)
+    asyncio.run(held.close())
+    assert not os.path.exists(place)
+
+
+@pytest.mark.timeout(30)
+def test_directories_on_disks_that_hang_are_let_go_of_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who opens a run waits for it."""
+    held, both = Roots(str(tmp_path), boot_id=HERE), threading.Barrier(2)
+
+    def leave(_: str) -> bool:
+        both.wait(10)
+        return True
+
+    held.loaded = ["/one", "/other"]
+    monkeypatch.setattr(held, "_leave", leave)
+    asyncio.run(held.let_go(()))
+    assert held.loaded == []

@@ -196,6 +196,50 @@ def test_the_next_agent_knows_who_gave_away_what_is_here(
     assert asyncio.run(story()).leaving == leaving
 
 
+def test_who_gives_away_is_noted_though_the_first_offer_came_to_nothing() -> None:
+    async def story() -> list[str]:
+        scene = Scene()
+        await scene.ask(1, wait_s=0.0)
+        await asyncio.sleep(0)  # it is noted, and under way
+        leaves = msgspec.structs.replace(scene.offer, leaving=True, wait_s=5.0)
+        scene.lets_through.set()
+        scene.run.draining = "the node goes"  # and then it stays
+        with pytest.raises(NodeDraining):
+            await scene.guests.offered(scene.run, leaves)
+        scene.run.draining = ""
+        assert (await scene.guests.offered(scene.run, leaves)).boot_id == "boot"
+        return list(scene.noted.extra.get("leaving", ()))
+
+    assert asyncio.run(story()) == ["agent-1"]
+
+
+def test_what_else_is_where_a_run_was_taken_over_is_taken_in_too(tmp_path: Path) -> None:
+    """The disk was silent when this agent began, so it has not looked there."""
+
+    async def story() -> dict[str, RunState]:
+        asked: list[str | None] = []
+
+        async def call(command: work.Command, **_: Any) -> work.Result:
+            if isinstance(command, work.ReadRunConfigs):
+                return work.RunConfigs([work.RunConfig("r", "r"), work.RunConfig("s", "s")], [])
+            if isinstance(command, work.Scan):
+                asked.append(command.run_key)
+                return work.Scanned()
+            return work.Stored()
+
+        tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+        registry = Registry(tools, str(tmp_path), service=False)
+        taken = work.RunConfig("r", "r", [TierConfig("disk", "disk", "/elsewhere")])
+        for _ in range(2):
+            await registry._load_root(str(tmp_path), taken)
+        assert asked == [None, "r"]
+        return registry.runs
+
+    runs = asyncio.run(story())
+    assert set(runs) == {"r", "s"}
+    assert list(runs["r"].tiers) == ["disk"]
+
+
 def test_the_newest_step_that_an_agent_finds_is_owed_to_partners_still(tmp_path: Path) -> None:
     """It is not told who they are before it has looked into its memory; nor does a start of the job
     on other nodes find that the step had none when it was on one."""
