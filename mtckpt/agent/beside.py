@@ -20,7 +20,7 @@ import stat
 from dataclasses import dataclass, field
 
 from mtckpt import _probe
-from mtckpt._manifest import SaveName
+from mtckpt._manifest import SaveName, is_record_file
 from mtckpt._slots import BESIDE
 from mtckpt.agent.holding import LOCK, NOTE, Lock, lock
 from mtckpt.errors import TierUnavailable
@@ -141,11 +141,18 @@ def _all(place: str) -> list[str]:
 
 
 def _newest(root: str, run_key: str) -> tuple[int, int]:
-    """Incarnation and step of the newest save of a run there, as its directory is called."""
+    """Incarnation and step of the newest save of a run there that has a record: any other was cut
+    off, or is just being given up."""
+    run = os.path.join(root, run_key)
+    names = filter(None, map(SaveName.parse, _names(run)))
+    sealed = (n for n in names if any(map(is_record_file, _names(os.path.join(run, str(n))))))
+    return max(((name.incarnation, name.step) for name in sealed), default=(0, 0))
+
+
+def _names(path: str) -> list[str]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        names = map(SaveName.parse, os.listdir(os.path.join(root, run_key)))
-        return max(((name.incarnation, name.step) for name in names if name), default=(0, 0))
-    return (0, 0)
+        return os.listdir(path)
+    return []
 
 
 def _is_ours(path: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mtckpt._manifest import SaveName
+from mtckpt._manifest import SaveName, record_file
 from mtckpt._slots import BESIDE
 from mtckpt.agent import beside, roots
 from mtckpt.agent.holding import LOCK, Lock
@@ -42,6 +42,13 @@ def agent_with(place: str, runtime: Path, *runs: str, boot_id: str = HERE) -> tu
         (own / run).mkdir()
         (own / run / "file").write_text(str(runtime))
     return held, own
+
+
+def sealed(own: Path, step: int, incarnation: int = 1, number: int = 0) -> None:
+    """A save of its run is there, as far as a look at it goes."""
+    save = own / "r" / str(SaveName(step, incarnation, f"{number:012d}"))
+    save.mkdir()
+    (save / record_file(0)).touch()
 
 
 def ended(held: Roots) -> None:
@@ -187,7 +194,7 @@ def test_of_several_that_are_left_the_one_with_the_newest_save_is_taken_over(
     dead = [agent_with(place, tmp_path / name, "r") for name in "ab"]
     paths = sorted(own for _, own in dead)
     for number, (path, incarnation) in enumerate(zip(paths, (1, 2), strict=True)):
-        (path / "r" / str(SaveName(10 - number, incarnation, f"{number:012d}"))).mkdir()
+        sealed(path, 10 - number, incarnation, number)
     for held, _ in dead:
         ended(held)
     here, own = agent_with(place, tmp_path / "c")
@@ -197,13 +204,29 @@ def test_of_several_that_are_left_the_one_with_the_newest_save_is_taken_over(
     asyncio.run(here.close())
 
 
+def test_a_save_that_was_never_sealed_is_not_the_newest(place: str, tmp_path: Path) -> None:
+    """Its agent was killed once the save had a directory, and before anything lay in it."""
+    dead = [agent_with(place, tmp_path / name, "r") for name in "ab"]
+    cut_off, whole = sorted(own for _, own in dead)
+    sealed(cut_off, 5)
+    (cut_off / "r" / str(SaveName(12, 1, f"{2:012d}"))).mkdir()
+    sealed(whole, 10, number=1)
+    for held, _ in dead:
+        ended(held)
+    here, own = agent_with(place, tmp_path / "c")
+    assert asyncio.run(here.take_over("r", place)) == str(own)
+    assert (own / "r" / str(SaveName(10, 1, f"{1:012d}"))).is_dir()
+    assert "r" not in here.unlooked
+    asyncio.run(here.close())
+
+
 def test_other_ranks_parts_that_another_dead_agent_has_are_spoken_of(
     place: str, tmp_path: Path
 ) -> None:
     """Two containers, a rank in each, and then one with both: it has one of the directories."""
     dead = [agent_with(place, tmp_path / name, "r") for name in "abc"]
     for (held, own), step in zip(dead, (20, 20, 10), strict=True):
-        (own / "r" / str(SaveName(step, 1, f"{step:012d}"))).mkdir()
+        sealed(own, step)
         ended(held)
     here, _ = agent_with(place, tmp_path / "d")
     assert asyncio.run(here.take_over("r", place))
