@@ -173,19 +173,20 @@ class Run:
     def join_nodes(self, nodes: Sequence[str]) -> None:
         """Have the agents of all nodes told of one another, or of where each is by now. The secret
         that they prove to each other is drawn by rank 0, and travels through the group only."""
-        before = self.session.joined
-        secret = new_secret().hex() if before is None else before.secret
+        before, secret = self.session.joined, ""
         failure: CheckpointError | None = None
         address: protocol.PeerAddress | None = None
         try:
             address = self.session.listen(_coordination.host_of(self.group))
         except CheckpointError as error:
             failure = error
+        if self.group.rank == 0:
+            secret = new_secret().hex() if before is None else before.secret
         told = self.exchange(
             "listen",
             [
                 None if address is None else msgspec.to_builtins(address),
-                secret if self.group.rank == 0 else "",
+                secret,
                 failure.what if failure else "",
             ],
         )
