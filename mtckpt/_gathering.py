@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
     from mtckpt._run import Run
 
-__all__ = ["Gathered", "gather", "report_damage", "survey"]
+__all__ = ["Gathered", "gather", "meet_again", "report_damage", "survey"]
 
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,15 @@ def report_damage(run: Run, gathered: Gathered, label: str, key: str, reason: st
         client.call("damage", message, protocol.Done, _PEER_TIMEOUT_S)
     finally:
         client.close()
+
+
+def meet_again(run: Run) -> None:
+    """Have an agent on every node of the job, and learn where each is reached by now. All ranks
+    call it. Raises what ``Run.join`` does."""
+    nodes = _nodes(run)
+    if nodes:
+        node_of = {rank: str(at) for at, node in enumerate(nodes) for rank in node.ranks}
+        run.join_nodes([node_of[rank] for rank in range(run.members.world_size)])
 
 
 def gather(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mtckpt import _inventory, _restore, _retention, errors
 from mtckpt._choice import Candidate, RestorePlan, plan_restore
 from mtckpt._copies import Shards
-from mtckpt._gathering import Gathered, gather, report_damage
+from mtckpt._gathering import Gathered, gather, meet_again, report_damage
 from mtckpt._handle import Restored, stage_of_tier
 from mtckpt._progress import progress
 from mtckpt._schedule import Disk
@@ -50,17 +50,26 @@ def restore(
     source: str | os.PathLike[str] | None,
     partial: bool,
     rename: Callable[[str], str | None] | None,
+    *,
+    looks_again: bool = False,
 ) -> Restored:
-    """See ``Checkpointer.restore``."""
+    """See ``Checkpointer.restore``. ``looks_again``: somebody was silent at the first look."""
     with run.together("look", _elsewhere):
         places = run.places()
         other = None if source is None else run.source(source, places)
     gathered = gather(run, step, places, other)
-    _warn_of_new_disks(run, gathered)
+    if not looks_again:
+        _warn_of_new_disks(run, gathered)
     try:
-        return _restore_newest(run, gathered, engine, state, step, source, partial, rename)
+        restored = _restore_newest(
+            run, gathered, engine, state, step, source, partial, rename, is_last=looks_again
+        )
     finally:
         gathered.close()
+    if restored is None:
+        meet_again(run)
+        return restore(run, engine, state, step, source, partial, rename, looks_again=True)
+    return restored
 
 
 def _restore_newest(
@@ -72,8 +81,15 @@ def _restore_newest(
     source: str | os.PathLike[str] | None,
     partial: bool,
     rename: Callable[[str], str | None] | None,
-) -> Restored:
-    """Try one save after the other, newest first."""
+    *,
+    is_last: bool,
+) -> Restored | None:
+    """Try one save after the other, newest first.
+
+    None where one could not be read because somebody did not answer, who may at another look: an
+    agent that was killed is soon replaced, and starting from an older step gives up the newer ones
+    for good. ``is_last``: there is no other look.
+    """
     plan = _plan(run, gathered, step)
     skipped = {**plan.skipped, **_mute(gathered.absent)}
     candidates = plan.candidates
@@ -95,7 +111,11 @@ def _restore_newest(
                     last=candidate.name == candidates[-1].name, progress=show,
                 )  # fmt: skip
         except (NoHealthyStep, FormatError) as error:
-            skipped[f"step {candidate.name.step}"] = error.what
+            if _was_silence(run, attempt):
+                if not is_last:
+                    return None
+                logger.warning("run %s: step %d is passed over: %s", run.name, step_at, error.what)
+            skipped[f"step {step_at}"] = error.what
             continue
         except StateMismatch as error:
             if not attempt.touched:
@@ -133,6 +153,12 @@ def go_on(run: Run, restored: Restored, source: str | os.PathLike[str] | None) -
             run.name,
         )
     run.restart(None if source else (restored._incarnation, restored.step or 0))
+
+
+def _was_silence(run: Run, attempt: _restore.Attempt) -> bool:
+    """Whether some rank had no answer, and live state is as it was on all. All ranks call it."""
+    told = run.exchange("silent", [bool(attempt.silent), attempt.touched])
+    return any(silent for silent, _ in told) and not any(touched for _, touched in told)
 
 
 def records_of(

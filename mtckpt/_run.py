@@ -33,6 +33,7 @@ from mtckpt._restore import Place
 from mtckpt._schedule import ObjectStore, Peers
 from mtckpt.adapters import find_group
 from mtckpt.agent import protocol
+from mtckpt.capture.base import nothing
 from mtckpt.errors import (
     CheckpointError,
     GroupMissing,
@@ -65,10 +66,6 @@ _STORE_PATIENCE_S = 10.0
 _MIN_FAR_BYTES_PER_S = 1e6
 # Of one thread: what is looked at in another may still need its time.
 _hurries = contextvars.ContextVar("_hurries", default=False)
-
-
-def _nowhere() -> None:
-    return None
 
 
 class _Silent:
@@ -167,27 +164,30 @@ class Run:
                     state="nothing was done",
                     actions=("give Ram() the same path on all ranks of a node",),
                 )
-            self._join_nodes(nodes)
+            self.join_nodes(nodes)
         else:
             self._check_placement(
                 [protocol.NodeOfRun(_joining.nowhere(opened.boot_id), list(here))]
             )
         self.members = Members(group.rank, group.world_size, here)
 
-    def _join_nodes(self, nodes: Sequence[str]) -> None:
-        """Have the agents of all nodes told of one another. The secret that they prove to each
-        other is drawn by rank 0, and travels through the group this once."""
+    def join_nodes(self, nodes: Sequence[str]) -> None:
+        """Have the agents of all nodes told of one another, or of where each is by now. The secret
+        that they prove to each other is drawn by rank 0, and travels through the group only."""
+        before, secret = self.session.joined, ""
         failure: CheckpointError | None = None
         address: protocol.PeerAddress | None = None
         try:
             address = self.session.listen(_coordination.host_of(self.group))
         except CheckpointError as error:
             failure = error
+        if self.group.rank == 0:
+            secret = new_secret().hex() if before is None else before.secret
         told = self.exchange(
             "listen",
             [
                 None if address is None else msgspec.to_builtins(address),
-                new_secret().hex() if self.group.rank == 0 else "",
+                secret,
                 failure.what if failure else "",
             ],
         )
@@ -402,7 +402,7 @@ class Run:
         """Go on from another step: the next save starts an incarnation."""
         self.parent, self.incarnation, self._starting = parent, None, None
 
-    def begin(self, needs: Needs | None = None, move: Callable[[], None] = _nowhere) -> None:
+    def begin(self, needs: Needs | None = None, move: Callable[[], None] = nothing) -> None:
         """Start an incarnation before the first save of this start of the job. ``needs`` is what
         this rank is about to capture, None where it cannot tell: each node captures all then.
         ``move`` is called where this node is ``short`` of memory for that."""

@@ -35,7 +35,7 @@ BUGS = (
         "agent/queue.py",
         "newer = [s for s in saves if s.worth > save.worth and s.staged]",
         "newer = [s for s in saves if s.worth > save.worth]",
-        1,
+        9,
     ),
     SimulatedBug(
         "slot-of-a-dead-owner-never-free",
@@ -63,7 +63,7 @@ BUGS = (
         "agent/healing.py",
         "gone = [save for save in held if decisions[save.name].delete]",
         "gone = held if decisions else []",
-        4,
+        5,
     ),
     SimulatedBug(
         "slot-given-to-two",
@@ -133,7 +133,7 @@ BUGS = (
         "agent/registry.py",
         "        run.unsettled.append(owner)\n",
         "        pass\n",
-        3,
+        5,
     ),
     SimulatedBug(
         "copies-let-go-before-newer-ones-are-there",

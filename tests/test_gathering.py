@@ -52,6 +52,9 @@ class Watched(LocalTier):
         self._answer()
         super().read_into(key, out, offset)
 
+    def close(self) -> None:
+        """It is looked into again."""
+
     def _answer(self) -> None:
         if self.silent:
             raise TierUnavailable(f"{self.name} does not answer", tier=self.name)
@@ -67,6 +70,8 @@ class Cluster:
         self.own: dict[tuple[int, str], Watched] = {}
         self.others: list[Others] = []
         self.timeout_s = 20.0
+        self.comes_back = False  # a silent peer, once the nodes meet again
+        self.met = threading.Barrier(2 * num_nodes, timeout=20.0)
         for label in ("ram", "disk", "store"):
             for node in range(num_nodes):
                 (self.directory(node, label)).mkdir(parents=True, exist_ok=True)
@@ -152,6 +157,12 @@ class _Run:
     def _call(self, verb: str, *_: Any) -> None:
         assert verb == "damage"
 
+    def join_nodes(self, nodes: Sequence[str]) -> None:
+        assert list(nodes) == [str(rank // 2) for rank in range(self.members.world_size)]
+        self._cluster.met.wait()
+        for tier in self._cluster.over_network.values():
+            tier.silent = tier.silent and not self._cluster.comes_back
+
     places = lambda self: self._places  # noqa: E731
     note = lambda *_: None  # noqa: E731
     fetch = lambda *_: None  # noqa: E731
@@ -232,6 +243,23 @@ def test_a_peer_that_falls_silent_is_named(cluster: Callable[[int], Cluster]) ->
     assert [list(each.sources) for each in found] == [["ram"], ["ram"], ["store"], ["store"]]
     for each in found[2:]:
         assert each.skipped == {"tier peers-a-ram": "peers does not answer"}
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_no_older_step_is_taken_because_an_agent_was_being_replaced(
+    cluster: Callable[[int], Cluster], comes_back: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    two = cluster(2)
+    two.save(1, {"store": range(4)})
+    two.save(2, {"a-ram": range(4)})
+    _peer_of(two, "a", "ram").silent, two.comes_back = True, comes_back
+    for rank, restored in enumerate(two.restore()):
+        assert getattr(restored, "step", restored) == (2 if comes_back else 1)
+        where = "" if comes_back else "peers does not answer"
+        assert where in restored.skipped.get("step 2", "")
+        assert comes_back or rank < 2 or restored.skipped["tier peers-a-ram"] == where
+    gave_up = "step 2 is passed over" in caplog.text
+    assert gave_up == (not comes_back)
 
 
 def test_a_tier_that_is_silent_on_another_node_is_no_fresh_start(

@@ -190,6 +190,7 @@ class Commands:
                 slot.table = place.objects.pop(table_key)
                 await pause()
             slot.data = place.objects.pop(data_key)
+            self._drop_notes(place, data_key)
         if slot is None or slot.data is None or slot.table is None:
             slots.pop(command.slot_id, None)
             raise ObjectNotFound("there was no such shard", tier=place.name, key=data_key)
@@ -277,6 +278,14 @@ class Commands:
             record = key.rpartition(".")[0] + ".json"
             if file.startswith("rank-") and record not in place.objects:
                 del place.objects[key]
+                self._drop_notes(place, key)
+
+    def _drop_notes(self, place: Directory, key: str) -> None:
+        """What else there is of the save of a shard that is gone, if it was the last here."""
+        there = [k for k in place.objects if k.startswith(key.rpartition("/")[0] + "/")]
+        if not any("/rank-" in each for each in there):
+            for each in there:
+                del place.objects[each]
 
     async def _verify(self, command: work.Verify, pause: Pause) -> work.Result:
         place = self._find(command.tier)
@@ -297,7 +306,7 @@ class Commands:
         done = None
         if command.is_last:
             await pause()
-            done = await self._manifest(target, command.target.kind, command.run_key, name)
+            done = await self._manifest(target, command.target.kind, command, name)
         return work.Flushed(copied, 0.0, done is not None)
 
     async def _pull(self, command: work.Pull, pause: Pause) -> work.Result:
@@ -351,17 +360,23 @@ class Commands:
         return len(stored)
 
     async def _manifest(
-        self, place: Directory, kind: str, run_key: str, name: SaveName
+        self, place: Directory, kind: str, command: work.Flush | work.Complete, name: SaveName
     ) -> _transfer.Completed | None:
+        run_key = command.run_key
         if kind == "store":
             return _transfer.write_manifest(Place(place, place), run_key, name)
         save = _inventory.scan_save(place, run_key, name)
-        return _transfer.Completed() if save.complete and not save.aborted else None
+        if save.aborted or not (save.complete or (command.parts and save.records)):
+            return None
+        key = _inventory.save_key(run_key, name, _manifest.MANIFEST_FILE)
+        if key not in place.objects:  # that it was whole is known here
+            place.put(key, BytesSource(b"{}"))
+        return _transfer.Completed() if save.complete else None
 
     async def _complete(self, command: work.Complete, pause: Pause) -> work.Result:
         await pause()
         place, name = self._find(command.tier), _name(command.save)
-        done = await self._manifest(place, command.tier.kind, command.run_key, name)
+        done = await self._manifest(place, command.tier.kind, command, name)
         return work.Completed(done is not None)
 
     async def _heal(self, command: work.Heal, pause: Pause) -> work.Result:

@@ -46,6 +46,7 @@ class Known:
     nodes: list[Node] = field(default_factory=list)
     handles: list[tuple[int, Save]] = field(default_factory=list)
     closed: bool = False  # by some rank, so that memory may have been freed
+    found: bool = False  # by a later start: what agents did with it since, no rank was told
     bad: set[tuple[Node | None, str]] = field(default_factory=set)  # where a copy was damaged
     gone: set[Node] = field(default_factory=set)  # nodes that had brought their parts elsewhere
 
@@ -60,10 +61,12 @@ class Known:
 
 
 class Oracles:
-    """Hears of everything that ranks do, and raises Violation where it must not be."""
+    """Hears of everything that ranks do, and raises Violation where it must not be. ``keep``: so
+    many saves stay on a disk."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, keep: int) -> None:
         self._world = world
+        self._keep = keep
         self._saves: dict[str, Known] = {}
         self._begun: dict[int, Incarnation] = {}
         self._lost_s: dict[tuple[Node, str], float] = {}
@@ -125,6 +128,8 @@ class Oracles:
             raise Violation(f"rank {rank.rank} restored a mixture: {read.save_ids}")
         if restored.id != read.save_ids[0]:
             raise Violation(f"rank {rank.rank} was told of another save than it read")
+        if restored.id in self._saves:
+            self._saves[restored.id].found = True
 
     # -- checks ----------------------------------------------------------------------------------
 
@@ -140,19 +145,32 @@ class Oracles:
             )
         ]
         staged = max((known.order for known in on_line if "staged" in known.stages()), default=None)
+        copied = [
+            known.order
+            for known in on_line
+            if known.found or known.stages() & {"replicated", "durable"}
+        ]
+        whole = [known.order for known in on_line if known.found or known.all_captured()]
         kept = [
             known.order
             for known in on_line
-            if self._survives(known, in_memory=known.order == staged)
+            if self._survives(
+                known,
+                in_memory=known.order == staged,
+                in_copies=known.order == max(copied, default=None),
+                on_disk=sum(order > known.order for order in whole) < self._keep,
+            )
         ]
         return max(kept, default=None)
 
-    def _survives(self, known: Known, *, in_memory: bool) -> bool:
-        """``in_memory``: no newer one was there, for which its memory may have been taken."""
+    def _survives(self, known: Known, *, in_memory: bool, in_copies: bool, on_disk: bool) -> bool:
+        """``in_memory``: no newer one was there, for which its memory may have been taken; nor,
+        ``in_copies``, that of its copies. ``on_disk``: it may not have been deleted for newer ones.
+        """
         stages = known.stages()
         if "durable" in stages and (None, "store") not in known.bad:
             return True
-        if "replicated" in stages and not known.closed and self._num_lost(known) <= 1:
+        if in_copies and "replicated" in stages and not known.closed and self._num_lost(known) <= 1:
             return True
         needed = {"staged": "ram", "local": "disk"}
         if known.closed and any(each.bad for each in self._saves.values()):
@@ -160,7 +178,7 @@ class Oracles:
         # What was brought elsewhere is in memory or in the store, unless memory was freed before.
         if not in_memory or (known.gone and ((None, "store") in known.bad or known.closed)):
             del needed["staged"]
-        if known.gone:
+        if known.gone or not on_disk:
             del needed["local"]
         return any(
             stage in stages

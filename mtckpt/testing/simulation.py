@@ -138,7 +138,6 @@ class Drama:
         self.world = World(seed)
         self.partners = partners
         self.story = Story(seed)
-        self.oracles = Oracles(self.world)
         self.is_final = False
         draw = self.world.random
         self.num_nodes = draw.choice((1, 2, 2, 3))
@@ -155,6 +154,7 @@ class Drama:
             keep=draw.choice((2, 3)),
             copies=copies,
         )
+        self.oracles = Oracles(self.world, self.settings.keep)
         self.rough = draw.random() < 0.7
         self.faults = Faults(self.world, self.oracles, partners=partners)
 
