@@ -11,6 +11,7 @@ import enum
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Protocol
 
 from mtckpt.errors import (
@@ -35,6 +36,7 @@ __all__ = [
     "Upload",
     "error_of",
     "kind_of_status",
+    "now_there_s",
     "redacted",
 ]
 
@@ -228,6 +230,16 @@ def error_of(
     error = kind(what, state=state, actions=actions, tier=tier, key=key, **details)
     error.__cause__ = StoreSaid(refused.said)
     return error
+
+
+def now_there_s(date: str | None, stamps_s: Iterable[float]) -> float:
+    """What time it is by a store's clock, in seconds since 1970: as the ``Date`` of an answer says;
+    where none does, not before the newest of the ``stamps_s`` in it. No clock of this machine is
+    asked: one that is ahead would make an upload in flight an old one."""
+    try:
+        return parsedate_to_datetime(date or "").timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return max(stamps_s, default=0.0)
 
 
 _HIDDEN = "<hidden>"

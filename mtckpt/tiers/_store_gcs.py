@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,6 +25,7 @@ from mtckpt.tiers._store import (
     Stored,
     Upload,
     kind_of_status,
+    now_there_s,
     redacted,
 )
 from mtckpt.tiers._store_http import Answer, Http
@@ -234,15 +234,21 @@ class GcsStore:
             "fields": "items(name,size,crc32c,generation,timeCreated),nextPageToken",
         }
         while True:
-            answer = self._json("GET", f"/storage/v1/b/{bucket}/o", timeout_s, query)
-            for one in answer.get("items", ()):
-                made = datetime.fromisoformat(one["timeCreated"].replace("Z", "+00:00"))
+            said = self._ask("GET", f"/storage/v1/b/{bucket}/o", timeout_s, query)
+            answer = _document(said)
+            items = answer.get("items", ())
+            made_s = [
+                datetime.fromisoformat(one["timeCreated"].replace("Z", "+00:00")).timestamp()
+                for one in items
+            ]
+            now_s = now_there_s(said.headers.get("date"), made_s)
+            for one, at_s in zip(items, made_s, strict=True):
                 yield _Found(
                     one["name"],
                     int(one["size"]),
                     one.get("crc32c"),
                     str(one.get("generation", "")),
-                    time.time() - made.timestamp(),
+                    now_s - at_s,
                 )
             if not answer.get("nextPageToken"):
                 return
@@ -282,14 +288,7 @@ class GcsStore:
         headers: Mapping[str, str] | None = None,
         body: Sequence[memoryview | bytes] = (),
     ) -> Mapping[str, Any]:
-        answer = self._ask(method, path, timeout_s, query, headers, body)
-        try:
-            found = json.loads(answer.body)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise Refused(Kind.UNREACHABLE, "an answer that is not JSON")
-        return found
+        return _document(self._ask(method, path, timeout_s, query, headers, body))
 
     def _ask(
         self,
@@ -371,6 +370,16 @@ class GcsStore:
 def _object(path: str) -> str:
     bucket, _, name = path.partition("/")
     return f"/storage/v1/b/{quote(bucket, safe='')}/o/{quote(name, safe='')}"
+
+
+def _document(answer: Answer) -> Mapping[str, Any]:
+    try:
+        found = json.loads(answer.body)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise Refused(Kind.UNREACHABLE, "an answer that is not JSON")
+    return found
 
 
 def _part_name(upload: Upload, number: int) -> str:

@@ -7,7 +7,6 @@ the server: a ``Wire`` carries it, that of s3fs or the fast one, and both give t
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from mtckpt.tiers._store import (
     Stored,
     Upload,
     kind_of_status,
+    now_there_s,
     redacted,
 )
 
@@ -182,9 +182,7 @@ class S3Store:
             answer = self._wire.call(
                 "list_multipart_uploads", timeout_s, Bucket=bucket, Prefix=prefix, **more
             )
-            for one in answer.get("Uploads", ()):
-                age_s = time.time() - one["Initiated"].timestamp() if one.get("Initiated") else 0.0
-                found.append(Upload(f"{bucket}/{one['Key']}", one["UploadId"], age_s))
+            found += _aged(bucket, answer)
             if not answer.get("IsTruncated"):
                 return found
             more = {
@@ -293,6 +291,18 @@ class S3Store:
 def _at(path: str) -> dict[str, str]:
     bucket, _, name = path.partition("/")
     return {"Bucket": bucket, "Key": name}
+
+
+def _aged(bucket: str, answer: Mapping[str, Any]) -> list[Upload]:
+    """The uploads of a listing; one of which nobody says when it began is as old as nothing."""
+    uploads = answer.get("Uploads", ())
+    began_s = [one["Initiated"].timestamp() if one.get("Initiated") else None for one in uploads]
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    now_s = now_there_s(date, [at_s for at_s in began_s if at_s is not None])
+    return [
+        Upload(f"{bucket}/{one['Key']}", one["UploadId"], 0.0 if at_s is None else now_s - at_s)
+        for one, at_s in zip(uploads, began_s, strict=True)
+    ]
 
 
 def _in(upload: Upload) -> dict[str, str]:

@@ -11,6 +11,7 @@ import shutil
 import ssl
 import subprocess
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from mtckpt.errors import (
 )
 from mtckpt.tiers import BytesSource, ObjectStoreTier, read_all
 from mtckpt.tiers._checksums import Crc
+from mtckpt.tiers._store import now_there_s
 from mtckpt.tiers._upload import part_bytes_for
 
 MIB = 1 << 20
@@ -41,6 +43,11 @@ Make = Callable[..., ObjectStoreTier]
 
 def content(size_bytes: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size_bytes)
+
+
+def set_clock_a_month_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    there_s = time.time() + 30 * 86400
+    monkeypatch.setattr(time, "time", lambda: there_s)
 
 
 class Interrupted:
@@ -134,7 +141,9 @@ def test_parts_of_other_content_are_sent_again(make_s3: Make) -> None:
     assert read_all(tier, "run/a", max_bytes=len(new)) == new
 
 
-def test_parts_of_another_size_are_not_used(make_s3: Make, s3: S3Server) -> None:
+def test_parts_of_another_size_are_not_used(
+    make_s3: Make, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = content(14 * MIB)
     tier = make_s3(concurrency=1)
     with pytest.raises(TierUnavailable):
@@ -143,6 +152,7 @@ def test_parts_of_another_size_are_not_used(make_s3: Make, s3: S3Server) -> None
     other.put("run/a", BytesSource(data))
     assert read_all(tier, "run/a", max_bytes=len(data)) == data
     assert len(uploads_of(s3, tier)) == 1, "somebody's upload in flight is left alone"
+    set_clock_a_month_ahead(monkeypatch)
     assert tier.abort_uploads(older_than_s=3600) == 0
     assert tier.abort_uploads("other/", older_than_s=-60) == 0
     assert tier.abort_uploads("run/", older_than_s=-60) == 1
@@ -257,7 +267,9 @@ def test_gcs_composes_more_parts_than_one_request_takes(make_gcs: Make) -> None:
     assert tier.abort_uploads(older_than_s=-60) == 0, "parts are left over"
 
 
-def test_gcs_goes_on_where_an_upload_stopped(make_gcs: Make) -> None:
+def test_gcs_goes_on_where_an_upload_stopped(
+    make_gcs: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = content(5 * MIB)
     tier = make_gcs(concurrency=1)
     with pytest.raises(TierUnavailable):
@@ -270,9 +282,18 @@ def test_gcs_goes_on_where_an_upload_stopped(make_gcs: Make) -> None:
     assert read_all(tier, "run/a", max_bytes=len(data)) == data
     with pytest.raises(TierUnavailable):
         tier.put("run/b/c", Interrupted(data, TierUnavailable("the process dies"), 3 * MIB))
+    set_clock_a_month_ahead(monkeypatch)
     assert tier.abort_uploads("run/b", older_than_s=3600) == 0
     assert tier.abort_uploads("run/a", older_than_s=-60) == 0
     assert tier.abort_uploads("run/b/", older_than_s=-60) == 1
+
+
+@pytest.mark.parametrize(
+    ("date", "now_s"),
+    [("Thu, 01 Jan 1970 01:00:00 GMT", 3600.0), (None, 9.0), ("noon", 9.0)],
+)
+def test_ages_are_by_the_clock_of_the_store(date: str | None, now_s: float) -> None:
+    assert now_there_s(date, [3.0, 9.0]) == now_s
 
 
 def test_over_tls_certificates_are_checked(
