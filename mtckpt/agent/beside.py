@@ -1,8 +1,8 @@
 """Directories of slots on a disk, beside the runs of a tier: each agent has one of its own there.
 
 Containers with little memory may share a disk, and so may hosts. Knows what these directories are
-called, which of them are nobody's any more, and how what is left of a run there is taken over.
-Does not read what lies in them. All calls block.
+called, which of them are nobody's any more, and how what is left of a run there is taken over, or
+deleted where its user says so. Does not read what lies in them. All calls block.
 
 One is nobody's if its lock can be had and locks on that disk tell of every process that could have
 it: its agent ran under this kernel, which its name says, or the disk is of a kind that one machine
@@ -18,14 +18,29 @@ import os
 import re
 import stat
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mtckpt import _probe
 from mtckpt._manifest import SaveName, is_record_file
 from mtckpt._slots import BESIDE
 from mtckpt.agent.holding import LOCK, NOTE, Lock, lock
+from mtckpt.agent.places import close_place, open_place
+from mtckpt.agent.run_config import TierRef
 from mtckpt.errors import TierUnavailable
 
-__all__ = ["Taken", "has_left", "is_asked", "is_one", "make", "remove", "take_over", "tidy"]
+__all__ = [
+    "Left",
+    "Taken",
+    "delete",
+    "has_left",
+    "is_asked",
+    "is_one",
+    "left",
+    "make",
+    "remove",
+    "take_over",
+    "tidy",
+]
 
 _NAME = re.compile(r"([0-9a-f-]{36}|unknown)\.[0-9a-f]{16}")
 # File systems that no two machines have mounted at once: a lock that can be had there is free.
@@ -43,6 +58,16 @@ class Taken:
     here: bool = False
     left: list[str] = field(default_factory=list)
     more: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A run in the directory of one agent. ``agent``: what can be told of it from here."""
+
+    root: str
+    run_key: str
+    size_bytes: int
+    agent: Literal["lives", "gone", "unknown"]
 
 
 def is_asked(path: str) -> bool:
@@ -67,6 +92,48 @@ def make(place: str, boot_id: str) -> str:
 def has_left(place: str, run_key: str) -> bool:
     """Whether any directory there has something of a run."""
     return any(os.path.isdir(os.path.join(root, run_key)) for root in _all(place))
+
+
+def left(place: str, boot_id: str) -> list[Left]:
+    """Every run in the directories there, by directory. What cannot be read is left out."""
+    found = []
+    for root in _all(place):
+        with contextlib.suppress(OSError):
+            with os.scandir(root) as entries:
+                keys = sorted(one.name for one in entries if one.is_dir(follow_symlinks=False))
+            agent = _agent_of(root, boot_id) if keys else "lives"
+            sizes = [_size_bytes(os.path.join(root, key)) for key in keys]
+            found += [Left(root, *one, agent) for one in zip(keys, sizes, strict=True)]
+    return found
+
+
+def delete(place: str, run_key: str, boot_id: str) -> tuple[list[Left], list[Left]]:
+    """Delete what agents that are gone have left of a run: what was deleted, and what was kept.
+    All is kept while an agent lives that has the run: it may be going to take over the rest.
+    Raises TierError."""
+    there = [one for one in left(place, boot_id) if one.run_key == run_key]
+    if any(one.agent == "lives" for one in there):
+        return [], there
+    deleted, kept = [], [one for one in there if one.agent == "unknown"]
+    for one in there:
+        if one in kept:
+            continue
+        held = _try(one.root)
+        if held is None:  # who has it now goes on with the run, or tidies up
+            kept.append(one)
+            continue
+        try:
+            opened, files = open_place(TierRef("ram", one.root, label="ram"))
+            try:
+                assert files is not None  # of a directory
+                files.wipe(run_key)
+            finally:
+                close_place(opened, files)
+            remove(one.root, held)
+            deleted.append(one)
+        finally:
+            held.close()
+    return deleted, kept
 
 
 def take_over(place: str, run_key: str, own: str, boot_id: str) -> Taken:
@@ -138,6 +205,26 @@ def _all(place: str) -> list[str]:
         if _is_ours(place):
             roots = sorted(os.path.join(place, name) for name in os.listdir(place))
     return [root for root in roots if is_one(root) and _is_ours(root)]
+
+
+def _agent_of(root: str, boot_id: str) -> Literal["lives", "gone", "unknown"]:
+    held = _try(root)
+    if held is None:
+        return "lives"
+    try:
+        return "gone" if _is_dead(root, boot_id) else "unknown"
+    finally:
+        held.close()
+
+
+def _size_bytes(directory: str) -> int:
+    """What the files below take of the disk, as far as it can be read."""
+    total_bytes = 0
+    for path, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total_bytes += os.lstat(os.path.join(path, name)).st_blocks * 512
+    return total_bytes
 
 
 def _newest(root: str, run_key: str) -> tuple[int, int]:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtckpt.cli import _output
-from mtckpt.cli._output import json_option, print_json, print_line, print_table, reporting
+from mtckpt.cli._output import (
+    confirmed,
+    json_option,
+    print_json,
+    print_line,
+    print_removed,
+    print_table,
+    reporting,
+)
 from mtckpt.cli._target import agent_status, closed_run, directories_of
 from mtckpt.errors import AgentUnavailable, StepNotFound, UsageError
 
@@ -160,15 +168,31 @@ def _age(seconds: float) -> str:
 @click.argument("run")
 @click.option("--step", type=int, help="Only this step. Default: the whole run.")
 @click.option("--tier", "tiers", multiple=True, help="Only this tier (ram, disk, ...); repeatable.")
+@click.option(
+    "--beside",
+    "disk_path",
+    type=click.Path(),
+    help="Only the slots that containers which are gone have left beside this Disk.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @reporting
-def rm(run: str, step: int | None, tiers: tuple[str, ...], yes: bool, as_json: bool) -> int:
+def rm(
+    run: str,
+    step: int | None,
+    tiers: tuple[str, ...],
+    disk_path: str | None,
+    yes: bool,
+    as_json: bool,
+) -> int:
     """Delete a run, or one step of it, from all of its tiers: RAM slots and files on disk.
+
+    With the whole run goes what containers that are gone have left of it beside its disks.
 
     Exit status 1 if something was kept since it is in use.
     """
     from mtckpt._places import is_location
+    from mtckpt.cli._beside import remove_left
 
     if is_location(run) or "://" in run:
         raise UsageError(
@@ -176,6 +200,12 @@ def rm(run: str, step: int | None, tiers: tuple[str, ...], yes: bool, as_json: b
             state="nothing was removed",
             actions=(f"a directory that no job uses can be deleted: rm -r {run}",),
         )
+    if disk_path is not None:
+        if step is not None or tiers:
+            raise UsageError(
+                "--beside goes with neither --step nor --tier", state="nothing was removed"
+            )
+        return remove_left(run, disk_path, yes=yes, as_json=as_json)
     known = _runs(_agent_that_knows(run), run)[0]
     unknown = set(tiers) - {tier.label for tier in known.tiers}
     if unknown:
@@ -212,23 +242,20 @@ def _confirmed(
 ) -> bool:
     from mtckpt._handle import size_text
 
-    if as_json or not sys.stdin.isatty():
-        raise UsageError(
-            "nobody is there to be asked", state="nothing was removed", actions=("add --yes",)
-        )
     what = f"step {step}" if step is not None else "all steps"
-    print_line(f"delete {what} of {known.run} from:")
+    lines = [f"delete {what} of {known.run} from:"]
     for tier in known.tiers:
         if not tiers or tier.label in tiers:
             held = f"{len(tier.steps)} steps, {size_text(tier.size_bytes)}"
-            print_line(f"  {tier.label:<8}{tier.path} ({held})")
-    return click.confirm("really?", default=False)
+            lines.append(f"  {tier.label:<8}{tier.path} ({held})")
+    return confirmed(lines, as_json=as_json)
 
 
 def _remove(known: RunStatus, step: int | None, tiers: tuple[str, ...], *, as_json: bool) -> int:
     from mtckpt._manifest import run_key
     from mtckpt.agent.client import agent_client
     from mtckpt.agent.protocol import Remove, Removed
+    from mtckpt.cli._beside import delete_left
 
     with agent_client() as client:
         path = f"/v1/runs/{run_key(known.run)}/rm"
@@ -240,14 +267,13 @@ def _remove(known: RunStatus, step: int | None, tiers: tuple[str, ...], *, as_js
             step=step,
             run=known.run,
         )
-    if as_json:
-        print_json({"run": known.run, "removed": answer.removed, "kept": answer.kept})
-    else:
-        for name in answer.removed:
-            print_line(f"removed {name}")
-        for name in answer.kept:
-            print_line(f"kept {name}")
-    return _output.WRONG if answer.kept else _output.FINE
+    removed, kept = list(answer.removed), list(answer.kept)
+    if step is None and not kept and (not tiers or "ram" in tiers):
+        for tier in known.tiers:
+            if tier.kind == "disk":
+                more, also_kept = delete_left(known.run, tier.path)
+                removed, kept = removed + more, kept + also_kept
+    return print_removed(known.run, removed, kept, as_json=as_json)
 
 
 @click.group(short_help="Run the node agent, ask how it is, stop it.")

@@ -77,6 +77,7 @@ def _print_page(facts: Facts, findings: list[Finding]) -> None:
 def gather(disk_path: str | None = None) -> Facts:
     """Read and measure everything that the page needs."""
     from mtckpt import _probe
+    from mtckpt.cli._beside import left_at
     from mtckpt.cli._devices import device_facts
     from mtckpt.cli._judge import Facts
 
@@ -99,6 +100,7 @@ def gather(disk_path: str | None = None) -> Facts:
         **ram,
         **device_facts(ram["ram_path"]),
         **_disk(disk_path or "checkpoints"),
+        left=tuple(left_at(disk_path or "checkpoints")),
         **_agent(),
     )
 

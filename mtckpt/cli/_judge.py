@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mtckpt._handle import size_text
+
+if TYPE_CHECKING:
+    from mtckpt.agent.beside import Left
 
 __all__ = ["Facts", "Finding", "Gpu", "judge"]
 
@@ -102,6 +107,7 @@ class Facts:
     bounded_by: str
     agent: dict[str, Any] | None = None
     agent_problem: str = ""
+    left: tuple[Left, ...] = ()  # beside the disk, of agents that cannot be seen to live
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,7 @@ def judge(facts: Facts) -> list[Finding]:
         *_gpus(facts),
         _memory(facts),
         _disk(facts),
+        *(_left(one) for one in facts.left),
         _machine(facts),
         _memlock(facts),
         _open_files(facts),
@@ -306,6 +313,29 @@ def _disk(facts: Facts) -> Finding:
     if not facts.disk_direct:
         return Finding(name, value, "note", "no O_DIRECT here: writes fall back to the page cache")
     return Finding(name, value)
+
+
+def _left(one: Left) -> Finding:
+    value = f"{one.run_key}: {size_text(one.size_bytes)} in {one.root}"
+    disk = shlex.quote(os.path.dirname(os.path.dirname(one.root)))
+    if one.agent == "unknown":
+        return Finding(
+            "left slots",
+            value,
+            "note",
+            "an agent of another host has left them, and whether its job lives cannot be told here",
+            (f"if it does not: rm -r {shlex.quote(one.root)}",),
+        )
+    return Finding(
+        "left slots",
+        value,
+        "note",
+        "the container that had them is gone; its newest step may be there and nowhere else",
+        (
+            "open the run again with this disk: it goes on with them",
+            f"or free them: mtckpt rm {one.run_key} --beside {disk}",
+        ),
+    )
 
 
 def _machine(facts: Facts) -> Finding:

@@ -15,7 +15,17 @@ import click
 
 from mtckpt.errors import CheckpointError, UsageError
 
-__all__ = ["Reported", "json_option", "print_json", "print_table", "printable", "reporting"]
+__all__ = [
+    "Reported",
+    "confirmed",
+    "json_option",
+    "print_json",
+    "print_line",
+    "print_removed",
+    "print_table",
+    "printable",
+    "reporting",
+]
 
 JSON_VERSION = 1
 FINE, WRONG, MISUSED = 0, 1, 2
@@ -88,6 +98,28 @@ def printable(text: object) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text)
     )
+
+
+def confirmed(lines: Sequence[str], *, as_json: bool) -> bool:
+    """Whether somebody who reads these lines wants it. Raises UsageError where nobody is there."""
+    if as_json or not sys.stdin.isatty():
+        raise UsageError(
+            "nobody is there to be asked", state="nothing was removed", actions=("add --yes",)
+        )
+    print_line("\n".join(lines))
+    return click.confirm("really?", default=False)
+
+
+def print_removed(run: str, removed: Sequence[str], kept: Sequence[str], *, as_json: bool) -> int:
+    """What became of what was to be removed; the exit status for it."""
+    if as_json:
+        print_json({"run": run, "removed": removed, "kept": kept})
+    else:
+        for name in removed:
+            print_line(f"removed {name}")
+        for name in kept:
+            print_line(f"kept {name}")
+    return WRONG if kept else FINE
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]], right: str = "") -> None:

@@ -250,6 +250,38 @@ def test_a_directory_that_went_with_its_agent_is_none_for_the_next(
     asyncio.run(held.close())
 
 
+def test_what_is_left_is_named_and_deleted_where_nobody_can_have_it(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, own = agent_with(place, tmp_path / "a", "r", "s")
+    living, its_own = agent_with(place, tmp_path / "b", "r")
+    far, its = agent_with(place, tmp_path / "c", "s", boot_id=ELSEWHERE)
+    save = own / "s" / str(SaveName(1, 1, "0" * 12))
+    save.mkdir()
+    (save / "data").write_bytes(bytes(5000))
+    ended(dead)
+    ended(far)
+    monkeypatch.setattr(beside, "_OF_ONE_MACHINE", frozenset())  # as on NFS
+    said = {(one.root, one.run_key): one.agent for one in beside.left(place, HERE)}
+    assert said == {
+        (str(own), "r"): "gone",
+        (str(own), "s"): "gone",
+        (str(its_own), "r"): "lives",
+        (str(its), "s"): "unknown",
+    }
+    deleted, kept = beside.delete(place, "r", HERE)
+    assert (deleted, len(kept)) == ([], 2)  # a job has that run
+    deleted, kept = beside.delete(place, "s", HERE)
+    assert [(one.root, one.size_bytes >= 5000) for one in deleted] == [(str(own), True)]
+    assert [one.root for one in kept] == [str(its)]
+    assert sorted(path.name for path in own.iterdir() if path.is_dir()) == ["r"]
+    asyncio.run(living.close())
+    ended(living)
+    assert len(beside.delete(place, "r", HERE)[0]) == 2
+    assert os.listdir(place) == [its.name]
+    assert beside.delete(place, "r", HERE) == ([], [])
+
+
 def test_what_another_agent_removes_amid_a_look_hides_nothing(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

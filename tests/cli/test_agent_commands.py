@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,10 @@ from click.testing import CliRunner, Result
 
 from mtckpt import Checkpointer, Disk, Ram
 from mtckpt._manifest import run_key
+from mtckpt._slots import BESIDE
+from mtckpt.agent import beside
+from mtckpt.agent.holding import Lock
+from mtckpt.agent.owners import boot_id
 from mtckpt.agent.protocol import SOCKET_NAME, AgentStatus, RunStatus, TierStatus, ram_base
 from mtckpt.agent.spawn import ensure_agent
 from mtckpt.cli import _agent, main
@@ -111,6 +116,30 @@ def test_a_run_from_its_first_save_to_its_end(tmp_path: Path) -> None:
     assert mtckpt("agent", "stop").output.startswith("stopped agent")
 
 
+def left_beside(disk: Path, run: str) -> str:
+    """As a container leaves it that is killed."""
+    root = beside.make(str(disk / BESIDE), boot_id())
+    slots = Path(root, run_key(run), "slots")
+    slots.mkdir(parents=True)
+    (slots / "0").write_bytes(bytes(10_000))
+    return root
+
+
+def test_what_containers_left_of_a_run_that_nobody_knows_is_removed(
+    tmp_path: Path, runtime_dir: Path
+) -> None:
+    left, other = left_beside(tmp_path, "gone"), left_beside(tmp_path, "other")
+    assert as_json("rm", "gone", "--beside", tmp_path, code=2)["error"]["actions"] == ["add --yes"]
+    assert mtckpt("rm", "gone", "--beside", tmp_path, "--step", 1, "--yes").exit_code == 2
+    with contextlib.closing(Lock(left)):
+        assert mtckpt("rm", "gone", "--beside", tmp_path, "--yes").exit_code == 1
+    assert f"removed left: {left} (1" in mtckpt("rm", "gone", "--beside", tmp_path, "--yes").output
+    assert os.listdir(tmp_path / BESIDE) == [os.path.basename(other)]
+    error = as_json("rm", "gone", "--beside", tmp_path, "--yes", code=1)["error"]
+    assert error["type"] == "StepNotFound"
+    assert list(runtime_dir.iterdir()) == []  # no agent was needed
+
+
 @pytest.mark.usefixtures("runtime_dir")
 def test_what_a_dead_run_left_is_seen_without_an_agent_and_removed_by_a_new_one(
     tmp_path: Path,
@@ -127,7 +156,11 @@ def test_what_a_dead_run_left_is_seen_without_an_agent_and_removed_by_a_new_one(
     assert as_json("verify", "My Run", "--read-data")["ok"]
     assert as_json("status") == {"version": 1, "agent": None, "runs": []}
 
-    assert as_json("rm", "My Run", "--yes")["kept"] == []
+    left = left_beside(tmp_path / "disk", "My Run")
+    removed = as_json("rm", "My Run", "--yes")
+    assert removed["kept"] == []
+    assert any(left in line for line in removed["removed"])
+    assert not (tmp_path / "disk" / BESIDE).exists()
     assert list(Path(ram_base()).rglob("*.safetensors")) == []
     assert list((tmp_path / "disk").rglob("*.safetensors")) == []
     assert as_json("ls", "My Run", code=1)["error"]["type"] == "StepNotFound"

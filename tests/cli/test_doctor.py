@@ -16,6 +16,7 @@ from builders import build_save
 from click.testing import CliRunner
 from terminals import on_terminal
 
+from mtckpt.agent.beside import Left
 from mtckpt.cli import main
 from mtckpt.cli._judge import GIB, MIB, Facts, Gpu, judge
 
@@ -73,6 +74,9 @@ def test_a_good_machine_has_nothing_to_say() -> None:
     assert {finding.level for finding in judge(dataclasses.replace(GOOD, agent=AGENT))} == {"ok"}
 
 
+GONE = Left("/nvme/.mtckpt-slots/x.y", "gpt", 3 * GIB, "gone")
+
+
 @pytest.mark.parametrize(
     ("change", "name", "level", "text"),
     [
@@ -122,6 +126,12 @@ def test_a_good_machine_has_nothing_to_say() -> None:
         ({"disk_kind": "overlay"}, "disk tier", "note", "mount a volume"),
         ({"disk_kind": "nfs4"}, "disk tier", "note", "network"),
         ({"disk_kind": "fuse.sshfs"}, "disk tier", "note", "network"),
+        ({"left": (GONE,)}, "left slots", "note", "mtckpt rm gpt --beside /nvme"),
+        ({"left": (GONE,)}, "left slots", "note", "gpt: 3.0 GiB in /nvme/.mtckpt-slots/x.y"),
+        (
+            {"left": (dataclasses.replace(GONE, agent="unknown"),)},
+            *("left slots", "note", "rm -r /nvme/.mtckpt-slots/x.y"),
+        ),
         ({"disk_direct": False}, "disk tier", "note", "no O_DIRECT"),
         ({"disk_problem": "cannot be written"}, "disk tier", "wrong", "another directory"),
         ({"num_cores": 1}, "machine", "note", "only core"),
