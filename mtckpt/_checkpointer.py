@@ -475,4 +475,5 @@ class Checkpointer:
             older._session.fenced = RunLocked(why, run=self.run, owner_pid=os.getpid())
             older._closed = older._ended = True
             older._session.close(0.1, last=older._saver.ring.close)
+            older._link.connections.close()
         _open_runs[self._open_key] = weakref.ref(self)

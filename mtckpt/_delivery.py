@@ -262,9 +262,11 @@ class Delivery:
 
     def _read(self, place: Place, work: Callable[[], list[int]], size_bytes: int) -> list[int]:
         """Run a pass of the engine, in bounded time; what goes wrong is an error of the tier."""
+        began: list[bool] = []
         ended: list[bool] = []
 
         def bounded() -> list[int]:
+            began.append(True)
             try:
                 return work()
             except OSError as error:
@@ -278,7 +280,7 @@ class Delivery:
         try:
             return cast("list[int]", self._within(place.label, bounded, size_bytes))
         except TierUnavailable as error:
-            if ended:
+            if ended or not began:
                 raise
             raise _Late(error.what, tier=place.label, key=self._key) from error
 

@@ -65,6 +65,33 @@ def test_nobody_writes_to_live_state_once_an_interrupt_is_out(
         assert not state["w"].any()
 
 
+def test_what_was_not_begun_for_lack_of_a_thread_is_brought_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was written to live state: it is not undefined."""
+    read, start = _delivery.Delivery._read, threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("mtckpt-read"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def without_threads(*args: Any) -> list[int]:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            return read(*args)
+
+    tiers = [mtckpt.Ram(every=1, slots=2), mtckpt.Disk(tmp_path / "disk")]
+    with mtckpt.Checkpointer("r", tiers, timeout_s=20) as checkpointer:
+        state: dict[str, Any] = {"w": np.ones(24 << 10, np.uint8)}
+        checkpointer.save(1, state).wait("local", timeout_s=20)
+        monkeypatch.setattr(_delivery, "_CHEAP_BYTES", 0)  # as more would be
+        monkeypatch.setattr(_delivery.Delivery, "_read", without_threads)
+        state["w"][:] = 7
+        assert checkpointer.restore(state).step == 1
+        assert (state["w"] == 1).all()
+
+
 class Interrupting:
     """Raises KeyboardInterrupt as a function of ours begins, or a call that one makes begins or
     ends: what waits is in a call."""

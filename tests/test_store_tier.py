@@ -280,3 +280,8 @@ def test_a_closed_run_leaves_no_connection_open(
     assert connections_to(port) > before
     run.close()
     assert connections_to(port) <= before
+    left = open_run(tmp_path, {"url": f"gs://{gcs.new_prefix()}", "every": 1})
+    assert left.restore(make_state())
+    assert connections_to(port) > before
+    with open_run(tmp_path, {"url": f"gs://{gcs.new_prefix()}", "every": 1}):
+        assert connections_to(port) <= before  # it is the older one's turn no more

@@ -365,7 +365,7 @@ class RunState:
 
     def forget_old(self) -> None:
         """Saves that lie nowhere are kept for a while, for whoever asks what became of them."""
-        nowhere = [s for s in self.saves.values() if not (s.ranks or s.guests or s.writing)]
+        nowhere = [s for s in self.saves.values() if s.is_nowhere(self.incarnation)]
         for save in sorted(nowhere, key=lambda s: s.seq)[:-MAX_KEPT_CHANGES]:
             del self.saves[str(save.name)]
 

@@ -228,6 +228,14 @@ class SaveState:
         """Whether other parts of it may still come."""
         return self.is_unsettled and not self.remains
 
+    def is_nowhere(self, incarnation: int) -> bool:
+        """Whether it lies nowhere any more. What other nodes have of one that goes on is no news:
+        they do not say that it is gone. What was never touched has just come, and its parts are
+        next. ``incarnation`` is the newest."""
+        is_told = self.name.incarnation < incarnation or not self.stages
+        there = self.ranks or self.guests or self.writing or (is_told and self.told.labels())
+        return bool(self.seq) and not there
+
     def lacks(self, rank: int) -> bool:
         """Whether its part is not in RAM, as far as is known here."""
         return rank not in self.ranks.get(RAM, ()) and rank not in self.told.ranks(RAM)

@@ -11,6 +11,7 @@ import pytest
 from mtckpt._manifest import FORMAT_VERSION, Incarnation, SaveName
 from mtckpt.agent import queue, work
 from mtckpt.agent.leftovers import adopt_slots
+from mtckpt.agent.nodes import News
 from mtckpt.agent.notes import config_of, left_s_of
 from mtckpt.agent.owners import Owner
 from mtckpt.agent.protocol import TierConfig, WireError
@@ -248,6 +249,26 @@ def test_what_is_done_for_a_save_does_not_grow_with_those_that_were_before(run: 
     assert at(run, 7).ranks
     assert at(run, 2000).stages == ["staged", "replicated"]  # who waits for it is still told
     assert len(run.saves) <= 500
+
+
+def test_what_other_nodes_alone_still_have_is_not_forgotten(run: RunState) -> None:
+    """They say so once, to a lead that may have no part of it, and tell nobody else: without its
+    word that all is there, one that starts anew takes its part for what was never complete."""
+    names = [SaveName(step, 1, f"{step:012x}") for step in range(1, 501)]
+    for name in names:
+        save = run.saves[str(name)] = SaveState(name, "", world_size=2, seq=name.step)
+        for rank in (0, 1):
+            save.told[rank + 1] = News(str(name), "", world_size=2, parts={"disk": [rank]})
+    run.forget_old()
+    assert all(save.is_whole("disk") for save in run.saves.values())
+    assert len(run.saves) == len(names)
+    for save in run.saves.values():  # its nodes let go of it
+        save.told[1] = save.told[2] = News(str(save.name), "", world_size=2)
+    new = SaveName(501, 1, f"{501:012x}")
+    run.saves[str(new)] = SaveState(new, "")  # whose parts are still to come
+    run.forget_old()
+    assert str(new) in run.saves
+    assert len(run.saves) < len(names)
 
 
 def test_a_time_since_another_start_of_the_machine_says_nothing(run: RunState) -> None:
