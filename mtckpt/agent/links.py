@@ -128,6 +128,9 @@ class Links:
             save.wanted.clear()
             save.superseded -= {label for label, tier in run.tiers.items() if tier.is_peers}
             save.found = True
+        for tier in [tier for tier in run.tiers.values() if tier.is_peers]:
+            tier.attempts = 0  # what found no node among those before
+            tier.retry.set()
         for number in run.links:
             self._tools.start(self._serve(run, number), f"telling node {number} of {run.key}")
         self._tools.start(self._watch(run, run.secret), f"watching news of {run.key}")

@@ -15,6 +15,7 @@ from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import FORMAT_VERSION, Incarnation
 from mtckpt.agent import work
 from mtckpt.agent.flushing import Flusher
+from mtckpt.agent.links import Links
 from mtckpt.agent.owners import Owner
 from mtckpt.agent.peers import Peers
 from mtckpt.agent.protocol import PROTOCOL_VERSION, Begin, Join, NodeOfRun, Open, TierConfig
@@ -221,3 +222,20 @@ def test_a_start_has_a_tier_asked_again_that_was_silent_for_long() -> None:
         tier.task.cancel()
 
     asyncio.run(story())
+
+
+def test_copies_that_found_no_node_are_offered_at_once_to_those_of_a_new_start() -> None:
+    """Its ranks have opened the run before it is known which nodes there are."""
+    run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+    ref = work.TierRef("peers", "", label="peers")
+    tier = run.tiers["peers"] = TierState("peers", TierConfig("peers", "peers", ""), ref)
+    tier.attempts = 10
+    nodes = [NodeOfRun(PeerAddress(f"10.0.0.{n}", 1, 2), [n]) for n in range(2)]
+    join = Join("new", "11" * 32, 2, nodes)
+    peers = SimpleNamespace(verbs={}, joined=lambda _: join)
+    tools = SimpleNamespace(start=lambda coroutine, _: coroutine.close())
+    unused = cast(Any, None)
+    links = Links(cast(Any, tools), unused, unused, unused, unused, cast(Any, peers))
+    links.join(run, 0)
+    assert tier.retry.is_set()
+    assert tier.attempts == 0
