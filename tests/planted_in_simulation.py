@@ -77,7 +77,7 @@ BUGS = (
         "agent/saves.py",
         "        if self.disputed or (label == RAM and self.called_off):",
         "        if label == RAM and self.called_off:",
-        376,
+        345,
     ),
     SimulatedBug(
         "plans-of-ranks-not-compared",
