@@ -182,8 +182,9 @@ def _(stage: Stage) -> None:
 
 @raises("SaveFailed", "stage", "tier", "step")
 def _(stage: Stage) -> None:
+    checkpointer = stage.open_run()
     stage.disk.write_text("a file where a directory should be")
-    stage.open_run().save(1, state()).wait("local", timeout_s=20)
+    checkpointer.save(1, state()).wait("local", timeout_s=20)
 
 
 @raises("CaptureFailed", "stage", "step")
@@ -204,8 +205,8 @@ def _(stage: Stage) -> None:
 
 @raises("CloseFailed", "run")
 def _(stage: Stage) -> None:
-    stage.disk.write_text("a file where a directory should be")
     checkpointer = stage.open_run()
+    stage.disk.write_text("a file where a directory should be")
     checkpointer.save(1, state()).wait("staged", timeout_s=20)
     with pytest.raises(errors.CloseFailed) as raised:
         checkpointer.close(timeout_s=0.5)

@@ -11,7 +11,6 @@ import enum
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Protocol
 
 from mtckpt.errors import (
@@ -236,6 +235,8 @@ def now_there_s(date: str | None, stamps_s: Iterable[float]) -> float:
     """What time it is by a store's clock, in seconds since 1970: as the ``Date`` of an answer says;
     where none does, not before the newest of the ``stamps_s`` in it. No clock of this machine is
     asked: one that is ahead would make an upload in flight an old one."""
+    from email.utils import parsedate_to_datetime  # Here, since it costs milliseconds.
+
     try:
         return parsedate_to_datetime(date or "").timestamp()
     except (ValueError, TypeError, OverflowError):
