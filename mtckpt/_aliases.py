@@ -3,8 +3,8 @@
 Knows live containers and what was saved for them. Does not know files or frameworks.
 A dict that is filled in its place can be filled with one thing only: where a checkpoint has another
 at its next place, that place gets a copy. An array that is filled in its place is not copied: it is
-mostly meant to be one (tied weights), so a checkpoint that has two there is refused. So is one that
-has both cut in different ways, since what they hold cannot be compared by digests.
+mostly meant to be one (tied weights), so a checkpoint that has two there is refused. Where both are
+cut in different ways, their digests cannot be compared, and their bytes are.
 """
 
 from __future__ import annotations
@@ -62,13 +62,20 @@ class Aliases:
         for pair in zip(one.children, other.children, strict=False):
             self.tie(*pair)
 
-    def apart(self, is_same: Callable[[int, int], bool]) -> list[str]:
-        """A line for every two of those that do not have the same bytes."""
+    def apart(
+        self, is_same: Callable[[int, int], bool], reads_same: Callable[[int, int], bool]
+    ) -> list[str]:
+        """A line for every two of those that do not have the same bytes: by their digests, or, for
+        those that are cut in different ways, by ``reads_same``, which gets whose bytes they have.
+        """
+        of = [array.bytes_of for array in self._arrays]
         return [
             f"{self._arrays[first].path} and {self._arrays[second].path}: "
             "one array here, two in the checkpoint"
             for (first, second), can_be_compared in self._shared.items()
-            if not (can_be_compared and is_same(first, second))
+            if not (
+                is_same(first, second) if can_be_compared else reads_same(of[first], of[second])
+            )
         ]
 
     def _is_same(self, one: Node, other: Node) -> bool:

@@ -249,9 +249,11 @@ class Placing:
         """What was saved at two places is wanted in one array."""
         self._aliases.tie(one, other)
 
-    def tell_apart(self, is_same: Callable[[int, int], bool]) -> None:
+    def tell_apart(
+        self, is_same: Callable[[int, int], bool], reads_same: Callable[[int, int], bool]
+    ) -> None:
         """Once all is matched: what is one array here has the same bytes in the checkpoint."""
-        self.diff.differing += self._aliases.apart(is_same)
+        self.diff.differing += self._aliases.apart(is_same, reads_same)
 
     def raise_diff(self, step: int) -> None:
         """Raise StateMismatch with the whole difference, if there is one."""

@@ -8,8 +8,10 @@ not verified. Does not know frameworks; what goes where is ``_placing``.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from mtckpt import _inventory, _state
+from mtckpt import _boxes, _inventory, _state
 from mtckpt._assembly import Stores, Wants, assemble
 from mtckpt._copies import Scope, Shards
 from mtckpt._delivery import Attempt, Delivery, Loaded, Place, Within, whole_wants
+from mtckpt._dtypes import DTYPES
 from mtckpt._placing import Placing, Stored, rename_tree, settle
 from mtckpt._state import ArraySpec, ByPath, Node, StateAdapter
 from mtckpt.capture.base import nothing
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 __all__ = ["Attempt", "Place", "Scope", "restore_from", "scan_places"]
 
 logger = logging.getLogger(__name__)
+
+# How much is read at a time of each of two arrays that are compared.
+_COMPARED_BYTES = 64 * 1024 * 1024
 
 
 # -- one save into live state ----------------------------------------------------------------------
@@ -81,7 +87,10 @@ def restore_from(
     with scope.together("match"), enough():
         shards = Shards(candidate, scope, attempt)
         loaded = shards.open_with(state) if type(state) is ByPath else shards.open(shards.base)
-        placing, resolve = _match(loaded, state, scope.adapters, partial=partial, rename=rename)
+        reads_same = functools.partial(_reads_same, scope, shards, attempt)
+        placing, resolve = _match(
+            loaded, state, scope.adapters, reads_same, partial=partial, rename=rename
+        )
         wants, repeats = whole_wants(loaded, placing.addresses)
         parts = _join(placing, shards)
         parts[0][shards.base] = wants + parts[0].get(shards.base, [])
@@ -218,10 +227,45 @@ def _join(placing: Placing, shards: Shards) -> list[Wants]:
     return assemble(placing.boxes, shards.base, stores, shards.open, shards.is_staged)
 
 
+def _reads_same(scope: Scope, shards: Shards, attempt: Attempt, one: int, other: int) -> bool:
+    """True if two arrays of the base rank's record have the same bytes, however ranks divide them.
+
+    Both are read whole. Raises NoHealthyStep.
+    """
+    entries = shards.open(shards.base).entries
+    first, second = entries[one], entries[other]
+    shape, item_bytes = _whole_shape(first), DTYPES[first.dtype].item_bytes
+    if (first.dtype, shape) != (second.dtype, _whole_shape(second)):
+        return False
+    stores = Stores(shards.levels(), shards.entries)
+    size, most = math.prod(shape), max(1, _COMPARED_BYTES // item_bytes)
+    for start in range(0, size, most):
+        for box in _boxes.of_run(shape, start, min(size, start + most)):
+            # Others each time: a thread that was given up may still write to these.
+            held = [bytearray(math.prod(box.shape) * item_bytes) for _ in range(2)]
+            wanted = [
+                (ctypes.addressof(ctypes.c_char.from_buffer(into)), index, box)
+                for into, index in zip(held, (one, other), strict=True)
+            ]
+            fetching = _Fetching(scope, shards, attempt, lambda _: None, nothing, held)
+            parts = assemble(wanted, shards.base, stores, shards.open, shards.is_staged)
+            for part in parts:
+                fetching.fetch(part, last=False, only=False)
+                fetching.place()
+            if held[0] != held[1]:
+                return False
+    return True
+
+
+def _whole_shape(entry: ArrayEntry) -> tuple[int, ...]:
+    return entry.shape if entry.global_shape is None else entry.global_shape
+
+
 def _match(
     loaded: Loaded,
     state: Any,
     adapters: Sequence[StateAdapter],
+    reads_same: Callable[[int, int], bool],
     *,
     partial: bool,
     rename: Callable[[str], str | None] | None,
@@ -242,7 +286,7 @@ def _match(
         adapter.survey(state)
     placing = Placing(stored, plain, adapters, partial=partial)
     resolved = placing.match(state, root)
-    placing.tell_apart(loaded.is_same)
+    placing.tell_apart(loaded.is_same, reads_same)
     placing.raise_diff(record.step)
     placing.reserve()
     return placing, resolved

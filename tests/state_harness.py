@@ -81,7 +81,7 @@ def plan(
         root, arrays = rename_tree(root, arrays, saved.plain_paths, rename)
     placing = Placing(arrays, plain, active_adapters(), partial=partial)
     result = placing.match(live, root)
-    placing.tell_apart(lambda one, other: saved.data[one] == saved.data[other])
+    placing.tell_apart(*[lambda one, other: saved.data[one] == saved.data[other]] * 2)
     placing.raise_diff(step=1)
     return placing, result
 

@@ -11,7 +11,9 @@ import pytest
 from test_ranks import Job, job  # noqa: F401  # a fixture
 
 import mtckpt
+from mtckpt import _restore
 from mtckpt._boxes import share_of
+from mtckpt.errors import StateMismatch
 
 pytestmark = [pytest.mark.timeout(90), pytest.mark.usefixtures("runtime_dir")]
 SMALL, LARGE = (30,), (600, 700)
@@ -60,6 +62,36 @@ def test_names_that_are_replicated_over_different_ranks(job: Callable[..., Job])
     for found in restored(three, 1, [state(rank, np.zeros(LARGE)) for rank in range(3)]):
         assert np.array_equal(found["a"].value, array)
         assert np.array_equal(found["b"].value, array)
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_one_array_for_names_that_are_replicated_over_different_ranks(
+    job: Callable[..., Job],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    is_same: bool,
+) -> None:
+    """How they are cut differs, so that their digests say nothing: they are read."""
+    monkeypatch.setattr(_restore, "_COMPARED_BYTES", 1_000_000)
+    three = job(3)
+    array = np.random.default_rng(5).standard_normal(LARGE)
+    other = array.copy()
+    other[-1, -1] += 0 if is_same else 1
+
+    def state(rank: int, one: Any, two: Any) -> dict[str, Any]:
+        pair = (0, 1) if rank < 2 else (2,)
+        return {"a": mtckpt.replicated(one), "b": mtckpt.replicated(two, pair)}
+
+    saved(three, 1, [state(rank, array, other) for rank in range(3)])
+    lives = [np.zeros(LARGE) for _ in range(3)]
+    states = [state(rank, live, live) for rank, live in enumerate(lives)]
+    if is_same:
+        restored(three, 1, states)
+    else:
+        for found in three(lambda rank, checkpointer: checkpointer.restore(states[rank])):
+            assert isinstance(found, StateMismatch), found
+            assert "a and b: one array here, two in the checkpoint" in str(found)
+    for live in lives:
+        assert np.array_equal(live, array) if is_same else not live.any()
 
 
 def test_names_of_all_ranks_share_their_bytes_however_that_is_said(
