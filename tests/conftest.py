@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +130,16 @@ def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def ram_dir(runtime_dir: Path) -> Path:
     """The RAM directory of this test's own agent; it is on tmpfs where there is one."""
     return Path(os.environ["MTCKPT_RAM_DIR"])
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT is Ctrl-C also where these tests were started with it ignored, as by ``&``."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

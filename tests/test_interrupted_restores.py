@@ -33,6 +33,7 @@ def _end_of(*names: str) -> None:
             assert not thread.is_alive(), thread
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_nobody_writes_to_live_state_once_an_interrupt_is_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

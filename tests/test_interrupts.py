@@ -79,24 +79,34 @@ def test_an_interrupt_anywhere_in_a_save_costs_that_save_alone(seed: int) -> Non
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core copies by one thread")
-def test_nobody_copies_any_more_once_an_interrupt_is_out() -> None:
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("amid", ["own piece", "join"])
+def test_nobody_copies_any_more_once_an_interrupt_is_out(amid: str) -> None:
     main = threading.main_thread()
+    begun, at_work, interrupted = threading.Event(), threading.Event(), threading.Event()
     ended: list[int] = []
 
     def work(unit: _Unit) -> None:
         if threading.current_thread() is main:
+            at_work.set()
+            assert begun.wait(20)
+            if amid == "own piece":
+                interrupted.wait(20)
             return
+        begun.set()
+        assert at_work.wait(20)
+        time.sleep(0.2)  # the caller gets to where it waits
         assert main.ident is not None
         signal.pthread_kill(main.ident, signal.SIGINT)
+        interrupted.set()
         time.sleep(0.3)  # as a large piece takes
         ended.append(unit.which)
 
+    # Neither thread gets both pieces, as each waits for the other.
     units = [_Unit(which, 0, 0, 64 << 20, 0) for which in range(2)]
-    # Whoever comes first may have both: then the other thread has had none.
     with pytest.raises(KeyboardInterrupt):
-        for _ in range(1000):
-            CpuEngine()._run(units, work)
-    assert ended
+        CpuEngine(max_threads=2)._run(units, work)
+    assert len(ended) == 1
 
 
 DESCRIPTORS = """
