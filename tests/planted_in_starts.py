@@ -35,7 +35,7 @@ LINE = (
         "agent/agreement.py",
         "if save.order == at:",
         "if save.order == at and run.layout:",
-        ("agent/test_agreement.py::test_what_the_job_was_restored_from_was_whole[with guests]",),
+        ("agent/test_agreement.py::test_what_the_job_was_restored_from_was_whole[alone]",),
     ),
     Bug(
         "who-was-left-behind-is-a-rank",

@@ -231,6 +231,7 @@ def test_a_store_gets_from_memory_what_a_disk_that_has_gone_does_not_give(
     run._link.timeout_s = 1.0
     with pytest.raises(RestoreUnavailable, match="store"):
         run.restore(state(0), step=1)  # which may be there
+    run._link.timeout_s = 20.0  # for what follows, too: close() asks an agent that looks at tiers
     save = run.save(1, state(1))
     save.wait("local", timeout_s=20)
     disk.rename(tmp_path / "unmounted")
