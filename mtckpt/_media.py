@@ -32,10 +32,10 @@ class Medium(NamedTuple):
 
 def warn_of_media(paths: Mapping[str, str]) -> None:
     """Log what the Disk tiers of these, label to path, do not survive; each thing once."""
-    found = {label: _medium(path) for label, path in paths.items() if label.startswith("disk")}
-    known = {label: medium for label, medium in found.items() if medium is not None}
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # another rank of this node says it
+    found = {label: _medium(path) for label, path in paths.items() if label.startswith("disk")}
+    known = {label: medium for label, medium in found.items() if medium is not None}
     for warning in warnings_of(paths, known):
         if warning not in _said:
             _said.add(warning)
