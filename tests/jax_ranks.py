@@ -75,7 +75,8 @@ def refused(checkpointer: mtckpt.Checkpointer, rank: int, mesh: Mesh, state: Any
             assert isinstance(error, SaveFailed), error
             assert f"rank {culprit}" in str(error), error
         save(checkpointer, step + 1, state)
-        assert {each.step for each in checkpointer.steps()} - before == {step + 1}
+        after = checkpointer.steps()
+        assert {each.step for each in after} - before == {step + 1}, (before, after)
     there = of_one(1, mesh).sharding
     template = {"own": Described((7,), jnp.int32, sharding=there), "rank": -1}
     error = raised(lambda: checkpointer.restore(template))
