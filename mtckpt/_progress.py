@@ -7,11 +7,13 @@ pipe that somebody reads. A display that fails is given up; the operation goes o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from mtckpt._handle import size_text
@@ -39,33 +41,10 @@ class Progress:
         self._note = ""
         self._started_s = time.monotonic()
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def __call__(self, done_bytes: int, note: str = "") -> None:
         self._done_bytes = done_bytes
         self._note = note or self._note
-
-    def __enter__(self) -> Progress:
-        self._started_s = time.monotonic()
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            # A timer thread does nothing at all for the first second: quick operations pay for
-            # starting it and for nothing else.
-            thread = threading.Thread(target=self._show, name="mtckpt-progress", daemon=True)
-            try:
-                thread.start()
-                self._thread = thread
-            except RuntimeError:
-                pass  # There are too many, or the process ends (with some versions of Python).
-            except BaseException:
-                self._ended.set()  # An interrupt: nobody would tell it later.
-                raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        if self._thread is not None:
-            # Bounded: a terminal that was stopped (^S) holds the display, never the operation.
-            self._thread.join(_JOIN_S)
 
     @property
     def fraction(self) -> float | None:
@@ -143,11 +122,29 @@ class Progress:
         sys.stderr.flush()
 
 
+@contextlib.contextmanager
 def progress(
     what: str, *, total_bytes: int = 0, run: str = "", step: int | None = None
-) -> Progress:
-    """Follow one operation: ``with progress("restore", total_bytes=n) as report: report(done)``."""
-    return Progress(what, total_bytes=total_bytes, run=run, step=step)
+) -> Iterator[Progress]:
+    """Follow one operation: ``with progress("restore", total_bytes=n) as report: report(done)``.
+
+    A generator, so that its display ends with it where an interrupt comes right before the end.
+    """
+    report = Progress(what, total_bytes=total_bytes, run=run, step=step)
+    # A timer thread does nothing at all for the first second: quick operations pay for starting it
+    # and for nothing else.
+    thread = threading.Thread(target=report._show, name="mtckpt-progress", daemon=True)
+    try:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            # There are too many, or the process ends (with some versions of Python).
+            with contextlib.suppress(RuntimeError):
+                thread.start()
+        yield report
+    finally:
+        report._ended.set()
+        if thread.is_alive():
+            # Bounded: a terminal that was stopped (^S) holds the display, never the operation.
+            thread.join(_JOIN_S)
 
 
 def _in_notebook() -> bool:

@@ -148,7 +148,7 @@ def test_reports_come_from_any_thread_and_cost_little() -> None:
 
 
 def test_lines_without_a_total_and_without_anything() -> None:
-    report = progress("close", run="gpt")
+    report = _progress.Progress("close", total_bytes=0, run="gpt", step=None)
     assert report.line().startswith("close gpt: ")
     assert report.fraction is None
     report(3 << 20)
