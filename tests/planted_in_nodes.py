@@ -132,7 +132,7 @@ DECISIONS = (
         "anybody's-word-taken-for-the-lead's",
         "agent/links.py",
         "link, here = run.links.get(message.node), self._peers.address",
-        "link, here = next(iter(run.links.values())), self._peers.address",
+        "link, here = run.links.setdefault(message.node, Link()), self._peers.address",
         ("agent/test_agreement.py::test_the_word_of_another_than_the_lead_is_not_taken",),
     ),
     Bug(

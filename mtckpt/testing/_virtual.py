@@ -431,6 +431,9 @@ class _Thread:
     def start(self) -> None:
         self._fiber = self._spawn(self._target)
 
+    def is_alive(self) -> bool:
+        return self._fiber is not None and not self._fiber.done.done()
+
     def join(self, timeout: float | None = None) -> None:
         fiber, here = self._fiber, self._loop.fiber
         if fiber is not None and here is not None and not fiber.done.done():
