@@ -308,7 +308,10 @@ class Checkpointer:
         return _restorer.records_of(self._link, self._engine, step, source)
 
     def steps(self) -> list[Step]:
-        """Every step of this run in every tier that answers, newest last."""
+        """Every step of this run in every tier that answers, newest last.
+
+        Those that are whole or damaged; a save still in the making, or called off, is none.
+        """
         self._check_alive()
         return list_steps(survey(self._link))
 

@@ -97,7 +97,8 @@ def open_checkpoint(place: Place, step: int | str, make: Any) -> Checkpoint:
 def steps(location: Location) -> list[Step]:
     """What is saved at ``location``, oldest first, damaged and abandoned saves too.
 
-    Reads records only: ``mtckpt verify`` reads the bytes. Raises UsageError as ``load`` does.
+    What is not whole yet, or was called off, is left out (``mtckpt ls`` tells of it). Reads records
+    only: ``mtckpt verify`` reads the bytes. Raises UsageError as ``load`` does.
     """
     places = open_places(location, _probe.tier_label(os.fspath(location)))
     try:

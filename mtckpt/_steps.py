@@ -82,8 +82,11 @@ def metrics_of(step: int, metrics: Mapping[str, Any] | None) -> dict[str, float]
     return found
 
 
-def list_steps(inventories: Iterable[Inventory]) -> list[Step]:
-    """The saves of several inventories as steps, oldest first."""
+def list_steps(inventories: Iterable[Inventory], *, unfinished: bool = False) -> list[Step]:
+    """The saves of several inventories as steps, oldest first: those that are whole or damaged.
+
+    With ``unfinished`` those too of which some parts lie there: in the making, or called off.
+    """
     inventories = list(inventories)
     line = _inventory.incarnation_line(inventories)
     joined = _holdings.join([_holdings.holdings_of(each) for each in inventories])
@@ -93,6 +96,9 @@ def list_steps(inventories: Iterable[Inventory]) -> list[Step]:
         entries = [inv.saves[name] for inv in inventories if name in inv.saves]
         whole = joined[name]
         tiers, stages = _reached(entries, whole)
+        damaged = tuple(problem for entry in entries for problem in entry.problems)
+        if not (tiers or damaged or unfinished):
+            continue
         metrics: dict[str, float] = {}
         for entry in entries:
             metrics.update(entry.metrics)
@@ -104,7 +110,7 @@ def list_steps(inventories: Iterable[Inventory]) -> list[Step]:
                 stages=tuple(sorted(stages, reverse=True)),
                 size_bytes=max([whole.size_bytes, *(e.size_bytes for e in entries)]),
                 metrics=metrics,
-                damaged=tuple(p for e in entries for p in e.problems),
+                damaged=damaged,
                 incarnation=name.incarnation,
                 abandoned=bool(line) and not _manifest.on_line(name, line),
             )

@@ -47,7 +47,7 @@ def ls(target: str | None, show_all: bool, as_json: bool) -> int:
         listed = {
             run: [
                 step
-                for step in list_steps([place.scan() for place in places])
+                for step in list_steps([place.scan() for place in places], unfinished=True)
                 if show_all or not step.abandoned
             ]
             for run, places in sorted(found.runs.items())

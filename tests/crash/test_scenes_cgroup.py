@@ -60,7 +60,7 @@ def steps_on(disk: Path, run: str = "r") -> list[int]:
     """Complete steps in a directory, read without an agent."""
     root = disk / run
     found = mtckpt.steps(root) if root.is_dir() else []
-    return [step.step for step in found if step.tiers]
+    return [step.step for step in found]
 
 
 def wipe(ram_dir: Path) -> None:
