@@ -348,7 +348,7 @@ RESTORE = (
         "half-written-state-without-a-word",
         "_restore.py",
         '        raise RestoreFailed(\n            f"load_state_dict failed',
-        '        raise NoHealthyStep(\n            f"load_state_dict failed',
+        '        raise CheckpointError(\n            f"load_state_dict failed',
         ("test_errors_raised.py::test_it_is_raised[RestoreFailed]",),
     ),
 )
