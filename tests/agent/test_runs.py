@@ -278,3 +278,6 @@ def test_a_time_since_another_start_of_the_machine_says_nothing(run: RunState) -
     assert left_s_of(noted, 100.0) == 5.0
     assert left_s_of({**noted, "boot_id": "another"}, 100.0) == 100.0
     assert left_s_of({}, 100.0) == 100.0
+    # A trainer of a job that has run for days, and died with the agent: it was there just now.
+    run.owners[0] = Owner("h", 0, 1, 1, 0, "here")
+    assert left_s_of(config_of(run).extra, 100.0) == 100.0
