@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from mtckpt._inventory import line_of
 from mtckpt._manifest import Incarnation, SaveName
@@ -84,7 +85,10 @@ class RunState:
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     sealing: asyncio.Lock = field(default_factory=asyncio.Lock)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _locks: dict[tuple[str, str], asyncio.Lock] = field(default_factory=dict)
+    # While somebody has one, or waits for it: there are as many as there ever were saves.
+    _locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(
+        default_factory=WeakValueDictionary
+    )
 
     # -- who -------------------------------------------------------------------------------------
 
@@ -305,11 +309,6 @@ class RunState:
         for save in self.saves.values():
             if (save.name.incarnation, save.name.step) == (incarnation, step):
                 return save
-        return None
-
-    def forgotten(self, save: SaveState) -> SaveState | None:
-        """None, as if nobody had ever spoken of it."""
-        del self.saves[str(save.name)]
         return None
 
     def ring(self, owner: Owner, plan: Plan) -> list[Slot]:

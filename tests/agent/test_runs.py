@@ -241,9 +241,14 @@ def test_a_trainer_is_told_of_its_own_saves_alone(run: RunState) -> None:
 
 def test_what_is_done_for_a_save_does_not_grow_with_those_that_were_before(run: RunState) -> None:
     """All that are known are looked at each time: those that lie nowhere are soon forgotten."""
+    held = run.lock(SaveState(SaveName(1, 1, f"{1:012x}"), ""), RAM)
     for step in range(1, 2001):
         name = SaveName(step, 1, f"{step:012x}")
-        run.saves[str(name)] = SaveState(name, "", stages=["staged", "replicated"], seq=step)
+        save = SaveState(name, "", stages=["staged", "replicated"], seq=step)
+        run.saves[str(name)] = save
+        assert not run.lock(save, "disk").locked()
+    assert run.lock(at(run, 1), RAM) is held
+    assert len(run._locks) == 1
     at(run, 7).ranks["disk"] = {0, 1}
     run.forget_old()
     assert at(run, 7).ranks
