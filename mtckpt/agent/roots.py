@@ -233,26 +233,18 @@ class Roots:
 
         async def leave(root: str) -> None:
             with contextlib.suppress(TierUnavailable):
-                if await aside(functools.partial(self._leave, root), root):
+                # A look that comes back late says nothing of what is there by then.
+                if await aside(functools.partial(_is_empty, root), root):
                     self.loaded = [path for path in self.loaded if path != root]
                     self._write([path for path in self._noted if path != root])
+                    await aside(functools.partial(self._release, root), root)
 
-        roots = {*self.loaded, *self._noted} - {*used, self._default}
+        # Of those that are locked alone nobody was told: a disk had not answered in time.
+        roots = {*self.loaded, *self._noted, *self._locks} - {*used, self._default}
         await asyncio.gather(*map(leave, roots))  # none later because another one hangs
 
-    def _leave(self, root: str) -> bool:
-        """Unlock a directory that has no run; the one beside a disk goes. False if it has any."""
-        try:
-            with os.scandir(root) as entries:
-                if any(entry.is_dir(follow_symlinks=False) for entry in entries):
-                    return False
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                return False
-        self._release(root)
-        return True
-
     def _release(self, root: str) -> None:
+        """Unlock a directory; one beside a disk goes, if it has no run."""
         held = self._locks.pop(root, None)
         with contextlib.suppress(OSError):
             if noted(root) == self._directory:
@@ -287,3 +279,12 @@ class Roots:
             with open(os.open(os.path.join(root, NOTE), flags, 0o600), "wb") as file:
                 file.write(os.fsencode(self._directory))
         return True
+
+
+def _is_empty(root: str) -> bool:
+    """Whether a directory of slots has no run, or is gone itself."""
+    try:
+        with os.scandir(root) as entries:
+            return not any(entry.is_dir(follow_symlinks=False) for entry in entries)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)

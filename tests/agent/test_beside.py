@@ -343,6 +343,6 @@ def test_directories_on_disks_that_hang_are_let_go_of_at_once(
         return True
 
     held.loaded = ["/one", "/other"]
-    monkeypatch.setattr(held, "_leave", leave)
+    monkeypatch.setattr(roots, "_is_empty", leave)
     asyncio.run(held.let_go(()))
     assert held.loaded == []
