@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
@@ -37,18 +38,23 @@ ANSWER_S = 10.0
 # that is slow to wake up may have the newest of it.
 LOOK_S, MIN_LOOK_S, LOOK_SHARE = 5.0, 0.3, 0.2
 RENEW_S = 0.3
+MAX_HANGING = 4
 _T = TypeVar("_T")
+_hanging: Counter[str] = Counter()  # threads that were left behind, by what they wait for
 
 
 async def aside(work: Callable[[], _T], where: str, timeout_s: float = ANSWER_S) -> _T:
-    """``work`` in a thread that is left behind where a disk hangs. Raises TierUnavailable then."""
+    """``work`` in a thread that is left behind where a disk hangs. Raises TierUnavailable then, and
+    at once where some have been left there already."""
+    if _hanging[where] >= MAX_HANGING:
+        raise TierUnavailable(f"{where} does not answer", tier="ram")
     loop = asyncio.get_running_loop()
     done: asyncio.Future[_T] = loop.create_future()
 
     def settle(result: _T | None, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is None:
+        if done.cancelled():  # nobody waits: it was left behind
+            _hanging[where] -= 1
+        elif error is None:
             done.set_result(result)  # type: ignore[arg-type]  # of a work that has ended
         else:
             done.set_exception(error)
@@ -72,6 +78,8 @@ async def aside(work: Callable[[], _T], where: str, timeout_s: float = ANSWER_S)
         raise TierUnavailable(
             f"{where} did not answer within {timeout_s:g} s", tier="ram"
         ) from None
+    finally:
+        _hanging[where] += done.cancelled()
 
 
 class Roots:

@@ -17,6 +17,7 @@ from mtckpt._slots import BESIDE
 from mtckpt.agent import beside, roots
 from mtckpt.agent.holding import LOCK, Lock
 from mtckpt.agent.roots import Roots
+from mtckpt.errors import TierUnavailable
 
 HERE, ELSEWHERE = ("11111111-2222-3333-4444-555555555555", "99999999-2222-3333-4444-555555555555")
 
@@ -186,6 +187,31 @@ def test_a_disk_that_is_slow_to_wake_up_is_waited_for_and_one_that_hangs_is_not(
     threading.Timer(2 * roots.MIN_LOOK_S, awake.set).start()
     assert asyncio.run(here.take_over("r", place, patience_s=60.0)) == str(own)
     asyncio.run(here.close())
+
+
+def test_a_disk_that_hangs_for_days_keeps_few_threads_busy(
+    place: str,
+) -> None:
+    """However often jobs are started there."""
+    answers, asked = threading.Event(), threading.Semaphore(0)
+
+    def look() -> bool:
+        asked.release()
+        return answers.wait(20)
+
+    async def story() -> None:
+        for _ in range(3 * roots.MAX_HANGING):
+            with pytest.raises(TierUnavailable, match="not answer"):
+                await roots.aside(look, place, 0.01)
+        answers.set()
+        for _ in range(roots.MAX_HANGING):
+            assert asked.acquire(timeout=20)
+        assert not asked.acquire(blocking=False)
+        while roots._hanging[place]:  # noqa: ASYNC110 - a thread ends it
+            await asyncio.sleep(0.01)
+        assert await roots.aside(look, place)
+
+    asyncio.run(story())
 
 
 def test_of_several_that_are_left_the_one_with_the_newest_save_is_taken_over(
