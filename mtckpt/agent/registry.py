@@ -138,15 +138,16 @@ class Registry:
             by_key = {**others, only.run_key: msgspec.structs.replace(known, tiers=only.tiers)}
         for key in sorted({*by_key, *scans} - self.runs.keys()):
             config = by_key.get(key) or work.RunConfig(key, key)
-            run = await self._adopt(ram, config, scans.get(key) or work.RunScan(key))
-            if key in configs.joins and not run.gone:
-                noted = config.extra.get("rank_here")
-                await self.peers.adopt(run, configs.joins[key], noted)
-                rank = self.peers.rank_here(key)
-                if noted is not None and rank is not None:  # else the last start was on this node
-                    self._rejoin(run, rank, config)
-            # Once it is known which nodes there are: where there are none, none is owed a copy.
-            if not run.gone:  # nobody needed it any more, and meanwhile it was freed
+            run = RunState(config.run, key, ram)
+            async with run.opening:  # nobody frees what may be here for nodes that are known last
+                await self._adopt(run, config, scans.get(key) or work.RunScan(key))
+                if key in configs.joins:
+                    noted = config.extra.get("rank_here")
+                    await self.peers.adopt(run, configs.joins[key], noted)
+                    rank = self.peers.rank_here(key)
+                    if noted is not None and rank is not None:  # else all were on this node
+                        self._rejoin(run, rank, config)
+                # Where there are no nodes, none is owed a copy.
                 self.flusher.start(run)
         if root not in self.held.loaded:
             self.held.loaded.append(root)
@@ -157,9 +158,8 @@ class Registry:
         if run.layout is not None:
             run.leaving = leaving_of(run.layout, config.extra)
 
-    async def _adopt(self, ram: TierRef, config: work.RunConfig, scan: work.RunScan) -> RunState:
+    async def _adopt(self, run: RunState, config: work.RunConfig, scan: work.RunScan) -> None:
         """One run as another agent left it: living owners are watched, dead ones settled."""
-        run = RunState(config.run, config.run_key, ram)
         self.drainer.adopt(run)
         self.set_tiers(run, config.tiers)
         extra = config.extra
@@ -197,7 +197,6 @@ class Registry:
         self.tools.events.emit(
             "run.found", run=run.run, saves=len(run.saves), finished=len(run.finished)
         )
-        return run
 
     def _owner_from_config(self, run: RunState, noted: work.Owner) -> Owner:
         pidfd = owners.open_pidfd(noted.pid, noted.start_ticks)
