@@ -37,7 +37,7 @@ from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, TierState
 from mtckpt.agent.tools import until
 from mtckpt.agent.work import TierRef
-from mtckpt.errors import CheckpointError, TierFull, UsageError
+from mtckpt.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from mtckpt.agent.protocol import TierConfig
@@ -327,20 +327,21 @@ class Registry:
             await until(run.changed, min(left_s, 0.1))
 
     async def write_config(self, run: RunState) -> None:
-        """Note what the next agent needs. Raises TierFull; the next slot is refused until then."""
+        """Note what the next agent needs. Raises TierError; the next slot is refused until then."""
         if run.gone:
             return
         try:
             await self.tools.call(work.WriteRunConfig(run.ram, config_of(run)), work.Stored)
-        except TierFull:
+        except CheckpointError:
             run.doubted = True
             raise
 
     async def try_config(self, run: RunState) -> None:
-        """``write_config`` for what memory need not have room for: to restore, and to leave."""
+        """``write_config`` for what needs no room in memory, nor its word: to restore, to leave,
+        and to go on where an agent before this one stopped."""
         try:
             await self.write_config(run)
-        except TierFull as error:
+        except CheckpointError as error:
             logger.warning("run %s: %s; it is noted before the next slot", run.key, error.what)
 
     # -- owners ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from mtckpt.agent import registry as registries
 from mtckpt.agent import roots, work
 from mtckpt.agent.leftovers import Leftovers
 from mtckpt.agent.owners import Owner
+from mtckpt.agent.protocol import TierConfig
 from mtckpt.agent.queue import Limits, SlotState
 from mtckpt.agent.registry import Registry
 from mtckpt.agent.ring import Ring
@@ -156,6 +157,33 @@ def test_a_run_is_freed_once_it_is_taken_in_and_no_earlier(
         assert freed == ["r"]  # once the other one came
         await registry.freer.let_go(registry.runs["s"])
         assert freed == ["r", "s"]
+        await registry.held.close()
+
+    tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+    registry = Registry(tools, str(tmp_path), service=False)
+    asyncio.run(story())
+
+
+def test_memory_that_takes_no_note_is_read_all_the_same(tmp_path: Any) -> None:
+    """What is owed from there goes where it should, and the next slot waits for the note."""
+    disk = [TierConfig("disk", "disk", str(tmp_path / "d"))]
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        if isinstance(command, work.ReadRunConfigs):
+            return work.RunConfigs([work.RunConfig(key, key, disk) for key in "rs"])
+        if isinstance(command, work.WriteRunConfig):
+            raise SILENT
+        return work.Scanned([])
+
+    async def story() -> None:
+        registry.held.note(str(tmp_path))
+        await registry.start()
+        for run in registry.runs.values():
+            await registry.wait_scanned(run, 5.0)
+            assert run.tiers["disk"].scanned
+            assert run.doubted
+        assert list(registry.runs) == ["r", "s"]
+        registry.flusher.stop()
         await registry.held.close()
 
     tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
