@@ -147,8 +147,7 @@ class Registry:
                     rank = self.peers.rank_here(key)
                     if noted is not None and rank is not None:  # else all were on this node
                         self._rejoin(run, rank, config)
-                # Where there are no nodes, none is owed a copy.
-                self.flusher.start(run)
+                self.flusher.start(run)  # where there are no nodes, none is owed a copy
         if root not in self.held.loaded:
             self.held.loaded.append(root)
 
@@ -224,9 +223,8 @@ class Registry:
                 if slot.holder == UNSURE:
                     slot.holder = fenced.holder
             return
-        nobody = Owner(UNSURE, 0, 0, 0, 0, self.host, incarnation=run.incarnation)
         if not any(owner.holder == UNSURE for owner in run.unsettled):
-            run.unsettled.append(nobody)
+            run.unsettled.append(Owner(UNSURE, 0, 0, 0, 0, self.host, incarnation=run.incarnation))
         await self._settle_slots(run)
 
     async def run_for(self, key: str, message: protocol.Open) -> RunState:
@@ -424,7 +422,9 @@ class Registry:
 
     async def housekeeping(self) -> None:
         """Once a second or so: silent owners, old RAM, scrubs, listeners, idle data processes."""
-        now_s = time.monotonic()
+        for run in self.runs.values():
+            if run.chores is None or run.chores.done():  # memory that hangs keeps its own run alone
+                run.chores = self.tools.start(self._look_after(run), f"looking after {run.key}")
         await self.held.renew()
         if self.ready.is_set():
             await self.tools.pool.keep(self._places())
@@ -432,21 +432,23 @@ class Registry:
             await self.peers.keep()
         except CheckpointError as error:
             logger.warning("other nodes cannot read here: %s", error)
-        for run in list(self.runs.values()):
-            for owner in run.living():
-                if owner.is_silent(now_s):
-                    self._died(run, owner)
-            try:
-                await self._settle_slots(run)
-                await self.agreement.overdue(run)
-                await self.guests.let_go(run)
-                await self.freer.let_go(run)
-            except CheckpointError as error:
-                logger.warning("run %s: RAM is not freed: %s", run.key, error)
-            if now_s - run.scrubbed_s > self.tools.limits.scrub_s:
-                run.scrubbed_s = now_s
-                self.tools.start(self.healer.scrub(run), f"scrub {run.key}")
-                self.tools.start(self.guests.scrub(run), f"scrub copies in {run.key}")
+
+    async def _look_after(self, run: RunState) -> None:
+        now_s = time.monotonic()
+        for owner in run.living():
+            if owner.is_silent(now_s):
+                self._died(run, owner)
+        if now_s - run.scrubbed_s > self.tools.limits.scrub_s:
+            run.scrubbed_s = now_s
+            self.tools.start(self.healer.scrub(run), f"scrub {run.key}")
+            self.tools.start(self.guests.scrub(run), f"scrub copies in {run.key}")
+        try:
+            await self._settle_slots(run)
+            await self.agreement.overdue(run)
+            await self.guests.let_go(run)
+            await self.freer.let_go(run)
+        except CheckpointError as error:
+            logger.warning("run %s: RAM is not freed: %s", run.key, error)
 
     def _places(self) -> list[TierRef]:
         """All that a data process is there for."""
@@ -462,13 +464,11 @@ class Registry:
         """Let what is being written end within the time; the rest is in the records."""
         self.flusher.stop()
         deadline_s = time.monotonic() + drain_s
-        while self._is_writing() and time.monotonic() < deadline_s:  # noqa: ASYNC110
-            await asyncio.sleep(_POLL_S)  # many things end it
+        while time.monotonic() < deadline_s and any(  # noqa: ASYNC110 - many things end it
+            save.writing for run in self.runs.values() for save in run.saves.values()
+        ):
+            await asyncio.sleep(_POLL_S)
         self.copies.close()
-
-    def _is_writing(self) -> bool:
-        saves = [save for run in self.runs.values() for save in run.saves.values()]
-        return any(save.writing for save in saves)
 
 
 def _end_waiting(run: RunState, tier: TierState) -> None:

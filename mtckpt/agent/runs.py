@@ -76,6 +76,7 @@ class RunState:
     creator_uid: int = -1
     admitted: set[int] = field(default_factory=set)  # users who knew its token
     settling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    chores: asyncio.Task[None] | None = None
     unsettled: list[Owner] = field(default_factory=list)  # dead, and their slots are still theirs
     left_s: float = field(default_factory=uptime_s)  # when its last owner left, or it was found
     scrubbed_s: float = field(default_factory=lambda: time.monotonic())

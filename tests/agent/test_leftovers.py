@@ -145,7 +145,8 @@ def test_a_run_is_freed_once_it_is_taken_in_and_no_earlier(
             closing = [work.RunConfig(key, key, extra={"closing": True}) for key in "rs"]
             return work.RunConfigs(closing, [], joins)
         if isinstance(command, work.WriteRunConfig):
-            await registry.housekeeping()
+            for run in list(registry.runs.values()):
+                await registry.freer.let_go(run)
         if isinstance(command, work.Wipe):
             freed.append(command.run_key)
             return work.Freed(1)
@@ -185,6 +186,37 @@ def test_memory_that_takes_no_note_is_read_all_the_same(tmp_path: Any) -> None:
         assert list(registry.runs) == ["r", "s"]
         registry.flusher.stop()
         await registry.held.close()
+
+    tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+    registry = Registry(tools, str(tmp_path), service=False)
+    asyncio.run(story())
+
+
+def test_memory_that_hangs_keeps_nobody_of_another_run_waiting(tmp_path: Any) -> None:
+    """Slots of one lie on a disk that hangs; of the other one a rank is gone for good."""
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        if isinstance(command, work.Scan):
+            await asyncio.Event().wait()
+        return work.Stored()
+
+    async def story() -> None:
+        registry.peers.keep = registry.held.renew = nothing  # type: ignore[method-assign]
+        for key in "ab":
+            registry.runs[key] = RunState(key, key, work.TierRef("ram", str(tmp_path), label=RAM))
+        slot = Slot("s", SlotState.CAPTURING, 100, holder="h")
+        registry.runs["a"].slots["s"] = slot
+        registry.runs["a"].unsettled.append(Owner("h", 0, 1, 1, 0, "here", dead=True))
+        silent = registry.runs["b"].owners[0] = Owner("h", 0, 1, 1, 0, "here", heard_s=-1e9)
+        for _ in range(3):
+            chores = asyncio.create_task(registry.housekeeping())
+            await asyncio.wait([chores], timeout=0.1)
+        assert silent.dead
+        assert sum("looking after" in task.get_name() for task in tools.tasks) == 1
+        for task in tools.tasks:
+            task.cancel()
+
+    async def nothing() -> None: ...
 
     tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
     registry = Registry(tools, str(tmp_path), service=False)
