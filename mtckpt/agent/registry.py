@@ -273,9 +273,7 @@ class Registry:
         async with run.opening:
             if is_beside and not goes_beside and run.living():
                 return
-            if is_elsewhere(run):
-                await self.freer.move(run, self._ram_ref(root))
-            elif not is_beside:
+            if not await self.freer.move(run, self._ram_ref(root)) and not is_beside:
                 raise UsageError(
                     f"the newest save of this run is in {run.ram.path} and nowhere else",
                     state="nothing was done",
