@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from mtckpt.agent import beside
 from mtckpt.agent.holding import NOTE, Lock, lock, noted
-from mtckpt.errors import AgentUnavailable, TierError, TierUnavailable, UsageError
+from mtckpt.errors import AgentUnavailable, CheckpointError, TierUnavailable, UsageError
 from mtckpt.tiers._os_errors import tier_error
 
 __all__ = ["Roots", "aside"]
@@ -174,8 +174,8 @@ class Roots:
             await self.take(own)  # before anything is in it
             take_over = functools.partial(beside.take_over, place, run_key, own, self._boot_id)
             taken = await aside(take_over, place)
-        except (OSError, TierError) as error:
-            what = error.what if isinstance(error, TierError) else error
+        except (OSError, CheckpointError) as error:
+            what = error.what if isinstance(error, CheckpointError) else error
             self._pass_over(run_key, f"{place} is not looked into: {what}")
             return ""
         for root in taken.left:

@@ -189,6 +189,20 @@ def test_a_disk_that_is_slow_to_wake_up_is_waited_for_and_one_that_hangs_is_not(
     asyncio.run(here.close())
 
 
+def test_an_agent_that_has_all_the_directories_it_may_passes_over_what_is_left(
+    place: str, tmp_path: Path
+) -> None:
+    """A job starts all the same."""
+    dead, _ = agent_with(place, tmp_path / "a", "r")
+    ended(dead)
+    here = Roots(str(tmp_path), boot_id=HERE)
+    for number in range(roots.MAX_ROOTS):
+        here.note(f"/there/{number}")
+    assert asyncio.run(here.take_over("r", place)) == ""
+    assert "RAM directories already" in here.unlooked["r"]
+    asyncio.run(here.close())
+
+
 def test_a_disk_that_hangs_for_days_keeps_few_threads_busy(
     place: str,
 ) -> None:
