@@ -37,7 +37,7 @@ from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, TierState
 from mtckpt.agent.tools import until
 from mtckpt.agent.work import TierRef
-from mtckpt.errors import CheckpointError, UsageError
+from mtckpt.errors import AgentUnavailable, CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from mtckpt.agent.protocol import TierConfig
@@ -76,8 +76,11 @@ class Registry:
         self.peers = Peers(self)
         self.copies = Copies(tools, self.ring, self.peers)
         self.flusher = Flusher(tools, self.ring, self.healer, self.copies)
+        self.unread: dict[str, CheckpointError] = {}  # directories of slots, and why
         note = drains.Note(directory, self.boot_id)
-        self.drainer = Drainer(self.runs, self.ready, self.copies, self.flusher, tools.events, note)
+        self.drainer = Drainer(
+            self.runs, self.ready, self.unread, self.copies, self.flusher, tools.events, note
+        )
         self.replicas = Replicas(tools, self.peers, self.write_config)
         self.links = Links(
             tools, self.ring, self.agreement, self.flusher, self.replicas, self.peers
@@ -93,30 +96,31 @@ class Registry:
 
     async def start(self) -> None:
         """Find what earlier agents of this directory left."""
-        unusable = await self._load_roots(await self.held.known())
+        await self._load_roots(await self.held.known())
         self.ready.set()
-        if unusable:
-            self.tools.start(self._load_late(unusable), "reading what was left, late")
+        if self.unread:
+            self.tools.start(self._load_late(), "reading what was left, late")
 
-    async def _load_late(self, roots: list[str]) -> None:
+    async def _load_late(self) -> None:
         deadline_s = time.monotonic() + LATE_S
-        while roots and time.monotonic() < deadline_s:
+        while self.unread and time.monotonic() < deadline_s:
             await asyncio.sleep(LATE_S / 60)
-            roots = await self._load_roots(roots, late=True)
+            await self._load_roots(list(self.unread))
+        for root, why in list(self.unread.items()):
+            if isinstance(why, AgentUnavailable):  # an agent that stays has it, and is to be asked
+                del self.unread[root]
 
-    async def _load_roots(self, roots: list[str], *, late: bool = False) -> list[str]:
-        """Those of several that are not usable yet: an agent that ends still has its own."""
-        unusable = []
+    async def _load_roots(self, roots: list[str]) -> None:
+        """As far as they are usable yet: an agent that ends still has its own."""
         for root in roots:
             try:
                 async with self._loading:
                     if root not in self.held.loaded:
                         await self._load_root(root)
             except CheckpointError as error:
-                unusable.append(root)
-                if not late:
+                if root not in self.unread:
                     logger.warning("RAM tier %s is not usable: %s", root, error)
-        return unusable
+                self.unread[root] = error
 
     async def _load_root(self, root: str, only: work.RunConfig | None = None) -> None:
         """Take in every run of a RAM tier, or one more that has come, whose tiers are these. Raises
@@ -146,16 +150,13 @@ class Registry:
                     await self.peers.adopt(run, configs.joins[key], noted)
                     rank = self.peers.rank_here(key)
                     if noted is not None and rank is not None:  # else all were on this node
-                        self._rejoin(run, rank, config)
+                        self.links.join(run, rank)
+                        if run.layout is not None:
+                            run.leaving = leaving_of(run.layout, config.extra)
                 self.flusher.start(run)  # where there are no nodes, none is owed a copy
+        self.unread.pop(root, None)
         if root not in self.held.loaded:
             self.held.loaded.append(root)
-
-    def _rejoin(self, run: RunState, rank: int, config: work.RunConfig) -> None:
-        """Be one of the nodes that the agent before this one was one of."""
-        self.links.join(run, rank)
-        if run.layout is not None:
-            run.leaving = leaving_of(run.layout, config.extra)
 
     async def _adopt(self, run: RunState, config: work.RunConfig, scan: work.RunScan) -> None:
         """One run as another agent left it: living owners are watched, dead ones settled."""

@@ -125,9 +125,13 @@ def test_memory_that_another_agent_had_at_the_start_is_looked_at_once_that_has_e
         registry.held.note(str(tmp_path / "a"))
         await registry.start()
         assert registry.runs == {}
+        (unread,) = (await registry.drainer.drain(1.0, "it is about to go")).runs
+        assert (unread.run, unread.safe) == (str(tmp_path / "a"), False)
+        registry.drainer.cancel()
         await ending.close()
         while "r" not in registry.runs:  # noqa: ASYNC110 - as somebody who looks at status
             await asyncio.sleep(0.01)  # LATE_S at most, or the test's own time
+        assert (await registry.drainer.drain(1.0, "it is about to go")).safe
         await registry.held.close()
 
     asyncio.run(story())
