@@ -115,6 +115,15 @@ class Roots:
                 found.append(path)
         return found
 
+    async def with_runs(self) -> list[str]:
+        """Those of them that have any run, as far as they say so in time."""
+        found = []
+        for root in await self.known():
+            with contextlib.suppress(TierUnavailable):
+                if not await aside(functools.partial(_is_empty, root), root):
+                    found.append(root)
+        return found
+
     def _read(self) -> None:
         with contextlib.suppress(OSError, ValueError), open(self._path, "rb") as file:
             paths = [path for path in json.load(file)[:MAX_ROOTS] if isinstance(path, str)]
