@@ -215,6 +215,7 @@ class Agreement:
                 save.failed[RAM] = protocol.error_to_wire(error)
             self._told(run, save)
             await self._give_back(run, save)
+        run.forget_old()
 
     async def _give_back(self, run: RunState, save: SaveState) -> None:
         """The slots of what is no save are free again."""

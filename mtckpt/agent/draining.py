@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mtckpt._survival import ranges
@@ -40,13 +40,14 @@ _CALLS_S = (5.0, 15.0)
 
 class Drainer:
     """See the module. One for the agent; ``reason`` is empty while the node is to stay. ``ready``
-    is set once it is known what is here.
+    is set once it is known what is here, but for what lies in the directories of ``unread``.
     """
 
     def __init__(
         self,
         runs: dict[str, RunState],
         ready: asyncio.Event,
+        unread: Mapping[str, CheckpointError],
         copies: Copies,
         flusher: Flusher,
         events: EventStream,
@@ -54,6 +55,7 @@ class Drainer:
     ) -> None:
         self._runs = runs
         self._ready = ready
+        self._unread = unread
         self._copies = copies
         self._flusher = flusher
         self._events = events
@@ -93,13 +95,16 @@ class Drainer:
         self._events.emit("node.drains", reason=reason, seconds=round(timeout_s, 1))
         await until(self._ready, timeout_s)  # what is here may still be looked for
         runs = [run for run in self._runs.values() if not run.gone]
+        unknown = [
+            drains.DrainedRun(root, None, [], False, f"what is left there is not known: {why.what}")
+            for root, why in self._unread.items()
+        ]
         for run in runs:
             run.draining = reason
             run.touch()
         told = await asyncio.gather(*(self._drain(run, deadline_s) for run in runs))
-        drained = drains.Drained(
-            self._ready.is_set() and all(each.safe for each in told), list(told)
-        )
+        told += unknown
+        drained = drains.Drained(self._ready.is_set() and all(each.safe for each in told), told)
         for each in told:
             level = logging.INFO if each.safe else logging.WARNING
             said = "; ".join([each.detail, *each.lacking])

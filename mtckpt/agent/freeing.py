@@ -83,14 +83,17 @@ class Freer:
             del self._runs[run.key]
         run.touch()
 
-    async def move(self, run: RunState, ram: TierRef) -> None:
-        """Free all of a run's RAM, and go on with it in other memory, with the same owners. To be
-        called under ``run.opening``."""
+    async def move(self, run: RunState, ram: TierRef) -> bool:
+        """Free all of a run's RAM, and go on with it in other memory, with the same owners; False
+        where that has what nobody else has. To be called under ``run.opening``."""
         while run.allocating:  # noqa: ASYNC110 - each has its deadline
             await asyncio.sleep(_POLL_S)
         async with run.sealing:
+            if not is_elsewhere(run):
+                return False
+            run.doubted = True
             await self._tools.call(work.Wipe(run.ram, run.key), work.Freed)
-            run.ram, run.doubted = ram, True
+            run.ram = ram
             run.slots.clear()
             for save in list(run.saves.values()):
                 save.guests.clear()
@@ -99,6 +102,7 @@ class Freer:
                     self._ring.note_gone(run, save)
         await self.look_again(run)
         run.touch()
+        return True
 
     async def look_again(self, run: RunState) -> None:
         """Before anybody goes on with a run that was to go, or that somebody may have removed: its

@@ -171,6 +171,8 @@ class Guests:
         await self.let_go(run)
         async with run.lock(save, _GUESTS):
             with run.reading(save):  # memory is not freed meanwhile
+                if run.gone:
+                    raise AgentUnavailable("the run goes from the memory of this node")
                 await self._take_all(run, save, offer, ranks)
 
     async def _take_all(

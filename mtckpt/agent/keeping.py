@@ -48,8 +48,9 @@ class Keeper:
             self._tools.start(self._relieve(run), f"retention of {run.key} on disks")
 
     def look_again(self, run: RunState, tier: TierState) -> None:
-        """See ``Flusher.look_again``."""
-        if self._healer.not_kept(run, tier):
+        """See ``Flusher.look_again``. One look is enough for all that was said before it."""
+        if not (tier.looking or tier.denied) and self._healer.not_kept(run, tier):
+            tier.looking = True
             self._tools.start(
                 self._let_go_in_turn(run, tier), f"retention of {run.key} in {tier.label}"
             )
@@ -66,6 +67,9 @@ class Keeper:
         finally:
             tier.to_keep -= 1
             run.touch()
+        self._go_on(run, tier, done)
+
+    def _go_on(self, run: RunState, tier: TierState, done: bool) -> None:
         if not done and (tier.again is None or tier.again.done()):
             tier.again = self._tools.start(
                 self._keep_again(run, tier), f"retention of {run.key} in {tier.label}"
@@ -91,7 +95,9 @@ class Keeper:
 
     async def _let_go_in_turn(self, run: RunState, tier: TierState) -> None:
         async with tier.keeping:
-            await self._let_go(run, tier)
+            tier.looking = False
+            done = await self._let_go(run, tier)
+        self._go_on(run, tier, done)
 
     def _is_worth_reading(self, run: RunState, tier: TierState, save: SaveState) -> bool:
         """What a store has is read back only where something can go then: it costs as a restore."""

@@ -37,7 +37,7 @@ from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, TierState
 from mtckpt.agent.tools import until
 from mtckpt.agent.work import TierRef
-from mtckpt.errors import CheckpointError, TierFull, UsageError
+from mtckpt.errors import AgentUnavailable, CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from mtckpt.agent.protocol import TierConfig
@@ -76,8 +76,11 @@ class Registry:
         self.peers = Peers(self)
         self.copies = Copies(tools, self.ring, self.peers)
         self.flusher = Flusher(tools, self.ring, self.healer, self.copies)
+        self.unread: dict[str, CheckpointError] = {}  # directories of slots, and why
         note = drains.Note(directory, self.boot_id)
-        self.drainer = Drainer(self.runs, self.ready, self.copies, self.flusher, tools.events, note)
+        self.drainer = Drainer(
+            self.runs, self.ready, self.unread, self.copies, self.flusher, tools.events, note
+        )
         self.replicas = Replicas(tools, self.peers, self.write_config)
         self.links = Links(
             tools, self.ring, self.agreement, self.flusher, self.replicas, self.peers
@@ -93,30 +96,31 @@ class Registry:
 
     async def start(self) -> None:
         """Find what earlier agents of this directory left."""
-        unusable = await self._load_roots(await self.held.known())
+        await self._load_roots(await self.held.known())
         self.ready.set()
-        if unusable:
-            self.tools.start(self._load_late(unusable), "reading what was left, late")
+        if self.unread:
+            self.tools.start(self._load_late(), "reading what was left, late")
 
-    async def _load_late(self, roots: list[str]) -> None:
+    async def _load_late(self) -> None:
         deadline_s = time.monotonic() + LATE_S
-        while roots and time.monotonic() < deadline_s:
+        while self.unread and time.monotonic() < deadline_s:
             await asyncio.sleep(LATE_S / 60)
-            roots = await self._load_roots(roots, late=True)
+            await self._load_roots(list(self.unread))
+        for root, why in list(self.unread.items()):
+            if isinstance(why, AgentUnavailable):  # an agent that stays has it, and is to be asked
+                del self.unread[root]
 
-    async def _load_roots(self, roots: list[str], *, late: bool = False) -> list[str]:
-        """Those of several that are not usable yet: an agent that ends still has its own."""
-        unusable = []
+    async def _load_roots(self, roots: list[str]) -> None:
+        """As far as they are usable yet: an agent that ends still has its own."""
         for root in roots:
             try:
                 async with self._loading:
                     if root not in self.held.loaded:
                         await self._load_root(root)
             except CheckpointError as error:
-                unusable.append(root)
-                if not late:
+                if root not in self.unread:
                     logger.warning("RAM tier %s is not usable: %s", root, error)
-        return unusable
+                self.unread[root] = error
 
     async def _load_root(self, root: str, only: work.RunConfig | None = None) -> None:
         """Take in every run of a RAM tier, or one more that has come, whose tiers are these. Raises
@@ -138,28 +142,24 @@ class Registry:
             by_key = {**others, only.run_key: msgspec.structs.replace(known, tiers=only.tiers)}
         for key in sorted({*by_key, *scans} - self.runs.keys()):
             config = by_key.get(key) or work.RunConfig(key, key)
-            run = await self._adopt(ram, config, scans.get(key) or work.RunScan(key))
-            if key in configs.joins and not run.gone:
-                noted = config.extra.get("rank_here")
-                await self.peers.adopt(run, configs.joins[key], noted)
-                rank = self.peers.rank_here(key)
-                if noted is not None and rank is not None:  # else the last start was on this node
-                    self._rejoin(run, rank, config)
-            # Once it is known which nodes there are: where there are none, none is owed a copy.
-            if not run.gone:  # nobody needed it any more, and meanwhile it was freed
-                self.flusher.start(run)
+            run = RunState(config.run, key, ram)
+            async with run.opening:  # nobody frees what may be here for nodes that are known last
+                await self._adopt(run, config, scans.get(key) or work.RunScan(key))
+                if key in configs.joins:
+                    noted = config.extra.get("rank_here")
+                    await self.peers.adopt(run, configs.joins[key], noted)
+                    rank = self.peers.rank_here(key)
+                    if noted is not None and rank is not None:  # else all were on this node
+                        self.links.join(run, rank)
+                        if run.layout is not None:
+                            run.leaving = leaving_of(run.layout, config.extra)
+                self.flusher.start(run)  # where there are no nodes, none is owed a copy
+        self.unread.pop(root, None)
         if root not in self.held.loaded:
             self.held.loaded.append(root)
 
-    def _rejoin(self, run: RunState, rank: int, config: work.RunConfig) -> None:
-        """Be one of the nodes that the agent before this one was one of."""
-        self.links.join(run, rank)
-        if run.layout is not None:
-            run.leaving = leaving_of(run.layout, config.extra)
-
-    async def _adopt(self, ram: TierRef, config: work.RunConfig, scan: work.RunScan) -> RunState:
+    async def _adopt(self, run: RunState, config: work.RunConfig, scan: work.RunScan) -> None:
         """One run as another agent left it: living owners are watched, dead ones settled."""
-        run = RunState(config.run, config.run_key, ram)
         self.drainer.adopt(run)
         self.set_tiers(run, config.tiers)
         extra = config.extra
@@ -197,7 +197,6 @@ class Registry:
         self.tools.events.emit(
             "run.found", run=run.run, saves=len(run.saves), finished=len(run.finished)
         )
-        return run
 
     def _owner_from_config(self, run: RunState, noted: work.Owner) -> Owner:
         pidfd = owners.open_pidfd(noted.pid, noted.start_ticks)
@@ -225,9 +224,8 @@ class Registry:
                 if slot.holder == UNSURE:
                     slot.holder = fenced.holder
             return
-        nobody = Owner(UNSURE, 0, 0, 0, 0, self.host, incarnation=run.incarnation)
         if not any(owner.holder == UNSURE for owner in run.unsettled):
-            run.unsettled.append(nobody)
+            run.unsettled.append(Owner(UNSURE, 0, 0, 0, 0, self.host, incarnation=run.incarnation))
         await self._settle_slots(run)
 
     async def run_for(self, key: str, message: protocol.Open) -> RunState:
@@ -276,9 +274,7 @@ class Registry:
         async with run.opening:
             if is_beside and not goes_beside and run.living():
                 return
-            if is_elsewhere(run):
-                await self.freer.move(run, self._ram_ref(root))
-            elif not is_beside:
+            if not await self.freer.move(run, self._ram_ref(root)) and not is_beside:
                 raise UsageError(
                     f"the newest save of this run is in {run.ram.path} and nowhere else",
                     state="nothing was done",
@@ -328,20 +324,21 @@ class Registry:
             await until(run.changed, min(left_s, 0.1))
 
     async def write_config(self, run: RunState) -> None:
-        """Note what the next agent needs. Raises TierFull; the next slot is refused until then."""
+        """Note what the next agent needs. Raises TierError; the next slot is refused until then."""
         if run.gone:
             return
         try:
             await self.tools.call(work.WriteRunConfig(run.ram, config_of(run)), work.Stored)
-        except TierFull:
+        except CheckpointError:
             run.doubted = True
             raise
 
     async def try_config(self, run: RunState) -> None:
-        """``write_config`` for what memory need not have room for: to restore, and to leave."""
+        """``write_config`` for what needs no room in memory, nor its word: to restore, to leave,
+        and to go on where an agent before this one stopped."""
         try:
             await self.write_config(run)
-        except TierFull as error:
+        except CheckpointError as error:
             logger.warning("run %s: %s; it is noted before the next slot", run.key, error.what)
 
     # -- owners ----------------------------------------------------------------------------------
@@ -424,7 +421,9 @@ class Registry:
 
     async def housekeeping(self) -> None:
         """Once a second or so: silent owners, old RAM, scrubs, listeners, idle data processes."""
-        now_s = time.monotonic()
+        for run in self.runs.values():
+            if run.chores is None or run.chores.done():  # memory that hangs keeps its own run alone
+                run.chores = self.tools.start(self._look_after(run), f"looking after {run.key}")
         await self.held.renew()
         if self.ready.is_set():
             await self.tools.pool.keep(self._places())
@@ -432,21 +431,23 @@ class Registry:
             await self.peers.keep()
         except CheckpointError as error:
             logger.warning("other nodes cannot read here: %s", error)
-        for run in list(self.runs.values()):
-            for owner in run.living():
-                if owner.is_silent(now_s):
-                    self._died(run, owner)
-            try:
-                await self._settle_slots(run)
-                await self.agreement.overdue(run)
-                await self.guests.let_go(run)
-                await self.freer.let_go(run)
-            except CheckpointError as error:
-                logger.warning("run %s: RAM is not freed: %s", run.key, error)
-            if now_s - run.scrubbed_s > self.tools.limits.scrub_s:
-                run.scrubbed_s = now_s
-                self.tools.start(self.healer.scrub(run), f"scrub {run.key}")
-                self.tools.start(self.guests.scrub(run), f"scrub copies in {run.key}")
+
+    async def _look_after(self, run: RunState) -> None:
+        now_s = time.monotonic()
+        for owner in run.living():
+            if owner.is_silent(now_s):
+                self._died(run, owner)
+        if now_s - run.scrubbed_s > self.tools.limits.scrub_s:
+            run.scrubbed_s = now_s
+            self.tools.start(self.healer.scrub(run), f"scrub {run.key}")
+            self.tools.start(self.guests.scrub(run), f"scrub copies in {run.key}")
+        try:
+            await self._settle_slots(run)
+            await self.agreement.overdue(run)
+            await self.guests.let_go(run)
+            await self.freer.let_go(run)
+        except CheckpointError as error:
+            logger.warning("run %s: RAM is not freed: %s", run.key, error)
 
     def _places(self) -> list[TierRef]:
         """All that a data process is there for."""
@@ -462,13 +463,11 @@ class Registry:
         """Let what is being written end within the time; the rest is in the records."""
         self.flusher.stop()
         deadline_s = time.monotonic() + drain_s
-        while self._is_writing() and time.monotonic() < deadline_s:  # noqa: ASYNC110
-            await asyncio.sleep(_POLL_S)  # many things end it
+        while time.monotonic() < deadline_s and any(  # noqa: ASYNC110 - many things end it
+            save.writing for run in self.runs.values() for save in run.saves.values()
+        ):
+            await asyncio.sleep(_POLL_S)
         self.copies.close()
-
-    def _is_writing(self) -> bool:
-        saves = [save for run in self.runs.values() for save in run.saves.values()]
-        return any(save.writing for save in saves)
 
 
 def _end_waiting(run: RunState, tier: TierState) -> None:

@@ -266,7 +266,8 @@ class Ring:
                 return "", run.draining
             other = run.save_at(owner.incarnation, message.step)
             if other is not save and other is not None and other.is_foreign(owner.incarnation_id):
-                other = run.forgotten(other)  # its nodes were lost, and its number with them
+                del run.saves[str(other.name)]  # its nodes were lost, and its number with them
+                other = None
             if other is not None and other is not save:
                 raise StepExists(
                     f"step {message.step} was saved before in this incarnation",

@@ -14,12 +14,13 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from mtckpt.agent import beside
 from mtckpt.agent.holding import NOTE, Lock, lock, noted
-from mtckpt.errors import AgentUnavailable, TierError, TierUnavailable, UsageError
+from mtckpt.errors import AgentUnavailable, CheckpointError, TierUnavailable, UsageError
 from mtckpt.tiers._os_errors import tier_error
 
 __all__ = ["Roots", "aside"]
@@ -37,18 +38,23 @@ ANSWER_S = 10.0
 # that is slow to wake up may have the newest of it.
 LOOK_S, MIN_LOOK_S, LOOK_SHARE = 5.0, 0.3, 0.2
 RENEW_S = 0.3
+MAX_HANGING = 4
 _T = TypeVar("_T")
+_hanging: Counter[str] = Counter()  # threads that were left behind, by what they wait for
 
 
 async def aside(work: Callable[[], _T], where: str, timeout_s: float = ANSWER_S) -> _T:
-    """``work`` in a thread that is left behind where a disk hangs. Raises TierUnavailable then."""
+    """``work`` in a thread that is left behind where a disk hangs. Raises TierUnavailable then, and
+    at once where some have been left there already."""
+    if _hanging[where] >= MAX_HANGING:
+        raise TierUnavailable(f"{where} does not answer", tier="ram")
     loop = asyncio.get_running_loop()
     done: asyncio.Future[_T] = loop.create_future()
 
     def settle(result: _T | None, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is None:
+        if done.cancelled():  # nobody waits: it was left behind
+            _hanging[where] -= 1
+        elif error is None:
             done.set_result(result)  # type: ignore[arg-type]  # of a work that has ended
         else:
             done.set_exception(error)
@@ -72,6 +78,8 @@ async def aside(work: Callable[[], _T], where: str, timeout_s: float = ANSWER_S)
         raise TierUnavailable(
             f"{where} did not answer within {timeout_s:g} s", tier="ram"
         ) from None
+    finally:
+        _hanging[where] += done.cancelled()
 
 
 class Roots:
@@ -105,6 +113,15 @@ class Roots:
                 logger.warning("RAM tier %s is not usable: %s", path, is_there)
             elif is_there:
                 found.append(path)
+        return found
+
+    async def with_runs(self) -> list[str]:
+        """Those of them that have any run, as far as they say so in time."""
+        found = []
+        for root in await self.known():
+            with contextlib.suppress(TierUnavailable):
+                if not await aside(functools.partial(_is_empty, root), root):
+                    found.append(root)
         return found
 
     def _read(self) -> None:
@@ -166,8 +183,8 @@ class Roots:
             await self.take(own)  # before anything is in it
             take_over = functools.partial(beside.take_over, place, run_key, own, self._boot_id)
             taken = await aside(take_over, place)
-        except (OSError, TierError) as error:
-            what = error.what if isinstance(error, TierError) else error
+        except (OSError, CheckpointError) as error:
+            what = error.what if isinstance(error, CheckpointError) else error
             self._pass_over(run_key, f"{place} is not looked into: {what}")
             return ""
         for root in taken.left:
@@ -233,26 +250,18 @@ class Roots:
 
         async def leave(root: str) -> None:
             with contextlib.suppress(TierUnavailable):
-                if await aside(functools.partial(self._leave, root), root):
+                # A look that comes back late says nothing of what is there by then.
+                if await aside(functools.partial(_is_empty, root), root):
                     self.loaded = [path for path in self.loaded if path != root]
                     self._write([path for path in self._noted if path != root])
+                    await aside(functools.partial(self._release, root), root)
 
-        roots = {*self.loaded, *self._noted} - {*used, self._default}
+        # Of those that are locked alone nobody was told: a disk had not answered in time.
+        roots = {*self.loaded, *self._noted, *self._locks} - {*used, self._default}
         await asyncio.gather(*map(leave, roots))  # none later because another one hangs
 
-    def _leave(self, root: str) -> bool:
-        """Unlock a directory that has no run; the one beside a disk goes. False if it has any."""
-        try:
-            with os.scandir(root) as entries:
-                if any(entry.is_dir(follow_symlinks=False) for entry in entries):
-                    return False
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                return False
-        self._release(root)
-        return True
-
     def _release(self, root: str) -> None:
+        """Unlock a directory; one beside a disk goes, if it has no run."""
         held = self._locks.pop(root, None)
         with contextlib.suppress(OSError):
             if noted(root) == self._directory:
@@ -287,3 +296,12 @@ class Roots:
             with open(os.open(os.path.join(root, NOTE), flags, 0o600), "wb") as file:
                 file.write(os.fsencode(self._directory))
         return True
+
+
+def _is_empty(root: str) -> bool:
+    """Whether a directory of slots has no run, or is gone itself."""
+    try:
+        with os.scandir(root) as entries:
+            return not any(entry.is_dir(follow_symlinks=False) for entry in entries)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from mtckpt._inventory import line_of
 from mtckpt._manifest import Incarnation, SaveName
@@ -75,6 +76,7 @@ class RunState:
     creator_uid: int = -1
     admitted: set[int] = field(default_factory=set)  # users who knew its token
     settling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    chores: asyncio.Task[None] | None = None
     unsettled: list[Owner] = field(default_factory=list)  # dead, and their slots are still theirs
     left_s: float = field(default_factory=uptime_s)  # when its last owner left, or it was found
     scrubbed_s: float = field(default_factory=lambda: time.monotonic())
@@ -84,7 +86,10 @@ class RunState:
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     sealing: asyncio.Lock = field(default_factory=asyncio.Lock)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _locks: dict[tuple[str, str], asyncio.Lock] = field(default_factory=dict)
+    # While somebody has one, or waits for it: there are as many as there ever were saves.
+    _locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(
+        default_factory=WeakValueDictionary
+    )
 
     # -- who -------------------------------------------------------------------------------------
 
@@ -305,11 +310,6 @@ class RunState:
         for save in self.saves.values():
             if (save.name.incarnation, save.name.step) == (incarnation, step):
                 return save
-        return None
-
-    def forgotten(self, save: SaveState) -> SaveState | None:
-        """None, as if nobody had ever spoken of it."""
-        del self.saves[str(save.name)]
         return None
 
     def ring(self, owner: Owner, plan: Plan) -> list[Slot]:

@@ -341,6 +341,7 @@ class TierState:
     to_keep: int = 0
     keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
     again: asyncio.Task[None] | None = None
+    looking: bool = False  # somebody waits to see what can go
     undeleted: set[str] = field(default_factory=set)
     denied: str = ""  # why a store lets nothing be deleted
 

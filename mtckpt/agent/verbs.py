@@ -82,14 +82,17 @@ class Verbs:
             raise UsageError("the run's name and its key differ", state="nothing was done", key=key)
         if self._registry.service and caller.uid not in (0, os.geteuid()):
             message = msgspec.structs.replace(message, tiers=[*map(lent, message.tiers)])
-        known = self._registry.runs.get(key)
-        if known is None or all(owner.holder != message.holder for owner in known.living()):
-            self._registry.drainer.refuse()
+        self._refuse_new(self._registry.runs.get(key), message)
         while True:
             run = await self._registry.run_for(key, message)
             async with run.opening:
+                self._refuse_new(run, message)  # the node may be about to go by now
                 if not run.gone:
                     return await self._open(run, caller, message)
+
+    def _refuse_new(self, run: RunState | None, message: protocol.Open) -> None:
+        if run is None or all(owner.holder != message.holder for owner in run.living()):
+            self._registry.drainer.refuse()
 
     async def _open(self, run: RunState, caller: Caller, message: protocol.Open) -> protocol.Opened:
         """Under ``run.opening``."""

@@ -339,6 +339,28 @@ def agent_health(ready: bool, timeout_s: float, as_json: bool) -> int:
     return _output.FINE
 
 
+def _has_agent_for_what_is_left(cancel: bool) -> bool:
+    """Start an agent where one that was killed has left something in memory, and have the next one
+    know that the node stays."""
+    import asyncio
+
+    from mtckpt.agent.address import find
+    from mtckpt.agent.drains import Note
+    from mtckpt.agent.owners import boot_id
+    from mtckpt.agent.protocol import ram_base
+    from mtckpt.agent.roots import Roots
+    from mtckpt.agent.spawn import ensure_agent
+
+    directory = find().directory
+    if cancel:
+        Note(directory, boot_id()).remove()
+        return False
+    if not asyncio.run(Roots(directory, ram_base()).with_runs()):
+        return False
+    ensure_agent()
+    return True
+
+
 @agent.command("drain", short_help="Bring away what this node's memory holds.")
 @click.option(
     "--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds it may take."
@@ -353,6 +375,7 @@ def agent_drain(timeout_s: float, cancel: bool, as_json: bool) -> int:
     memory of another node; so does what is held here for nodes that are gone. Meanwhile and after,
     the agent serves what it has and begins nothing new: saves are called off with that reason.
 
+    Where no agent runs, and one that was killed has left something, another one is started for it.
     Exit status 1 if the loss of this node would still take something along.
     """
     from mtckpt.agent.client import agent_client
@@ -361,7 +384,7 @@ def agent_drain(timeout_s: float, cancel: bool, as_json: bool) -> int:
     if not 0 <= timeout_s <= 86400:
         raise UsageError("--timeout must be 0 to 86400 seconds", state="nothing was drained")
     drained = Drained(True)
-    is_there = agent_status() is not None
+    is_there = agent_status() is not None or _has_agent_for_what_is_left(cancel)
     if is_there:
         with agent_client(timeout_s + 10.0) as client:
             drained = client.call("/v1/drain", Drain(timeout_s, cancel), Drained)

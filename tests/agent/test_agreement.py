@@ -200,6 +200,20 @@ def test_a_save_called_off_while_it_is_sealed_gives_its_slot_back(who: str) -> N
     assert scene.slots.given_back == ["slot-1"]
 
 
+def test_saves_that_never_had_a_slot_are_forgotten_in_the_end() -> None:
+    """Memory is too small, or the node is about to go: a job calls off every save, for days."""
+    scene = Scene(0)
+
+    async def story() -> None:
+        for step in range(1, 501):
+            message = CallOff("h", f"{step:012x}" + ID[12:], step, "no slot is free")
+            await scene.agreement.declined(scene.run, scene.owner, message)
+
+    asyncio.run(story())
+    assert len(scene.run.saves) <= 250
+    assert max(save.name.step for save in scene.run.saves.values()) == 500
+
+
 def test_what_is_called_off_stays_so_though_its_slot_could_not_be_given_back() -> None:
     """Another node that has started anew says that it has its part, and had not heard of it."""
     scene = Scene(0)
@@ -369,7 +383,7 @@ def test_what_was_made_to_tell_goes_with_its_save() -> None:
             run.touch(scene.save(step))
             await asyncio.sleep(0)
             if step >= 2:
-                run.forgotten(next(iter(run.saves.values())))
+                del run.saves[next(iter(run.saves))]
         run.touch()
         await asyncio.sleep(0)
         assert links._words[run.key].made.keys() == run.saves.keys()

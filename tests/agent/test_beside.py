@@ -17,6 +17,7 @@ from mtckpt._slots import BESIDE
 from mtckpt.agent import beside, roots
 from mtckpt.agent.holding import LOCK, Lock
 from mtckpt.agent.roots import Roots
+from mtckpt.errors import TierUnavailable
 
 HERE, ELSEWHERE = ("11111111-2222-3333-4444-555555555555", "99999999-2222-3333-4444-555555555555")
 
@@ -188,6 +189,45 @@ def test_a_disk_that_is_slow_to_wake_up_is_waited_for_and_one_that_hangs_is_not(
     asyncio.run(here.close())
 
 
+def test_an_agent_that_has_all_the_directories_it_may_passes_over_what_is_left(
+    place: str, tmp_path: Path
+) -> None:
+    """A job starts all the same."""
+    dead, _ = agent_with(place, tmp_path / "a", "r")
+    ended(dead)
+    here = Roots(str(tmp_path), boot_id=HERE)
+    for number in range(roots.MAX_ROOTS):
+        here.note(f"/there/{number}")
+    assert asyncio.run(here.take_over("r", place)) == ""
+    assert "RAM directories already" in here.unlooked["r"]
+    asyncio.run(here.close())
+
+
+def test_a_disk_that_hangs_for_days_keeps_few_threads_busy(
+    place: str,
+) -> None:
+    """However often jobs are started there."""
+    answers, asked = threading.Event(), threading.Semaphore(0)
+
+    def look() -> bool:
+        asked.release()
+        return answers.wait(20)
+
+    async def story() -> None:
+        for _ in range(3 * roots.MAX_HANGING):
+            with pytest.raises(TierUnavailable, match="not answer"):
+                await roots.aside(look, place, 0.01)
+        answers.set()
+        for _ in range(roots.MAX_HANGING):
+            assert asked.acquire(timeout=20)
+        assert not asked.acquire(blocking=False)
+        while roots._hanging[place]:  # noqa: ASYNC110 - a thread ends it
+            await asyncio.sleep(0.01)
+        assert await roots.aside(look, place)
+
+    asyncio.run(story())
+
+
 def test_of_several_that_are_left_the_one_with_the_newest_save_is_taken_over(
     place: str, tmp_path: Path
 ) -> None:
@@ -343,6 +383,6 @@ def test_directories_on_disks_that_hang_are_let_go_of_at_once(
         return True
 
     held.loaded = ["/one", "/other"]
-    monkeypatch.setattr(held, "_leave", leave)
+    monkeypatch.setattr(roots, "_is_empty", leave)
     asyncio.run(held.let_go(()))
     assert held.loaded == []

@@ -104,6 +104,22 @@ def test_a_copy_that_is_gone_when_it_is_asked_for_is_not_acknowledged() -> None:
     asyncio.run(story())
 
 
+def test_memory_that_is_being_freed_takes_no_copies() -> None:
+    """Nobody would know of what came after that."""
+
+    async def story() -> None:
+        scene = Scene()
+        scene.lets_through.set()
+        scene.run.gone = True
+        with pytest.raises(AgentUnavailable, match="goes from the memory of this node"):
+            await scene.ask(1)
+        assert scene.pulled == []
+        scene.run.gone = False  # it could not be freed
+        assert (await scene.ask(1)).boot_id == "boot"
+
+    asyncio.run(story())
+
+
 def test_memory_that_is_too_full_for_a_note_has_no_copies_either() -> None:
     """Else they counted as parts that are here: what they seem to make whole is not."""
 

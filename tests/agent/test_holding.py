@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import functools
 import logging
 import os
 import resource
@@ -12,12 +13,13 @@ import shutil
 import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mtckpt.agent import address, protocol, roots
 from mtckpt.agent.holding import Lock, noted
-from mtckpt.agent.roots import MAX_ROOTS, Roots
+from mtckpt.agent.roots import MAX_ROOTS, Roots, aside
 from mtckpt.errors import AgentUnavailable, TierUnavailable, UsageError
 
 
@@ -151,6 +153,35 @@ def test_a_disk_that_hangs_keeps_no_other_directory(
         await ending
         await next_one.close()
 
+    asyncio.run(story())
+
+
+def test_a_look_that_comes_back_late_lets_go_of_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then a run may have been opened there."""
+    held, answers, scandir = Roots("/run/first"), threading.Event(), os.scandir
+
+    def hanging(path: str) -> Any:
+        answers.wait(20)
+        return scandir(path)
+
+    async def story() -> None:
+        await held.take(str(root))
+        held.loaded.append(str(root))
+        with monkeypatch.context() as patched:
+            patched.setattr(roots, "aside", functools.partial(aside, timeout_s=0.01))
+            patched.setattr(os, "scandir", hanging)
+            await held.let_go(())
+            answers.set()
+            for look in [t for t in threading.enumerate() if t.name == f"mtckpt-{root}"]:
+                look.join(20)
+        assert held.loaded == [str(root)]
+        with pytest.raises(AgentUnavailable, match="has the memory"):
+            await Roots("/run/other").take(str(root))
+        await held.close()
+
+    monkeypatch.setattr(roots, "WAIT_S", 0.1)
     asyncio.run(story())
 
 

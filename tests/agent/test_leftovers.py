@@ -15,6 +15,7 @@ from mtckpt.agent import registry as registries
 from mtckpt.agent import roots, work
 from mtckpt.agent.leftovers import Leftovers
 from mtckpt.agent.owners import Owner
+from mtckpt.agent.protocol import TierConfig
 from mtckpt.agent.queue import Limits, SlotState
 from mtckpt.agent.registry import Registry
 from mtckpt.agent.ring import Ring
@@ -124,35 +125,102 @@ def test_memory_that_another_agent_had_at_the_start_is_looked_at_once_that_has_e
         registry.held.note(str(tmp_path / "a"))
         await registry.start()
         assert registry.runs == {}
+        (unread,) = (await registry.drainer.drain(1.0, "it is about to go")).runs
+        assert (unread.run, unread.safe) == (str(tmp_path / "a"), False)
+        registry.drainer.cancel()
         await ending.close()
         while "r" not in registry.runs:  # noqa: ASYNC110 - as somebody who looks at status
             await asyncio.sleep(0.01)  # LATE_S at most, or the test's own time
+        assert (await registry.drainer.drain(1.0, "it is about to go")).safe
         await registry.held.close()
 
     asyncio.run(story())
 
 
 @pytest.mark.parametrize("joins", [{}, {"r": b"{}"}])
-def test_a_run_that_is_freed_while_it_is_taken_in_keeps_nobody_from_this_agent(
+def test_a_run_is_freed_once_it_is_taken_in_and_no_earlier(
     tmp_path: Any, joins: dict[str, bytes]
 ) -> None:
-    """Its job had closed it: nobody needs it, and there may be others."""
+    """Its job had closed it. It may have copies of a node that goes: which, is known last."""
+    freed: list[str] = []
 
     async def call(command: work.Command, **_: Any) -> work.Result:
         if isinstance(command, work.ReadRunConfigs):
-            return work.RunConfigs([work.RunConfig(key, key) for key in "rs"], [], joins)
-        if isinstance(command, work.WriteRunConfig) and "r" in registry.runs:
-            await registry.freer.wipe(registry.runs["r"])
+            closing = [work.RunConfig(key, key, extra={"closing": True}) for key in "rs"]
+            return work.RunConfigs(closing, [], joins)
+        if isinstance(command, work.WriteRunConfig):
+            for run in list(registry.runs.values()):
+                await registry.freer.let_go(run)
         if isinstance(command, work.Wipe):
+            freed.append(command.run_key)
             return work.Freed(1)
         return work.Scanned([]) if isinstance(command, work.Scan) else work.Stored()
 
     async def story() -> None:
         registry.held.note(str(tmp_path))
         await registry.start()
-        assert list(registry.runs) == ["s"]
-        assert registry.ready.is_set()
+        assert freed == ["r"]  # once the other one came
+        await registry.freer.let_go(registry.runs["s"])
+        assert freed == ["r", "s"]
         await registry.held.close()
+
+    tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+    registry = Registry(tools, str(tmp_path), service=False)
+    asyncio.run(story())
+
+
+def test_memory_that_takes_no_note_is_read_all_the_same(tmp_path: Any) -> None:
+    """What is owed from there goes where it should, and the next slot waits for the note."""
+    disk = [TierConfig("disk", "disk", str(tmp_path / "d"))]
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        if isinstance(command, work.ReadRunConfigs):
+            return work.RunConfigs([work.RunConfig(key, key, disk) for key in "rs"])
+        if isinstance(command, work.WriteRunConfig):
+            raise SILENT
+        return work.Scanned([])
+
+    async def story() -> None:
+        registry.held.note(str(tmp_path))
+        await registry.start()
+        for run in registry.runs.values():
+            await registry.wait_scanned(run, 5.0)
+            assert run.tiers["disk"].scanned
+            assert run.doubted
+        assert list(registry.runs) == ["r", "s"]
+        registry.flusher.stop()
+        await registry.held.close()
+
+    tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+    registry = Registry(tools, str(tmp_path), service=False)
+    asyncio.run(story())
+
+
+def test_memory_that_hangs_keeps_nobody_of_another_run_waiting(tmp_path: Any) -> None:
+    """Slots of one lie on a disk that hangs; of the other one a rank is gone for good."""
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        if isinstance(command, work.Scan):
+            await asyncio.Event().wait()
+        return work.Stored()
+
+    async def story() -> None:
+        registry.peers.keep = registry.held.renew = nothing  # type: ignore[method-assign]
+        for key in "ab":
+            registry.runs[key] = RunState(key, key, work.TierRef("ram", str(tmp_path), label=RAM))
+        slot = Slot("s", SlotState.CAPTURING, 100, holder="h")
+        registry.runs["a"].slots["s"] = slot
+        registry.runs["a"].unsettled.append(Owner("h", 0, 1, 1, 0, "here", dead=True))
+        silent = registry.runs["b"].owners[0] = Owner("h", 0, 1, 1, 0, "here", heard_s=-1e9)
+        for _ in range(3):
+            chores = asyncio.create_task(registry.housekeeping())
+            await asyncio.wait([chores], timeout=0.1)
+        assert silent.dead
+        assert sum("looking after" in task.get_name() for task in tools.tasks) == 1
+        for task in tools.tasks:
+            task.cancel()
+
+    async def nothing() -> None: ...
 
     tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
     registry = Registry(tools, str(tmp_path), service=False)

@@ -13,12 +13,14 @@ from mtckpt._events import EventStream
 from mtckpt._manifest import SaveName
 from mtckpt._slots import BESIDE
 from mtckpt.agent import work
+from mtckpt.agent.freeing import Freer
 from mtckpt.agent.protocol import TierConfig
 from mtckpt.agent.queue import Limits
 from mtckpt.agent.registry import Registry
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.agent.tools import Tools
+from mtckpt.errors import TierUnavailable
 
 KINDS: tuple[Literal["disk", "peers", "store"], ...] = ("disk", "peers", "store")
 
@@ -29,7 +31,12 @@ def save_at(step: int, **ranks: set[int]) -> SaveState:
     return SaveState(name, str(step), world_size=2, ranks=dict(ranks))
 
 
-def moves(tmp_path: Path, *saves: SaveState, settling: SaveState | None = None) -> bool:
+def moves(
+    tmp_path: Path,
+    *saves: SaveState,
+    settling: SaveState | None = None,
+    sealing: SaveState | None = None,
+) -> bool:
     """Whether a start that asks for memory frees slots that an earlier one had beside a disk."""
     asked: list[type] = []
 
@@ -52,10 +59,17 @@ def moves(tmp_path: Path, *saves: SaveState, settling: SaveState | None = None) 
             await asyncio.sleep(0)
             run.saves[str(save.name)] = save
 
+        async def seal(save: SaveState) -> None:
+            async with run.sealing:
+                await settle(save)
+
         if settling is not None:
             run.settling["dead"] = asyncio.create_task(settle(settling))
+        under_way = [asyncio.create_task(seal(save)) for save in filter(None, [sealing])]
+        await asyncio.sleep(0)
         await registry._move(run, str(tmp_path), cast(Any, SimpleNamespace(holder="h", rank=0)))
         assert (run.ram.path == beside) is (work.Wipe not in asked)
+        await asyncio.gather(*under_way)
 
     asyncio.run(story())
     return work.Wipe in asked
@@ -96,3 +110,21 @@ def test_what_is_left_of_a_save_that_was_called_off_keeps_nothing(tmp_path: Path
 def test_what_a_dead_trainer_had_finished_is_sealed_before(tmp_path: Path) -> None:
     whole = save_at(10, ram={0}, store={0, 1})
     assert not moves(tmp_path, whole, settling=save_at(20, ram={0}))
+
+
+def test_what_a_rank_is_just_sealing_is_in_memory_as_well(tmp_path: Path) -> None:
+    whole = save_at(10, ram={0}, store={0, 1})
+    assert not moves(tmp_path, whole, sealing=save_at(20, ram={0}))
+
+
+def test_what_could_not_be_freed_is_looked_at_before_anybody_goes_on_with_it() -> None:
+    run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+
+    async def call(*_: Any, **__: Any) -> work.Result:
+        raise TierUnavailable("the data process ended twice", tier=RAM)
+
+    tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+    unused = cast(Any, None)
+    with pytest.raises(TierUnavailable):
+        asyncio.run(Freer(tools, {}, unused, unused, unused).move(run, run.ram))
+    assert run.doubted

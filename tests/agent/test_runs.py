@@ -241,9 +241,14 @@ def test_a_trainer_is_told_of_its_own_saves_alone(run: RunState) -> None:
 
 def test_what_is_done_for_a_save_does_not_grow_with_those_that_were_before(run: RunState) -> None:
     """All that are known are looked at each time: those that lie nowhere are soon forgotten."""
+    held = run.lock(SaveState(SaveName(1, 1, f"{1:012x}"), ""), RAM)
     for step in range(1, 2001):
         name = SaveName(step, 1, f"{step:012x}")
-        run.saves[str(name)] = SaveState(name, "", stages=["staged", "replicated"], seq=step)
+        save = SaveState(name, "", stages=["staged", "replicated"], seq=step)
+        run.saves[str(name)] = save
+        assert not run.lock(save, "disk").locked()
+    assert run.lock(at(run, 1), RAM) is held
+    assert len(run._locks) == 1
     at(run, 7).ranks["disk"] = {0, 1}
     run.forget_old()
     assert at(run, 7).ranks
@@ -278,3 +283,6 @@ def test_a_time_since_another_start_of_the_machine_says_nothing(run: RunState) -
     assert left_s_of(noted, 100.0) == 5.0
     assert left_s_of({**noted, "boot_id": "another"}, 100.0) == 100.0
     assert left_s_of({}, 100.0) == 100.0
+    # A trainer of a job that has run for days, and died with the agent: it was there just now.
+    run.owners[0] = Owner("h", 0, 1, 1, 0, "here")
+    assert left_s_of(config_of(run).extra, 100.0) == 100.0

@@ -25,7 +25,7 @@ from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, TierState
 from mtckpt.agent.tools import Tools
 from mtckpt.agent.verbs import Caller, Verbs
-from mtckpt.errors import RunLocked, TierUnavailable
+from mtckpt.errors import NodeDraining, RunLocked, TierUnavailable
 
 ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
 
@@ -192,6 +192,29 @@ def test_a_start_waits_until_memory_that_is_being_freed_is_free(tmp_path: Path) 
     assert old.gone
     assert not new.gone
     assert new is not old
+
+
+def test_a_start_that_comes_as_its_node_is_drained_is_refused(tmp_path: Path) -> None:
+    """It was told to be safe to go, and what such a start saved would go with it."""
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        if isinstance(command, work.ReadRunConfigs):
+            told = await registry.drainer.drain(1.0, "it is about to go")
+            assert told.safe
+            return work.RunConfigs()
+        return work.Scanned([]) if isinstance(command, work.Scan) else work.Stored()
+
+    async def story() -> None:
+        registry.ready.set()
+        message = Open(PROTOCOL_VERSION, "r", "h", 0, 1, os.getpid(), 1, 1, str(tmp_path), [])
+        with pytest.raises(NodeDraining):
+            await Verbs(registry).open(Caller(os.getpid(), os.geteuid()), "r", message)
+        assert not registry.runs["r"].owners
+        await registry.held.close()
+
+    tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+    registry = AgentRegistry(tools, str(tmp_path), service=False)
+    asyncio.run(story())
 
 
 def test_a_start_has_a_tier_asked_again_that_was_silent_for_long() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agent_checks import until
+from agent_checks import kill_agent, until
 from builders import build_save
 from click.testing import CliRunner, Result
 
@@ -22,6 +22,7 @@ from mtckpt import Checkpointer, Disk, Ram
 from mtckpt._manifest import run_key
 from mtckpt._slots import BESIDE
 from mtckpt.agent import beside
+from mtckpt.agent.drains import Note
 from mtckpt.agent.holding import Lock
 from mtckpt.agent.owners import boot_id
 from mtckpt.agent.protocol import SOCKET_NAME, AgentStatus, RunStatus, TierStatus, ram_base
@@ -266,6 +267,23 @@ def test_a_node_is_drained(runtime_dir: Path, tmp_path: Path) -> None:
         assert "nothing new is taken" not in mtckpt("status").output
     assert mtckpt("agent", "drain", "--timeout", -1).exit_code == 2
     assert mtckpt("agent", "run", "--grace", -1).exit_code == 2
+
+
+def test_what_a_killed_agent_left_does_not_go_with_its_node(
+    runtime_dir: Path, tmp_path: Path
+) -> None:
+    """Whoever asks whether it may go is told by another agent, and what that was told holds."""
+    trainer = [sys.executable, "-c", TRAINER, str(tmp_path / "d")]
+    assert subprocess.run(trainer, capture_output=True, timeout=60).returncode == -signal.SIGKILL
+    kill_agent()
+    said = mtckpt("agent", "drain", "--timeout", 20)
+    assert said.exit_code == 1
+    assert "step 2 is on disk, which is gone if that is a disk of this node" in said.output
+    kill_agent()
+    note = Note(str(runtime_dir), boot_id())
+    note.write("it was safe to go")
+    mtckpt("agent", "drain", "--cancel")
+    assert note.read() == ""
 
 
 def test_a_tier_with_a_problem_makes_status_fail(monkeypatch: pytest.MonkeyPatch) -> None:
