@@ -265,11 +265,13 @@ class Saver:
     def _begin(self, needs: Needs | None) -> None:
         if self.run.incarnation is not None:
             return
+        self.run.prepare(needs)
+        self._move_if_short()
         try:
-            self.run.begin(needs, self._move_if_short)
+            self.run.begin()
         except TierFull as error:
             self._move_slots(error)
-            self.run.begin(needs, self._move_if_short)
+            self.run.begin()
         place = os.path.dirname(self._session.open().ram_root)
         if os.path.basename(place) == BESIDE and place != self._session.ram_path:
             logger.warning(
