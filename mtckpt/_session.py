@@ -268,15 +268,21 @@ class Session:
         save: Save,
         after: Callable[[], None],
         finish: Callable[[], bytes] | None = None,
+        taken: Callable[[], None] = nothing,
     ) -> None:
         """Hand a captured slot over, in the background. ``after`` runs once a next one is known.
 
         ``finish`` runs before, where not all bytes are in the slot yet; what it returns is
         ``Seal.left``, what it raises (CheckpointError) is told of the save, which is then not
-        handed over.
+        handed over. ``taken`` runs first: an interrupt cannot come between it and what is done.
         """
-        self._saves[save.id] = save
-        self._hand(lambda: self._seal(seal, save, after, finish))
+
+        def job() -> None:
+            taken()
+            self._saves[save.id] = save
+            self._seal(seal, save, after, finish)
+
+        self._hand(job)
 
     @property
     def checks_left(self) -> bool:
@@ -335,10 +341,6 @@ class Session:
     def wait_idle(self, timeout_s: float) -> bool:
         """True once the courier has handed over everything."""
         return self._idle.wait(timeout_s)
-
-    def saves(self) -> list[Save]:
-        """Saves that something may still happen to."""
-        return list(self._saves.values())
 
     def _hand(self, job: Callable[[], None]) -> None:
         self.start()
