@@ -366,7 +366,7 @@ class Checkpointer:
             pass  # Another process has it, and closes it.
         except CheckpointError as why:
             self._undone.append(why)
-        self._undone += self._behind or ()
+        self._undone += [*(self._behind or ()), *self._take_pending()]
         self._link.connections.close()
         self._session.close(left_s(deadline_s, 5.0))
         if self._session.wait_idle(0.0):  # else a device may still copy into a slot

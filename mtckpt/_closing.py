@@ -39,13 +39,14 @@ def bring_home(
     ``failed`` is told of the newest save's error. Raises CheckpointError where the agent does not
     answer, and RunLocked.
     """
-    session, last = saver.run.session, saver.last
+    session = saver.run.session
     if session.opened is None:
         return []
     if not session.wait_idle(max(0.0, deadline_s - time.monotonic())):
         run = saver.run.name
         raise AgentUnavailable("the node agent did not take the last save", run=run)
     errors: list[CheckpointError] = []
+    last = saver.last  # all that was captured is handed over by now
     if last is not None and session.fenced is None:
         last._plan({label: stage_of_tier(label) for label in labels})
         session.watch(last)

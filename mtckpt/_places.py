@@ -89,6 +89,8 @@ def _refusal(label: str, path: str, group_access: bool) -> AccessDenied | None:
         with contextlib.closing(root):
             root.check_writable()
     except AccessDenied as refused:
+        alone = "to restore from it, and save elsewhere: restore(source=...), or mtckpt.load"
+        refused.actions = (*refused.actions, alone)
         return refused
     except TierError:
         return None  # not there yet, say; who writes to it is told

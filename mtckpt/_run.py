@@ -33,7 +33,6 @@ from mtckpt._restore import Place
 from mtckpt._schedule import ObjectStore, Peers
 from mtckpt.adapters import find_group
 from mtckpt.agent import protocol
-from mtckpt.capture.base import nothing
 from mtckpt.errors import (
     CheckpointError,
     GroupMissing,
@@ -313,11 +312,12 @@ class Run:
     @contextlib.contextmanager
     def hurrying(self, hurries: bool) -> Iterator[None]:
         """While this is held, a store does not get long to answer."""
-        token = _hurries.set(hurries)
+        before = _hurries.get()
         try:
+            _hurries.set(hurries)
             yield
         finally:
-            _hurries.reset(token)
+            _hurries.set(before)
 
     def note(self, holdings: Sequence[Holdings]) -> None:
         """Take in which incarnations there have been."""
@@ -402,26 +402,29 @@ class Run:
         """Go on from another step: the next save starts an incarnation."""
         self.parent, self.incarnation, self._starting = parent, None, None
 
-    def begin(self, needs: Needs | None = None, move: Callable[[], None] = nothing) -> None:
-        """Start an incarnation before the first save of this start of the job. ``needs`` is what
-        this rank is about to capture, None where it cannot tell: each node captures all then.
-        ``move`` is called where this node is ``short`` of memory for that."""
-        if self.incarnation is not None:
-            return
+    def prepare(self, needs: Needs | None = None) -> Incarnation:
+        """Agree with the other ranks on the incarnation that is to start, and on who captures what.
+        ``needs`` is what this rank is about to capture, None where it cannot tell: each node
+        captures all then."""
         self.session.open()
         if self._starting is None:
             self._starting = self._agree_on_start(needs)
             self._warn_of_what_is_left()
-        if self.short is not None:
-            move()
+        return self._starting
+
+    def begin(self) -> None:
+        """Start an incarnation before the first save of this start of the job."""
+        if self.incarnation is not None:
+            return
+        starting = self.prepare()
         try:
-            self.send_begin(self._starting)
+            self.send_begin(starting)
         except RunLocked:
             self._starting = None  # somebody else took that number
             raise
-        self.incarnation, self._starting = self._starting, None
+        self.incarnation, self._starting = starting, None
         with self._lock:
-            self._highest = self.session.incarnation = self.incarnation.number
+            self._highest = self.session.incarnation = starting.number
 
     def _warn_of_what_is_left(self) -> None:
         """Who forgets to restore loses what earlier starts have saved, one save after another."""

@@ -58,7 +58,7 @@ class Saver:
     def __init__(self, run: Run, engine: Engine, ram: Ram, *, insists: bool) -> None:
         self.run = run
         self.counters = {"saves": 0, "called_off": 0}
-        self.last: Save | None = None
+        self.last: Save | None = None  # that was handed over
         self.steps: set[int] = set()
         self.ring = _save.SlotRing(engine)
         self._session = run.session
@@ -72,7 +72,8 @@ class Saver:
         self._skipping = False
         self._leaving = False
         self._step = -1  # the newest that was begun
-        self._capturing: protocol.SlotGrant | None = None  # until it is handed over, or back
+        # With its step, until the courier has it, or it has gone back.
+        self._capturing: tuple[protocol.SlotGrant, int] | None = None
         self._ring_of = 0
         self._ring_slots = 2
 
@@ -127,7 +128,7 @@ class Saver:
             members.rank, members.world_size,
         )  # fmt: skip
         due = [label for label in labels if label != "ram"]
-        self._capturing = grant
+        self._capturing = grant, step
         try:
             slot = self.ring.adopt(grant, captured.plan.layout)
             writing = _writing.Writing(
@@ -142,15 +143,22 @@ class Saver:
         if writing.is_captured:
             save._advance(("captured",))
         self.steps.add(step)
-        self.last = save
         self.counters["saves"] += 1
         self._note_going_on(step)
         seal = protocol.Seal(self._session.holder, grant.slot_id, grant.inode, save_id, step, due)
         after = functools.partial(self._prepare_next, captured.plan.layout)
         finish = None if writing.is_done else functools.partial(self._finish, writing, save, grant)
-        self._session.submit(seal, save, after, finish)
-        self._capturing = None
+        self._session.submit(seal, save, after, finish, functools.partial(self._hand_over, save))
         return save
+
+    def _hand_over(self, save: Save) -> None:
+        """The courier has it: no interrupt keeps it from the agent any more."""
+        self.last, self._capturing = save, None
+
+    def _is_lost(self, step: int) -> bool:
+        """Whether an interrupt ended the save of a step on its way to the agent."""
+        idle, lost = self._session.wait_idle(_ANSWER_S), self._capturing
+        return idle and lost is not None and lost[1] == step
 
     def _note_going_on(self, step: int) -> None:
         if self._skipping:
@@ -257,19 +265,21 @@ class Saver:
         """The slot of a save that an interrupt ended on its way to the agent: it may hold all of a
         shard, and so would wait for a seal that never comes."""
         lost = self._capturing
-        if lost is not None and not self.ring.withhold(lost):
-            release = protocol.Release(self._session.holder, lost.slot_id)
+        if lost is not None and not self.ring.withhold(lost[0]):
+            release = protocol.Release(self._session.holder, lost[0].slot_id)
             self._session.call("release", release, protocol.Done, timeout_s)
         self._capturing = None
 
     def _begin(self, needs: Needs | None) -> None:
         if self.run.incarnation is not None:
             return
+        self.run.prepare(needs)
+        self._move_if_short()
         try:
-            self.run.begin(needs, self._move_if_short)
+            self.run.begin()
         except TierFull as error:
             self._move_slots(error)
-            self.run.begin(needs, self._move_if_short)
+            self.run.begin()
         place = os.path.dirname(self._session.open().ram_root)
         if os.path.basename(place) == BESIDE and place != self._session.ram_path:
             logger.warning(
@@ -419,7 +429,7 @@ class Saver:
 
     def refuse_again(self, step: int) -> None:
         """Raise StepExists for a step that has been saved."""
-        if step in self.steps:
+        if step in self.steps and not self._is_lost(step):
             raise StepExists(
                 f"step {step} was saved already in this start of the job",
                 step=step,

@@ -8,6 +8,7 @@ goes away is started again and told what this process holds; what it had sealed 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -22,6 +23,7 @@ from mtckpt._turns import Turns
 from mtckpt.agent import protocol
 from mtckpt.agent.client import AgentClient
 from mtckpt.agent.spawn import ensure_agent
+from mtckpt.capture.base import nothing
 from mtckpt.errors import AgentTooOld, AgentUnavailable, CheckpointError, RunLocked
 
 if TYPE_CHECKING:
@@ -164,7 +166,7 @@ class Session:
             before, self.ram_path = self.ram_path, ram_path
             try:
                 self.opened = self._open(deadline_s)
-            except CheckpointError:
+            except BaseException:  # an interrupt as well: the next save moves again
                 self.ram_path = before
                 raise
             return self.opened
@@ -266,15 +268,21 @@ class Session:
         save: Save,
         after: Callable[[], None],
         finish: Callable[[], bytes] | None = None,
+        taken: Callable[[], None] = nothing,
     ) -> None:
         """Hand a captured slot over, in the background. ``after`` runs once a next one is known.
 
         ``finish`` runs before, where not all bytes are in the slot yet; what it returns is
         ``Seal.left``, what it raises (CheckpointError) is told of the save, which is then not
-        handed over.
+        handed over. ``taken`` runs first: an interrupt cannot come between it and what is done.
         """
-        self._saves[save.id] = save
-        self._hand(lambda: self._seal(seal, save, after, finish))
+
+        def job() -> None:
+            taken()
+            self._saves[save.id] = save
+            self._seal(seal, save, after, finish)
+
+        self._hand(job)
 
     @property
     def checks_left(self) -> bool:
@@ -334,33 +342,48 @@ class Session:
         """True once the courier has handed over everything."""
         return self._idle.wait(timeout_s)
 
-    def saves(self) -> list[Save]:
-        """Saves that something may still happen to."""
-        return list(self._saves.values())
-
     def _hand(self, job: Callable[[], None]) -> None:
         self.start()
         with self._handing:
-            # In this order: an interrupt in between must not leave a wait for no job at all.
-            self._jobs.put(job)
-            self._idle.clear()
+            try:
+                self._idle.clear()
+                self._jobs.put(job)
+            except BaseException:
+                # An interrupt: whether or not the job is handed over, the courier says when it is
+                # done with all that are.
+                self._jobs.put(nothing)
+                raise
 
     def start(self) -> None:
         """Have the threads that hand over and hear. Raises AgentUnavailable where there is none."""
         with self._starting:
             for work in (self._courier, self._listener)[len(self._threads) :]:
                 name = f"mtckpt-{work.__name__.strip('_')}"
-                thread = threading.Thread(target=work, name=name, daemon=True)
+                unwanted: list[bool] = []
+                begin = functools.partial(self._begin, work, unwanted)
+                thread = threading.Thread(target=begin, name=name, daemon=True)
+                before = list(self._threads)
                 try:
+                    self._threads.append(thread)
                     thread.start()
-                except RuntimeError as error:
+                except BaseException as error:
+                    self._threads = before
+                    unwanted.append(True)
+                    if not isinstance(error, RuntimeError):
+                        raise  # an interrupt, after which the thread may begin all the same
                     raise AgentUnavailable(
                         f"there is no thread to speak to the node agent: {error}",
                         actions=[
                             "see the limits of this process: ulimit -u, pids.max of its cgroup"
                         ],
                     ) from error
-                self._threads.append(thread)
+
+    def _begin(self, work: Callable[[], None], unwanted: Sequence[bool]) -> None:
+        """``unwanted`` has something where an interrupt came: another thread is started then."""
+        with self._starting:  # until that is known
+            pass
+        if not unwanted:
+            work()
 
     def _courier(self) -> None:
         while (job := self._jobs.get()) is not None:

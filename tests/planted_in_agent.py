@@ -286,7 +286,7 @@ SCHEDULE = (
     Bug(
         "same-step-captured-twice",
         "_saver.py",
-        "        if step in self.steps:",
+        "        if step in self.steps and not self._is_lost(step):",
         "        if step < 0:",
         ("test_checkpointer.py::test_same_step_twice_is_refused_before_capture",),
     ),

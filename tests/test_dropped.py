@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import mtckpt
-from mtckpt import _endings
+from mtckpt import _checkpointer, _endings
+from mtckpt._handle import Save
+from mtckpt.errors import AgentUnavailable, CloseFailed, SaveFailed, TierFull
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
 
@@ -92,3 +94,18 @@ def test_nothing_is_begun_for_one_that_did_nothing_or_was_closed(tmp_path: Path)
     gc.collect()
     assert not [thread for thread in threading.enumerate() if thread.name == "mtckpt-close"]
     assert threading.active_count() <= before
+
+
+def test_what_failed_while_the_agent_went_away_is_told_by_close_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = open_run(tmp_path)
+
+    def gone(*_: object) -> None:
+        checkpointer._failed(Save(1, planned={}), TierFull("no room", tier="disk"))
+        raise AgentUnavailable("it went away")
+
+    monkeypatch.setattr(_checkpointer, "bring_home", gone)
+    with pytest.raises(CloseFailed) as raised:
+        checkpointer.close(timeout_s=5)
+    assert list(map(type, raised.value.errors)) == [AgentUnavailable, SaveFailed]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import mtckpt
-from mtckpt import _delivery
+from mtckpt import _delivery, _session
 from mtckpt.capture import cpu
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
@@ -144,6 +144,31 @@ def test_an_interrupt_anywhere_in_a_restore_costs_that_restore_alone(
             assert (state["w"] == step).all()
         assert 100 < point < 9000
         _end_of("mtckpt-read")
+
+
+def test_a_save_that_was_not_handed_over_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state: dict[str, Any] = {"w": np.ones(1000, int)}
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def lose(checkpointer: mtckpt.Checkpointer, step: int) -> None:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(_session.Session, "submit", interrupted)
+            checkpointer.save(step, state)
+
+    tiers = [mtckpt.Ram(every=1, slots=2), mtckpt.Disk(tmp_path / "disk", every=100)]
+    with mtckpt.Checkpointer("r", tiers, timeout_s=90, max_stall_s=10) as checkpointer:
+        checkpointer.save(1, state).wait("staged", timeout_s=20)
+        lose(checkpointer, 2)
+        checkpointer.save(2, state).wait("staged", timeout_s=20)  # it was no step yet
+        lose(checkpointer, 3)
+        assert checkpointer.restore(state).step == 2
+        checkpointer.save(4, state).wait("staged", timeout_s=20)
+        lose(checkpointer, 5)
+    assert [step.step for step in mtckpt.steps(tmp_path / "disk" / "r")] == [4]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

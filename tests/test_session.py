@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import queue
 import threading
@@ -191,3 +192,56 @@ def test_ranks_do_not_wait_for_memory_beside_a_disk_that_hangs_nor_meet_without_
             run.join()
         if isinstance(root, HungPath):
             root.free.set()
+
+
+def test_an_interrupt_as_the_threads_start_leaves_one_of_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = Session("r", "r", [], "", timeout_s=1, on_error=lambda *_: None)
+    monkeypatch.setattr(Session, "_listener", lambda _: None)
+    start, done = threading.Thread.start, queue.SimpleQueue[int]()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(threading.Thread, "start", interrupted)
+        session.start()
+    for number in range(2):
+        session._hand(functools.partial(done.put, number))
+    assert [done.get(timeout=20) for _ in range(2)] == [0, 1]
+    session.close(20)
+    assert not [each for each in threading.enumerate() if each.name == "mtckpt-courier"]
+
+
+@pytest.mark.parametrize("is_put", [False, True])
+def test_an_interrupt_as_a_job_is_handed_over_leaves_no_wait_and_no_job_unwaited_for(
+    monkeypatch: pytest.MonkeyPatch, is_put: bool
+) -> None:
+    session = Session("r", "r", [], "", timeout_s=1, on_error=lambda *_: None)
+    monkeypatch.setattr(Session, "_listener", lambda _: None)
+    told: list[object] = []
+
+    class Interrupted(queue.SimpleQueue[Any]):
+        """Of the first call, as it begins or as it ends."""
+
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            told.append(item)
+            if len(told) > 1 or is_put:
+                super().put(item)
+            if len(told) == 1:
+                raise KeyboardInterrupt
+
+    session._jobs, ready = Interrupted(), threading.Event()
+
+    def job() -> None:
+        ready.wait(20)
+
+    with pytest.raises(KeyboardInterrupt):
+        session._hand(job)
+    if is_put:
+        assert not session.wait_idle(0.05)
+        ready.set()
+    assert session.wait_idle(20)
+    session.close(20)

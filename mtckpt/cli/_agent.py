@@ -271,7 +271,7 @@ def _remove(known: RunStatus, step: int | None, tiers: tuple[str, ...], *, as_js
     if step is None and not kept and (not tiers or "ram" in tiers):
         for tier in known.tiers:
             if tier.kind == "disk":
-                more, also_kept = delete_left(known.run, tier.path)
+                more, also_kept = delete_left(run_key(known.run), tier.path)
                 removed, kept = removed + more, kept + also_kept
     return print_removed(known.run, removed, kept, as_json=as_json)
 

@@ -31,7 +31,9 @@ def remove_left(run: str, disk_path: str, *, yes: bool, as_json: bool) -> int:
     from mtckpt._handle import size_text
     from mtckpt._manifest import run_key
 
-    there = [one for one in left_at(disk_path) if one.run_key == run_key(run)]
+    left = left_at(disk_path)
+    key = run if any(one.run_key == run for one in left) else run_key(run)
+    there = [one for one in left if one.run_key == key]
     if not there:
         raise StepNotFound(
             f"no container that is gone has left anything of {run} in {_place(disk_path)}",
@@ -43,18 +45,17 @@ def remove_left(run: str, disk_path: str, *, yes: bool, as_json: bool) -> int:
     if not yes and not confirmed([f"delete the slots of {run} from:", *lines], as_json=as_json):
         print_line("nothing was removed", err=True)
         return _output.WRONG
-    removed, kept = delete_left(run, disk_path)
+    removed, kept = delete_left(key, disk_path)
     return print_removed(run, removed, kept, as_json=as_json)
 
 
-def delete_left(run: str, disk_path: str) -> tuple[list[str], list[str]]:
+def delete_left(run_key: str, disk_path: str) -> tuple[list[str], list[str]]:
     """Delete what is nobody's any more: lines on what was deleted, and on what was kept."""
     from mtckpt._handle import size_text
-    from mtckpt._manifest import run_key
     from mtckpt.agent import beside
     from mtckpt.agent.owners import boot_id
 
-    deleted, kept = beside.delete(_place(disk_path), run_key(run), boot_id())
+    deleted, kept = beside.delete(_place(disk_path), run_key, boot_id())
     return [f"left: {one.root} ({size_text(one.size_bytes)})" for one in deleted], [
         f"left: {one.root} {_why(one)}" for one in kept
     ]

@@ -340,9 +340,10 @@ class Rank:
 
     def close(self, timeout_s: float) -> None:
         """As ``Checkpointer.close``: what was staged last goes to every tier."""
-        session, last = self.session, self.saver.last
+        session = self.session
         deadline_s = self.world.loop.time() + timeout_s
         session.wait_idle(timeout_s)
+        last = self.saver.last
         if last is not None:
             last._plan({label: stage_of_tier(label) for label, _ in self.settings.tiers()})
             session.watch(last)

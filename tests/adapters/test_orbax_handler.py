@@ -49,7 +49,7 @@ def bits(state: Any) -> list[bytes]:
 
 def test_a_manager_saves_and_restores_through_the_tiers(tmp_path: Path) -> None:
     with (
-        open_run(tmp_path) as checkpointer,
+        open_run(tmp_path, "team/r") as checkpointer,
         # What is not waited for on its way down, a newer step may take the place of.
         open_manager(
             tmp_path, checkpointer, stage="local", save_interval_steps=2, max_to_keep=2
@@ -68,7 +68,7 @@ def test_a_manager_saves_and_restores_through_the_tiers(tmp_path: Path) -> None:
     assert not any("ocdbt" in name for name in files)
 
     with (
-        open_run(tmp_path) as checkpointer,
+        open_run(tmp_path, "team/r") as checkpointer,
         open_manager(tmp_path, checkpointer) as manager,
     ):
         template = jax.eval_shape(lambda: make_state(0))
@@ -129,7 +129,7 @@ def test_what_cannot_be_saved_or_restored_is_said(tmp_path: Path) -> None:
         assert [step.step for step in checkpointer.steps()] == [1, 3]
         pointer = other / "mtckpt.json"
         text = pointer.read_text()
-        for run, error in (("gone", StepNotFound), ("../r", FormatError)):
+        for run, error in (("gone", StepNotFound), ("../r", FormatError), ("~", FormatError)):
             pointer.write_text(text.replace('"r"', f'"{run}"'))
             with pytest.raises(error):
                 handler.restore(other, make_state(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from state_harness import plan, restore, save
 from torch import nn, optim
 
+from mtckpt.adapters.torch import naming
 from mtckpt.errors import StateMismatch
 
 
@@ -41,6 +43,15 @@ def test_parameters_in_another_order_are_found_by_their_names() -> None:
     two = make("abcd", groups=2)
     with pytest.raises(StateMismatch, match="parameter c is in group 0 here, not in"):
         plan(save({"o": two}), {"o": make("acbd", groups=2)})
+
+
+def test_what_another_thread_restores_has_other_names() -> None:
+    module = nn.Linear(2, 2)
+    naming.note([module])
+    other = threading.Thread(target=naming.note, args=([nn.Linear(1, 1)],))
+    other.start()
+    other.join()
+    assert naming.names_of(optim.Adam(module.parameters())) == [["weight", "bias"]]
 
 
 def test_what_are_no_names_are_no_names() -> None:

@@ -129,7 +129,7 @@ def left_beside(disk: Path, run: str) -> str:
 def test_what_containers_left_of_a_run_that_nobody_knows_is_removed(
     tmp_path: Path, runtime_dir: Path
 ) -> None:
-    left, other = left_beside(tmp_path, "gone"), left_beside(tmp_path, "other")
+    left, other = left_beside(tmp_path, "gone"), left_beside(tmp_path, "_other")
     assert as_json("rm", "gone", "--beside", tmp_path, code=2)["error"]["actions"] == ["add --yes"]
     assert mtckpt("rm", "gone", "--beside", tmp_path, "--step", 1, "--yes").exit_code == 2
     with contextlib.closing(Lock(left)):
@@ -138,6 +138,8 @@ def test_what_containers_left_of_a_run_that_nobody_knows_is_removed(
     assert os.listdir(tmp_path / BESIDE) == [os.path.basename(other)]
     error = as_json("rm", "gone", "--beside", tmp_path, "--yes", code=1)["error"]
     assert error["type"] == "StepNotFound"
+    # By its directory's name, as doctor says it.
+    assert mtckpt("rm", run_key("_other"), "--beside", tmp_path, "--yes").exit_code == 0
     assert list(runtime_dir.iterdir()) == []  # no agent was needed
 
 

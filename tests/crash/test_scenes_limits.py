@@ -330,3 +330,9 @@ def test_a_disk_that_everybody_may_write_to_is_refused_at_once(tmp_path: Path) -
     with open_run("r", mtckpt.Ram(every=1), mtckpt.Disk(shared / "mine")) as checkpointer:
         checkpointer.save(1, state).wait("local", timeout_s=20)
     assert steps_on(shared / "mine") == [1]
+    os.chown(shared / "mine", 1000, -1)  # what is somebody else's can be read all the same
+    with pytest.raises(mtckpt.errors.AccessDenied, match="belongs to user 1000") as caught:
+        open_run("r", mtckpt.Ram(every=1), mtckpt.Disk(shared / "mine"))
+    assert "to restore from it, and save elsewhere: restore(source=...)" in str(caught.value)
+    with open_run("other", mtckpt.Ram(every=1)) as checkpointer:
+        assert checkpointer.restore(state, source=shared / "mine" / "r").step == 1

@@ -145,3 +145,11 @@ def test_all_ranks_of_a_node_capture_beside_the_disk_where_memory_is_too_small(
     assert full, found
     assert "for the slots of 2 ranks: 9.2 MiB needed" in str(full[0])
     assert "leave Ram() out" in str(full[0])
+    # Nor is there room beside the disk: tried once, and said once.
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / BESIDE).write_bytes(b"a file")
+    nowhere = job([mtckpt.Disk(tmp_path / "e")])
+    for error in both(nowhere, 1):
+        assert isinstance(error, TierFull)
+        assert len({*error.actions}) == len(error.actions), error
+    end(nowhere)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -230,7 +231,11 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
     def _source(self, pointer: dict[str, Any]) -> str | None:
         """Another run of the same tiers, where the directory is that of another manager."""
         run: str = pointer["run"]
-        return None if run == self._checkpointer.run else run
+        if run == self._checkpointer.run:
+            return None
+        if "/" in os.path.expanduser(run):  # a run, and no place that the file may name
+            raise FormatError(f"points to a place, and not to a run: {run!r:.80}")
+        return run
 
 
 @ocp.args.register_with_handler(Handler, for_save=True)
@@ -276,7 +281,6 @@ def _read_pointer(directory: Any) -> dict[str, Any]:
     if not (
         isinstance(pointer, dict)
         and isinstance(pointer.get("run"), str)
-        and "/" not in pointer["run"]  # a run, and no place that the file may name
         and type(pointer.get("step")) is int
         and isinstance(pointer.get("item"), str)
     ):

@@ -6,6 +6,7 @@ nor FSDP1, which has names of its own (``flats``). Keeps no module alive.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,20 @@ __all__ = ["Names", "by_size", "in_order", "names_of", "note"]
 Names = Sequence[Sequence[str]]  # by group
 
 _SECOND = "module."  # what DistributedDataParallel and its like put before every name
-_noted: list[weakref.ref[Module]] = []
+
+
+class _Noted(threading.local):
+    """Of the state that this thread restores: another may restore one with other modules."""
+
+    modules: Sequence[weakref.ref[Module]] = ()
+
+
+_noted = _Noted()
 
 
 def note(modules: Iterable[Module]) -> None:
     """Remember the modules of a state, in place of those of the last one."""
-    _noted[:] = map(weakref.ref, modules)
+    _noted.modules = [weakref.ref(module) for module in modules]
 
 
 def by_size(modules: Iterable[Module]) -> list[Module]:
@@ -42,7 +51,7 @@ def names_of(optimizer: Optimizer) -> Names | None:
     if all(map(_is_names, given)):
         return given
     known: dict[int, str] = {}
-    for module in by_size(filter(None, (each() for each in _noted))):
+    for module in by_size(filter(None, (each() for each in _noted.modules))):
         known.update((id(parameter), name) for name, parameter in _named(module))
     found = [[known.get(id(parameter), "") for parameter in group["params"]] for group in groups]
     return None if any("" in names for names in found) else found

@@ -11,7 +11,7 @@ from typing import Any
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from mtckpt._node import MAX_DEPTH
+from mtckpt._node import MAX_DEPTH, PLAIN_TYPES
 from mtckpt._replicas import Replicated
 from mtckpt.adapters.torch import flat_optimizers, flats, naming, replicas, wrappers
 
@@ -41,9 +41,7 @@ def _objects_in(state: Any, depth: int = 0) -> Iterator[Any]:
         return  # whoever takes the state apart says so
     elif isinstance(state, Replicated):
         yield from _objects_in(state.value, depth + 1)
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _objects_in(value, depth + 1)
-    elif isinstance(state, (list, tuple)):
-        for value in state:
-            yield from _objects_in(value, depth + 1)
+    elif isinstance(state, (Mapping, list, tuple)):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            if type(value) not in PLAIN_TYPES:  # of which there may be very many
+                yield from _objects_in(value, depth + 1)
