@@ -487,7 +487,7 @@ class RunState:
         held = [s.worth(line) for s in self.saves.values() if due and s.is_complete(label)]
         for save in due:
             # What this start saved beside a later one of the job, the tier refuses, and says so.
-            rival = save.name.incarnation == self.incarnation and not save.is_on(line)
+            rival = save.name.incarnation == max(self.begun, default=0) and not save.is_on(line)
             older = scanned and held and save.worth(line) < max(held) and not rival
             if save.is_complete(label):
                 save.due.discard(label)

@@ -286,3 +286,13 @@ def test_a_time_since_another_start_of_the_machine_says_nothing(run: RunState) -
     # A trainer of a job that has run for days, and died with the agent: it was there just now.
     run.owners[0] = Owner("h", 0, 1, 1, 0, "here")
     assert left_s_of(config_of(run).extra, 100.0) == 100.0
+
+
+def test_what_is_saved_beside_a_successor_is_refused_and_not_passed_over(run: RunState) -> None:
+    """Whoever waits for it is told why: nothing newer of this job takes its place."""
+    first = Incarnation(FORMAT_VERSION, "r", 1, "x")
+    after = Incarnation(FORMAT_VERSION, "r", 2, "y", (1, 10))
+    saves = [found(step, [0, 1], "store") for step in (10, 20)]
+    run.note_scan(RAM, work.RunScan("r", saves, [first]))
+    run.note_scan("store", work.RunScan("r", [found(10, [0, 1])], [first, after]))
+    assert (at(run, 20).owed, at(run, 20).superseded) == ({"store"}, set())
