@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.nn import Module
+from torch import Tensor
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from mtckpt._node import MAX_DEPTH
+from mtckpt._node import MAX_DEPTH, PLAIN_TYPES
 from mtckpt._replicas import Replicated
 from mtckpt.adapters.torch import flat_optimizers, flats, naming, replicas, wrappers
 
 __all__ = ["survey"]
+
+# What is in a state by the thousand, and has nothing inside.
+_LEAVES = PLAIN_TYPES | {Tensor, Parameter}
 
 
 def survey(state: object) -> None:
@@ -41,9 +45,7 @@ def _objects_in(state: Any, depth: int = 0) -> Iterator[Any]:
         return  # whoever takes the state apart says so
     elif isinstance(state, Replicated):
         yield from _objects_in(state.value, depth + 1)
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _objects_in(value, depth + 1)
-    elif isinstance(state, (list, tuple)):
-        for value in state:
-            yield from _objects_in(value, depth + 1)
+    elif isinstance(state, (Mapping, list, tuple)):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            if type(value) not in _LEAVES:
+                yield from _objects_in(value, depth + 1)
