@@ -1,9 +1,10 @@
 """The engine for host memory: memcpy and XXH3 in pieces of 256 KiB by a few threads.
 
 A piece is in the second-level cache once it was copied, where its digest costs a quarter of the
-copy; the other way round, the digest waits for memory and the copy does too. No OpenMP: a barrier of somebody else's threads collapses as soon as one core is busy.
-Small arrays are captured one after the other by the caller alone; at a microsecond each, handing
-them between threads would cost more than that. They are fetched a buffer at a time.
+copy; the other way round, the digest waits for memory and the copy does too. No OpenMP: a barrier
+of somebody else's threads collapses as soon as one core is busy. Small arrays are captured one
+after the other by the caller alone; at a microsecond each, handing them between threads would cost
+more than that. They are fetched a buffer at a time.
 """
 
 from __future__ import annotations
