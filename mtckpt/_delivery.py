@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from mtckpt import _shard, _striped
@@ -125,7 +126,7 @@ class Delivery:
         self._moves: list[Move] = []
         self._staged_wants: set[int] = set()
         self.by_label: dict[str, int] = {}
-        self._wants = sorted(wants, key=lambda want: want.span.start)
+        self._wants = sorted(wants, key=attrgetter("span"))
 
     def fetch(
         self,
@@ -417,7 +418,7 @@ class Delivery:
         return {tensors[self._wants[i].number].name for i in wanted}
 
     def _size_of(self, wanted: Iterable[int]) -> int:
-        return sum(self._wants[i].span.size_bytes for i in wanted)
+        return sum([self._wants[i].span.size_bytes for i in wanted])
 
     def _spans(self, wanted: Sequence[int]) -> list[Span]:
         return [self._wants[i].span for i in wanted]

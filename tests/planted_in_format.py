@@ -207,8 +207,8 @@ CAPTURE = (
     Bug(
         "digest-of-the-copy",
         "capture/cpu.py",
-        "        digests[chunk] = xxh3_64_intdigest(_chunk_at(source))\n"
-        "        _copy(target, source, CHUNK_BYTES)\n",
+        "        _copy(target, source, CHUNK_BYTES)\n"
+        "        digests[chunk] = xxh3_64_intdigest(_chunk_at(source))\n",
         "        _copy(target, source, CHUNK_BYTES)\n"
         "        digests[chunk] = xxh3_64_intdigest(_chunk_at(target))\n",
         ("test_guards.py::test_the_digest_is_of_the_source_and_not_of_the_copy",),

@@ -105,7 +105,7 @@ def test_nobody_copies_any_more_once_an_interrupt_is_out(amid: str) -> None:
     # Neither thread gets both pieces, as each waits for the other.
     units = [_Unit(which, 0, 0, 64 << 20, 0) for which in range(2)]
     with pytest.raises(KeyboardInterrupt):
-        CpuEngine(max_threads=2)._run(units, work)
+        CpuEngine(max_threads=2)._run(units, work, sum(unit.size_bytes for unit in units))
     assert len(ended) == 1
 
 

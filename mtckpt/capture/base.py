@@ -78,8 +78,8 @@ class Engine(Protocol):
     ) -> Capture:
         """Copy ``sources[i]`` to ``base + spans[i].start`` for all i, and digest it.
 
-        ``digests`` (u64 a chunk) gets the XXH3-64 of each 256 KiB of the *source*, taken before
-        the copy: a copy that went wrong shows. ``mode`` says what memory of a device may be used.
+        ``digests`` (u64 a chunk) gets the XXH3-64 of each 256 KiB of the *source*, never of the
+        copy: one that went wrong shows. ``mode`` says what memory of a device may be used.
         What lies on devices is there once ``finish`` of the result has returned.
 
         ``is_known``: ``digests`` are those of what lies at the places now. Chunks whose digests are

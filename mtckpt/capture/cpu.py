@@ -1,22 +1,23 @@
 """The engine for host memory: memcpy and XXH3 in pieces of 256 KiB by a few threads.
 
-A piece stays in the second-level cache between digest and copy, so both cost little more than the
-copy. No OpenMP: a barrier of somebody else's threads collapses as soon as one core is busy.
-Small arrays are captured one after the other by the caller alone; at a microsecond each, handing
-them between threads would cost more than that. They are fetched a buffer at a time.
+A piece is in the second-level cache once it was copied, where its digest costs a quarter of the
+copy; the other way round, the digest waits for memory and the copy does too. No OpenMP: a barrier
+of somebody else's threads collapses as soon as one core is busy. Small arrays are captured one
+after the other by the caller alone; at a microsecond each, handing them between threads would cost
+more than that. They are fetched a buffer at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 import os
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingOf
-from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from xxhash import xxh3_64_intdigest
@@ -132,7 +133,7 @@ class CpuEngine:
         *,
         is_known: bool = False,
     ) -> Capture:
-        del mode, is_known  # there is but one way: what is read for its digest is copied along
+        del mode, is_known  # there is but one way: what is copied is read for its digest
         arrays = self._arrays
         if arrays.sources != sources or arrays.spans != spans:
             arrays = self._arrays = _Arrays(sources, spans)
@@ -140,12 +141,12 @@ class CpuEngine:
         for index in arrays.large:
             start, size_bytes, chunk = spans[index]
             units += _units(index, sources[index], base + start, size_bytes, chunk)
-        self._run(units, lambda unit: _capture_unit(unit, digests))
+        self._run(units, lambda unit: _capture_unit(unit, digests), _bytes_of(units))
         if arrays.views:
             target = view_at(base, arrays.end)
             for chunk, place, view in zip(arrays.chunks, arrays.places, arrays.views, strict=True):
-                digests[chunk] = xxh3_64_intdigest(view)
                 target[place] = view
+                digests[chunk] = xxh3_64_intdigest(view)
         return _DONE
 
     def register(self, address: int, size_bytes: int) -> None:
@@ -173,7 +174,7 @@ class CpuEngine:
             if not _matches(unit, digests):
                 bad.add(unit.which)
 
-        self._run(units, check)
+        self._run(units, check, _bytes_of(units))
         if small:
             view = view_at(base, max(s.start + s.size_bytes for _, s in small))
             for index, (start, size_bytes, chunk) in small:
@@ -204,17 +205,15 @@ class CpuEngine:
         if cuts or any(targets):
             placing()
         bad: set[int] = set()
-        units: list[_Unit | _Cut | _Window] = []
-        small: list[_Piece] = []
-        for index, (span, target) in enumerate(zip(spans, targets, strict=True)):
-            start, size_bytes, chunk = span
+        units: list[_Unit | _Cut] = []
+        small: list[int] = []
+        for index, span in enumerate(spans):
             if index in cuts:
                 units += _cuts(index, span, cuts[index])
-            elif size_bytes > CHUNK_BYTES:
-                units += _units(index, start, target, size_bytes, chunk)
-            elif size_bytes:
-                small.append((index, start, size_bytes, chunk, target))
-        units += _windows(small)
+            elif span.size_bytes > CHUNK_BYTES:
+                units += _units(index, span.start, targets[index], span.size_bytes, span.chunk)
+            elif span.size_bytes:
+                small.append(index)
         buffers = threading.local()
 
         def fetch(unit: _Unit | _Cut | _Window) -> None:
@@ -232,7 +231,9 @@ class CpuEngine:
                     bad.add(unit.which)
             progress(unit.size_bytes)
 
-        self._run(units, fetch)
+        # The next window is put together while the bytes of another are read by another thread.
+        all_units = itertools.chain(units, _windows(spans, targets, small))
+        self._run(all_units, fetch, _bytes_of(spans))
         return sorted(bad)
 
     def copy(self, moves: Sequence[Move], placing: Callable[[], None] = nothing) -> None:
@@ -254,12 +255,11 @@ class CpuEngine:
         self._run(
             units,
             lambda unit: _copy_rows(unit.move) if isinstance(unit, _Rows) else _copy_unit(unit),
+            _bytes_of(units),
         )
 
-    def _run(self, units: Sequence[_T], work: Callable[[_T], None]) -> None:
+    def _run(self, units: Iterable[_T], work: Callable[[_T], None], total_bytes: int) -> None:
         """Let several threads, the caller among them, take the units one by one."""
-        if not units:
-            return
         taken = iter(units)
         lock = threading.Lock()
         failures: list[BaseException] = []
@@ -279,7 +279,6 @@ class CpuEngine:
             with running:
                 loop()
 
-        total_bytes = sum(unit.size_bytes for unit in units)
         others = _num_threads(total_bytes, self.max_threads) - 1
         locks = [threading.Lock() for _ in range(others)]
         threads = [
@@ -311,6 +310,10 @@ def _ignore(_: int) -> None:
     pass
 
 
+def _bytes_of(units: Iterable[_Unit | _Rows | Span]) -> int:
+    return sum([unit.size_bytes for unit in units])
+
+
 def _num_threads(size_bytes: int, limit: int) -> int:
     """Two threads fill the memory bus of a small machine, four that of a large one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -334,14 +337,14 @@ def _capture_unit(unit: _Unit, digests: memoryview) -> None:
     _, source, target, size_bytes, chunk = unit
     full, rest = divmod(size_bytes, CHUNK_BYTES)
     for _ in range(full):
-        digests[chunk] = xxh3_64_intdigest(_chunk_at(source))
         _copy(target, source, CHUNK_BYTES)
+        digests[chunk] = xxh3_64_intdigest(_chunk_at(source))
         source += CHUNK_BYTES
         target += CHUNK_BYTES
         chunk += 1
     if rest:
-        digests[chunk] = xxh3_64_intdigest(view_at(source, rest))
         _copy(target, source, rest)
+        digests[chunk] = xxh3_64_intdigest(view_at(source, rest))
 
 
 def _matches(unit: _Unit, digests: memoryview) -> bool:
@@ -412,17 +415,25 @@ def _fetch_cut(cut: _Cut, fd: int, buffer: Mapping, digests: memoryview) -> bool
     return sound
 
 
-def _windows(pieces: list[_Piece]) -> Iterator[_Window]:
-    """The pieces in the order of the file, as many at a time as fit a buffer with their gaps."""
-    pieces.sort(key=itemgetter(1))
+def _windows(spans: Sequence[Span], targets: Sequence[int], small: list[int]) -> Iterator[_Window]:
+    """The small ones in the order of the file, as many at a time as fit a buffer with their gaps.
+
+    Made as they are taken.
+    """
+    small.sort(key=spans.__getitem__)
+    pieces: list[_Piece] = []
     begin = total_bytes = 0
-    for number, (_, start, size_bytes, _, _) in enumerate(pieces):
-        if start + size_bytes - pieces[begin][1] > _BUFFER_BYTES:
-            yield _Window(pieces[begin:number], total_bytes)
-            begin, total_bytes = number, 0
+    for index in small:
+        start, size_bytes, chunk = spans[index]
+        if pieces and start + size_bytes - begin > _BUFFER_BYTES:
+            yield _Window(pieces, total_bytes)
+            pieces, total_bytes = [], 0
+        if not pieces:
+            begin = start
+        pieces.append((index, start, size_bytes, chunk, targets[index]))
         total_bytes += size_bytes
     if pieces:
-        yield _Window(pieces[begin:], total_bytes)
+        yield _Window(pieces, total_bytes)
 
 
 def _fetch_window(fd: int, window: _Window, buffer: Buffer, digests: memoryview) -> list[int]:

@@ -295,4 +295,4 @@ def test_what_is_saved_beside_a_successor_is_refused_and_not_passed_over(run: Ru
     saves = [found(step, [0, 1], "store") for step in (10, 20)]
     run.note_scan(RAM, work.RunScan("r", saves, [first]))
     run.note_scan("store", work.RunScan("r", [found(10, [0, 1])], [first, after]))
-    assert (at(run, 20).owed, at(run, 20).superseded) == ({"store"}, set())
+    assert (at(run, 20).owed, at(run, 20).superseded) == (frozenset({"store"}), set[str]())

@@ -205,11 +205,12 @@ def look(block: Sequence[torch.Tensor]) -> Iterator[list[Any]]:
     yield dtypes
     yield list(map(torch.Tensor.size, block))
     here = on_host(block)
-    ordinals = [-1] * len(block) if all(here) else ordinals_of(block)
+    all_here = all(here)
+    ordinals = [-1] * len(block) if all_here else ordinals_of(block)
     yield ordinals
     yield list(map(torch.Tensor.data_ptr, block))
     yield list(map(_held_bytes, map(_storage, block)))
-    within_reach = min(ordinals) >= 0 or all(map(operator.or_, here, map(_is_ordinal, ordinals)))
+    within_reach = all_here or all(map(operator.or_, here, map(_is_ordinal, ordinals)))
     yield [
         all(map(torch.Tensor.is_contiguous, block))
         and within_reach

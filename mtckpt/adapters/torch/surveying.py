@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.nn import Module
+from torch import Tensor
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from mtckpt._node import MAX_DEPTH, PLAIN_TYPES
@@ -16,6 +17,9 @@ from mtckpt._replicas import Replicated
 from mtckpt.adapters.torch import flat_optimizers, flats, naming, replicas, wrappers
 
 __all__ = ["survey"]
+
+# What is in a state by the thousand, and has nothing inside.
+_LEAVES = PLAIN_TYPES | {Tensor, Parameter}
 
 
 def survey(state: object) -> None:
@@ -43,5 +47,5 @@ def _objects_in(state: Any, depth: int = 0) -> Iterator[Any]:
         yield from _objects_in(state.value, depth + 1)
     elif isinstance(state, (Mapping, list, tuple)):
         for value in state.values() if isinstance(state, Mapping) else state:
-            if type(value) not in PLAIN_TYPES:  # of which there may be very many
+            if type(value) not in _LEAVES:
                 yield from _objects_in(value, depth + 1)
