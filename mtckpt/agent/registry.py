@@ -276,16 +276,12 @@ class Registry:
         async with run.opening:
             if is_beside and not goes_beside and run.living():
                 return
+            if goes_beside:
+                await self.agreement.outgrown(run, message.holder)
             if is_elsewhere(run):
                 await self.freer.move(run, self._ram_ref(root))
             elif not is_beside:
-                raise UsageError(
-                    f"the newest save of this run is in {run.ram.path} and nowhere else",
-                    state="nothing was done",
-                    actions=[f"use Ram({run.ram.path!r}) once more", "or: mtckpt rm of the run"],
-                    run=run.run,
-                    path=root,
-                )
+                self.freer.refuse_move(run, root)
 
     def _ram_ref(self, root: str) -> TierRef:
         return TierRef("ram", root, self.service, RAM)
