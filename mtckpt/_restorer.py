@@ -172,6 +172,13 @@ def records_of(
     Raises what ``Checkpointer.restore`` does, and StepNotFound where there is no step.
     """
     run.join()
+    with run.meeting():
+        return _records_of(run, engine, step, source)
+
+
+def _records_of(
+    run: Run, engine: Engine, step: int | Literal["latest", "best"], source: str | None
+) -> dict[int, Record]:
     with run.together("look", _elsewhere):
         places = run.places()
         other = None if source is None else run.source(source, places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,8 +17,8 @@ from stores import free_ports
 import mtckpt
 from mtckpt import _coordination
 from mtckpt.agent.spawn import ensure_agent
-from mtckpt.errors import StepDisagreement
-from mtckpt.testing.groups import local_groups
+from mtckpt.errors import RankTimeout, StepDisagreement
+from mtckpt.testing.groups import LocalGroup, local_groups
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("runtime_dir")]
 
@@ -140,3 +141,50 @@ def test_a_rank_that_saves_while_another_restores_is_named() -> None:
             saved.result()
     causes = [raised.value, raised.value.__cause__]
     assert any(isinstance(cause, StepDisagreement) for cause in causes)
+
+
+class _Interrupted(LocalGroup):
+    """Ctrl-C comes once, while it waits for the others to tell what they have."""
+
+    is_due = True
+
+    def exchange(self, stage: str, value: bytes, timeout_s: float) -> list[bytes]:
+        if not self.is_due or stage != "holdings":
+            return super().exchange(stage, value, timeout_s)
+        self.is_due = False
+        with contextlib.suppress(RankTimeout):
+            super().exchange(stage, value, 0.0)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["exchange", "work"])
+def test_the_others_hear_at_once_of_a_rank_that_is_interrupted(
+    where: str,
+) -> None:
+    """They would wait for it for a minute, and two where it reads. All can restore again then."""
+    board = local_groups(2)
+    groups = [board[0], _Interrupted(board[0]._board, 1, 2) if where == "exchange" else board[1]]
+    is_due = where == "work"
+
+    def rename(path: str) -> str:
+        if is_due:
+            raise KeyboardInterrupt
+        return path
+
+    one, other = (
+        mtckpt.Checkpointer("run", [mtckpt.Ram(every=1)], group=group, timeout_s=60.0)
+        for group in groups
+    )
+    with one, other, ThreadPoolExecutor(2) as pool:
+        saves = [pool.submit(each.save, 1, {"w": np.ones(3)}) for each in (one, other)]
+        for save in saves:
+            save.result().wait("staged")
+        first = pool.submit(one.restore, {"w": np.zeros(3)})
+        second = pool.submit(other.restore, {"w": np.zeros(3)}, rename=rename)
+        with pytest.raises(KeyboardInterrupt):
+            second.result()
+        with pytest.raises(RankTimeout, match="rank 1 does not come: KeyboardInterrupt") as raised:
+            first.result(30)
+        assert raised.value.details["ranks"] == [1]
+        again = [pool.submit(each.restore, {"w": np.zeros(3)}) for each in (one, other)]
+        assert [each.result(30).step for each in again] == [1, 1]
