@@ -85,7 +85,7 @@ class Copies:
             elif not save.held_on and not save.held_agents <= agent_ids:
                 # Of an earlier start, and the agent that took them is gone: memory may be, too.
                 save.inherited = True
-                self._offer_again(run, tier, save)
+                self.offer_again(run, tier, save)
 
     async def lost(self, run: RunState, message: Lost) -> Done:
         """A partner found a copy damaged, and could not have it again: it is offered anew."""
@@ -99,9 +99,10 @@ class Copies:
         """What was acknowledged is there no more: owed again."""
         logger.warning("run %s: copies of %s are gone", run.key, save.name)
         self._tools.events.emit("copies.lost", run=run.run, step=save.name.step)
-        self._offer_again(run, tier, save)
+        self.offer_again(run, tier, save)
 
-    def _offer_again(self, run: RunState, tier: TierState, save: SaveState) -> None:
+    def offer_again(self, run: RunState, tier: TierState, save: SaveState) -> None:
+        """Owed again: those that have it say so, and hear at the same time how this node is."""
         run.drop_copy(save, tier.label)
         save.due.add(tier.label)
         run.touch(save)

@@ -33,8 +33,7 @@ __all__ = ["RunState"]
 
 # Saves that lie nowhere any more. Whatever is done for a save looks at all that are known.
 MAX_KEPT_CHANGES = 200
-# How long slots wait for partners that do not answer.
-PARTNER_PATIENCE_S = 60.0
+PARTNER_PATIENCE_S = 60.0  # of slots, with partners that do not answer
 
 
 @dataclass(eq=False)
@@ -63,8 +62,7 @@ class RunState:
     plans: dict[str, tuple[Plan, int]] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     finished: list[str] = field(default_factory=list)
-    # What an agent before this one had noted: ranks whose shards are copies for other nodes, and
-    # what the job was restored from.
+    # What an agent before this one had noted: whose shards are copies, and what was restored from.
     noted_guests: dict[str, list[int]] = field(default_factory=dict)
     noted_chosen: set[str] = field(default_factory=set)
     noted_diverged: dict[str, dict[str, list[int]]] = field(default_factory=dict)
@@ -227,8 +225,8 @@ class RunState:
         ]
 
     def outlived(self) -> list[SaveState]:
-        """Saves older than the newest that outlives any one node, or where none does by itself than
-        the newest that is whole: they need not do so."""
+        """Saves older than the newest that outlives any one node; where none does by itself, than
+        the newest that is whole."""
         line, keeps = self.line(), any(tier.is_peers for tier in self.tiers.values())
         held = [
             save.worth(line)
@@ -239,10 +237,12 @@ class RunState:
         return [s for s in self.saves.values() if newest is not None and s.worth(line) < newest]
 
     def note_leaving(self, number: int, leaving: bool) -> None:
-        """Another node is about to go, or is not: what it holds is to be elsewhere then."""
+        """Another node is about to go, or is not: copies that could go nowhere can be tried."""
         if leaving != (number in self.leaving):
             self.leaving ^= {number}
             self.touch()
+            for tier in self.tiers.values():
+                tier.retry.set()
 
     def _is_patient(self, now_s: float) -> bool:
         """Whether what is staged since the newest that other nodes have whole is not long so."""
