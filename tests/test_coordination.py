@@ -16,8 +16,10 @@ from stores import free_ports
 
 import mtckpt
 from mtckpt import _coordination
+from mtckpt._copies import Shards
+from mtckpt._manifest import Record
 from mtckpt.agent.spawn import ensure_agent
-from mtckpt.errors import RankTimeout, StepDisagreement
+from mtckpt.errors import NoHealthyStep, RankTimeout, StepDisagreement
 from mtckpt.testing.groups import LocalGroup, local_groups
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("runtime_dir")]
@@ -28,6 +30,8 @@ import sys
 from datetime import timedelta
 import torch.distributed as dist
 from mtckpt import _coordination
+from mtckpt._copies import Shards
+from mtckpt._manifest import Record
 from mtckpt.adapters.torch.group import find_group
 from mtckpt.errors import RankTimeout
 rank, port = map(int, sys.argv[1:])
@@ -39,6 +43,8 @@ JAX_RANK = """
 import sys
 import jax
 from mtckpt import _coordination
+from mtckpt._copies import Shards
+from mtckpt._manifest import Record
 from mtckpt.adapters.jax.group import find_group
 from mtckpt.errors import RankTimeout
 rank, port = map(int, sys.argv[1:])
@@ -188,3 +194,25 @@ def test_the_others_hear_at_once_of_a_rank_that_is_interrupted(
         assert raised.value.details["ranks"] == [1]
         again = [pool.submit(each.restore, {"w": np.zeros(3)}) for each in (one, other)]
         assert [each.result(30).step for each in again] == [1, 1]
+
+
+def test_what_is_read_of_records_waits_for_an_agent_that_is_just_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a restore does: an older step would give up the newer ones for good."""
+    looks: list[Shards] = []
+
+    def record(shards: Shards, rank: int) -> Record:
+        if not looks:
+            looks.append(shards)
+            shards._attempt.silent["peers-a-ram"] = "does not answer"
+            raise NoHealthyStep("no record", state="live state unchanged")
+        return sound(shards, rank)
+
+    with mtckpt.Checkpointer("run", [mtckpt.Ram(every=1)]) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"w": np.ones(3)}).wait("staged")
+        sound = Shards.record
+        monkeypatch.setattr(Shards, "record", record)
+        assert checkpointer._records("latest")[0].step == 2
+    assert len(looks) == 1
