@@ -84,7 +84,10 @@ class Registry:
         )
         follow, write_config = self.links.follow, self.write_config
         self.freer = Freer(tools, self.runs, self.links, self.flusher, self.ring)
-        self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config, self.agent_id)
+        self.guests = Guests(
+            tools, self.peers, self.boot_id, follow, write_config, self.fetcher.arrived,
+            self.agent_id,
+        )  # fmt: skip
         self.directory = directory
         self.held = Roots(directory, protocol.ram_base(), self.boot_id)
         self._loading = asyncio.Lock()

@@ -403,10 +403,7 @@ class RunState:
                     name, entry.save_id, entry.incarnation_id, entry.world_size, entry.size_bytes
                 )
                 save.seen_at = entry.saved_at_s or save.seen_at
-            save.save_id = save.save_id or entry.save_id
-            save.incarnation_id = save.incarnation_id or entry.incarnation_id
-            save.world_size = entry.world_size or save.world_size
-            save.size_bytes = max(save.size_bytes, entry.size_bytes)
+            save.note_found(entry)
             save.chosen |= entry.save in self.noted_chosen
             save.diverged = save.diverged or self.noted_diverged.get(entry.save, {})
             own = set(entry.ranks)
@@ -415,11 +412,6 @@ class RunState:
                 own -= save.guests
             if own:
                 save.ranks[label] = own
-            save.shard_bytes.update(zip(entry.ranks, entry.shard_bytes, strict=False))
-            save.disputed |= not entry.complete and len(entry.ranks) == entry.world_size
-            save.metrics = {**entry.metrics, **save.metrics}  # RAM, which comes first, is right
-            save.reported |= entry.reported
-            save.plan_digest = save.plan_digest or entry.plan_digest
             save.found = True
             save.seq = self.seq + 1  # whoever asks a new agent is told where it stands
             if entry.problems:
