@@ -281,9 +281,12 @@ class Checkpointer:
             step = step_number(step, words='"latest", "best" or ')
         started_s = time.perf_counter()
         self._link.join()
-        self._session.open()
-        self._saver.await_staged(self._timeout_s / 2)
-        restored = _restorer.restore(self._link, self._engine, state, step, source, partial, rename)
+        with self._link.meeting():
+            self._session.open()
+            self._saver.await_staged(self._timeout_s / 2)
+            restored = _restorer.restore(
+                self._link, self._engine, state, step, source, partial, rename
+            )
         restored.elapsed_s = time.perf_counter() - started_s
         _restorer.go_on(self._link, restored, source)
         if restored:
@@ -299,8 +302,9 @@ class Checkpointer:
     def _read(self, state: Any, step: int, source: str, partial: bool) -> Restored:
         """What another run has, for a run that goes on from where it is: nothing of it changes."""
         self._link.join()
-        self._session.open()
-        return _restorer.restore(self._link, self._engine, state, step, source, partial, None)
+        with self._link.meeting():
+            self._session.open()
+            return _restorer.restore(self._link, self._engine, state, step, source, partial, None)
 
     def _records(self, step: Any, source: str | None = None) -> dict[int, _manifest.Record]:
         """See ``_restorer.records_of``."""

@@ -19,10 +19,12 @@ import msgspec
 
 from mtckpt.errors import CheckpointError, GroupMissing, RankTimeout, StepDisagreement, UsageError
 
-__all__ = ["Group", "Single", "Store", "StoreGroup", "choose", "exchange", "together"]
+__all__ = ["Group", "Single", "Store", "StoreGroup", "choose", "exchange", "leave", "together"]
 
 _PAUSE_S = (0.001, 0.1)
 _LAST_READ_S = 2.0
+_LEFT = "left"
+_MAX_WHY = 500
 _numbers: dict[str, itertools.count[int]] = {}
 
 
@@ -212,12 +214,21 @@ def exchange(group: Group, stage: str, value: object, timeout_s: float) -> list[
     """``Group.exchange`` of anything that JSON has.
 
     Raises StepDisagreement with the ranks that are at another stage: each would take what the
-    others gave for something else.
+    others gave for something else; RankTimeout where one said that it does not come.
     """
     if group.world_size == 1:
         return [value]
     data = group.exchange(stage, msgspec.json.encode((stage, value)), timeout_s)
     told = [msgspec.json.decode(each, type=tuple[str, Any]) for each in data]
+    for rank, (at, why) in enumerate(told):
+        if at == _LEFT:
+            raise RankTimeout(
+                f"{stage}: rank {rank} does not come: {why}",
+                stage=stage,
+                rank=rank,
+                ranks=[rank],
+                actions=("look at the log of that rank",),
+            )
     elsewhere = [rank for rank, (at, _) in enumerate(told) if at != stage]
     if elsewhere:
         first = elsewhere[0]
@@ -228,6 +239,17 @@ def exchange(group: Group, stage: str, value: object, timeout_s: float) -> list[
             ranks=elsewhere,
         )
     return [each for _, each in told]
+
+
+def leave(group: Group, error: BaseException) -> None:
+    """Tell the others, who wait for this rank or are about to, that it does not come, and why. It
+    does not wait for them, nor for long for what joins them."""
+    if group.world_size == 1:
+        return
+    why = error.what if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    # Whatever keeps it from saying so, the error that it leaves by is the one to be raised.
+    with contextlib.suppress(Exception):
+        group.exchange(_LEFT, msgspec.json.encode((_LEFT, why[:_MAX_WHY])), 0.0)
 
 
 @contextlib.contextmanager

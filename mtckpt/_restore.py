@@ -35,13 +35,29 @@ if TYPE_CHECKING:
     from mtckpt._inventory import Inventory
     from mtckpt._manifest import ArrayEntry, Record, SaveName
     from mtckpt.capture.base import Move
+    from mtckpt.tiers import ObjectInfo, Survives
 
-__all__ = ["Attempt", "Place", "Scope", "restore_from", "scan_places"]
+__all__ = ["Attempt", "Place", "Scope", "Silent", "restore_from", "scan_places"]
 
 logger = logging.getLogger(__name__)
 
 # How much is read at a time of each of two arrays that are compared.
 _COMPARED_BYTES = 64 * 1024 * 1024
+
+
+class Silent:
+    """In the place of a tier that could not be opened: every look at it says why."""
+
+    def __init__(self, name: str, survives: Survives, error: CheckpointError) -> None:
+        self.name = name
+        self.survives = survives
+        self._error = error
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        raise self._error
+
+    def close(self) -> None:
+        return None
 
 
 # -- one save into live state ----------------------------------------------------------------------

@@ -172,22 +172,43 @@ def records_of(
     Raises what ``Checkpointer.restore`` does, and StepNotFound where there is no step.
     """
     run.join()
+    with run.meeting():
+        found = _records_of(run, engine, step, source)
+        if found is None:
+            meet_again(run)
+            found = _records_of(run, engine, step, source, is_last=True)
+        assert found is not None  # at the last look
+        return found
+
+
+def _records_of(
+    run: Run,
+    engine: Engine,
+    step: int | Literal["latest", "best"],
+    source: str | None,
+    *,
+    is_last: bool = False,
+) -> dict[int, Record] | None:
+    """None where somebody did not answer who may at another look, as in ``_restore_newest``."""
     with run.together("look", _elsewhere):
         places = run.places()
         other = None if source is None else run.source(source, places)
-    gathered = gather(run, step, places, other)
-    candidates = _plan(run, gathered, step).candidates
-    failure: CheckpointError = StepNotFound(
-        f"no tier has a step of run {run.name}", step=step, state="live state unchanged"
-    )
-    for candidate in candidates:
-        scope = _scope(run, engine, gathered, candidates)
-        shards = Shards(candidate, scope, _restore.Attempt())
-        try:
-            with scope.together("describe"):
-                return {rank: shards.record(rank) for rank in sorted(candidate.sources)}
-        except (NoHealthyStep, FormatError) as error:
-            failure = error
+    with contextlib.closing(gather(run, step, places, other)) as gathered:
+        candidates = _plan(run, gathered, step).candidates
+        failure: CheckpointError = StepNotFound(
+            f"no tier has a step of run {run.name}", step=step, state="live state unchanged"
+        )
+        for candidate in candidates:
+            scope = _scope(run, engine, gathered, candidates)
+            attempt = _restore.Attempt()
+            shards = Shards(candidate, scope, attempt)
+            try:
+                with scope.together("describe"):
+                    return {rank: shards.record(rank) for rank in sorted(candidate.sources)}
+            except (NoHealthyStep, FormatError) as error:
+                failure = error
+                if _was_silence(run, attempt) and not is_last:
+                    return None
     raise failure
 
 

@@ -45,13 +45,11 @@ from mtckpt.errors import (
 from mtckpt.tiers import LocalTier, Survives
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from mtckpt._holdings import Holdings
     from mtckpt._inventory import Inventory
     from mtckpt._schedule import SlowTier
     from mtckpt._session import Session
-    from mtckpt.tiers import ObjectInfo, Tier
+    from mtckpt.tiers import Tier
 
 __all__ = ["Run"]
 
@@ -65,21 +63,6 @@ _STORE_PATIENCE_S = 10.0
 _MIN_FAR_BYTES_PER_S = 1e6
 # Of one thread: what is looked at in another may still need its time.
 _hurries = contextvars.ContextVar("_hurries", default=False)
-
-
-class _Silent:
-    """In the place of a tier that could not be opened: every look at it says why."""
-
-    def __init__(self, name: str, survives: Survives, error: CheckpointError) -> None:
-        self.name = name
-        self.survives = survives
-        self._error = error
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        raise self._error
-
-    def close(self) -> None:
-        return None
 
 
 class Run:
@@ -105,6 +88,7 @@ class Run:
         self._given = group
         self._lock = threading.Lock()  # threads may look at a run while one saves
         self._entered = self._joined = self._has_layout = False
+        self._heard = False  # all ranks know of the error that ended their last exchange
         self.members = ALONE
         self.short: tuple[int, int] | None = None  # what all ranks of a node need, of what is left
         self.incarnation: Incarnation | None = None
@@ -142,10 +126,11 @@ class Run:
         self.enter()
         if self._joined:
             return
-        if self.group.world_size == 1:
-            self._check_placement([protocol.NodeOfRun(_joining.nowhere(""), [0])])
-        else:
-            self._join_ranks()
+        with self.meeting():
+            if self.group.world_size == 1:
+                self._check_placement([protocol.NodeOfRun(_joining.nowhere(""), [0])])
+            else:
+                self._join_ranks()
         self._joined = True
 
     def _join_ranks(self) -> None:
@@ -244,18 +229,44 @@ class Run:
         Raises RankTimeout.
         """
         timeout_s = self._patience_s() if patient else self.timeout_s
-        return _coordination.exchange(self.group, stage, value, timeout_s)
+        with self._hearing():
+            return _coordination.exchange(self.group, stage, value, timeout_s)
 
     def _patience_s(self) -> float:
         return self.timeout_s * (2 + len(self.tiers))
 
+    @contextlib.contextmanager
     def together(
         self, stage: str, foreign: Callable[[int, str, str], CheckpointError], reading_s: float = 0
-    ) -> AbstractContextManager[None]:
+    ) -> Iterator[None]:
         """See ``_coordination.together``. Others may have to wait for each of their tiers, and to
         read for so long, while this rank had luck."""
         patience_s = self._patience_s() + reading_s
-        return _coordination.together(self.group, stage, patience_s, foreign)
+        with self._hearing(), _coordination.together(self.group, stage, patience_s, foreign):
+            yield
+
+    @contextlib.contextmanager
+    def _hearing(self) -> Iterator[None]:
+        """Around what ranks exchange: errors of ours that end it are known to all of them."""
+        self._heard = False
+        try:
+            yield
+        except CheckpointError:
+            self._heard = True
+            raise
+
+    @contextlib.contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Around what all ranks do together: one that leaves it, interrupted or by an error that is
+        its own, tells the others, who would wait for it until their time-out."""
+        self._heard = False
+        try:
+            yield
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            if not self._heard:
+                self._heard = True
+                _coordination.leave(self.group, error)
+            raise
 
     def places(self) -> list[Place]:
         """Every tier that there is, fastest first. One that hangs says so when it is scanned."""
@@ -293,7 +304,7 @@ class Run:
         try:
             return cast("Tier | None", self.within(label, look))
         except CheckpointError as error:
-            silent = _Silent(label, Survives.PROCESS | Survives.POWER, error)
+            silent = _restore.Silent(label, Survives.PROCESS | Survives.POWER, error)
             return cast("Tier", silent)  # nothing but ``list`` is called before it answered
 
     def scan(self, places: Sequence[Place]) -> tuple[dict[str, Inventory], dict[str, str]]:
@@ -438,11 +449,12 @@ class Run:
 
     def _agree_on_start(self, needs: Needs | None) -> Incarnation:
         """The same incarnation on every rank: a number above all that any of them has seen."""
-        if not self._scanned:
-            self.scan(self.places())
-        host = [socket.gethostname(), self.session.pid]
-        mine = [self._highest, str(uuid.uuid4()), self.parent, host, needs]
-        told = self.exchange("begin", mine)
+        with self.meeting():
+            if not self._scanned:
+                self.scan(self.places())
+            host = [socket.gethostname(), self.session.pid]
+            mine = [self._highest, str(uuid.uuid4()), self.parent, host, needs]
+            told = self.exchange("begin", mine)
         parents = [parent and tuple(parent) for _, _, parent, _, _ in told]
         if len(set(parents)) > 1:
             raise StepDisagreement(

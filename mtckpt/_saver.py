@@ -18,7 +18,7 @@ from mtckpt import _manifest, _pieces, _save, _writing
 from mtckpt._handle import Save, size_text, stage_of_tier
 from mtckpt._joining import Needs
 from mtckpt._progress import progress
-from mtckpt._room import memory_left_bytes, ranks_full
+from mtckpt._room import bytes_below, bytes_free, ranks_full
 from mtckpt._schedule import Disk, Peers
 from mtckpt._slots import BESIDE
 from mtckpt._steps import metrics_of
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_S = 0.5
 _MIN_SLOTS = 2
+_TAKEN_AWAY = "its place in memory was taken away"
 
 
 class Saver:
@@ -185,7 +186,7 @@ class Saver:
         if captured is None or not self.run.lacks_layout:
             return None
         path = self._session.open().ram_root
-        free_bytes = _free_bytes(path)
+        free_bytes = bytes_free(path)
         if free_bytes is None:
             return None
         layout = captured.plan.layout
@@ -194,11 +195,14 @@ class Saver:
         shared_bytes = min(size_bytes, shared)
         slots = _MIN_SLOTS if self._ram.slots == "auto" else int(self._ram.slots)
         # What the run has there already makes room for what it saves.
-        room_bytes = free_bytes + _bytes_below(os.path.join(path, self.run.key))
+        room_bytes = free_bytes + bytes_below(os.path.join(path, self.run.key))
         return Needs(size_bytes - shared_bytes, shared_bytes, slots, room_bytes)
 
-    def _finish(self, writing: _writing.Writing, save: Save, grant: protocol.SlotGrant) -> bytes:
-        """In the background: wait for what devices still copy. Raises CaptureFailed."""
+    def _finish(
+        self, writing: _writing.Writing, save: Save, grant: protocol.SlotGrant
+    ) -> bytes | None:
+        """In the background: wait for what devices still copy; None where the slot is gone, and
+        the save called off. Raises CaptureFailed."""
         self._leaving = True
         try:
             return writing.finish()
@@ -206,6 +210,9 @@ class Saver:
             # Here, too; the error is then told of the save.
             self.steps.discard(save.step)
             self._take_back(save, grant, error)
+            if _is_gone(grant, error):
+                self._call_off(save, _TAKEN_AWAY)
+                return None
             _save.raise_capture_error(save.step, error)
         finally:
             self._leaving = False
@@ -214,11 +221,11 @@ class Saver:
         """Raise why there is no capture; where only its slot is gone, the save is called off."""
         self._take_back(save, grant, error)
         self._capturing = None
-        if not isinstance(error, FileNotFoundError) or error.filename != grant.data_path:
+        if not _is_gone(grant, error):
             _save.raise_capture_error(save.step, error)
         # Somebody has emptied this node's memory: the agent begins it anew.
         self.ring.clear()
-        return self._call_off(save, "its place in memory was taken away")
+        return self._call_off(save, _TAKEN_AWAY)
 
     def _take_back(self, save: Save, grant: protocol.SlotGrant, error: Exception) -> None:
         """Whatever went wrong, the slot goes back first; it has no generation word.
@@ -242,7 +249,7 @@ class Saver:
             return None
         grant, self._session.next_slot = self._session.next_slot, None
         if grant is not None and self.ring.fits(grant, layout):
-            return grant
+            return self._followed(grant)
         want = protocol.WantSlots(
             self._session.holder,
             layout.size_bytes,
@@ -257,9 +264,22 @@ class Saver:
         except (AgentUnavailable, TierUnavailable) as error:
             self._call_off(save, f"the node agent: {error.what}")
             return None
+        except WaitTimeout as error:
+            self._call_off(save, f"memory is too small now, and {error.what}")
+            return None
         if slots.grant is None:
             self._call_off(save, slots.reason or "no slot is free")
-        return slots.grant
+            return None
+        return self._followed(slots.grant)
+
+    def _followed(self, grant: protocol.SlotGrant) -> protocol.SlotGrant:
+        """A slot that another rank of this node has had moved to the disk with all others: this one
+        looks there from now on."""
+        place = os.path.join(self._disk_path() or "", BESIDE, "")
+        known = self._session.open().ram_root.startswith(place)
+        if grant.data_path.startswith(place) and not known:
+            self._session.move_slots(os.path.dirname(place))
+        return grant
 
     def _give_back_lost(self, timeout_s: float) -> None:
         """The slot of a save that an interrupt ended on its way to the agent: it may hold all of a
@@ -292,7 +312,7 @@ class Saver:
         try:
             return self._session.call("slots", want, protocol.Slots, self._patience_s(want))
         except TierFull as error:
-            self._move_slots(error)
+            self._move_slots(error, amid_job=True)
             assert self.run.incarnation is not None
             self.run.send_begin(self.run.incarnation)
             return self._session.call("slots", want, protocol.Slots)
@@ -305,21 +325,23 @@ class Saver:
             self._move_slots(ranks_full(ram_path, len(self.run.members.node), *short))
             self.run.short = None
 
-    def _move_slots(self, error: TierFull) -> None:
-        """Go on with slots on a disk. Raises the error, with what helps besides more memory, where
-        memory is insisted on, or all is, or other ranks of the node would not move along."""
+    def _move_slots(self, error: TierFull, *, amid_job: bool = False) -> None:
+        """Go on with slots on a disk, as do all ranks of the node. Raises the error, with what
+        helps besides more memory, where memory is insisted on, or all is; amid a job WaitTimeout,
+        where what is in memory comes to the disk first."""
         disk = self._disk_path() or ""
         beside = os.path.join(disk, BESIDE)
-        agreed = self.run.members.world_size == 1 or self.run.short is not None
-        if self._insists or not disk or not agreed or self._session.ram_path == beside:
+        if self._insists or not disk or self._session.ram_path == beside:
             raise self._with_advice(error)
         try:
             self._session.move_slots(beside)
-        except (TierError, UsageError) as why:
+        except (TierError, UsageError, WaitTimeout) as why:
+            if amid_job and isinstance(why, WaitTimeout):
+                raise
             # No room there either, or no right: what memory said stands. Or it has the only copy
             # of a step, which a slower tier is yet to be given.
             raise self._with_advice(error) from why
-        if self.run.members.rank == self.run.members.node[0]:
+        if amid_job or self.run.members.rank == self.run.members.node[0]:
             logger.warning(
                 "run %s: %s; saves are captured on disk instead, in %s; mtckpt doctor says how to"
                 " give it more memory",
@@ -332,8 +354,6 @@ class Saver:
             advice = "leave Ram() out: saves are then captured on the disk of a Disk tier"
         elif not self._disk_path():
             advice = "name a Disk tier as well: saves are then captured there"
-        elif self.run.members.world_size > 1:
-            advice = "start the job again: all ranks of this node then capture on the disk"
         else:
             return error
         error.actions = (*error.actions, advice)
@@ -353,7 +373,7 @@ class Saver:
         wanted = layout.size_bytes + layout.table_bytes
         if self._ring_of != wanted:
             self._ring_of = wanted
-            free_bytes = _free_bytes(self._session.open().ram_root) or 0
+            free_bytes = bytes_free(self._session.open().ram_root) or 0
             needed = 4 * wanted * len(self.run.members.node)  # by all ranks of this node
             fitting = 3 if free_bytes >= needed else 2
             self._ring_slots = fitting if self._ram.slots == "auto" else int(self._ram.slots)
@@ -469,28 +489,11 @@ class Saver:
         return save
 
 
-def _free_bytes(path: str) -> int | None:
-    """What is left in the tmpfs and in memory, whichever is less; None where nothing says."""
-    left_bytes, _ = memory_left_bytes()
-    try:
-        fs = os.statvfs(path)
-    except OSError:
-        return None
-    if left_bytes is None or not fs.f_blocks:  # a tmpfs without a limit
-        return left_bytes
-    return min(left_bytes, fs.f_bavail * fs.f_frsize)
-
-
-def _bytes_below(path: str) -> int:
-    """What the files of a directory take, and those of directories in it; gone ones take none."""
-    total_bytes = 0
-    with contextlib.suppress(OSError), os.scandir(path) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                total_bytes += _bytes_below(entry.path)
-            else:
-                total_bytes += entry.stat(follow_symlinks=False).st_blocks * 512
-    return total_bytes
+def _is_gone(grant: protocol.SlotGrant, error: Exception) -> bool:
+    """Whether a slot was taken away, by whoever empties memory, or moves slots to a disk."""
+    cause = error.__cause__ if isinstance(error, CheckpointError) else error
+    there = os.path.dirname(grant.data_path)
+    return isinstance(cause, FileNotFoundError) and str(cause.filename).startswith(there)
 
 
 def _is_producer(state: Any) -> bool:

@@ -159,7 +159,7 @@ class Session:
         return {**self.held(), **({ahead.slot_id: ahead.inode} if ahead is not None else {})}
 
     def move_slots(self, ram_path: str) -> protocol.Opened:
-        """Open again with slots in another directory (nothing has been captured yet)."""
+        """Open again with slots in another directory."""
         deadline_s = time.monotonic() + self.timeout_s
 
         def move() -> protocol.Opened:
@@ -267,14 +267,15 @@ class Session:
         seal: protocol.Seal,
         save: Save,
         after: Callable[[], None],
-        finish: Callable[[], bytes] | None = None,
+        finish: Callable[[], bytes | None] | None = None,
         taken: Callable[[], None] = nothing,
     ) -> None:
         """Hand a captured slot over, in the background. ``after`` runs once a next one is known.
 
         ``finish`` runs before, where not all bytes are in the slot yet; what it returns is
         ``Seal.left``, what it raises (CheckpointError) is told of the save, which is then not
-        handed over. ``taken`` runs first: an interrupt cannot come between it and what is done.
+        handed over; nor is one of which it returns None. ``taken`` runs first: an interrupt cannot
+        come between it and what is done.
         """
 
         def job() -> None:
@@ -310,11 +311,13 @@ class Session:
         seal: protocol.Seal,
         save: Save,
         after: Callable[[], None],
-        finish: Callable[[], bytes] | None,
+        finish: Callable[[], bytes | None] | None,
     ) -> None:
         try:
             if finish is not None:
-                seal = msgspec.structs.replace(seal, left=finish())
+                if (left := finish()) is None:
+                    return
+                seal = msgspec.structs.replace(seal, left=left)
             sealed = self.call("seal", seal, protocol.Sealed)
         except Exception as error:  # noqa: BLE001 - told of the save, whatever it is
             if isinstance(error, AgentTooOld):

@@ -99,8 +99,8 @@ SLOTS = (
     Bug(
         "seal-of-a-slot-of-somebody-else",
         "agent/ring.py",
-        "if slot is None or slot.holder != owner.holder or slot.inode != message.inode:",
-        "if slot is None or slot.inode != message.inode:",
+        "if slot.holder != owner.holder or slot.inode != message.inode:",
+        "if slot.inode != message.inode:",
         ("test_guards.py::test_a_slot_of_another_rank_cannot_be_sealed",),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,9 +16,11 @@ from stores import free_ports
 
 import mtckpt
 from mtckpt import _coordination
+from mtckpt._copies import Shards
+from mtckpt._manifest import Record
 from mtckpt.agent.spawn import ensure_agent
-from mtckpt.errors import StepDisagreement
-from mtckpt.testing.groups import local_groups
+from mtckpt.errors import NoHealthyStep, RankTimeout, StepDisagreement
+from mtckpt.testing.groups import LocalGroup, local_groups
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("runtime_dir")]
 
@@ -27,6 +30,8 @@ import sys
 from datetime import timedelta
 import torch.distributed as dist
 from mtckpt import _coordination
+from mtckpt._copies import Shards
+from mtckpt._manifest import Record
 from mtckpt.adapters.torch.group import find_group
 from mtckpt.errors import RankTimeout
 rank, port = map(int, sys.argv[1:])
@@ -38,6 +43,8 @@ JAX_RANK = """
 import sys
 import jax
 from mtckpt import _coordination
+from mtckpt._copies import Shards
+from mtckpt._manifest import Record
 from mtckpt.adapters.jax.group import find_group
 from mtckpt.errors import RankTimeout
 rank, port = map(int, sys.argv[1:])
@@ -140,3 +147,72 @@ def test_a_rank_that_saves_while_another_restores_is_named() -> None:
             saved.result()
     causes = [raised.value, raised.value.__cause__]
     assert any(isinstance(cause, StepDisagreement) for cause in causes)
+
+
+class _Interrupted(LocalGroup):
+    """Ctrl-C comes once, while it waits for the others to tell what they have."""
+
+    is_due = True
+
+    def exchange(self, stage: str, value: bytes, timeout_s: float) -> list[bytes]:
+        if not self.is_due or stage != "holdings":
+            return super().exchange(stage, value, timeout_s)
+        self.is_due = False
+        with contextlib.suppress(RankTimeout):
+            super().exchange(stage, value, 0.0)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["exchange", "work"])
+def test_the_others_hear_at_once_of_a_rank_that_is_interrupted(
+    where: str,
+) -> None:
+    """They would wait for it for a minute, and two where it reads. All can restore again then."""
+    board = local_groups(2)
+    groups = [board[0], _Interrupted(board[0]._board, 1, 2) if where == "exchange" else board[1]]
+    is_due = where == "work"
+
+    def rename(path: str) -> str:
+        if is_due:
+            raise KeyboardInterrupt
+        return path
+
+    one, other = (
+        mtckpt.Checkpointer("run", [mtckpt.Ram(every=1)], group=group, timeout_s=60.0)
+        for group in groups
+    )
+    with one, other, ThreadPoolExecutor(2) as pool:
+        saves = [pool.submit(each.save, 1, {"w": np.ones(3)}) for each in (one, other)]
+        for save in saves:
+            save.result().wait("staged")
+        first = pool.submit(one.restore, {"w": np.zeros(3)})
+        second = pool.submit(other.restore, {"w": np.zeros(3)}, rename=rename)
+        with pytest.raises(KeyboardInterrupt):
+            second.result()
+        with pytest.raises(RankTimeout, match="rank 1 does not come: KeyboardInterrupt") as raised:
+            first.result(30)
+        assert raised.value.details["ranks"] == [1]
+        again = [pool.submit(each.restore, {"w": np.zeros(3)}) for each in (one, other)]
+        assert [each.result(30).step for each in again] == [1, 1]
+
+
+def test_what_is_read_of_records_waits_for_an_agent_that_is_just_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a restore does: an older step would give up the newer ones for good."""
+    looks: list[Shards] = []
+
+    def record(shards: Shards, rank: int) -> Record:
+        if not looks:
+            looks.append(shards)
+            shards._attempt.silent["peers-a-ram"] = "does not answer"
+            raise NoHealthyStep("no record", state="live state unchanged")
+        return sound(shards, rank)
+
+    with mtckpt.Checkpointer("run", [mtckpt.Ram(every=1)]) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"w": np.ones(3)}).wait("staged")
+        sound = Shards.record
+        monkeypatch.setattr(Shards, "record", record)
+        assert checkpointer._records("latest")[0].step == 2
+    assert len(looks) == 1

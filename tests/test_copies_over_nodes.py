@@ -126,6 +126,28 @@ def test_a_job_goes_on_after_the_loss_of_a_node_without_a_disk_or_store(
         assert slots(node) <= 3
 
 
+def test_a_node_that_was_replaced_has_its_parts_back_before_anything_is_saved(
+    cluster: Make,
+) -> None:
+    """Else whoever held the copies would have the only ones, and the next loss be the last. They
+    are its own again: slots for what comes next."""
+    job = cluster(2, every=1000)
+    for step in (1, 2, 3):
+        job.save(step, "replicated")
+    for lost in (1, 0):
+        job.nodes[lost].lose()
+        for rank in job.ranks:
+            rank.kill()
+        job.nodes[lost] = Node(job.path, f"new-{lost}")
+        job.start(copies=1, every=1000)
+        assert [step for step, _ in job.all("restore")] == [3] * 2
+        for node in job.nodes:
+            until(lambda: in_memory(node).get(3) == [0, 1])  # noqa: B023
+    until(lambda: 3 in {slot.step for slot in job.nodes[0].status().slots})
+    job.save(4, "replicated")
+    assert slots(job.nodes[0]) <= 3
+
+
 def test_agents_that_are_killed_find_their_guests_again(cluster: Make) -> None:
     job = cluster(2)
     for step in (1, 2):

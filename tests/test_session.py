@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 
-from mtckpt import _pieces, _saver
+from mtckpt import _pieces, _room
 from mtckpt._handle import Save
 from mtckpt._joining import Needs
 from mtckpt._run import Run
@@ -96,7 +96,7 @@ def test_no_page_at_all_is_a_number_and_not_the_lack_of_one(
 ) -> None:
     """Else no rank would say that memory is short, and none could move to the disk."""
     monkeypatch.setattr(_pieces, "shared_bytes", lambda *_: 0)
-    monkeypatch.setattr(_saver, "memory_left_bytes", lambda: (0, "the limit"))
+    monkeypatch.setattr(_room, "memory_left_bytes", lambda: (0, "the limit"))
     layout = SimpleNamespace(size_bytes=100, table_bytes=10)
     captured = SimpleNamespace(plan=SimpleNamespace(layout=layout, recipe=None))
     opened = SimpleNamespace(ram_root=str(tmp_path))
@@ -106,7 +106,7 @@ def test_no_page_at_all_is_a_number_and_not_the_lack_of_one(
         _ram=SimpleNamespace(slots=2),
     )
     assert Saver._needs(cast(Any, saver), cast(Any, captured)) == Needs(110, 0, 2, 0)
-    monkeypatch.setattr(_saver, "memory_left_bytes", lambda: (None, ""))
+    monkeypatch.setattr(_room, "memory_left_bytes", lambda: (None, ""))
     assert Saver._needs(cast(Any, saver), cast(Any, captured)) is None
 
 

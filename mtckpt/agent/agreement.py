@@ -121,6 +121,14 @@ class Agreement:
                 )
                 await self._call_off(run, save, error.what, error)
 
+    async def outgrown(self, run: RunState, holder: str) -> None:
+        """A rank finds memory too small for its part: what lacks that ends there."""
+        for owner in [each for each in run.owners.values() if each.holder == holder]:
+            for save in run.open_saves(owner.incarnation):
+                if save.lacks(owner.rank):
+                    reason = f"rank {owner.rank}: memory was too small for it"
+                    await self._call_off(run, save, reason)
+
     async def begun(
         self, run: RunState, number: int, parent: tuple[int, int] | None = None
     ) -> None:

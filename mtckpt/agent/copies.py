@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
@@ -18,6 +19,7 @@ import msgspec
 from mtckpt.agent.guests import Lost, Offer, Taken
 from mtckpt.agent.partners import partners_of, placement_of
 from mtckpt.agent.protocol import Done
+from mtckpt.agent.queue import backoff_s
 from mtckpt.agent.saves import RAM
 from mtckpt.errors import (
     AccessDenied,
@@ -30,7 +32,7 @@ from mtckpt.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from mtckpt.agent.nodes import Layout
     from mtckpt.agent.peers import Peers
@@ -59,6 +61,7 @@ class Copies:
         self._peers = peers
         self._threads = ThreadPoolExecutor(MAX_CALLS, "mtckpt-copies")
         self._told: dict[str, str] = {}
+        self._given: dict[str, str] = {}
         peers.verbs["lost"] = (Lost, self.lost)
 
     def look(self, run: RunState, tier: TierState) -> None:
@@ -71,6 +74,8 @@ class Copies:
             return
         self._tell_placement(run, run.layout, tier.config.copies)
         outlived = run.outlived()
+        saves = [save for save in run.saves.values() if save not in outlived]
+        self._give_back(run, run.layout, tier.config.copies, saves)
         boot_ids = {node.address.boot_id for node in run.layout.nodes}
         agent_ids = {node.address.agent_id for node in run.layout.nodes}
         for save in [s for s in run.saves.values() if tier.label in s.ranks]:
@@ -85,7 +90,48 @@ class Copies:
             elif not save.held_on and not save.held_agents <= agent_ids:
                 # Of an earlier start, and the agent that took them is gone: memory may be, too.
                 save.inherited = True
-                self._offer_again(run, tier, save)
+                self.offer_again(run, tier, save)
+
+    def _give_back(
+        self, run: RunState, layout: Layout, copies: int, saves: Iterable[SaveState]
+    ) -> None:
+        """Once a start of the job: what is held here goes to the nodes that have those ranks now.
+        One that was replaced has lost its own, and this would be all that there is. What came back
+        to this node in that way goes to its partners: it may be all that there is by now."""
+        if self._given.get(run.key) == run.secret:
+            return
+        self._given[run.key] = run.secret
+        partners = partners_of(
+            layout, min(copies, len(layout.nodes) - 1), run.troubles, run.leaving
+        )
+        for save in saves:
+            takers: dict[int, list[int]] = {}
+            for rank in sorted(save.guests):
+                owner = layout.node_of(rank)
+                for number in partners if owner == layout.here else [owner]:
+                    if number is not None:
+                        takers.setdefault(number, []).append(rank)
+            for number, ranks in takers.items():
+                giving = self._give(run, run.secret, save, number, ranks)
+                self._tools.start(giving, f"copies of {save.name} to node {number}")
+
+    async def _give(
+        self, run: RunState, secret: str, save: SaveState, number: int, ranks: list[int]
+    ) -> None:
+        """Asked again until that node has them, or they are not needed any more."""
+        attempt = 0
+        while not run.gone and run.secret == secret and save.guests.issuperset(ranks):
+            try:
+                await self._have_taken(run, secret, save, number, ranks, lambda *_: None)
+                return
+            except TierUnavailable as error:
+                logger.info("run %s: node %d: %s", run.key, number, error.what)
+            except CheckpointError as error:
+                # It goes on without them; the next save is on two nodes again.
+                logger.warning("run %s: node %d: %s", run.key, number, error.what)
+                return
+            attempt += 1
+            await asyncio.sleep(backoff_s(attempt, random.random()))
 
     async def lost(self, run: RunState, message: Lost) -> Done:
         """A partner found a copy damaged, and could not have it again: it is offered anew."""
@@ -99,9 +145,10 @@ class Copies:
         """What was acknowledged is there no more: owed again."""
         logger.warning("run %s: copies of %s are gone", run.key, save.name)
         self._tools.events.emit("copies.lost", run=run.run, step=save.name.step)
-        self._offer_again(run, tier, save)
+        self.offer_again(run, tier, save)
 
-    def _offer_again(self, run: RunState, tier: TierState, save: SaveState) -> None:
+    def offer_again(self, run: RunState, tier: TierState, save: SaveState) -> None:
+        """Owed again: those that have it say so, and hear at the same time how this node is."""
         run.drop_copy(save, tier.label)
         save.due.add(tier.label)
         run.touch(save)

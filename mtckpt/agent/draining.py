@@ -68,13 +68,19 @@ class Drainer:
             raise NodeDraining(self.reason, state="nothing was done")
 
     def cancel(self) -> None:
-        """The node stays. Others use it again as they hear of that: when it offers them copies."""
+        """The node stays. Others use it again as they hear of that: when it offers them copies, as
+        it does at once."""
         self.reason = ""
         self._note.remove()
         for run in self._runs.values():
             run.draining, run.drained = "", False
             for save in run.saves.values():
                 save.handed = False
+            for tier in [tier for tier in run.tiers.values() if tier.is_peers]:
+                newest = run.newest_staged()
+                if newest is not None and tier.label in newest.ranks:
+                    self._copies.offer_again(run, tier, newest)
+                tier.retry.set()
             run.touch()
         self._events.emit("node.stays")
 

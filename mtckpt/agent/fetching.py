@@ -91,7 +91,7 @@ class Fetcher:
                 full = error
                 logger.info("run %s: %s is not fetched to %s: %s", run.key, save.name, label, error)
                 continue
-            self._arrived(run, save, ranks, label)
+            self.arrived(run, save, ranks, label)
             return label
         assert full is not None  # RAM at least was tried
         raise full
@@ -155,7 +155,8 @@ class Fetcher:
             # Why it was not fetched is what is told.
             logger.warning("run %s: %s stays in part in %s: %s", run.key, save.name, label, error)
 
-    def _arrived(self, run: RunState, save: SaveState, ranks: frozenset[int], label: str) -> None:
+    def arrived(self, run: RunState, save: SaveState, ranks: frozenset[int], label: str) -> None:
+        """These parts are in one of this node's tiers, and to go on from there as after a save."""
         save.ranks.setdefault(label, set()).update(ranks)
         if label == RAM:
             save.remains = False

@@ -6,12 +6,13 @@ Knows what has to be safe elsewhere before. Does not free single slots or saves 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mtckpt import _inventory, _manifest
-from mtckpt.agent import owners, queue, work
+from mtckpt.agent import beside, owners, queue, work
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.saves import RAM
+from mtckpt.errors import UsageError, WaitTimeout
 
 if TYPE_CHECKING:
     from mtckpt.agent.flushing import Flusher
@@ -103,6 +104,23 @@ class Freer:
         await self.look_again(run)
         run.touch()
         return True
+
+    def refuse_move(self, run: RunState, root: str) -> NoReturn:
+        """Raise why a run stays in its memory: UsageError, or WaitTimeout where what is there alone
+        is on its way to slower tiers, and slots may lie beside a disk once it is there."""
+        saves = [save for save in run.saves.values() if save.ranks.get(RAM) or save.guests]
+        comes = any(save.owed or save.is_open for save in saves)
+        if beside.is_one(root) and comes and not any(save.guests for save in saves):
+            raise WaitTimeout(
+                "what is there comes to slower tiers before slots come to the disk", stage="local"
+            )
+        raise UsageError(
+            f"the newest save of this run is in {run.ram.path} and nowhere else",
+            state="nothing was done",
+            actions=[f"use Ram({run.ram.path!r}) once more", "or: mtckpt rm of the run"],
+            run=run.run,
+            path=root,
+        )
 
     async def look_again(self, run: RunState) -> None:
         """Before anybody goes on with a run that was to go, or that somebody may have removed: its

@@ -26,7 +26,7 @@ from mtckpt.agent.saves import RAM, SaveState
 from mtckpt.errors import AgentUnavailable, CheckpointError, FormatError, NodeDraining, TierFull
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Set
 
     from mtckpt.agent.peers import Peers
     from mtckpt.agent.runs import RunState
@@ -99,7 +99,8 @@ def _key_of(run: RunState, offer: Offer) -> _Key:
 class Guests:
     """See the module. One for the agent, the state is the run's.
 
-    ``follow`` is told where a node is now that offers something.
+    ``follow`` is told where a node is now that offers something, ``arrived`` what this node has of
+    its own ranks again.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Guests:
         boot_id: str,
         follow: Callable[[RunState, int, PeerAddress], Awaitable[None]],
         write_config: Callable[[RunState], Awaitable[None]],
+        arrived: Callable[[RunState, SaveState, frozenset[int], str], None],
         agent_id: str = "",
     ) -> None:
         self._agent_id = agent_id
@@ -117,6 +119,7 @@ class Guests:
         self._boot_id = boot_id
         self._follow = follow
         self._write_config = write_config
+        self._arrived = arrived
         self._under_way: dict[_Key, _Pull] = {}
         self._unnoted: set[tuple[str, int]] = set()  # nodes of which the next agent is to hear
         peers.verbs["pull"] = (Offer, self.offered)
@@ -194,11 +197,27 @@ class Guests:
             if isinstance(error, TierFull):
                 raise _without_room(error, self._peers_name(run)) from error
             raise
+        if layout := run.layout:
+            await self._take_back(run, save, layout.own.intersection(new))
         run.counters["guests"] += len(new)
         self._tools.events.emit(
             "copies.taken", run=run.run, step=save.name.step, node=offer.node, shards=len(new)
         )
         run.touch(save)
+
+    async def _take_back(self, run: RunState, save: SaveState, ranks: Set[int]) -> None:
+        """Parts of this node's own ranks, which it had lost, are no guests: slots, as after a save.
+        But for what leaves out what it had captured beside, which is good for reading only."""
+        if not ranks:
+            return
+        command = work.Scan(run.ram, run.key, repair=False)
+        scanned = await self._tools.call(command, work.Scanned)
+        for entry in [entry for scan in scanned.runs for entry in scan.saves]:
+            if entry.save == str(save.name) and (whole := ranks & {*entry.ranks} - {*entry.thin}):
+                save.note_found(entry)
+                save.due |= {*entry.due} & run.tiers.keys()  # an owner that is lost may owe it
+                self._arrived(run, save, frozenset(whole), RAM)
+                await self._write_config(run)
 
     async def _pull(self, run: RunState, save: SaveState, rank: int, offer: Offer) -> None:
         def progress(news: work.Progress) -> None:

@@ -87,7 +87,10 @@ class Registry:
         )
         follow, write_config = self.links.follow, self.write_config
         self.freer = Freer(tools, self.runs, self.links, self.flusher, self.ring)
-        self.guests = Guests(tools, self.peers, self.boot_id, follow, write_config, self.agent_id)
+        self.guests = Guests(
+            tools, self.peers, self.boot_id, follow, write_config, self.fetcher.arrived,
+            self.agent_id,
+        )  # fmt: skip
         self.directory = directory
         self.held = Roots(directory, protocol.ram_base(), self.boot_id)
         self._loading = asyncio.Lock()
@@ -274,14 +277,10 @@ class Registry:
         async with run.opening:
             if is_beside and not goes_beside and run.living():
                 return
+            if goes_beside:
+                await self.agreement.outgrown(run, message.holder)
             if not await self.freer.move(run, self._ram_ref(root)) and not is_beside:
-                raise UsageError(
-                    f"the newest save of this run is in {run.ram.path} and nowhere else",
-                    state="nothing was done",
-                    actions=[f"use Ram({run.ram.path!r}) once more", "or: mtckpt rm of the run"],
-                    run=run.run,
-                    path=root,
-                )
+                self.freer.refuse_move(run, root)
 
     def _ram_ref(self, root: str) -> TierRef:
         return TierRef("ram", root, self.service, RAM)

@@ -279,7 +279,9 @@ class Ring:
             if slot is not None and slot.state is SlotState.FREE and slot.inode == message.inode:
                 # Given by the agent before this one, and not named when the run was opened again.
                 slot.state, slot.holder, slot.rank = SlotState.CAPTURING, owner.holder, owner.rank
-            if slot is None or slot.holder != owner.holder or slot.inode != message.inode:
+            if slot is None:  # with all others, to a disk; or somebody has emptied memory
+                return "", "its place in memory was taken away"
+            if slot.holder != owner.holder or slot.inode != message.inode:
                 raise Damaged(
                     "the slot is not one that this process was given",
                     state="nothing was sealed; earlier saves are unchanged",

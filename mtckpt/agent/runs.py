@@ -34,8 +34,7 @@ __all__ = ["RunState"]
 
 # Saves that lie nowhere any more. Whatever is done for a save looks at all that are known.
 MAX_KEPT_CHANGES = 200
-# How long slots wait for partners that do not answer.
-PARTNER_PATIENCE_S = 60.0
+PARTNER_PATIENCE_S = 60.0  # of slots, with partners that do not answer
 
 
 @dataclass(eq=False)
@@ -64,8 +63,7 @@ class RunState:
     plans: dict[str, tuple[Plan, int]] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     finished: list[str] = field(default_factory=list)
-    # What an agent before this one had noted: ranks whose shards are copies for other nodes, and
-    # what the job was restored from.
+    # What an agent before this one had noted: whose shards are copies, and what was restored from.
     noted_guests: dict[str, list[int]] = field(default_factory=dict)
     noted_chosen: set[str] = field(default_factory=set)
     noted_diverged: dict[str, dict[str, list[int]]] = field(default_factory=dict)
@@ -232,8 +230,8 @@ class RunState:
         ]
 
     def outlived(self) -> list[SaveState]:
-        """Saves older than the newest that outlives any one node, or where none does by itself than
-        the newest that is whole: they need not do so."""
+        """Saves older than the newest that outlives any one node; where none does by itself, than
+        the newest that is whole."""
         line, keeps = self.line(), any(tier.is_peers for tier in self.tiers.values())
         held = [
             save.worth(line)
@@ -244,10 +242,12 @@ class RunState:
         return [s for s in self.saves.values() if newest is not None and s.worth(line) < newest]
 
     def note_leaving(self, number: int, leaving: bool) -> None:
-        """Another node is about to go, or is not: what it holds is to be elsewhere then."""
+        """Another node is about to go, or is not: copies that could go nowhere can be tried."""
         if leaving != (number in self.leaving):
             self.leaving ^= {number}
             self.touch()
+            for tier in self.tiers.values():
+                tier.retry.set()
 
     def _is_patient(self, now_s: float) -> bool:
         """Whether what is staged since the newest that other nodes have whole is not long so."""
@@ -403,10 +403,7 @@ class RunState:
                     name, entry.save_id, entry.incarnation_id, entry.world_size, entry.size_bytes
                 )
                 save.seen_at = entry.saved_at_s or save.seen_at
-            save.save_id = save.save_id or entry.save_id
-            save.incarnation_id = save.incarnation_id or entry.incarnation_id
-            save.world_size = entry.world_size or save.world_size
-            save.size_bytes = max(save.size_bytes, entry.size_bytes)
+            save.note_found(entry)
             save.chosen |= entry.save in self.noted_chosen
             save.diverged = save.diverged or self.noted_diverged.get(entry.save, {})
             own = set(entry.ranks)
@@ -415,11 +412,6 @@ class RunState:
                 own -= save.guests
             if own:
                 save.ranks[label] = own
-            save.shard_bytes.update(zip(entry.ranks, entry.shard_bytes, strict=False))
-            save.disputed |= not entry.complete and len(entry.ranks) == entry.world_size
-            save.metrics = {**entry.metrics, **save.metrics}  # RAM, which comes first, is right
-            save.reported |= entry.reported
-            save.plan_digest = save.plan_digest or entry.plan_digest
             save.found = True
             save.seq = self.seq + 1  # whoever asks a new agent is told where it stands
             if entry.problems:

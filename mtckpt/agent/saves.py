@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from mtckpt._manifest import SaveName
     from mtckpt._twins import Twins
+    from mtckpt.agent.findings import SaveScan
     from mtckpt.agent.work import SlotFiles, TierRef
     from mtckpt.errors import CheckpointError
 
@@ -152,6 +153,18 @@ class SaveState:
     def size_of(self, ranks: Iterable[int]) -> int:
         """Bytes of the shards of some ranks."""
         return sum(self.shard_bytes[rank] for rank in ranks)
+
+    def note_found(self, entry: SaveScan) -> None:
+        """What its records say, somewhere. RAM, which is read first, is right about metrics."""
+        self.save_id = self.save_id or entry.save_id
+        self.incarnation_id = self.incarnation_id or entry.incarnation_id
+        self.world_size = entry.world_size or self.world_size
+        self.size_bytes = max(self.size_bytes, entry.size_bytes)
+        self.shard_bytes.update(zip(entry.ranks, entry.shard_bytes, strict=False))
+        self.disputed |= not entry.complete and len(entry.ranks) == entry.world_size
+        self.metrics = {**entry.metrics, **self.metrics}
+        self.reported |= entry.reported
+        self.plan_digest = self.plan_digest or entry.plan_digest
 
     def want_in(self, labels: Iterable[str]) -> None:
         """Tiers that are to get it; one that refused it before tries again."""

@@ -28,6 +28,7 @@ from mtckpt.errors import (
     TierUnavailable,
     UnsupportedPlatform,
     UsageError,
+    WaitTimeout,
 )
 
 __all__ = ["HttpServer", "reply"]
@@ -49,6 +50,7 @@ _STATUS_OF = (
     (AccessDenied, 403),
     (TierFull, 507),
     (TierUnavailable, 503),
+    (WaitTimeout, 503),
     (AgentUnavailable, 503),
 )
 

@@ -15,10 +15,12 @@ from agent_checks import Own, agent_pid, kill_agent, until
 from fake_trainer import FakeTrainer, disk
 from layouts import layout
 
+from mtckpt._events import EventStream
 from mtckpt._manifest import SaveName
 from mtckpt.agent import drains, protocol, work
 from mtckpt.agent.client import AgentClient
-from mtckpt.agent.draining import _Handover
+from mtckpt.agent.copies import Copies
+from mtckpt.agent.draining import Drainer, _Handover
 from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, SaveState, TierState
@@ -262,3 +264,28 @@ def test_what_is_given_away_is_brought_away_by_nobody_else(takes: bool) -> None:
     asyncio.run(handover.of_own(save))
     assert handed == [True]
     assert save.handed == takes == (str(name) in handover.holders)
+
+
+def test_a_node_that_stays_after_all_says_so_at_once_to_those_that_wait_for_it(
+    tmp_path: Path,
+) -> None:
+    """Where it is their only partner, copies would pause for as long as a silent one is left
+    alone."""
+    run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+    run.layout = layout(0, "a", "b")
+    config = protocol.TierConfig("peers", "peers", "")
+    tier = run.tiers["peers"] = TierState("peers", config, work.TierRef("peers", "pull"))
+    name = SaveName(10, 1, f"{10:012d}")
+    save = run.saves[str(name)] = SaveState(name, "x", ranks={RAM: {0}, "peers": {0}})
+    tools = SimpleNamespace(events=EventStream())
+    copies = Copies(cast(Any, tools), cast(Any, None), cast(Any, SimpleNamespace(verbs={})))
+    note = drains.Note(str(tmp_path), "boot")
+    drainer = Drainer({"r": run}, asyncio.Event(), {}, copies, cast(Any, None), tools.events, note)
+    drainer.cancel()
+    assert save.owed == {"peers"}  # it is offered, and whoever has it already says so
+    assert tier.retry.is_set()
+    tier.retry.clear()
+    run.note_leaving(1, True)
+    run.note_leaving(1, False)  # what the other node hears with the offer
+    assert tier.retry.is_set()
+    copies.close()

@@ -14,6 +14,7 @@ from mtckpt._events import EventStream
 from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import save_name
 from mtckpt.agent import work
+from mtckpt.agent.fetching import Fetcher
 from mtckpt.agent.guests import Guests, Offer, Taken
 from mtckpt.agent.nodes import News, layout_of, moved
 from mtckpt.agent.notes import config_of
@@ -43,10 +44,12 @@ class Scene:
         self.lets_through = asyncio.Event()
         self.refused = ""
         self.is_full = False
+        self.found: list[work.SaveScan] = []
         self.noted = work.RunConfig("r", "r")
         tools = Tools(cast(Any, self), Limits(), EventStream())
         peers = cast(Any, SimpleNamespace(verbs={}))
-        self.guests = Guests(tools, peers, "boot", self._nothing, self._note)
+        arrived = Fetcher(tools).arrived
+        self.guests = Guests(tools, peers, "boot", self._nothing, self._note, arrived)
         self.offer = Offer(1, ADDRESSES[1], str(save_name(1, 1, ID)), ID, [1])
 
     async def _nothing(self, *_: Any) -> None:
@@ -65,6 +68,8 @@ class Scene:
                 raise TierUnavailable("its secret is another by now", tier="peers")
             self.pulled.append((command.rank, command.secret))
             return work.Flushed(100, 0.1, True)
+        if isinstance(command, work.Scan):
+            return work.Scanned([work.RunScan("r", self.found)])
         assert isinstance(command, work.Delete)
         return work.Deleted()
 
@@ -132,6 +137,36 @@ def test_memory_that_is_too_full_for_a_note_has_no_copies_either() -> None:
         assert scene.run.saves[scene.offer.save].guests == set()
         scene.is_full = False
         assert (await scene.ask(1)).boot_id == "boot"
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("thin", [False, True])
+def test_what_comes_back_to_its_own_node_is_a_slot_if_nothing_is_left_out(thin: bool) -> None:
+    """Else it would take room beside the slots; and to a store it goes from here, if it has to."""
+
+    async def story() -> None:
+        scene = Scene()
+        run, name = scene.run, scene.offer.save
+        for kind in ("peers", "store"):
+            ref = work.TierRef(kind, "/there", label=kind)
+            run.tiers[kind] = TierState(kind, TierConfig(kind, kind, "/there"), ref)
+        scene.found = [
+            work.SaveScan(
+                name, 1, 1, [0, 1], 3, False, 100, ID, due=["store"], shard_bytes=[60, 40],
+                thin=[0] if thin else [],
+            )
+        ]  # fmt: skip
+        scene.lets_through.set()
+        assert (await scene.ask(0, 1)).boot_id == "boot"
+        save = run.saves[name]
+        assert save.guests == ({0, 1} if thin else {1})
+        assert scene.noted.extra["guests"] == {name: sorted(save.guests)}
+        assert [(slot.rank, slot.shard_bytes) for slot in run.slots.values()] == (
+            [] if thin else [(0, 60)]
+        )
+        assert save.due == (set() if thin else {"peers", "store"})
+        assert not save.is_complete(RAM)  # of three ranks
 
     asyncio.run(story())
 

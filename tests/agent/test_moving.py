@@ -20,7 +20,7 @@ from mtckpt.agent.registry import Registry
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, SaveState, TierState
 from mtckpt.agent.tools import Tools
-from mtckpt.errors import TierUnavailable
+from mtckpt.errors import TierUnavailable, UsageError, WaitTimeout
 
 KINDS: tuple[Literal["disk", "peers", "store"], ...] = ("disk", "peers", "store")
 
@@ -105,6 +105,23 @@ def test_what_is_left_of_a_save_that_was_called_off_keeps_nothing(tmp_path: Path
     save = save_at(20, ram={0})
     save.called_off = "rank 1 is gone"
     assert moves(tmp_path, save_at(10, ram={0}, disk={0}), save)
+
+
+@pytest.mark.parametrize(
+    ("owed", "guests", "error"),
+    [({"disk"}, set(), WaitTimeout), (set(), set(), UsageError), ({"disk"}, {1}, UsageError)],
+)
+def test_amid_a_job_slots_come_to_the_disk_once_what_is_in_memory_has(
+    owed: set[str], guests: set[int], error: type[Exception], tmp_path: Path
+) -> None:
+    """Copies for other nodes come to no disk of this one."""
+    save = save_at(10, ram={0, 1})
+    save.due, save.guests = owed, guests
+    run = RunState("r", "r", work.TierRef("ram", "/memory", label=RAM))
+    run.saves[str(save.name)] = save
+    own = str(tmp_path / BESIDE / "11111111-2222-3333-4444-555555555555.0123456789abcdef")
+    with pytest.raises(error):
+        Freer.refuse_move(cast(Any, None), run, own)
 
 
 def test_what_a_dead_trainer_had_finished_is_sealed_before(tmp_path: Path) -> None:

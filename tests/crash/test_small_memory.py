@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 
 import mtckpt
 from mtckpt._slots import BESIDE
-from mtckpt.errors import TierFull
+from mtckpt.errors import SaveFailed, TierFull
 from mtckpt.testing.groups import local_groups
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
@@ -32,18 +33,18 @@ run = mtckpt.Checkpointer("s", tiers, timeout_s=20.0, max_stall_s=10.0)
 run.save(2, {"w": np.full(300_000, 2.0)}).wait("staged", timeout_s=20)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-Container = Callable[[], _isolation.Places]
+Container = Callable[..., _isolation.Places]
 
 
 @pytest.fixture
 def container(monkeypatch: pytest.MonkeyPatch) -> Iterator[Container]:
-    """From each call on, what is opened finds an agent of its own, with 1 MiB of memory."""
+    """From each call on, what is opened finds an agent of its own, with so much memory."""
     made: list[_isolation.Places] = []
 
-    def make() -> _isolation.Places:
+    def make(size: str = "1M") -> _isolation.Places:
         places = _isolation.make_places()
         made.append(places)
-        command = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(places.ram)]
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(places.ram)]
         if subprocess.run(command, capture_output=True, check=False).returncode != 0:
             pytest.skip("may not mount here")
         for name, value in places.environment().items():
@@ -153,3 +154,44 @@ def test_all_ranks_of_a_node_capture_beside_the_disk_where_memory_is_too_small(
         assert isinstance(error, TierFull)
         assert len({*error.actions}) == len(error.actions), error
     end(nowhere)
+
+
+def test_what_outgrows_memory_amid_a_job_of_two_ranks_goes_on_beside_the_disk(
+    container: Container, tmp_path: Path
+) -> None:
+    """Saves may be called off until what is in memory is on the disk; none fails."""
+    container("4M")
+    ranks = [
+        mtckpt.Checkpointer(
+            "grows", [mtckpt.Disk(tmp_path / "d")], group=group, timeout_s=20.0, max_stall_s=10.0
+        )
+        for group in local_groups(2)
+    ]
+
+    def both(step: int, size: int) -> list[str | None]:
+        def save(each: mtckpt.Checkpointer) -> str | None:
+            done = each.save(step, {"w": np.full(size, float(step))})
+            with contextlib.suppress(SaveFailed):  # that of the other rank was called off
+                done.wait("local", timeout_s=20)
+            return done.skipped
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(save, ranks))
+
+    def places() -> set[str]:
+        return {os.path.dirname(each.status().tiers[0]["path"]) for each in ranks}
+
+    beside = str(tmp_path / "d" / BESIDE)
+    assert both(1, 1_000) == [None, None]
+    assert beside not in places()
+    step = 1
+    while both(step := step + 1, 300_000) != [None, None]:  # 2.4 MB each
+        assert step < 6
+    assert places() == {beside}
+    assert both(7, 300_000) == [None, None]
+    live = {"w": np.zeros(300_000)}
+    with ThreadPoolExecutor(2) as pool:
+        restored = list(pool.map(lambda each: each.restore(dict(live)), ranks))
+        list(pool.map(lambda each: each.close(timeout_s=20), ranks))
+    assert [each.step for each in restored] == [7, 7]
+    assert {"ram"} == {tier for each in restored for tier in each.sources}
