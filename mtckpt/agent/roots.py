@@ -152,16 +152,18 @@ class Roots:
                     return root
         raise TierUnavailable(f"{place} is being tidied up by other agents", tier="ram")
 
-    async def take_over(self, run_key: str, place: str, patience_s: float = 60.0) -> str:
-        """Where a run that an agent which is gone has left beside a disk is from now on: this
-        agent's directory there; "" where nothing is left of it that could be taken over, or where
-        the disk does not say so within a part of ``patience_s``."""
+    async def take_over(
+        self, run_key: str, place: str, patience_s: float = 60.0, known: str = ""
+    ) -> str:
+        """Where a run that agents which are gone have left beside a disk is from now on: this
+        agent's directory there, ``known`` if the run is in that. "" where nothing came that could
+        be taken over, or where the disk does not say so within a part of ``patience_s``."""
         try:
             look = functools.partial(beside.has_left, place, run_key)
             look_s = min(LOOK_S, max(MIN_LOOK_S, LOOK_SHARE * patience_s))
             if not await aside(look, place, look_s):
                 return ""
-            own = await self.own(place)
+            own = known or await self.own(place)
             self.note(own)
             await self.take(own)  # before anything is in it
             take_over = functools.partial(beside.take_over, place, run_key, own, self._boot_id)
@@ -176,17 +178,17 @@ class Roots:
                 f"an agent of another host has left slots in {root}, and nobody can tell from here"
                 " whether its job lives: remove that directory if it does not",
             )
-        for root in taken.more:
+        for root, why in taken.refused.items():
             self._pass_over(
-                run_key,
-                f"an agent that is gone has left parts of it in {root} as well, which a job of as"
-                " many containers as there were would take over",
+                run_key, f"what an agent that is gone has left in {root} is not taken over: {why}"
             )
-        return own if taken.here else ""
+        return own if taken.brought or (taken.here and not known) else ""
 
     def _pass_over(self, run_key: str, why: str) -> None:
         logger.warning("run %s: %s", run_key, why)
-        self.unlooked[run_key] = why
+        known = self.unlooked.get(run_key, "")
+        if why not in known:
+            self.unlooked[run_key] = f"{known}; {why}" if known else why
 
     async def take(self, root: str) -> None:
         """Have a directory that is there for this agent alone. Raises AgentUnavailable."""
