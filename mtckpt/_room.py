@@ -7,13 +7,21 @@ not know what a slot is for.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from mtckpt._probe import tier_label
 from mtckpt.errors import TierFull
 
-__all__ = ["check_room", "memory_left_bytes", "ram_full", "ranks_full"]
+__all__ = [
+    "bytes_below",
+    "check_room",
+    "free_bytes_at",
+    "memory_left_bytes",
+    "ram_full",
+    "ranks_full",
+]
 
 GIB, MIB = 1 << 30, 1 << 20
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -130,6 +138,30 @@ def memory_left_bytes() -> tuple[int | None, str]:
                 cache_bytes = _fields(group / "memory.stat").get(cache, 0)
                 left.append((limit_bytes - used_bytes + cache_bytes, f"cgroup {group}"))
     return min(left) if left else (None, "")
+
+
+def free_bytes_at(path: str) -> int | None:
+    """What is left in the tmpfs and in memory, whichever is less; None where nothing says."""
+    left_bytes, _ = memory_left_bytes()
+    try:
+        fs = os.statvfs(path)
+    except OSError:
+        return None
+    if left_bytes is None or not fs.f_blocks:  # a tmpfs without a limit
+        return left_bytes
+    return min(left_bytes, fs.f_bavail * fs.f_frsize)
+
+
+def bytes_below(path: str) -> int:
+    """What the files of a directory take, and those of directories in it; gone ones take none."""
+    total_bytes = 0
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                total_bytes += bytes_below(entry.path)
+            else:
+                total_bytes += entry.stat(follow_symlinks=False).st_blocks * 512
+    return total_bytes
 
 
 def _own_cgroups() -> list[Path]:

@@ -348,7 +348,8 @@ class Run:
         except NoThread as error:
             raise TierUnavailable(f"tier {label} was not asked: {error}", tier=label) from error
         if not result:
-            where = f" at {path}" if (path := self._paths.get(label)) else ""
+            path = self._place_of(label)
+            where = f" at {path}" if path else ""
             raise TierUnavailable(
                 f"tier {label}{where} did not answer within {timeout_s:.1f} s",
                 tier=label,
@@ -356,6 +357,10 @@ class Run:
                 timeout_s=round(timeout_s, 1),
             )
         return result[0]
+
+    def _place_of(self, label: str) -> str | None:
+        opened = self.session.opened
+        return opened.ram_root if label == "ram" and opened else self._paths.get(label)
 
     def source(
         self, source: str | os.PathLike[str], places: Sequence[Place]

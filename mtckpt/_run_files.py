@@ -71,7 +71,7 @@ class RunFiles:
                         freed_bytes += unlink(name, run_fd)
                         continue
                     freed_bytes += self._empty(run_key, name)
-                    os.rmdir(name, dir_fd=run_fd)
+                    _drop(name, run_fd)
             with self._root.using(writing=True) as root_fd, contextlib.suppress(OSError):
                 os.rmdir(run_key, dir_fd=root_fd)  # Somebody may have begun the run anew.
         return freed_bytes
@@ -83,7 +83,7 @@ class RunFiles:
             for name in sorted(os.listdir(fd)):
                 if is_directory(name, fd):
                     freed_bytes += self._empty(run_key, *names, name)
-                    os.rmdir(name, dir_fd=fd)
+                    _drop(name, fd)
                 else:
                     freed_bytes += unlink(name, fd)
         return freed_bytes
@@ -237,6 +237,16 @@ def unlink(name: str, dir_fd: int) -> int:
 
 def is_directory(name: str, dir_fd: int) -> bool:
     return stat.S_ISDIR(os.lstat(name, dir_fd=dir_fd).st_mode)
+
+
+def _drop(name: str, dir_fd: int) -> None:
+    """Remove a directory that was emptied. On NFS and FUSE what somebody still has open or mapped
+    is there under another name until it is closed: then an empty directory stays."""
+    try:
+        os.rmdir(name, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _is_key(name: str) -> bool:

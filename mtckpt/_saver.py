@@ -18,7 +18,7 @@ from mtckpt import _manifest, _pieces, _save, _writing
 from mtckpt._handle import Save, size_text, stage_of_tier
 from mtckpt._joining import Needs
 from mtckpt._progress import progress
-from mtckpt._room import memory_left_bytes, ranks_full
+from mtckpt._room import bytes_below, free_bytes_at, ranks_full
 from mtckpt._schedule import Disk, Peers
 from mtckpt._slots import BESIDE
 from mtckpt._steps import metrics_of
@@ -60,7 +60,7 @@ class Saver:
         self.counters = {"saves": 0, "called_off": 0}
         self.last: Save | None = None
         self.steps: set[int] = set()
-        self.ring = _save.SlotRing(engine)
+        self.ring = _save.SlotRing(engine, functools.partial(run.within, "ram"))
         self._session = run.session
         self._session.held = self.ring.held
         self._engine = engine
@@ -97,7 +97,7 @@ class Saver:
         try:
             self._begin(self._needs(captured))
         except (AgentUnavailable, TierUnavailable) as error:
-            return self._call_off(Save(step, planned=planned), f"the node agent: {error.what}")
+            return self._call_off(Save(step, planned=planned), _why(error))
         incarnation = self.run.incarnation
         assert incarnation is not None
         save_id = _manifest.save_id(incarnation.id, step, 0)
@@ -133,7 +133,7 @@ class Saver:
             writing = _writing.Writing(
                 captured, slot, identity, self._engine,
                 due=due, metrics=metrics, every=every, mode=self._ram.capture,
-                may_leave=self._session.checks_left,
+                may_leave=self._session.checks_left, write=self.ring.write,
             )  # fmt: skip
             if writing.is_done:
                 writing.finish()
@@ -177,7 +177,12 @@ class Saver:
         if captured is None or not self.run.lacks_layout:
             return None
         path = self._session.open().ram_root
-        free_bytes = _free_bytes(path)
+
+        def look() -> tuple[int | None, int]:
+            # What the run has there already makes room for what it saves.
+            return free_bytes_at(path), bytes_below(os.path.join(path, self.run.key))
+
+        free_bytes, own_bytes = self.run.within("ram", look)
         if free_bytes is None:
             return None
         layout = captured.plan.layout
@@ -185,9 +190,7 @@ class Saver:
         shared = _pieces.shared_bytes(captured.plan.recipe, self.run.members)
         shared_bytes = min(size_bytes, shared)
         slots = _MIN_SLOTS if self._ram.slots == "auto" else int(self._ram.slots)
-        # What the run has there already makes room for what it saves.
-        room_bytes = free_bytes + _bytes_below(os.path.join(path, self.run.key))
-        return Needs(size_bytes - shared_bytes, shared_bytes, slots, room_bytes)
+        return Needs(size_bytes - shared_bytes, shared_bytes, slots, free_bytes + own_bytes)
 
     def _finish(self, writing: _writing.Writing, save: Save, grant: protocol.SlotGrant) -> bytes:
         """In the background: wait for what devices still copy. Raises CaptureFailed."""
@@ -206,6 +209,8 @@ class Saver:
         """Raise why there is no capture; where only its slot is gone, the save is called off."""
         self._take_back(save, grant, error)
         self._capturing = None
+        if isinstance(error, TierUnavailable):
+            return self._call_off(save, _why(error))
         if not isinstance(error, FileNotFoundError) or error.filename != grant.data_path:
             _save.raise_capture_error(save.step, error)
         # Somebody has emptied this node's memory: the agent begins it anew.
@@ -235,19 +240,19 @@ class Saver:
         grant, self._session.next_slot = self._session.next_slot, None
         if grant is not None and self.ring.fits(grant, layout):
             return grant
-        want = protocol.WantSlots(
-            self._session.holder,
-            layout.size_bytes,
-            layout.table_bytes,
-            self._num_slots(layout),
-            max(0.0, deadline_s - time.monotonic()),
-            held=self.ring.withheld(),
-        )
         try:
+            want = protocol.WantSlots(
+                self._session.holder,
+                layout.size_bytes,
+                layout.table_bytes,
+                self._num_slots(layout),
+                max(0.0, deadline_s - time.monotonic()),
+                held=self.ring.withheld(),
+            )
             self._give_back_lost(want.wait_s)
             slots = self._ask_slot(want)
         except (AgentUnavailable, TierUnavailable) as error:
-            self._call_off(save, f"the node agent: {error.what}")
+            self._call_off(save, _why(error))
             return None
         if slots.grant is None:
             self._call_off(save, slots.reason or "no slot is free")
@@ -343,7 +348,8 @@ class Saver:
         wanted = layout.size_bytes + layout.table_bytes
         if self._ring_of != wanted:
             self._ring_of = wanted
-            free_bytes = _free_bytes(self._session.open().ram_root) or 0
+            path = self._session.open().ram_root
+            free_bytes = self.run.within("ram", lambda: free_bytes_at(path)) or 0
             needed = 4 * wanted * len(self.run.members.node)  # by all ranks of this node
             fitting = 3 if free_bytes >= needed else 2
             self._ring_slots = fitting if self._ram.slots == "auto" else int(self._ram.slots)
@@ -459,28 +465,9 @@ class Saver:
         return save
 
 
-def _free_bytes(path: str) -> int | None:
-    """What is left in the tmpfs and in memory, whichever is less; None where nothing says."""
-    left_bytes, _ = memory_left_bytes()
-    try:
-        fs = os.statvfs(path)
-    except OSError:
-        return None
-    if left_bytes is None or not fs.f_blocks:  # a tmpfs without a limit
-        return left_bytes
-    return min(left_bytes, fs.f_bavail * fs.f_frsize)
-
-
-def _bytes_below(path: str) -> int:
-    """What the files of a directory take, and those of directories in it; gone ones take none."""
-    total_bytes = 0
-    with contextlib.suppress(OSError), os.scandir(path) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                total_bytes += _bytes_below(entry.path)
-            else:
-                total_bytes += entry.stat(follow_symlinks=False).st_blocks * 512
-    return total_bytes
+def _why(error: AgentUnavailable | TierUnavailable) -> str:
+    """Why a save is called off: a tier names itself."""
+    return error.what if isinstance(error, TierUnavailable) else f"the node agent: {error.what}"
 
 
 def _is_producer(state: Any) -> bool:

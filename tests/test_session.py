@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from mtckpt import _pieces, _saver
+from mtckpt import _pieces, _room
 from mtckpt._handle import Save
 from mtckpt._joining import Needs
 from mtckpt._run import Run
@@ -95,17 +95,19 @@ def test_no_page_at_all_is_a_number_and_not_the_lack_of_one(
 ) -> None:
     """Else no rank would say that memory is short, and none could move to the disk."""
     monkeypatch.setattr(_pieces, "shared_bytes", lambda *_: 0)
-    monkeypatch.setattr(_saver, "memory_left_bytes", lambda: (0, "the limit"))
+    monkeypatch.setattr(_room, "memory_left_bytes", lambda: (0, "the limit"))
     layout = SimpleNamespace(size_bytes=100, table_bytes=10)
     captured = SimpleNamespace(plan=SimpleNamespace(layout=layout, recipe=None))
     opened = SimpleNamespace(ram_root=str(tmp_path))
     saver = SimpleNamespace(
-        run=SimpleNamespace(lacks_layout=True, key="r", members=None),
+        run=SimpleNamespace(
+            lacks_layout=True, key="r", members=None, within=lambda _, look: look()
+        ),
         _session=SimpleNamespace(open=lambda: opened),
         _ram=SimpleNamespace(slots=2),
     )
     assert Saver._needs(cast(Any, saver), cast(Any, captured)) == Needs(110, 0, 2, 0)
-    monkeypatch.setattr(_saver, "memory_left_bytes", lambda: (None, ""))
+    monkeypatch.setattr(_room, "memory_left_bytes", lambda: (None, ""))
     assert Saver._needs(cast(Any, saver), cast(Any, captured)) is None
 
 
@@ -185,7 +187,7 @@ def test_ranks_do_not_wait_for_memory_beside_a_disk_that_hangs_nor_meet_without_
         (tmp_path / "gone", 10.0, "No such file"),
     ):
         opened = SimpleNamespace(ram_root=root, boot_id="boot", agent_id="agent")
-        session = SimpleNamespace(open=lambda: opened, rank=0, world_size=1)  # noqa: B023
+        session = SimpleNamespace(open=lambda: opened, opened=None, rank=0, world_size=1)  # noqa: B023
         run = Run("r", "r", cast(Any, session), [], [], timeout_s, local_groups(2)[0])
         with pytest.raises(TierUnavailable, match=why):
             run.join()

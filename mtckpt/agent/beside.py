@@ -38,6 +38,7 @@ __all__ = [
     "is_one",
     "left",
     "make",
+    "prune",
     "remove",
     "take_over",
     "tidy",
@@ -191,6 +192,7 @@ def tidy(place: str, own: str, boot_id: str) -> None:
 def remove(root: str, held: Lock) -> None:
     """Remove a directory, if no run has anything in it; and the last one's place. Its lock may end
     by that."""
+    prune(root)
     with contextlib.suppress(OSError):
         names = set(os.listdir(root))
         if names <= {NOTE, LOCK}:
@@ -206,6 +208,15 @@ def remove(root: str, held: Lock) -> None:
                 held.close()
                 os.rmdir(root)
             os.rmdir(os.path.dirname(root))
+
+
+def prune(root: str) -> None:
+    """Remove directories of runs that have nothing in them: what was deleted there, somebody still
+    had open."""
+    for path, _, _ in os.walk(root, topdown=False):
+        if path != root:
+            with contextlib.suppress(OSError):  # refused while there is anything
+                os.rmdir(path)
 
 
 def _try(root: str) -> Lock | None:

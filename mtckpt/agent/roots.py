@@ -245,6 +245,8 @@ class Roots:
     def _leave(self, root: str) -> bool:
         """Unlock a directory that has no run; the one beside a disk goes. False if it has any."""
         try:
+            if beside.is_one(root):
+                beside.prune(root)
             with os.scandir(root) as entries:
                 if any(entry.is_dir(follow_symlinks=False) for entry in entries):
                     return False
