@@ -87,6 +87,7 @@ class Roots:
         self._boot_id = boot_id
         self._path = os.path.join(directory, ROOTS_NAME)
         self._locks: dict[str, Lock | None] = {}  # None where nothing can be locked
+        self._changing = threading.Lock()  # of that, and nobody waits for a disk with it
         self._noted: list[str] = []
         self.unlooked: dict[str, str] = {}  # by run: why what may be left of it was not looked for
         self._lost: set[str] = set()
@@ -220,9 +221,9 @@ class Roots:
         try:
             if self._locks.get(root) is not held:
                 return  # it was let go of
-            if held.is_of(root) or self._try(root):
+            if held.is_of(root) or self._try(root, instead_of=held):
                 self._lost.discard(root)
-            elif root not in self._lost:
+            elif root not in self._lost and self._locks.get(root) is held:
                 self._lost.add(root)
                 logger.warning("%s was made anew, and another agent has it", root)
         except (OSError, TierUnavailable):
@@ -257,7 +258,8 @@ class Roots:
         return True
 
     def _release(self, root: str) -> None:
-        held = self._locks.pop(root, None)
+        with self._changing:
+            held = self._locks.pop(root, None)
         with contextlib.suppress(OSError):
             if noted(root) == self._directory:
                 os.unlink(os.path.join(root, NOTE))
@@ -273,19 +275,29 @@ class Roots:
             if isinstance(error, BaseException):  # its lock ends with this process
                 logger.info("%s", error)
 
-    def _try(self, root: str) -> bool:
+    def _put(self, root: str, held: Lock | None, instead_of: Lock | None) -> bool:
+        with self._changing:
+            before = self._locks.get(root)
+            if instead_of is not None and before is not instead_of:
+                return False
+            self._locks[root] = held
+        if before is not None:
+            before.close()
+        return True
+
+    def _try(self, root: str, instead_of: Lock | None = None) -> bool:
+        """Whether a directory is this agent's from now on; not if it was to have it ``instead_of``
+        a lock that was let go of meanwhile."""
         try:
             held = lock(root)
         except OSError as error:
             logger.warning("%s cannot be locked: %s; one agent alone must use it", root, error)
-            self._locks[root] = None
-            return True
+            return self._put(root, None, instead_of)
         if held is None:
             return False
-        before = self._locks.pop(root, None)
-        if before is not None:
-            before.close()
-        self._locks[root] = held
+        if not self._put(root, held, instead_of):
+            held.close()
+            return False
         with contextlib.suppress(OSError):  # full: a hint less
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(os.path.join(root, NOTE), flags, 0o600), "wb") as file:

@@ -406,3 +406,27 @@ def test_directories_on_disks_that_hang_are_let_go_of_at_once(
     monkeypatch.setattr(held, "_leave", leave)
     asyncio.run(held.let_go(()))
     assert held.loaded == []
+
+
+def test_a_directory_that_is_let_go_of_amid_a_look_at_it_is_not_taken_again(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, own = agent_with(place, tmp_path / "a")
+    (before,) = held._locks.values()
+    assert before is not None
+    own.rename(tmp_path / "away")
+    own.mkdir(mode=0o700)  # made anew, by whoever
+    lock = roots.lock
+
+    def meanwhile(root: str) -> Lock | None:
+        monkeypatch.undo()
+        held._release(root)
+        own.mkdir(mode=0o700, parents=True)
+        return lock(root)
+
+    monkeypatch.setattr(roots, "lock", meanwhile)
+    held._renew(str(own), before)
+    assert held._locks == {}
+    free = lock(str(own))
+    assert free is not None
+    free.close()
