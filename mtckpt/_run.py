@@ -29,6 +29,7 @@ from mtckpt._manifest import Incarnation, SaveName
 from mtckpt._patience import NoThread, in_time
 from mtckpt._pieces import ALONE, Members
 from mtckpt._places import is_directory
+from mtckpt._probe import tier_label
 from mtckpt._restore import Place
 from mtckpt._schedule import ObjectStore, Peers
 from mtckpt.adapters import find_group
@@ -262,8 +263,14 @@ class Run:
         """Every tier that there is, fastest first. One that hangs says so when it is scanned."""
         self.enter()
         opened = self.session.open()
-        ram = LocalTier(opened.ram_root, name="ram", survives=Survives.PROCESS, read_only=True)
-        found = [Place("ram", ram, mapped=True)]
+
+        def look() -> Place:
+            root = opened.ram_root
+            ram = LocalTier(root, name="ram", survives=Survives.PROCESS, read_only=True)
+            # Beside a disk that fails, a mapping would end this process with SIGBUS.
+            return Place("ram", ram, mapped=tier_label(root) == "ram")
+
+        found = [cast("Place", self.within("ram", look))]
         for label, settings in zip(self.labels, self.tiers, strict=True):
             tier = self._opened(label, settings)
             if tier is not None:

@@ -117,6 +117,7 @@ def names_of(world: World) -> Names:
     names.put(peers, "_bind", bind(world))
     names.put(peers, "choose_host", lambda *_: _node_here().host)
     names.put(_run, "LocalTier", _local_tier(world))
+    names.put(_run, "tier_label", lambda _: "ram")
     names.put(_run, "open_store", lambda *_, **__: world.store)
     names.put(_restore, "restore_from", restore_from(world))
     names.put(_writing, "Writing", begin(world))

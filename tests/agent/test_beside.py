@@ -20,7 +20,7 @@ from mtckpt import _taken
 from mtckpt._manifest import SaveName, record_file
 from mtckpt._slots import BESIDE
 from mtckpt._transfer import verify_shard
-from mtckpt.agent import beside, roots
+from mtckpt.agent import beside, holding, roots
 from mtckpt.agent.holding import LOCK, Lock
 from mtckpt.agent.roots import Roots
 
@@ -416,17 +416,16 @@ def test_a_directory_that_is_let_go_of_amid_a_look_at_it_is_not_taken_again(
     assert before is not None
     own.rename(tmp_path / "away")
     own.mkdir(mode=0o700)  # made anew, by whoever
-    lock = roots.lock
 
     def meanwhile(root: str) -> Lock | None:
         monkeypatch.undo()
         held._release(root)
         own.mkdir(mode=0o700, parents=True)
-        return lock(root)
+        return holding.lock(root)
 
     monkeypatch.setattr(roots, "lock", meanwhile)
     held._renew(str(own), before)
     assert held._locks == {}
-    free = lock(str(own))
+    free = holding.lock(str(own))
     assert free is not None
     free.close()
