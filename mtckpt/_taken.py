@@ -33,7 +33,7 @@ def waiting_name() -> str:
 
 def take_in(files: RunFiles, run_key: str) -> list[str]:
     """Move what waits to where it belongs; a line for each that did. Goes on where it was killed.
-    What is here already stays, and finished captures come along, but no other slots."""
+    What is here already stays; slots that are free may go."""
     try:
         with files.directory(run_key) as run_fd:
             waiting = [name for name in sorted(os.listdir(run_fd)) if name.startswith(_PREFIX)]
@@ -42,13 +42,16 @@ def take_in(files: RunFiles, run_key: str) -> list[str]:
     for name in waiting:
         with files.directory(run_key) as run_fd, files.directory(run_key, name) as from_fd:
             for entry in sorted(os.listdir(from_fd)):
-                if is_directory(entry, from_fd):
+                known, is_part = is_there(entry, run_fd), is_directory(entry, from_fd)
+                if known and is_part:
                     _move(files, run_key, name, entry)
                     os.rmdir(entry, dir_fd=from_fd)
-                elif _manifest.parse_incarnation_file(entry) is None or is_there(entry, run_fd):
-                    unlink(entry, from_fd)
-                else:
+                elif not known and (is_part or _manifest.parse_incarnation_file(entry) is not None):
+                    # As a whole, which takes no room.
                     os.rename(entry, entry, src_dir_fd=from_fd, dst_dir_fd=run_fd)
+                else:
+                    unlink(entry, from_fd)
+                crash_point("take.entry")
             os.rmdir(name, dir_fd=run_fd)
     return [f"{name} is part of the run now: an agent that is gone had left it" for name in waiting]
 

@@ -253,10 +253,11 @@ class Registry:
                 # Its tiers are where this job says, not where a container before had them.
                 await self._load_root(own, work.RunConfig(message.run, key, message.tiers))
             return
+        if run.living() or os.path.dirname(run.ram.path) != place:
+            return
         async with run.opening:  # nobody frees it meanwhile
-            if run.gone or run.living() or os.path.dirname(run.ram.path) != place:
-                return
-            if await self.held.take_over(key, place, message.patience_s, run.ram.path):
+            mine = "" if run.gone or run.living() else run.ram.path
+            if mine and await self.held.take_over(key, place, message.patience_s, mine):
                 await self.leftovers.take_in(run, UNSURE)
                 await self.resolve(run)
 
