@@ -111,8 +111,8 @@ class Checkpointer:
         self._schedule = make_schedule(self._ram, self._slow, self._labels)
         ram_path = absolute(self._ram.path) if self._ram.path else protocol.ram_base()
         places = dict(zip(self._labels, (tier.place for tier in self._slow), strict=True))
-        check_places({"ram": ram_path, **places}, group_access=address.find().service)
-        warn_of_media(places)
+        all_places = {"ram": ram_path, **places}
+        warn_of_media(places, check_places(all_places, group_access=address.find().service))
         self._session = Session(
             run,
             self._run_key,

@@ -5,21 +5,20 @@ Knows mounts and devices. A directory that is not there yet will lie where its p
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mtckpt import _probe
-from mtckpt._patience import NoThread, in_time
 
-__all__ = ["Medium", "warn_of_media", "warnings_of"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Medium", "medium_of", "warn_of_media", "warnings_of"]
 
 logger = logging.getLogger(__name__)
 
-_LOOK_TIMEOUT_S = 2.0
 _said: set[str] = set()
 
 
@@ -30,13 +29,11 @@ class Medium(NamedTuple):
     kind: str
 
 
-def warn_of_media(paths: Mapping[str, str]) -> None:
+def warn_of_media(paths: Mapping[str, str], media: Mapping[str, Medium]) -> None:
     """Log what the Disk tiers of these, label to path, do not survive; each thing once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # another rank of this node says it
-    found = {label: _medium(path) for label, path in paths.items() if label.startswith("disk")}
-    known = {label: medium for label, medium in found.items() if medium is not None}
-    for warning in warnings_of(paths, known):
+    for warning in warnings_of(paths, media):
         if warning not in _said:
             _said.add(warning)
             logger.warning("%s", warning)
@@ -61,16 +58,11 @@ def warnings_of(paths: Mapping[str, str], media: Mapping[str, Medium]) -> list[s
     return warnings
 
 
-def _medium(path: str) -> Medium | None:
-    """None where that cannot be known in time."""
+def medium_of(path: Path) -> Medium | None:
+    """What a directory lies on; None where that cannot be known. Blocks where a device hangs."""
     try:
-        look = functools.partial(_look, Path(path))
-        return next(iter(in_time(look, _LOOK_TIMEOUT_S, name="mtckpt-look")), None)
-    except (NoThread, OSError):
+        there = next(each for each in (path, *path.parents) if each.exists())
+        mount = _probe.mount_at(str(there))
+        return Medium(there.stat().st_dev, mount.kind if mount is not None else "")
+    except OSError:
         return None
-
-
-def _look(path: Path) -> Medium:
-    there = next(each for each in (path, *path.parents) if each.exists())
-    mount = _probe.mount_at(str(there))
-    return Medium(there.stat().st_dev, mount.kind if mount is not None else "")

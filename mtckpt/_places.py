@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from mtckpt import _inventory, _manifest
 from mtckpt._access import Access, check_url, open_store
 from mtckpt._manifest import Record, SaveEntry, SaveName
+from mtckpt._media import Medium, medium_of
 from mtckpt._patience import NoThread, in_time
 from mtckpt.errors import AccessDenied, FormatError, TierError, TierReadOnly, UsageError
 from mtckpt.tiers._os_errors import tier_error
@@ -45,45 +45,64 @@ __all__ = [
 ]
 
 Location = str | os.PathLike[str]
-_LINKS_TIMEOUT_S = 2.0
-_T = TypeVar("_T")
+_LOOK_TIMEOUT_S = 2.0
 
 
-def check_places(paths: Mapping[str, str], *, group_access: bool) -> None:
+class _Seen(NamedTuple):
+    """One look at a place: its path without links; why it is not to be used; what it lies on."""
+
+    real: str
+    refusal: AccessDenied | None = None
+    medium: Medium | None = None
+
+
+def check_places(paths: Mapping[str, str], *, group_access: bool) -> dict[str, Medium]:
     """Refuse tiers, label to path, that could not be used as they are: UsageError, AccessDenied.
-    ``group_access``: they are written to by a service, which lets its group in."""
-    _refuse_one_directory(paths)
-    _refuse_unsafe(paths, group_access=group_access)
+    ``group_access``: they are written to by a service, which lets its group in. What the Disk tiers
+    lie on, where that can be known."""
+    seen = {label: _seen(label, path, group_access) for label, path in paths.items()}
+    _refuse_one_directory(seen)
+    for each in seen.values():
+        if each.refusal is not None:
+            raise each.refusal
+    return {label: each.medium for label, each in seen.items() if each.medium is not None}
 
 
-def _refuse_one_directory(paths: Mapping[str, str]) -> None:
-    """Raise UsageError if two tiers, label to path, are the same directory by whatever name.
+def _seen(label: str, path: str, group_access: bool) -> _Seen:
+    """The path as it is where a device does not answer in time, or nobody can be sent to look."""
+    path = path.removeprefix("file://")
+
+    def look() -> _Seen:
+        real = os.path.realpath(path)
+        if not label.startswith("disk"):
+            return _Seen(real)
+        return _Seen(real, _refusal(label, path, group_access), medium_of(Path(path)))
+
+    with contextlib.suppress(NoThread):
+        for seen in in_time(look, _LOOK_TIMEOUT_S, name="mtckpt-look"):
+            return seen
+    return _Seen(os.path.abspath(path))
+
+
+def _refuse_one_directory(seen: Mapping[str, _Seen]) -> None:
+    """Raise UsageError if two tiers are the same directory by whatever name.
 
     A second copy in the place of the first is none, and what memory recycles is no disk's to keep.
     """
     labels: dict[str, str] = {}
-    for label, path in paths.items():
-        real = _without_links(path.removeprefix("file://"))
-        if labels.setdefault(real, label) != label:
+    for label, each in seen.items():
+        if labels.setdefault(each.real, label) != label:
             raise UsageError(
-                f"the tiers {labels[real]} and {label} are one directory: {real}",
+                f"the tiers {labels[each.real]} and {label} are one directory: {each.real}",
                 state="nothing was done",
                 actions=("give each tier a directory of its own, on devices that fail apart",),
-                path=real,
+                path=each.real,
             )
 
 
-def _refuse_unsafe(paths: Mapping[str, str], *, group_access: bool) -> None:
-    """Raise AccessDenied for a directory, label to path, that is there and that no tier would ever
-    be written to: everybody can change what is in it, or it is somebody else's."""
-    disks = [(label, path) for label, path in paths.items() if label.startswith("disk")]
-    for label, path in disks:
-        for refusal in _in_time(functools.partial(_refusal, label, path, group_access)):
-            if refusal is not None:
-                raise refusal
-
-
 def _refusal(label: str, path: str, group_access: bool) -> AccessDenied | None:
+    """Why a directory that is there is none that a tier would ever be written to: everybody can
+    change what is in it, or it is somebody else's."""
     try:
         root = Root(Path(path), tier=label, sync=False, group_access=group_access, read_only=True)
         with contextlib.closing(root):
@@ -95,18 +114,6 @@ def _refusal(label: str, path: str, group_access: bool) -> AccessDenied | None:
     except TierError:
         return None  # not there yet, say; who writes to it is told
     return None
-
-
-def _without_links(path: str) -> str:
-    """The path with links followed, or as it is where a device does not answer."""
-    return next(iter(_in_time(functools.partial(os.path.realpath, path))), os.path.abspath(path))
-
-
-def _in_time(look: Callable[[], _T]) -> list[_T]:
-    """What a look finds; nothing where a device does not answer, or nobody can be sent to look."""
-    with contextlib.suppress(NoThread):
-        return in_time(look, _LINKS_TIMEOUT_S, name="mtckpt-look")
-    return []
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from mtckpt._manifest import Incarnation, SaveName
 from mtckpt._patience import NoThread, in_time
 from mtckpt._pieces import ALONE, Members
 from mtckpt._places import is_directory
+from mtckpt._probe import tier_label
 from mtckpt._restore import Place
 from mtckpt._schedule import ObjectStore, Peers
 from mtckpt.adapters import find_group
@@ -272,8 +273,14 @@ class Run:
         """Every tier that there is, fastest first. One that hangs says so when it is scanned."""
         self.enter()
         opened = self.session.open()
-        ram = LocalTier(opened.ram_root, name="ram", survives=Survives.PROCESS, read_only=True)
-        found = [Place("ram", ram, mapped=True)]
+
+        def look() -> Place:
+            root = opened.ram_root
+            ram = LocalTier(root, name="ram", survives=Survives.PROCESS, read_only=True)
+            # Beside a disk that fails, a mapping would end this process with SIGBUS.
+            return Place("ram", ram, mapped=tier_label(root) == "ram")
+
+        found = [cast("Place", self.within("ram", look))]
         for label, settings in zip(self.labels, self.tiers, strict=True):
             tier = self._opened(label, settings)
             if tier is not None:
@@ -359,7 +366,8 @@ class Run:
         except NoThread as error:
             raise TierUnavailable(f"tier {label} was not asked: {error}", tier=label) from error
         if not result:
-            where = f" at {path}" if (path := self._paths.get(label)) else ""
+            path = self._place_of(label)
+            where = f" at {path}" if path else ""
             raise TierUnavailable(
                 f"tier {label}{where} did not answer within {timeout_s:.1f} s",
                 tier=label,
@@ -367,6 +375,10 @@ class Run:
                 timeout_s=round(timeout_s, 1),
             )
         return result[0]
+
+    def _place_of(self, label: str) -> str | None:
+        opened = self.session.opened
+        return opened.ram_root if label == "ram" and opened else self._paths.get(label)
 
     def source(
         self, source: str | os.PathLike[str], places: Sequence[Place]

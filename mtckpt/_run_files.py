@@ -25,7 +25,7 @@ from mtckpt.tiers.base import check_key
 if TYPE_CHECKING:
     from mtckpt.tiers.local import LocalTier
 
-__all__ = ["RunFiles", "is_there", "size_bytes_at", "unlink"]
+__all__ = ["RunFiles", "is_directory", "is_there", "size_bytes_at", "unlink"]
 
 CONFIG_FILE = ".run.json"
 SECRET_FILE = ".join.json"
@@ -54,7 +54,7 @@ class RunFiles:
         """Every run that has anything here, also one without a single save."""
         with self._root.using() as root_fd, self._root.errors(None, "list"):
             names = sorted(os.listdir(root_fd))
-            return [name for name in names if _is_directory(name, root_fd) and _is_key(name)]
+            return [name for name in names if is_directory(name, root_fd) and _is_key(name)]
 
     def wipe(self, run_key: str) -> int:
         """Delete everything of a run: records first, so that no save is ever offered by half."""
@@ -67,14 +67,25 @@ class RunFiles:
             crash_point("wipe.records")
             with self.directory(run_key) as run_fd:
                 for name in os.listdir(run_fd):
-                    if not _is_directory(name, run_fd):
+                    if not is_directory(name, run_fd):
                         freed_bytes += unlink(name, run_fd)
                         continue
-                    with self.directory(run_key, name) as fd:
-                        freed_bytes += sum(unlink(file, fd) for file in os.listdir(fd))
-                    os.rmdir(name, dir_fd=run_fd)
+                    freed_bytes += self._empty(run_key, name)
+                    _drop(name, run_fd)
             with self._root.using(writing=True) as root_fd, contextlib.suppress(OSError):
                 os.rmdir(run_key, dir_fd=root_fd)  # Somebody may have begun the run anew.
+        return freed_bytes
+
+    def _empty(self, run_key: str, *names: str) -> int:
+        """Delete what is in a directory; of a shard that is on its way here the record first."""
+        freed_bytes = 0
+        with self.directory(run_key, *names) as fd:
+            for name in sorted(os.listdir(fd)):
+                if is_directory(name, fd):
+                    freed_bytes += self._empty(run_key, *names, name)
+                    _drop(name, fd)
+                else:
+                    freed_bytes += unlink(name, fd)
         return freed_bytes
 
     def write_config(self, run_key: str, data: bytes) -> None:
@@ -133,15 +144,14 @@ class RunFiles:
     # -- opening ---------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def directory(self, run_key: str, name: str = "", *, create: bool = False) -> Iterator[int]:
+    def directory(self, run_key: str, *names: str, create: bool = False) -> Iterator[int]:
         """A directory of a run; OSErrors of the block as errors of ours."""
         check_key(run_key)
+        parts = [run_key, *names]
         with (
             self._root.using(writing=True) as root_fd,
-            self._root.errors(f"{run_key}/{name}", "change"),
-            self._root.directory(
-                root_fd, [run_key, name] if name else [run_key], run_key, create=create
-            ) as fds,
+            self._root.errors("/".join(parts), "change"),
+            self._root.directory(root_fd, parts, run_key, create=create) as fds,
         ):
             yield fds[-1]
 
@@ -225,8 +235,18 @@ def unlink(name: str, dir_fd: int) -> int:
     return max(size_bytes, 0)
 
 
-def _is_directory(name: str, dir_fd: int) -> bool:
+def is_directory(name: str, dir_fd: int) -> bool:
     return stat.S_ISDIR(os.lstat(name, dir_fd=dir_fd).st_mode)
+
+
+def _drop(name: str, dir_fd: int) -> None:
+    """Remove a directory that was emptied. On NFS and FUSE what somebody still has open or mapped
+    is there under another name until it is closed: then an empty directory stays."""
+    try:
+        os.rmdir(name, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _is_key(name: str) -> bool:

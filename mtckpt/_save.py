@@ -7,9 +7,10 @@ its generation word, which makes it garbage; the previous save is in another slo
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +21,7 @@ from mtckpt import _pieces, _shard, _state
 from mtckpt._dtypes import check_dtype
 from mtckpt._manifest import ArrayEntry
 from mtckpt._pieces import ALONE, Members, Recipe
+from mtckpt._probe import tier_label
 from mtckpt.capture.base import Engine, Span
 from mtckpt.capture.collector import collector_paused
 from mtckpt.capture.memory import Mapping as MemoryMapping
@@ -309,12 +311,22 @@ def _ties(
 
 
 class HeldSlot:
-    """A slot of the agent's, mapped into this process."""
+    """A slot of the agent's, mapped into this process, its pages faulted in."""
 
     def __init__(self, grant: SlotGrant, layout: ShardLayout) -> None:
         self.grant = grant
+        self.in_memory = tier_label(grant.data_path) == "ram"
         self.data = _map(grant.data_path, grant.inode, layout.size_bytes)
         self.table = _map(grant.table_path, None, layout.table_bytes)
+        self.data.populate()
+        self.table.populate()
+
+
+Within = Callable[..., Any]  # what it is given, done, in bounded time by bytes that it reads
+
+
+def _at_once(work: Callable[[], Any], size_bytes: int = 0) -> Any:
+    return work()
 
 
 _left_mapped: list[HeldSlot] = []  # until the process ends
@@ -335,10 +347,14 @@ def _let_go(slots: dict[int, HeldSlot], engine: Engine, pid: int) -> None:
 
 
 class SlotRing:
-    """The slots this process has mapped, by inode; an inode keeps its mapping over recycling."""
+    """The slots this process has mapped, by inode; an inode keeps its mapping over recycling.
 
-    def __init__(self, engine: Engine) -> None:
+    What they lie on may be a disk that hangs: it is looked at ``within`` bounded time.
+    """
+
+    def __init__(self, engine: Engine, within: Within = _at_once) -> None:
         self._engine = engine
+        self._within = within
         self._slots: dict[int, HeldSlot] = {}
         self._size: tuple[int, int] = (0, 0)
         self._withheld: dict[str, int] = {}
@@ -352,7 +368,10 @@ class SlotRing:
         return {**{slot.grant.slot_id: inode for inode, slot in slots}, **self._withheld}
 
     def withhold(self, grant: SlotGrant) -> bool:
-        """Never use a slot again that a device may still write to; False if none does."""
+        """Never use a slot again that a device may still write to, nor one that a disk may still
+        change, before it has; False if none does."""
+        if grant.slot_id in self._withheld:
+            return True
         slot = self._slots.get(grant.inode)
         if slot is None or not self._engine.holds(slot.data.address):
             return False
@@ -363,17 +382,34 @@ class SlotRing:
         """Ids of the slots that are not to be granted again while this process lives."""
         return list(self._withheld)
 
+    def write(self, grant: SlotGrant, work: Callable[[], None]) -> None:
+        """Do work on the files of a slot. One whose disk does not answer is not used until it has:
+        what is left behind may still change it. Raises TierUnavailable, and what the work does."""
+        slot = self._slots.get(grant.inode)
+        if slot is None or slot.in_memory:
+            work()
+            return
+
+        def tried() -> None:
+            try:
+                work()
+            finally:
+                self._withheld.pop(grant.slot_id, None)
+
+        self._withheld[grant.slot_id] = grant.inode
+        self._within(tried)
+
     def adopt(self, grant: SlotGrant, layout: ShardLayout) -> HeldSlot:
-        """Map a granted slot, or find it mapped already; its pages are faulted in."""
+        """Map a granted slot, or find it mapped already; its pages are faulted in. Raises
+        TierUnavailable where its disk does not answer."""
         size = (layout.size_bytes, layout.table_bytes)
         if size != self._size:
             self.clear()
             self._size = size
         slot = self._slots.get(grant.inode)
         if slot is None:
-            slot = self._slots[grant.inode] = HeldSlot(grant, layout)
-            slot.data.populate()
-            slot.table.populate()
+            held = functools.partial(HeldSlot, grant, layout)
+            slot = self._slots[grant.inode] = self._within(held, layout.size_bytes)
         self._engine.register(slot.data.address, slot.data.size_bytes)
         slot.grant = grant
         return slot
@@ -429,3 +465,15 @@ def raise_capture_error(step: int, error: Exception) -> NoReturn:
         step=step,
         state="the step was not started; earlier steps are unchanged; the next save works",
     ) from error
+
+
+def is_gone(grant: SlotGrant, error: Exception) -> bool:
+    """Whether a slot was taken away, by whoever empties memory, or moves slots to a disk."""
+    cause = error.__cause__ if isinstance(error, CheckpointError) else error
+    there = os.path.dirname(grant.data_path)
+    return isinstance(cause, FileNotFoundError) and str(cause.filename).startswith(there)
+
+
+def is_producer(state: Any) -> bool:
+    """A callable that makes the state; a module is callable too, and is state itself."""
+    return callable(state) and not hasattr(state, "state_dict") and not isinstance(state, Mapping)

@@ -18,7 +18,7 @@ from mtckpt import _manifest, _pieces, _save, _writing
 from mtckpt._handle import Save, size_text, stage_of_tier
 from mtckpt._joining import Needs
 from mtckpt._progress import progress
-from mtckpt._room import bytes_below, bytes_free, ranks_full
+from mtckpt._room import bytes_below, free_bytes_at, ranks_full
 from mtckpt._schedule import Disk, Peers
 from mtckpt._slots import BESIDE
 from mtckpt._steps import metrics_of
@@ -61,7 +61,7 @@ class Saver:
         self.counters = {"saves": 0, "called_off": 0}
         self.last: Save | None = None  # that was handed over
         self.steps: set[int] = set()
-        self.ring = _save.SlotRing(engine)
+        self.ring = _save.SlotRing(engine, functools.partial(run.within, "ram"))
         self._session = run.session
         self._session.held = self.ring.held
         self._engine = engine
@@ -99,7 +99,7 @@ class Saver:
         try:
             self._begin(self._needs(captured))
         except (AgentUnavailable, TierUnavailable) as error:
-            return self._call_off(Save(step, planned=planned), f"the node agent: {error.what}")
+            return self._call_off(Save(step, planned=planned), _why(error))
         incarnation = self.run.incarnation
         assert incarnation is not None
         save_id = _manifest.save_id(incarnation.id, step, 0)
@@ -135,7 +135,7 @@ class Saver:
             writing = _writing.Writing(
                 captured, slot, identity, self._engine,
                 due=due, metrics=metrics, every=every, mode=self._ram.capture,
-                may_leave=self._session.checks_left,
+                may_leave=self._session.checks_left, write=self.ring.write,
             )  # fmt: skip
             if writing.is_done:
                 writing.finish()
@@ -174,7 +174,7 @@ class Saver:
         self._step = step
         self._planner.members = self.run.members
         try:
-            state = state() if _is_producer(state) else state
+            state = state() if _save.is_producer(state) else state
             return state, self._planner.prepare(state, active_adapters()), None
         except Exception as error:  # noqa: BLE001 - raised again, named
             # A user's state_dict or a framework may raise anything.
@@ -186,7 +186,12 @@ class Saver:
         if captured is None or not self.run.lacks_layout:
             return None
         path = self._session.open().ram_root
-        free_bytes = bytes_free(path)
+
+        def look() -> tuple[int | None, int]:
+            # What the run has there already makes room for what it saves.
+            return free_bytes_at(path), bytes_below(os.path.join(path, self.run.key))
+
+        free_bytes, own_bytes = self.run.within("ram", look)
         if free_bytes is None:
             return None
         layout = captured.plan.layout
@@ -194,9 +199,7 @@ class Saver:
         shared = _pieces.shared_bytes(captured.plan.recipe, self.run.members)
         shared_bytes = min(size_bytes, shared)
         slots = _MIN_SLOTS if self._ram.slots == "auto" else int(self._ram.slots)
-        # What the run has there already makes room for what it saves.
-        room_bytes = free_bytes + bytes_below(os.path.join(path, self.run.key))
-        return Needs(size_bytes - shared_bytes, shared_bytes, slots, room_bytes)
+        return Needs(size_bytes - shared_bytes, shared_bytes, slots, free_bytes + own_bytes)
 
     def _finish(
         self, writing: _writing.Writing, save: Save, grant: protocol.SlotGrant
@@ -210,7 +213,7 @@ class Saver:
             # Here, too; the error is then told of the save.
             self.steps.discard(save.step)
             self._take_back(save, grant, error)
-            if _is_gone(grant, error):
+            if _save.is_gone(grant, error):
                 self._call_off(save, _TAKEN_AWAY)
                 return None
             _save.raise_capture_error(save.step, error)
@@ -221,7 +224,9 @@ class Saver:
         """Raise why there is no capture; where only its slot is gone, the save is called off."""
         self._take_back(save, grant, error)
         self._capturing = None
-        if not _is_gone(grant, error):
+        if isinstance(error, TierUnavailable):
+            return self._call_off(save, _why(error))
+        if not _save.is_gone(grant, error):
             _save.raise_capture_error(save.step, error)
         # Somebody has emptied this node's memory: the agent begins it anew.
         self.ring.clear()
@@ -250,19 +255,19 @@ class Saver:
         grant, self._session.next_slot = self._session.next_slot, None
         if grant is not None and self.ring.fits(grant, layout):
             return self._followed(grant)
-        want = protocol.WantSlots(
-            self._session.holder,
-            layout.size_bytes,
-            layout.table_bytes,
-            self._num_slots(layout),
-            max(0.0, deadline_s - time.monotonic()),
-            held=self.ring.withheld(),
-        )
         try:
+            want = protocol.WantSlots(
+                self._session.holder,
+                layout.size_bytes,
+                layout.table_bytes,
+                self._num_slots(layout),
+                max(0.0, deadline_s - time.monotonic()),
+                held=self.ring.withheld(),
+            )
             self._give_back_lost(want.wait_s)
             slots = self._ask_slot(want)
         except (AgentUnavailable, TierUnavailable) as error:
-            self._call_off(save, f"the node agent: {error.what}")
+            self._call_off(save, _why(error))
             return None
         except WaitTimeout as error:
             self._call_off(save, f"memory is too small now, and {error.what}")
@@ -373,7 +378,8 @@ class Saver:
         wanted = layout.size_bytes + layout.table_bytes
         if self._ring_of != wanted:
             self._ring_of = wanted
-            free_bytes = bytes_free(self._session.open().ram_root) or 0
+            path = self._session.open().ram_root
+            free_bytes = self.run.within("ram", lambda: free_bytes_at(path)) or 0
             needed = 4 * wanted * len(self.run.members.node)  # by all ranks of this node
             fitting = 3 if free_bytes >= needed else 2
             self._ring_slots = fitting if self._ram.slots == "auto" else int(self._ram.slots)
@@ -489,13 +495,6 @@ class Saver:
         return save
 
 
-def _is_gone(grant: protocol.SlotGrant, error: Exception) -> bool:
-    """Whether a slot was taken away, by whoever empties memory, or moves slots to a disk."""
-    cause = error.__cause__ if isinstance(error, CheckpointError) else error
-    there = os.path.dirname(grant.data_path)
-    return isinstance(cause, FileNotFoundError) and str(cause.filename).startswith(there)
-
-
-def _is_producer(state: Any) -> bool:
-    """A callable that makes the state; a module is callable too, and is state itself."""
-    return callable(state) and not hasattr(state, "state_dict") and not isinstance(state, Mapping)
+def _why(error: AgentUnavailable | TierUnavailable) -> str:
+    """Why a save is called off: a tier names itself."""
+    return error.what if isinstance(error, TierUnavailable) else f"the node agent: {error.what}"

@@ -40,6 +40,7 @@ from mtckpt._manifest import Record, SaveName
 from mtckpt._room import check_room, ram_full
 from mtckpt._run_files import is_there, size_bytes_at, unlink
 from mtckpt._shard import Table
+from mtckpt._taken import take_in
 from mtckpt.errors import AlreadyExists, Damaged, FormatError, ObjectNotFound, UsageError
 
 if TYPE_CHECKING:
@@ -233,6 +234,8 @@ class Slots:
         Slots that a live trainer is capturing into are whole and unfinished: they are left alone.
         """
         findings = SlotFindings()
+        if repair:
+            findings.repaired += take_in(self._files, run_key)
         for slot_id in self._slot_ids(run_key):
             with self._files.directory(run_key, DIRECTORY) as slots_fd:
                 self._scan_slot(run_key, slot_id, slots_fd, findings, repair)

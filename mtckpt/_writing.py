@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import base64
 import errno
+import functools
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -27,6 +28,7 @@ from mtckpt.errors import CaptureFailed, TierFull, UnsupportedState
 
 if TYPE_CHECKING:
     from mtckpt._save import Captured, HeldSlot, Identity, Plan
+    from mtckpt.agent.protocol import SlotGrant
     from mtckpt.capture.base import Engine, Mode
 
 __all__ = ["Writing"]
@@ -52,12 +54,15 @@ class Writing:
         every: int,
         mode: Mode = "auto",
         may_leave: bool = False,
+        write: Callable[[SlotGrant, Callable[[], None]], None] | None = None,
     ) -> None:
-        """``may_leave``: what lies in the slot already may stay, since the seal looks at it."""
+        """``may_leave``: what lies in the slot already may stay, since the seal looks at it.
+        ``write`` does work on the files of the slot, which may lie where nobody answers."""
         layout = captured.plan.layout
         plain = msgspec.json.encode([_state.encode_plain(value) for value in captured.plain])
         self._slot = slot
         self._identity = identity
+        self._write = write
         self._keep = captured  # the arrays, for as long as they are read
         self._draft = _draft(captured.plan, identity, plain, due, metrics, every)
         table = slot.table.view
@@ -78,7 +83,7 @@ class Writing:
     def finish(self) -> bytes:
         """Which chunks were left as they lay in the slot, a bit each: nobody has looked at them.
 
-        Raises what the capture does, TierFull for the record.
+        Raises what the capture does, TierFull and TierUnavailable for the record.
         """
         layout = self._keep.plan.layout
         table = self._slot.table.view
@@ -89,7 +94,8 @@ class Writing:
         table_digest.update(self._digests)
         record = _record(self._keep.plan, self._draft, table_digest.hexdigest(), self._digests)
         grant = self._slot.grant
-        _write_record(grant.record_path, record, os.stat(grant.data_path).st_mode & 0o660)
+        write = functools.partial(_write_record, grant, record)
+        self._write(grant, write) if self._write else write()
         at = _shard.GENERATION_OFFSET
         table[: len(header)] = header[:at] + bytes(8) + header[at + 8 :]
         table[at : at + 8] = header[at : at + 8]
@@ -153,10 +159,11 @@ def _record(plan: Plan, draft: Record, table_digest: str, digests: memoryview) -
     return data
 
 
-def _write_record(path: str, data: bytes, mode: int) -> None:
+def _write_record(grant: SlotGrant, data: bytes) -> None:
     """Put the record beside its slot, readable for whom the slot is, whatever the umask."""
-    temporary = f"{path}.new"
+    temporary = f"{grant.record_path}.new"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    mode = os.stat(grant.data_path).st_mode & 0o660
     try:
         fd = os.open(temporary, flags, 0o600)
         try:
@@ -166,7 +173,7 @@ def _write_record(path: str, data: bytes, mode: int) -> None:
                 view = view[os.write(fd, view) :]
         finally:
             os.close(fd)
-        os.rename(temporary, path)
+        os.rename(temporary, grant.record_path)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise (TierFull if full else CaptureFailed)(

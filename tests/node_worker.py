@@ -108,7 +108,7 @@ class Worker:
         copies, strict = settings.pop("copies", 0), settings.pop("strict", False)
         _gathering._PEER_TIMEOUT_S = settings.pop("peer_s", _gathering._PEER_TIMEOUT_S)
         tiers = [
-            mtckpt.Ram(every=1, slots=slots),
+            mtckpt.Ram(settings.pop("ram", None), every=1, slots=slots),
             mtckpt.Disk(disk, every=every, keep=keep),
             *([mtckpt.Peers(copies=copies, strict_placement=strict)] if copies else []),
             *([mtckpt.ObjectStore(store, every=every)] if store else []),

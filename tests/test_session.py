@@ -101,7 +101,9 @@ def test_no_page_at_all_is_a_number_and_not_the_lack_of_one(
     captured = SimpleNamespace(plan=SimpleNamespace(layout=layout, recipe=None))
     opened = SimpleNamespace(ram_root=str(tmp_path))
     saver = SimpleNamespace(
-        run=SimpleNamespace(lacks_layout=True, key="r", members=None),
+        run=SimpleNamespace(
+            lacks_layout=True, key="r", members=None, within=lambda _, look: look()
+        ),
         _session=SimpleNamespace(open=lambda: opened),
         _ram=SimpleNamespace(slots=2),
     )
@@ -186,7 +188,7 @@ def test_ranks_do_not_wait_for_memory_beside_a_disk_that_hangs_nor_meet_without_
         (tmp_path / "gone", 10.0, "No such file"),
     ):
         opened = SimpleNamespace(ram_root=root, boot_id="boot", agent_id="agent")
-        session = SimpleNamespace(open=lambda: opened, rank=0, world_size=1)  # noqa: B023
+        session = SimpleNamespace(open=lambda: opened, opened=None, rank=0, world_size=1)  # noqa: B023
         run = Run("r", "r", cast(Any, session), [], [], timeout_s, local_groups(2)[0])
         with pytest.raises(TierUnavailable, match=why):
             run.join()

@@ -75,17 +75,12 @@ class Store:
 
 
 @contextlib.contextmanager
-def at_change(store: Store, number: int, happens: Callable[[], None]) -> Iterator[None]:
-    """Before so many changes more, once."""
-    outer, seen = store.before, 0
+def watched(store: Store, look: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
+    """Before each change from now on: with its number, and what was to happen before it."""
+    outer, numbers = store.before, itertools.count()
 
     def before() -> None:
-        nonlocal seen
-        seen += 1
-        if seen == number + 1:
-            amid, store.before = store.before, outer
-            happens()
-            store.before = amid
+        look(next(numbers), outer)
         outer()
 
     store.before = before
@@ -96,22 +91,29 @@ def at_change(store: Store, number: int, happens: Callable[[], None]) -> Iterato
 
 
 @contextlib.contextmanager
-def dead_from(store: Store, number: int) -> Iterator[None]:
-    """Whoever brings something meanwhile makes so many changes, and none after those."""
-    outer, seen = store.before, 0
+def at_change(store: Store, at: int, happens: Callable[[], None]) -> Iterator[None]:
+    """Before so many changes more, once."""
 
-    def before() -> None:
-        nonlocal seen
-        if seen >= number:
-            raise Died
-        seen += 1
-        outer()
+    def look(number: int, outer: Callable[[], None]) -> None:
+        if number == at:
+            amid, store.before = store.before, outer
+            happens()
+            store.before = amid
 
-    store.before = before
-    try:
+    with watched(store, look):
         yield
-    finally:
-        store.before = outer
+
+
+@contextlib.contextmanager
+def dead_from(store: Store, at: int) -> Iterator[None]:
+    """Whoever brings something meanwhile makes so many changes, and none after those."""
+
+    def look(number: int, _: Callable[[], None]) -> None:
+        if number >= at:
+            raise Died
+
+    with watched(store, look):
+        yield
 
 
 @pytest.fixture

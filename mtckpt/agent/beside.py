@@ -22,11 +22,12 @@ from typing import Literal
 
 from mtckpt import _probe
 from mtckpt._manifest import SaveName, is_record_file
-from mtckpt._slots import BESIDE
+from mtckpt._slots import BESIDE, Slots
+from mtckpt._taken import waiting_name
 from mtckpt.agent.holding import LOCK, NOTE, Lock, lock
 from mtckpt.agent.places import close_place, open_place
 from mtckpt.agent.run_config import TierRef
-from mtckpt.errors import TierUnavailable
+from mtckpt.errors import CheckpointError, TierUnavailable
 
 __all__ = [
     "Left",
@@ -37,6 +38,7 @@ __all__ = [
     "is_one",
     "left",
     "make",
+    "prune",
     "remove",
     "take_over",
     "tidy",
@@ -51,13 +53,14 @@ _OF_ONE_MACHINE = frozenset(
 
 @dataclass(slots=True)
 class Taken:
-    """What became of a look: ``here`` if the run is in the directory now, from wherever it came;
-    ``left`` are directories that have some of it, and whose agent may live; ``more`` are those of
-    dead ones, where the same save is, say, of other ranks, or a newer one."""
+    """What became of a look: ``here`` if the run is in the directory now, ``brought`` if some of it
+    has come by this look; ``left`` are directories that have some of it, and whose agent may live;
+    ``refused`` are those of dead ones that it could not be brought from, and why."""
 
     here: bool = False
+    brought: bool = False
     left: list[str] = field(default_factory=list)
-    more: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,27 +140,42 @@ def delete(place: str, run_key: str, boot_id: str) -> tuple[list[Left], list[Lef
 
 
 def take_over(place: str, run_key: str, own: str, boot_id: str) -> Taken:
-    """Bring what is left of a run into ``own``, from one directory that is nobody's any more: of
-    several the one that has the newest save."""
+    """Bring what is left of a run into ``own``, from all directories that are nobody's any more.
+    The run goes on as the one that has the newest save; what the others have of it becomes a part
+    of that when it is looked at next."""
     taken = Taken(os.path.isdir(os.path.join(own, run_key)))
     for root in sorted(_all(place), key=lambda root: _newest(root, run_key), reverse=True):
-        there = os.path.join(root, run_key)
         if root == own or (held := _try(root)) is None:
             continue
         try:
-            dead = _is_dead(root, boot_id)
-            if os.path.isdir(there) and not dead:
-                taken.left.append(root)
-            elif os.path.isdir(there) and not taken.here:
-                os.rename(there, os.path.join(own, run_key))
-                taken.here = True
-            elif _newest(root, run_key) >= max(_newest(own, run_key), (1, 0)):
-                taken.more.append(root)
-            if dead:
-                remove(root, held)
+            has_it = os.path.isdir(os.path.join(root, run_key))
+            if not _is_dead(root, boot_id):
+                taken.left += [root] if has_it else []
+                continue
+            if has_it:
+                _bring(root, run_key, own)
+                taken.here = taken.brought = True
+            remove(root, held)
+        except (CheckpointError, OSError) as error:
+            what = error.what if isinstance(error, CheckpointError) else error.strerror
+            taken.refused[root] = str(what)
         finally:
             held.close()
     return taken
+
+
+def _bring(root: str, run_key: str, own: str) -> None:
+    target = os.path.join(own, run_key)
+    if os.path.isdir(target):
+        opened, files = open_place(TierRef("ram", root, label="ram"))
+        try:
+            assert files is not None  # of a directory
+            # What is half done there can be told from what is half moved only there.
+            Slots(opened.local, files).scan(run_key, repair=True)
+        finally:
+            close_place(opened, files)
+        target = os.path.join(target, waiting_name())
+    os.rename(os.path.join(root, run_key), target)
 
 
 def tidy(place: str, own: str, boot_id: str) -> None:
@@ -174,6 +192,7 @@ def tidy(place: str, own: str, boot_id: str) -> None:
 def remove(root: str, held: Lock) -> None:
     """Remove a directory, if no run has anything in it; and the last one's place. Its lock may end
     by that."""
+    prune(root)
     with contextlib.suppress(OSError):
         names = set(os.listdir(root))
         if names <= {NOTE, LOCK}:
@@ -189,6 +208,15 @@ def remove(root: str, held: Lock) -> None:
                 held.close()
                 os.rmdir(root)
             os.rmdir(os.path.dirname(root))
+
+
+def prune(root: str) -> None:
+    """Remove directories of runs that have nothing in them: what was deleted there, somebody still
+    had open."""
+    for path, _, _ in os.walk(root, topdown=False):
+        if path != root:
+            with contextlib.suppress(OSError):  # refused while there is anything
+                os.rmdir(path)
 
 
 def _try(root: str) -> Lock | None:

@@ -33,6 +33,16 @@ class Leftovers:
         self._tools = tools
         self._ring = ring
 
+    async def take_in(self, run: RunState, holder: str) -> None:
+        """Something was brought into the run's memory, from where an agent is gone: it is as if
+        this one had it. No part is a copy for another node any more; see ``adopt_slots``."""
+        async with run.sealing:
+            scanned = await self._tools.call(work.Scan(run.ram, run.key), work.Scanned)
+            run.noted_guests = {}
+            for scan in scanned.runs:
+                run.note_scan(RAM, scan)
+                adopt_slots(run, scan.slots, holder)
+
     async def settle(self, run: RunState, owner: Owner) -> None:
         """An owner died: seal what it had finished, free what it had not. Raises TierUnavailable
         where memory does not answer; what is not settled then is by another call."""
@@ -97,7 +107,10 @@ def _is_missing(run: RunState, found: work.SlotScan) -> bool:
 def adopt_slots(run: RunState, found: list[work.SlotScan], holder: str) -> None:
     """Take in the slots that another agent left; ``holder`` may still be writing to them."""
     base = os.path.join(run.ram.path, run.key, DIRECTORY)
+    known = {(slot.save, slot.rank) for slot in run.slots.values()}
     for scan in found:
+        if scan.slot_id in run.slots:
+            continue
         run.slots[scan.slot_id] = Slot(
             scan.slot_id,
             SlotState.CAPTURING,
@@ -112,6 +125,8 @@ def adopt_slots(run: RunState, found: list[work.SlotScan], holder: str) -> None:
         )
     for save in run.saves.values():
         for rank in save.ranks.get(RAM, ()):
+            if (str(save.name), rank) in known:
+                continue
             slot = Slot(new_id(), SlotState.COMMITTED, save.shard_bytes[rank])
             slot.save, slot.rank = str(save.name), rank
             run.slots[slot.slot_id] = slot

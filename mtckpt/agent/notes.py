@@ -10,27 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mtckpt.agent import work
-from mtckpt.agent.owners import boot_id
+from mtckpt.agent import owners, work
+from mtckpt.agent.owners import Owner, boot_id
 
 if TYPE_CHECKING:
     from mtckpt.agent.nodes import Layout
-    from mtckpt.agent.owners import Owner
     from mtckpt.agent.protocol import TierConfig
     from mtckpt.agent.runs import RunState
 
-__all__ = ["config_of", "leaving_of", "left_s_of"]
+__all__ = ["config_of", "leaving_of", "left_s_of", "owner_of_note"]
 
 
 def config_of(run: RunState) -> work.RunConfig:
     """What the next agent needs to know."""
-    owners = [_noted(o) for o in run.owners.values() if not o.dead]
+    living = [_noted(o) for o in run.owners.values() if not o.dead]
     newest = run.incarnations.get(run.incarnation)
     return work.RunConfig(
         run.run,
         run.key,
         [_without_secrets(tier.config) for tier in run.tiers.values()],
-        owners,
+        living,
         run.incarnation,
         newest.id if newest else "",
         {
@@ -86,4 +85,22 @@ def _noted(owner: Owner) -> work.Owner:
         owner.incarnation,
         owner.world_size,
         owner.parent_pid,
+    )
+
+
+def owner_of_note(noted: work.Owner, run: RunState, host: str) -> Owner:
+    """The owner that was noted, as far as it is a process of this machine."""
+    pidfd = owners.open_pidfd(noted.pid, noted.start_ticks)
+    return Owner(
+        noted.holder,
+        noted.rank,
+        noted.pid,
+        noted.start_ticks,
+        noted.parent_pid,
+        host,
+        run.creator_uid,
+        noted.world_size,
+        noted.incarnation,
+        pidfd=-1 if pidfd is None else pidfd,
+        absent=True,
     )

@@ -27,7 +27,7 @@ from mtckpt.agent.guests import PULLING, Guests
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.leftovers import Leftovers, adopt_slots
 from mtckpt.agent.links import Links
-from mtckpt.agent.notes import config_of, leaving_of, left_s_of
+from mtckpt.agent.notes import config_of, leaving_of, left_s_of, owner_of_note
 from mtckpt.agent.owners import Owner, boot_id
 from mtckpt.agent.peers import SERVING, Peers
 from mtckpt.agent.replicas import Replicas
@@ -141,8 +141,10 @@ class Registry:
         scans = {scan.run_key: scan for scan in scanned.runs}
         if only is not None:
             known = by_key.get(only.run_key, only)
-            others = by_key if has_others else {}
-            by_key = {**others, only.run_key: msgspec.structs.replace(known, tiers=only.tiers)}
+            # No part is a copy for another node any more: what that had may have come along.
+            extra = {**known.extra, "guests": {}}
+            own = msgspec.structs.replace(known, tiers=only.tiers, extra=extra)
+            by_key = {**(by_key if has_others else {}), only.run_key: own}
         for key in sorted({*by_key, *scans} - self.runs.keys()):
             config = by_key.get(key) or work.RunConfig(key, key)
             run = RunState(config.run, key, ram)
@@ -177,14 +179,14 @@ class Registry:
         run.creator_uid = int(extra.get("uid", -1))
         run.admitted = set(extra.get("admitted") or ())
         for noted in config.owners:
-            owner = self._owner_from_config(run, noted)
+            owner = owner_of_note(noted, run, self.host)
             if noted.holder in (extra.get("unseen") or ()):
                 # Of another pid namespace: it comes back soon, or its silence is its death.
                 owner.seen, owner.listened = False, True
             if owner.pidfd >= 0 or not owner.seen:
                 run.owners[owner.rank] = owner
         for values in extra.get("fenced") or ():
-            owner = self._owner_from_config(run, msgspec.convert(values, work.Owner))
+            owner = owner_of_note(msgspec.convert(values, work.Owner), run, self.host)
             if owner.pidfd >= 0:
                 owner.fenced_by = 1
                 run.fenced[owner.holder] = owner
@@ -199,22 +201,6 @@ class Registry:
             await self.try_config(run)
         self.tools.events.emit(
             "run.found", run=run.run, saves=len(run.saves), finished=len(run.finished)
-        )
-
-    def _owner_from_config(self, run: RunState, noted: work.Owner) -> Owner:
-        pidfd = owners.open_pidfd(noted.pid, noted.start_ticks)
-        return Owner(
-            noted.holder,
-            noted.rank,
-            noted.pid,
-            noted.start_ticks,
-            noted.parent_pid,
-            self.host,
-            run.creator_uid,
-            noted.world_size,
-            noted.incarnation,
-            pidfd=-1 if pidfd is None else pidfd,
-            absent=True,
         )
 
     async def resolve(self, run: RunState) -> None:
@@ -254,13 +240,27 @@ class Registry:
             self.held.note(root)
             await self._load_root(root)
         for tier in () if self.service else message.tiers:
-            if tier.kind == "disk" and key not in self.runs:
-                place = os.path.join(tier.path, BESIDE)
-                own = await self.held.take_over(key, place, message.patience_s)
-                if own:
-                    # Its tiers are where this job says, not where a container before had them.
-                    await self._load_root(own, work.RunConfig(message.run, key, message.tiers))
+            if tier.kind == "disk":
+                await self._take_over(key, message, os.path.join(tier.path, BESIDE))
         return root
+
+    async def _take_over(self, key: str, message: protocol.Open, place: str) -> None:
+        """What agents that are gone have left of a run beside a disk, unless somebody is at work
+        on it, or it is elsewhere."""
+        run = self.runs.get(key)
+        if run is None:
+            own = await self.held.take_over(key, place, message.patience_s)
+            if own:
+                # Its tiers are where this job says, not where a container before had them.
+                await self._load_root(own, work.RunConfig(message.run, key, message.tiers))
+            return
+        if run.living() or os.path.dirname(run.ram.path) != place:
+            return
+        async with run.opening:  # nobody frees it meanwhile
+            mine = "" if run.gone or run.living() else run.ram.path
+            if mine and await self.held.take_over(key, place, message.patience_s, mine):
+                await self.leftovers.take_in(run, UNSURE)
+                await self.resolve(run)
 
     async def _move(self, run: RunState, root: str, message: protocol.Open) -> None:
         """RAM was elsewhere before: that goes, unless it has what no other tier has. Where somebody

@@ -95,6 +95,7 @@ class Roots:
         self._boot_id = boot_id
         self._path = os.path.join(directory, ROOTS_NAME)
         self._locks: dict[str, Lock | None] = {}  # None where nothing can be locked
+        self._changing = threading.Lock()  # of that, and nobody waits for a disk with it
         self._noted: list[str] = []
         self.unlooked: dict[str, str] = {}  # by run: why what may be left of it was not looked for
         self._lost: set[str] = set()
@@ -169,16 +170,18 @@ class Roots:
                     return root
         raise TierUnavailable(f"{place} is being tidied up by other agents", tier="ram")
 
-    async def take_over(self, run_key: str, place: str, patience_s: float = 60.0) -> str:
-        """Where a run that an agent which is gone has left beside a disk is from now on: this
-        agent's directory there; "" where nothing is left of it that could be taken over, or where
-        the disk does not say so within a part of ``patience_s``."""
+    async def take_over(
+        self, run_key: str, place: str, patience_s: float = 60.0, known: str = ""
+    ) -> str:
+        """Where a run that agents which are gone have left beside a disk is from now on: this
+        agent's directory there, ``known`` if the run is in that. "" where nothing came that could
+        be taken over, or where the disk does not say so within a part of ``patience_s``."""
         try:
             look = functools.partial(beside.has_left, place, run_key)
             look_s = min(LOOK_S, max(MIN_LOOK_S, LOOK_SHARE * patience_s))
             if not await aside(look, place, look_s):
                 return ""
-            own = await self.own(place)
+            own = known or await self.own(place)
             self.note(own)
             await self.take(own)  # before anything is in it
             take_over = functools.partial(beside.take_over, place, run_key, own, self._boot_id)
@@ -193,17 +196,17 @@ class Roots:
                 f"an agent of another host has left slots in {root}, and nobody can tell from here"
                 " whether its job lives: remove that directory if it does not",
             )
-        for root in taken.more:
+        for root, why in taken.refused.items():
             self._pass_over(
-                run_key,
-                f"an agent that is gone has left parts of it in {root} as well, which a job of as"
-                " many containers as there were would take over",
+                run_key, f"what an agent that is gone has left in {root} is not taken over: {why}"
             )
-        return own if taken.here else ""
+        return own if taken.brought or (taken.here and not known) else ""
 
     def _pass_over(self, run_key: str, why: str) -> None:
         logger.warning("run %s: %s", run_key, why)
-        self.unlooked[run_key] = why
+        known = self.unlooked.get(run_key, "")
+        if why not in known:
+            self.unlooked[run_key] = f"{known}; {why}" if known else why
 
     async def take(self, root: str) -> None:
         """Have a directory that is there for this agent alone. Raises AgentUnavailable."""
@@ -235,9 +238,9 @@ class Roots:
         try:
             if self._locks.get(root) is not held:
                 return  # it was let go of
-            if held.is_of(root) or self._try(root):
+            if held.is_of(root) or self._try(root, instead_of=held):
                 self._lost.discard(root)
-            elif root not in self._lost:
+            elif root not in self._lost and self._locks.get(root) is held:
                 self._lost.add(root)
                 logger.warning("%s was made anew, and another agent has it", root)
         except (OSError, TierUnavailable):
@@ -262,7 +265,8 @@ class Roots:
 
     def _release(self, root: str) -> None:
         """Unlock a directory; one beside a disk goes, if it has no run."""
-        held = self._locks.pop(root, None)
+        with self._changing:
+            held = self._locks.pop(root, None)
         with contextlib.suppress(OSError):
             if noted(root) == self._directory:
                 os.unlink(os.path.join(root, NOTE))
@@ -278,19 +282,29 @@ class Roots:
             if isinstance(error, BaseException):  # its lock ends with this process
                 logger.info("%s", error)
 
-    def _try(self, root: str) -> bool:
+    def _put(self, root: str, held: Lock | None, instead_of: Lock | None) -> bool:
+        with self._changing:
+            before = self._locks.get(root)
+            if instead_of is not None and before is not instead_of:
+                return False
+            self._locks[root] = held
+        if before is not None:
+            before.close()
+        return True
+
+    def _try(self, root: str, instead_of: Lock | None = None) -> bool:
+        """Whether a directory is this agent's from now on; not if it was to have it ``instead_of``
+        a lock that was let go of meanwhile."""
         try:
             held = lock(root)
         except OSError as error:
             logger.warning("%s cannot be locked: %s; one agent alone must use it", root, error)
-            self._locks[root] = None
-            return True
+            return self._put(root, None, instead_of)
         if held is None:
             return False
-        before = self._locks.pop(root, None)
-        if before is not None:
-            before.close()
-        self._locks[root] = held
+        if not self._put(root, held, instead_of):
+            held.close()
+            return False
         with contextlib.suppress(OSError):  # full: a hint less
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(os.path.join(root, NOTE), flags, 0o600), "wb") as file:
@@ -299,9 +313,13 @@ class Roots:
 
 
 def _is_empty(root: str) -> bool:
-    """Whether a directory of slots has no run, or is gone itself."""
+    """Whether a directory of slots has no run, or is gone itself. Directories with nothing in them
+    are of what was deleted while somebody still had it open."""
     try:
         with os.scandir(root) as entries:
-            return not any(entry.is_dir(follow_symlinks=False) for entry in entries)
+            runs = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
     except OSError as error:
         return isinstance(error, FileNotFoundError | NotADirectoryError)
+    unreadable: list[OSError] = []
+    found = (files for run in runs for _, _, files in os.walk(run, onerror=unreadable.append))
+    return not any(found) and not unreadable

@@ -95,7 +95,7 @@ def names_of(world: World) -> Names:
     threads = Threads(world.loop, spawn)
     for module in (_session, _handle, _run, _progress, _gathering):
         names.put(module, "threading", threads)
-    names.put(_saver, "bytes_free", lambda _: 1 << 30)
+    names.put(_saver, "free_bytes_at", lambda _: 1 << 30)
     names.put(_session, "queue", threads)
     names.put(_session, "AgentClient", functools.partial(AgentClient, world))
     names.put(_session, "ensure_agent", ensure_agent(world))
@@ -117,6 +117,7 @@ def names_of(world: World) -> Names:
     names.put(peers, "_bind", bind(world))
     names.put(peers, "choose_host", lambda *_: _node_here().host)
     names.put(_run, "LocalTier", _local_tier(world))
+    names.put(_run, "tier_label", lambda _: "ram")
     names.put(_run, "open_store", lambda *_, **__: world.store)
     names.put(_restore, "restore_from", restore_from(world))
     names.put(_writing, "Writing", begin(world))

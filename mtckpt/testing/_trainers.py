@@ -154,6 +154,9 @@ class Ring:
         slot.grant = grant
         return slot
 
+    def write(self, grant: protocol.SlotGrant, work: Callable[[], None]) -> None:
+        """Nothing: the shard is written at once."""
+
     def withhold(self, grant: protocol.SlotGrant) -> bool:
         del grant
         return False  # there are no devices
@@ -197,8 +200,9 @@ def begin(world: World) -> Callable[..., Written]:
         every: int,
         mode: str,
         may_leave: bool,
+        write: Any,
     ) -> Written:
-        del engine, mode, may_leave
+        del engine, mode, may_leave, write
         fiber = world.loop.fiber
         assert fiber is not None
         process: Process = fiber.owner

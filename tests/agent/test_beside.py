@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import itertools
 import os
+import shutil
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from shard_maker import RUN, fill_slot, make_shard, put_shard, ram_place, slots_of
 
+from mtckpt import _taken
 from mtckpt._manifest import SaveName, record_file
 from mtckpt._slots import BESIDE
-from mtckpt.agent import beside, roots
+from mtckpt._transfer import verify_shard
+from mtckpt.agent import beside, holding, roots
 from mtckpt.agent.holding import LOCK, Lock
 from mtckpt.agent.roots import Roots
 from mtckpt.errors import TierUnavailable
@@ -228,7 +234,7 @@ def test_a_disk_that_hangs_for_days_keeps_few_threads_busy(
     asyncio.run(story())
 
 
-def test_of_several_that_are_left_the_one_with_the_newest_save_is_taken_over(
+def test_of_several_that_are_left_the_run_goes_on_as_the_one_with_the_newest_save(
     place: str, tmp_path: Path
 ) -> None:
     dead = [agent_with(place, tmp_path / name, "r") for name in "ab"]
@@ -240,7 +246,9 @@ def test_of_several_that_are_left_the_one_with_the_newest_save_is_taken_over(
     here, own = agent_with(place, tmp_path / "c")
     assert asyncio.run(here.take_over("r", place)) == str(own)
     assert (own / "r" / str(SaveName(9, 2, f"{1:012d}"))).is_dir()
-    assert (paths[0] / "r").is_dir()
+    (rest,) = (own / "r").glob(".taken-*")  # which is taken in when somebody looks
+    assert (rest / str(SaveName(10, 1, f"{0:012d}"))).is_dir()
+    assert os.listdir(place) == [own.name]
     asyncio.run(here.close())
 
 
@@ -260,19 +268,71 @@ def test_a_save_that_was_never_sealed_is_not_the_newest(place: str, tmp_path: Pa
     asyncio.run(here.close())
 
 
-def test_other_ranks_parts_that_another_dead_agent_has_are_spoken_of(
-    place: str, tmp_path: Path
+class Killed(BaseException):
+    """Nothing more is done."""
+
+
+def dies_at(number: int) -> Callable[[str], None]:
+    """A crash point that ends the work when it is passed for this time."""
+    left = [number]
+
+    def crash_point(_: str) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+
+    return crash_point
+
+
+def test_parts_that_several_dead_agents_have_are_brought_together_wherever_one_is_killed(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two containers, a rank in each, and then one with both: it has one of the directories."""
-    dead = [agent_with(place, tmp_path / name, "r") for name in "abc"]
-    for (held, own), step in zip(dead, (20, 20, 10), strict=True):
-        sealed(own, step)
+    """Three containers, a rank in each, and then one with all: it has what they had left."""
+    shards = [make_shard(tmp_path, 20, rank, 3) for rank in range(3)]
+    old = make_shard(tmp_path, 10, 1, 3)
+    dead = [agent_with(place, tmp_path / name) for name in "abc"]
+    for (_, own), shard in zip(dead, shards, strict=True):
+        put_shard(own, shard)
+    put_shard(dead[1][1], old)
+    half = put_shard(dead[0][1], shards[1])  # how far another one came who was killed
+    half.with_suffix(".json").unlink()
+    slots = slots_of(ram_place(dead[2][1]))
+    captured = make_shard(tmp_path, 30, 2, 3)
+    for slot_id in ("full", "free"):
+        slot = slots.allocate(RUN, slot_id, len(captured.data), len(captured.table))
+        if slot_id == "full":
+            fill_slot(slot, captured)
+    for held, _ in dead:
         ended(held)
-    here, _ = agent_with(place, tmp_path / "d")
-    assert asyncio.run(here.take_over("r", place))
-    (left,) = (own for _, own in dead[:2] if (own / "r").is_dir())
-    assert f"agent that is gone has left parts of it in {left} as well" in here.unlooked["r"]
-    asyncio.run(here.close())
+    before = tmp_path / "before"
+    shutil.copytree(place, before)
+    for number in itertools.count(1):
+        shutil.rmtree(place)
+        shutil.copytree(before, place)
+        here, own = agent_with(place, tmp_path / f"here-{number}")
+        assert asyncio.run(here.take_over(RUN, place)) == str(own)
+        assert os.listdir(place) == [own.name]
+        taken = ram_place(own)
+        with monkeypatch.context() as patched:
+            patched.setattr(_taken, "crash_point", dies_at(number))
+            try:
+                slots_of(taken).scan(RUN, repair=True)
+            except Killed:
+                was_killed = True
+            else:
+                was_killed = False
+        found = [slot.record for slot in slots_of(taken).scan(RUN, repair=True).slots]
+        assert [record.name for record in found if record] == [captured.name]
+        for shard in (*shards, old):
+            assert not verify_shard(taken, RUN, shard.name, shard.rank).damaged
+        assert sorted(os.listdir(own / RUN)) == [
+            ".slots",
+            *sorted({str(s.name) for s in (old, shards[0])}),
+        ]
+        asyncio.run(here.close())
+        if not was_killed:
+            break
+    assert number > 6
 
 
 def test_a_directory_that_went_with_its_agent_is_none_for_the_next(
@@ -386,3 +446,26 @@ def test_directories_on_disks_that_hang_are_let_go_of_at_once(
     monkeypatch.setattr(roots, "_is_empty", leave)
     asyncio.run(held.let_go(()))
     assert held.loaded == []
+
+
+def test_a_directory_that_is_let_go_of_amid_a_look_at_it_is_not_taken_again(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, own = agent_with(place, tmp_path / "a")
+    (before,) = held._locks.values()
+    assert before is not None
+    own.rename(tmp_path / "away")
+    own.mkdir(mode=0o700)  # made anew, by whoever
+
+    def meanwhile(root: str) -> Lock | None:
+        monkeypatch.undo()
+        held._release(root)
+        own.mkdir(mode=0o700, parents=True)
+        return holding.lock(root)
+
+    monkeypatch.setattr(roots, "lock", meanwhile)
+    held._renew(str(own), before)
+    assert held._locks == {}
+    free = holding.lock(str(own))
+    assert free is not None
+    free.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from shard_maker import RUN, make_shard, put_shard
 
 import mtckpt
 from mtckpt import _session
+from mtckpt._slots import BESIDE
 from mtckpt.agent import address, work
 from mtckpt.agent.pool import Pool
 from mtckpt.errors import (
@@ -407,6 +409,34 @@ def test_a_hung_disk_does_not_hold_up_a_restore(
         dead.restore(before)
     with pytest.raises(RestoreUnavailable, match="not connected"):
         dead.restore(before, source=path / "r")
+
+
+@pytest.mark.fuse
+@pytest.mark.root
+def test_slots_on_a_hung_disk_call_saves_off_and_say_which_it_is(
+    disk: HungDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTCKPT_CALL_TIMEOUT_S", "2.0")
+    path = disk.path / "d"
+    tiers = [mtckpt.Ram(path / BESIDE, every=1), mtckpt.Disk(tmp_path / "fine", every=1000)]
+    c = mtckpt.Checkpointer("r", tiers, timeout_s=20.0, max_stall_s=1.0)
+    for step in (1, 2):
+        c.save(step, state_of(step)).wait("staged", timeout_s=20)
+    assert c._session.wait_idle(20)
+    c._link.timeout_s = 2.0
+    disk.hang()
+    for step in (3, 4):
+        with ends_within(8.0):
+            save = c.save(step, state_of(step))
+        assert save.skipped is not None
+        assert step > 3 or str(path) in save.skipped
+    with ends_within(8.0), pytest.raises(TierUnavailable, match=str(path)):
+        c.restore(state_of(0))
+    disk.free()
+    steps = itertools.count(5)
+    last = until(lambda: s if (s := next(steps)) and c.save(s, state_of(s)).skipped is None else 0)
+    c.close(timeout_s=20)
+    assert mtckpt.steps(tmp_path / "fine" / "r")[-1].step == last
 
 
 @pytest.mark.torture

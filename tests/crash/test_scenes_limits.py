@@ -16,6 +16,7 @@ from agent_checks import until
 from scene_trainer import SceneTrainer, TrainerError, seed_of
 
 import mtckpt
+from mtckpt._probe import tier_label
 from mtckpt._slots import BESIDE
 from mtckpt.errors import TierError, TierFull, UsageError
 
@@ -219,6 +220,9 @@ def test_slots_that_had_to_be_on_disk_are_found_by_a_restart_that_names_none(
     first = mtckpt.Checkpointer("r", [slots, disk], timeout_s=20.0)
     first.save(1, state).wait("staged", timeout_s=20)
     with mtckpt.Checkpointer("r", [disk], timeout_s=20.0) as checkpointer:
+        # An error of a disk below a mapping is the end of a process.
+        in_memory = tier_label(str(tmp_path)) == "ram"
+        assert checkpointer._link.places()[0].mapped == in_memory
         assert checkpointer.restore(state).step == 1
         checkpointer.save(2, state, tiers="all").wait("local", timeout_s=20)
     assert steps_on(tmp_path / "d") == [2]
