@@ -19,7 +19,17 @@ import msgspec
 
 from mtckpt.errors import CheckpointError, GroupMissing, RankTimeout, StepDisagreement, UsageError
 
-__all__ = ["Group", "Single", "Store", "StoreGroup", "choose", "exchange", "leave", "together"]
+__all__ = [
+    "Group",
+    "Meeting",
+    "Single",
+    "Store",
+    "StoreGroup",
+    "choose",
+    "exchange",
+    "leave",
+    "together",
+]
 
 _PAUSE_S = (0.001, 0.1)
 _LAST_READ_S = 2.0
@@ -281,3 +291,33 @@ def together(
     for rank, answer in enumerate(answers):
         if isinstance(answer, list):
             raise foreign(rank, str(answer[0]), str(answer[1]))
+
+
+class Meeting:
+    """Whether all ranks know of the error that ends what they do together."""
+
+    def __init__(self) -> None:
+        self._heard = False
+
+    @contextlib.contextmanager
+    def hearing(self) -> Iterator[None]:
+        """Around what they exchange: errors of ours that end it are known to all of them."""
+        self._heard = False
+        try:
+            yield
+        except CheckpointError:
+            self._heard = True
+            raise
+
+    @contextlib.contextmanager
+    def of(self, group: Group) -> Iterator[None]:
+        """Around all of it: a rank that leaves it, interrupted or by an error that is its own,
+        tells the others, who would wait for it until their time-out."""
+        self._heard = False
+        try:
+            yield
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            if not self._heard:
+                self._heard = True
+                leave(group, error)
+            raise

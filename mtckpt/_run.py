@@ -89,7 +89,7 @@ class Run:
         self._given = group
         self._lock = threading.Lock()  # threads may look at a run while one saves
         self._entered = self._joined = self._has_layout = False
-        self._heard = False  # all ranks know of the error that ended their last exchange
+        self._meeting = _coordination.Meeting()
         self.members = ALONE
         self.short: tuple[int, int] | None = None  # what all ranks of a node need, of what is left
         self.incarnation: Incarnation | None = None
@@ -230,7 +230,7 @@ class Run:
         Raises RankTimeout.
         """
         timeout_s = self._patience_s() if patient else self.timeout_s
-        with self._hearing():
+        with self._meeting.hearing():
             return _coordination.exchange(self.group, stage, value, timeout_s)
 
     def _patience_s(self) -> float:
@@ -243,31 +243,15 @@ class Run:
         """See ``_coordination.together``. Others may have to wait for each of their tiers, and to
         read for so long, while this rank had luck."""
         patience_s = self._patience_s() + reading_s
-        with self._hearing(), _coordination.together(self.group, stage, patience_s, foreign):
+        with (
+            self._meeting.hearing(),
+            _coordination.together(self.group, stage, patience_s, foreign),
+        ):
             yield
 
-    @contextlib.contextmanager
-    def _hearing(self) -> Iterator[None]:
-        """Around what ranks exchange: errors of ours that end it are known to all of them."""
-        self._heard = False
-        try:
-            yield
-        except CheckpointError:
-            self._heard = True
-            raise
-
-    @contextlib.contextmanager
-    def meeting(self) -> Iterator[None]:
-        """Around what all ranks do together: one that leaves it, interrupted or by an error that is
-        its own, tells the others, who would wait for it until their time-out."""
-        self._heard = False
-        try:
-            yield
-        except (Exception, KeyboardInterrupt, SystemExit) as error:
-            if not self._heard:
-                self._heard = True
-                _coordination.leave(self.group, error)
-            raise
+    def meeting(self) -> contextlib.AbstractContextManager[None]:
+        """Around what all ranks do together; see ``_coordination.Meeting``."""
+        return self._meeting.of(self.group)
 
     def places(self) -> list[Place]:
         """Every tier that there is, fastest first. One that hangs says so when it is scanned."""
