@@ -71,7 +71,7 @@ def test_whoever_loads_itself_may_save_what_it_likes(where: str) -> None:
     [
         *(("Adam", "RAdam"), ("RAdam", "Adam"), ("Adamax", "Adam"), ("NAdam", "Adam")),
         *(("Adam", "AdamW"), ("AdamW", "Adam"), ("RMSprop", "Adagrad")),
-        *(("Adagrad", "Adadelta"), ("SGD", "RMSprop")),
+        *(("Adagrad", "Adadelta"), ("SGD", "RMSprop"), ("Adamax", "RAdam"), ("RAdam", "Adamax")),
     ],
 )
 def test_torchs_kinds_of_optimizers_are_told_apart(saved: str, live: str) -> None:
