@@ -11,13 +11,23 @@ from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
 
-from mtckpt.errors import UnsupportedState
+from mtckpt.errors import CaptureFailed, UnsupportedState
 
-__all__ = ["check_name", "refused", "refused_depth", "refused_int", "refused_key", "same_path"]
+__all__ = [
+    "check_name",
+    "refused",
+    "refused_depth",
+    "refused_int",
+    "refused_key",
+    "refused_to_tell",
+    "same_path",
+]
 
 _AS_LIST = "save it as a list, in an order that is always the same: sorted(value)"
 _AS_TEXT = "save it as text: str(value)"
 _AS_BYTES = "save it as bytes: bytes(value)"
+_AS_COLUMNS = "save its columns, as a dict of lists: value.to_dict('list')"
+_AS_FIELDS = "save the dict of its fields, which restore() fills in its place: vars(value)"
 _INSTEAD = {
     "builtins.set": _AS_LIST,
     "builtins.frozenset": _AS_LIST,
@@ -25,12 +35,18 @@ _INSTEAD = {
     "builtins.bytearray": _AS_BYTES,
     "builtins.memoryview": _AS_BYTES,
     "builtins.range": "save its numbers: [value.start, value.stop, value.step]",
+    "argparse.Namespace": _AS_FIELDS,
     "array.array": "save it as an array of NumPy: numpy.array(value)",
+    "collections.UserList": "save the list in it: value.data",
     "datetime.date": "save it as text: value.isoformat()",
     "datetime.time": "save it as text: value.isoformat()",
     "datetime.timedelta": "save its numbers: [value.days, value.seconds, value.microseconds]",
     "decimal.Decimal": _AS_TEXT,
     "fractions.Fraction": _AS_TEXT,
+    "omegaconf.listconfig.ListConfig": "save it as a list: OmegaConf.to_container(value)",
+    "pandas.DataFrame": _AS_COLUMNS,
+    "pandas.core.frame.DataFrame": _AS_COLUMNS,  # until pandas 3
+    "types.SimpleNamespace": _AS_FIELDS,
     "uuid.UUID": _AS_TEXT,
     "torch.utils.data.dataloader.DataLoader": (
         "torchdata's StatefulDataLoader knows its place; or leave it out, and find the batch again"
@@ -51,8 +67,8 @@ def _instead(kind: type) -> str:
         return "save what it stands for: value.value"
     if issubclass(kind, Iterator | Coroutine):
         return "save list(value), or how far it has come, and go that far again after restore()"
-    if is_dataclass(kind):
-        return "save its fields: dataclasses.asdict(value)"
+    if is_dataclass(kind) and kind.__dictoffset__:  # with __slots__ it has no such dict
+        return _AS_FIELDS
     return ""
 
 
@@ -71,6 +87,17 @@ def refused(kind: type, path: str) -> UnsupportedState:
         type_name=kind.__qualname__,
         state="nothing was written",
         actions=actions,
+    )
+
+
+def refused_to_tell(kind: type, path: str, error: Exception) -> CaptureFailed:
+    """An object that was asked for its state, and failed."""
+    return CaptureFailed(
+        f"the state of a {kind.__qualname__} could not be read: {type(error).__name__}: {error}",
+        path=path,
+        type_name=kind.__qualname__,
+        stage="captured",
+        state="the step was not started; earlier steps are unchanged; the next save works",
     )
 
 
@@ -104,7 +131,11 @@ def refused_key(key: object, path: str) -> UnsupportedState:
         path=path,
         type_name=type(key).__qualname__,
         state="nothing was written",
-        actions=("use a text or a number in its place, such as str(key) or int(key)",),
+        actions=(
+            "use a text or a number in its place, such as str(key) or int(key)",
+            "or save the list of its items, and make a dict of it after restore():"
+            " list(value.items())",
+        ),
     )
 
 

@@ -37,8 +37,17 @@ from mtckpt._node import (
     node_from_json,
     node_to_json,
 )
-from mtckpt._refusals import check_name, refused, refused_depth, refused_int, refused_key, same_path
+from mtckpt._refusals import (
+    check_name,
+    refused,
+    refused_depth,
+    refused_int,
+    refused_key,
+    refused_to_tell,
+    same_path,
+)
 from mtckpt._replicas import Replicated
+from mtckpt.errors import CheckpointError
 
 __all__ = [
     "ARRAY",
@@ -290,7 +299,12 @@ def _walk(value: Any, path: str, adapters: Sequence[StateAdapter], flat: Flat, d
             flat.owners.append(adapter)
             flat.paths.append(path)
             return Node(ARRAY, type_=kind, index=len(flat.arrays) - 1, name=adapter.framework)
-    inner = _inner_state(value, adapters)
+    try:
+        inner = _inner_state(value, adapters)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a user's state_dict may raise anything
+        raise refused_to_tell(kind, path, error) from error
     if inner is not None:
         child = _walk(inner[0], path, adapters, flat, depth + 1)
         return Node(OBJECT, type_=kind, children=[child], is_object=type(inner[0]) is not Fields)

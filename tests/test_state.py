@@ -8,6 +8,7 @@ import decimal
 import enum
 import json
 import math
+import types
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from mtckpt._state import (
     register_codec,
 )
 from mtckpt.adapters import active_adapters
-from mtckpt.errors import FormatError, StateMismatch, UnsupportedState
+from mtckpt.errors import CaptureFailed, FormatError, StateMismatch, UnsupportedState
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -293,7 +294,8 @@ def test_unknown_values_are_named_with_what_to_do(value: Any) -> None:
         (decimal.Decimal(1), "str(value)"),
         (Path("x"), "os.fspath(value)"),
         (Kind.A, "value.value"),
-        (Unknown(), "dataclasses.asdict(value)"),
+        (Unknown(), "vars(value)"),
+        (types.SimpleNamespace(a=1), "vars(value)"),
         ((i for i in "x"), "how far it has come"),
         (iter("x"), "how far it has come"),
         (DataLoader(TensorDataset(torch.zeros(1))), "StatefulDataLoader"),
@@ -317,6 +319,10 @@ def test_keys_must_be_plain(key: Any) -> None:
     with pytest.raises(UnsupportedState, match="a dict key must be") as caught:
         flatten({"a": {key: 1}}, active_adapters())
     assert "str(key)" in str(caught.value)
+    assert "list(value.items())" in str(caught.value)
+    items: dict[str, Any] = {"a": []}
+    restore(save({"a": [((0, "left"), 1.0)]}), items)
+    assert dict(items["a"]) == {(0, "left"): 1.0}
 
 
 def test_an_integer_that_could_not_be_read_again() -> None:
@@ -326,6 +332,32 @@ def test_an_integer_that_could_not_be_read_again() -> None:
     with pytest.raises(UnsupportedState, match="20,001 bits") as caught:
         flatten(huge, active_adapters())
     assert caught.value.details["path"] == "a/n"
+
+
+def test_fields_are_filled_in_their_place() -> None:
+    """What the error says of dataclasses and namespaces."""
+    kept, live = Unknown(), Unknown()
+    vars(kept).update(step=3, seen={"a": 1})
+    vars(live).update(step=0, seen={}, more=np.zeros(2))
+    vars(kept)["more"] = np.ones(2)
+    restore(save({"fields": vars(kept)}), {"fields": vars(live)})
+    assert (vars(live)["step"], vars(live)["seen"]) == (3, {"a": 1})
+    assert vars(live)["more"].tolist() == [1, 1]
+
+
+def test_an_object_that_cannot_tell_its_state_is_named() -> None:
+    class Loader:
+        def state_dict(self, samples_seen: int) -> dict[str, int]:
+            return {"seen": samples_seen}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            del state
+
+    with pytest.raises(
+        CaptureFailed, match=r"state of a .*Loader could not be read: TypeError"
+    ) as e:
+        flatten({"data": [Loader()]}, active_adapters())
+    assert e.value.details["path"] == "data/0"
 
 
 def test_a_container_that_holds_itself() -> None:

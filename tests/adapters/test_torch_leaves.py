@@ -226,7 +226,7 @@ class Wrapped(torch.Tensor):
 UNSAVABLE = {
     "sparse": (sparse, "to_dense"),
     "nested": (nested, "unbind"),
-    "jagged": (jagged, "register_codec"),
+    "jagged": (jagged, "unbind"),
     "quantised": (quantised, "int_repr"),
     "meta": (lambda: torch.empty(3, device="meta"), "to_empty"),
     "fake": (fake, "register_codec"),

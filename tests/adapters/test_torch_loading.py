@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +12,11 @@ import torch
 from state_harness import plan, restore, save
 from torch import nn, optim
 
+from mtckpt import _state
+from mtckpt.adapters import active_adapters
 from mtckpt.errors import StateMismatch, UnsupportedState
+
+fake_pg: Any = importlib.import_module("torch.testing._internal.distributed.fake_pg")
 
 
 class SavesMore(nn.Linear):
@@ -71,7 +77,7 @@ def test_whoever_loads_itself_may_save_what_it_likes(where: str) -> None:
     [
         *(("Adam", "RAdam"), ("RAdam", "Adam"), ("Adamax", "Adam"), ("NAdam", "Adam")),
         *(("Adam", "AdamW"), ("AdamW", "Adam"), ("RMSprop", "Adagrad")),
-        *(("Adagrad", "Adadelta"), ("SGD", "RMSprop")),
+        *(("Adagrad", "Adadelta"), ("SGD", "RMSprop"), ("Adamax", "RAdam"), ("RAdam", "Adamax")),
     ],
 )
 def test_torchs_kinds_of_optimizers_are_told_apart(saved: str, live: str) -> None:
@@ -154,3 +160,50 @@ def test_an_optimizer_of_its_own_kind_may_save_what_it_likes() -> None:
     assert live.param_groups[0]["lr"] == 3
     with pytest.raises(StateMismatch, match="Slow here, array in the checkpoint"):
         plan(save({"o": torch.ones(1)}), {"o": live})
+
+
+def replicated(state: dict[str, Any]) -> set[str]:
+    """The top-level keys below which something is the same on all ranks."""
+    for adapter in active_adapters():
+        adapter.survey(state)
+    flat = _state.flatten(state, active_adapters())
+    return {flat.paths[i].partition("/")[0] for i in flat.replicas}
+
+
+def test_each_rank_has_its_share_of_a_zero_redundancy_optimizer() -> None:
+    """Under the same numbers each rank has other parameters: DDP does not make those alike."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its module compiles others by what is deprecated
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def make() -> tuple[Any, Any]:
+        wrapped = nn.parallel.DistributedDataParallel(
+            nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        )
+        return wrapped, ZeroRedundancyOptimizer(wrapped.parameters(), optim.Adam, lr=0.1)
+
+    store = fake_pg.FakeStore()
+    torch.distributed.init_process_group("fake", store=store, rank=1, world_size=2)
+    try:
+        wrapped, zero = make()
+        for parameter in wrapped.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        zero.step()
+        zero.param_groups[0]["lr"] = 0.5  # as a schedule does, after the step
+        for optimizer in (zero, zero.optim):
+            assert replicated({"m": wrapped, "o": optimizer}) == {"m"}
+        parameters = list(wrapped.parameters())
+        some, others = optim.SGD(parameters[:1], momentum=0.9), optim.Adam(parameters[1:])
+        some.step()
+        others.step()
+        assert replicated({"m": wrapped, "o": some}) == {"m"}
+        assert replicated({"m": wrapped, "o": some, "others": others}) == {"m", "o", "others"}
+        saved = save({"m": wrapped, "o": zero})
+        _, live = make()
+        restore(saved, {"o": live})
+        assert [group["lr"] for group in live.param_groups + live.optim.param_groups] == [0.5] * 2
+        pairs = zip(zero.optim.state.values(), live.optim.state.values(), strict=True)
+        for one, other in pairs:
+            assert torch.equal(one["exp_avg"], other["exp_avg"])
+    finally:
+        torch.distributed.destroy_process_group()

@@ -214,13 +214,13 @@ def _refusal(tensor: torch.Tensor, template: bool) -> tuple[str, str]:
     kind = type(tensor)
     if is_lazy(tensor):
         return "a parameter of a lazy module before it has a shape", "run one forward pass first"
+    if tensor.is_nested:
+        return "a nested tensor", "save the tensors of .unbind(), or .values() and .offsets()"
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return (
             f"a tensor of type {kind.__module__}.{kind.__qualname__}, which is more than its bytes",
             "save the plain tensors it is made of, or describe it once with mtckpt.register_codec",
         )
-    if tensor.is_nested:
-        return "a nested tensor", "save the tensors of .unbind(), or .values() and .offsets()"
     if tensor.layout is not torch.strided:
         return f"a sparse tensor ({tensor.layout})", "save its indices and values, or .to_dense()"
     if tensor.is_quantized:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Adamax, RAdam
 
 from mtckpt.errors import UnsupportedState
 
@@ -142,7 +143,9 @@ def other_settings(optimizer: Optimizer, number: int, saved: Mapping[str, Any]) 
     lacking = optimizer.defaults.keys() - saved.keys()
     foreign = saved.keys() - _ADDED.union(*optimizer.param_groups)
     is_torchs = type(optimizer).__module__.startswith("torch.optim")
-    kinds = _OF_KINDS & (lacking | foreign) if is_torchs else ()
+    # Adam and AdamW were given that one later, RAdam always had it, and Adamax never.
+    told = {_DECOUPLED} if isinstance(optimizer, RAdam | Adamax) else frozenset()
+    kinds = (_OF_KINDS | told) & (lacking | foreign) if is_torchs else ()
     if (lacking and foreign) or kinds:
         return f"settings {sorted(lacking)} here, {sorted(foreign)} in the checkpoint"
     here = optimizer.param_groups[number].get(_DECOUPLED)

@@ -65,7 +65,7 @@ def state_of(value: Any) -> Any:
 
 def place_object(live: Any, node: Node, path: str, placing: Placing) -> bool:
     """True if ``live`` is an object of torch's, which now is matched; it is filled in its place."""
-    live = wrappers.unwrapped(live)
+    outer, live = live, wrappers.unwrapped(live)
     if replicas.is_replicated(live):
         # The wrapper has no state: any other may have saved what it holds.
         live = wrappers.unwrapped(live.module)
@@ -76,7 +76,10 @@ def place_object(live: Any, node: Node, path: str, placing: Placing) -> bool:
         if flat_optimizers.has_flat(live):
             flat_optimizers.place(live, node, path, placing)
             return True
-        return optimizers.place(live, node, path, placing)
+        placed = optimizers.place(live, node, path, placing)
+        if outer is not live:
+            placing.finish.append(lambda: wrappers.show_settings(outer))
+        return placed
     if isinstance(live, torch.Generator):
         _place_generator(live, node, path, placing)
         return True

@@ -30,6 +30,7 @@ def survey(state: object) -> None:
             replicas.note(value)
     optimizers = [value for value in objects if isinstance(value, Optimizer)]
     modules = [value for value in objects if isinstance(value, Module)] if optimizers else []
+    replicas.note_optimizers(optimizers)
     naming.note(modules)
     if any(map(flat_optimizers.has_flat, optimizers)):
         # The whole after its parts: what counts is the order of the whole.

@@ -1,5 +1,5 @@
 """What is put around an object without a state of its own: by ``torch.compile``, ``DataParallel``,
-and Accelerate, around optimizers and schedules too.
+and Accelerate, around optimizers and schedules too, and by ``ZeroRedundancyOptimizer``.
 
 Knows how to get inside, and what names look like from there. A checkpoint says nothing of such a
 wrapper, so what was saved with it is restored without it, and the reverse. Imports nothing to look.
@@ -14,13 +14,24 @@ from typing import Any
 
 from torch.nn import DataParallel, Module
 
-__all__ = ["COMPILED", "bare_name", "bare_names", "inside_of", "is_compiled", "unwrapped"]
+__all__ = [
+    "COMPILED",
+    "bare_name",
+    "bare_names",
+    "inside_of",
+    "is_compiled",
+    "show_settings",
+    "unwrapped",
+]
 
 COMPILED = "_orig_mod."
 _ACCELERATED = (
     ("accelerate.optimizer", "AcceleratedOptimizer", "optimizer"),
     ("accelerate.scheduler", "AcceleratedScheduler", "scheduler"),
 )
+
+
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
 def is_compiled(value: object) -> bool:
@@ -44,12 +55,37 @@ def unwrapped(value: Any) -> Any:
 
 
 def _prepared(value: Any) -> Any:
-    """What Accelerate's ``prepare`` was given, of an optimizer or a schedule that it returned."""
+    """What Accelerate's ``prepare`` was given, of an optimizer or a schedule that it returned, and
+    the optimizer of this rank's share of the parameters within a ``ZeroRedundancyOptimizer``."""
+    if _shares_out(value):
+        _copy_settings(value, value.optim)  # as its step() begins
+        return value.optim
     for name, kind, inside in _ACCELERATED:
         module = sys.modules.get(name)
         if module is not None and type(value) is getattr(module, kind, None):
             return getattr(value, inside)
     return value
+
+
+def show_settings(outer: Any) -> None:
+    """Let what is around a restored optimizer have its settings, which its step would undo."""
+    if _shares_out(outer):
+        _copy_settings(outer.optim, outer)
+
+
+def _shares_out(value: Any) -> bool:
+    module = sys.modules.get(_ZERO)
+    # One that overlaps with the backward pass has nothing inside before its first step.
+    return (
+        module is not None
+        and isinstance(value, module.ZeroRedundancyOptimizer)
+        and hasattr(value, "optim")
+    )
+
+
+def _copy_settings(source: Any, target: Any) -> None:
+    for given, group in zip(source.param_groups, target.param_groups, strict=True):
+        group.update({name: value for name, value in given.items() if name != "params"})
 
 
 def inside_of(module: Any) -> Module | None:
