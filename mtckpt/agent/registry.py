@@ -275,7 +275,7 @@ class Registry:
         if not is_elsewhere(run):
             await self.wait_scanned(run, SCAN_S)
         async with run.opening:
-            if is_beside and not goes_beside and run.living():
+            if run.gone or (is_beside and not goes_beside and run.living()):
                 return
             if goes_beside:
                 await self.agreement.outgrown(run, message.holder)
