@@ -173,7 +173,7 @@ class Registry:
         run.noted_diverged = dict(extra.get("diverged") or {})
         run.noted_chosen = set(extra.get("chosen") or ())
         run.note_scan(RAM, scan)
-        run.left_s = left_s_of(extra, owners.uptime_s())
+        run.left_s = left_s_of(config, owners.uptime_s())
         run.closing = bool(extra.get("closing"))
         run.token = str(extra.get("token") or "")
         run.creator_uid = int(extra.get("uid", -1))
