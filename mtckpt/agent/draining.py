@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mtckpt._survival import ranges
@@ -40,7 +40,8 @@ _CALLS_S = (5.0, 15.0)
 
 class Drainer:
     """See the module. One for the agent; ``reason`` is empty while the node is to stay. ``ready``
-    is set once it is known what is here, but for what lies in the directories of ``unread``.
+    is set once it is known what is here, but for what lies in the directories of ``unread``, which
+    ``reread`` tries again.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Drainer:
         runs: dict[str, RunState],
         ready: asyncio.Event,
         unread: Mapping[str, CheckpointError],
+        reread: Callable[[], asyncio.Task[None]],
         copies: Copies,
         flusher: Flusher,
         events: EventStream,
@@ -56,6 +58,7 @@ class Drainer:
         self._runs = runs
         self._ready = ready
         self._unread = unread
+        self._reread = reread
         self._copies = copies
         self._flusher = flusher
         self._events = events
@@ -99,7 +102,9 @@ class Drainer:
         self.reason = reason
         self._note.remove()
         self._events.emit("node.drains", reason=reason, seconds=round(timeout_s, 1))
-        await until(self._ready, timeout_s)  # what is here may still be looked for
+        if await until(self._ready, timeout_s):  # what is here may still be looked for
+            left_s = max(0.0, deadline_s - time.monotonic())
+            await asyncio.wait([self._reread()], timeout=left_s)  # none is left half read
         runs = [run for run in self._runs.values() if not run.gone]
         unknown = [
             drains.DrainedRun(root, None, [], False, f"what is left there is not known: {why.what}")

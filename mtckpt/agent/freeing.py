@@ -71,6 +71,8 @@ class Freer:
     async def wipe(self, run: RunState) -> None:
         """Free all of a run's RAM and forget it; slower tiers keep what they have. To be called
         under ``run.opening``: who comes back meanwhile waits, and opens it anew."""
+        if run.gone:
+            return  # it is free, and what is there by now is the next one's
         run.gone = run.doubted = True
         for tier in run.tiers.values():
             tier.wake.set()

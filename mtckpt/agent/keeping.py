@@ -109,7 +109,9 @@ class Keeper:
         """Delete what the rules let go; False if some of it could not go now."""
         names = self._healer.not_kept(run, tier)
         if tier.is_store and run.layout and not run.layout.is_lead:
-            return True  # all nodes share it, and one of them looks after it
+            names = []  # all nodes share it, and one of them looks after it
+        if not names:
+            tier.denied = ""  # nobody asks again: whether it still does is seen with the next
         done = True
         if tier.is_store and names:
             # Readers in a store leave no trace: from here on nobody begins to read these, and who

@@ -33,7 +33,7 @@ def config_of(run: RunState) -> work.RunConfig:
         run.incarnation,
         newest.id if newest else "",
         {
-            "left_s": None if run.living() else run.left_s,
+            "left_s": run.left_s,
             "boot_id": boot_id(),
             "closing": run.closing,
             "token": run.token,
@@ -51,11 +51,12 @@ def config_of(run: RunState) -> work.RunConfig:
     )
 
 
-def left_s_of(extra: Mapping[str, Any], now_s: float) -> float:
+def left_s_of(config: work.RunConfig, now_s: float) -> float:
     """Since when nobody has had a run, as an agent before has noted: seconds after the start of
     this machine, so of another start, from which a disk has slots, they say nothing. Where somebody
     had it to the last, its agent and it have just died."""
-    if not boot_id() or extra.get("boot_id") != boot_id():
+    extra = config.extra
+    if config.owners or not boot_id() or extra.get("boot_id") != boot_id():
         return now_s
     return min(now_s, float(extra.get("left_s") or now_s))
 

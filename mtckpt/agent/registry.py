@@ -78,9 +78,8 @@ class Registry:
         self.flusher = Flusher(tools, self.ring, self.healer, self.copies)
         self.unread: dict[str, CheckpointError] = {}  # directories of slots, and why
         note = drains.Note(directory, self.boot_id)
-        self.drainer = Drainer(
-            self.runs, self.ready, self.unread, self.copies, self.flusher, tools.events, note
-        )
+        found = (self.runs, self.ready, self.unread, self._reread)
+        self.drainer = Drainer(*found, self.copies, self.flusher, tools.events, note)
         self.replicas = Replicas(tools, self.peers, self.write_config)
         self.links = Links(
             tools, self.ring, self.agreement, self.flusher, self.replicas, self.peers
@@ -99,27 +98,37 @@ class Registry:
 
     async def start(self) -> None:
         """Find what earlier agents of this directory left."""
-        await self._load_roots(await self.held.known())
+        await self._load_roots(self.held.known())
         self.ready.set()
         if self.unread:
             self.tools.start(self._load_late(), "reading what was left, late")
 
     async def _load_late(self) -> None:
-        deadline_s = time.monotonic() + LATE_S
-        while self.unread and time.monotonic() < deadline_s:
-            await asyncio.sleep(LATE_S / 60)
-            await self._load_roots(list(self.unread))
-        for root, why in list(self.unread.items()):
-            if isinstance(why, AgentUnavailable):  # an agent that stays has it, and is to be asked
-                del self.unread[root]
+        """An agent that ends does so soon; a disk that hangs may answer after hours."""
+        started_s = time.monotonic()
+        while self.unread:
+            waited_s = time.monotonic() - started_s
+            await asyncio.sleep(max(LATE_S / 60, waited_s / 4))
+            await self._reread()
+            for root, why in list(self.unread.items()):
+                # An agent that stays has it, and is to be asked.
+                if isinstance(why, AgentUnavailable) and waited_s > LATE_S:
+                    del self.unread[root]
+
+    def _reread(self) -> asyncio.Task[None]:
+        return self.tools.start(self._load_roots(list(self.unread)), "reading what was left")
 
     async def _load_roots(self, roots: list[str]) -> None:
         """As far as they are usable yet: an agent that ends still has its own."""
+        there = await self.held.there(roots)
         for root in roots:
             try:
+                if error := there.get(root):
+                    raise error
                 async with self._loading:
-                    if root not in self.held.loaded:
+                    if root in there and root not in self.held.loaded:
                         await self._load_root(root)
+                self.unread.pop(root, None)
             except CheckpointError as error:
                 if root not in self.unread:
                     logger.warning("RAM tier %s is not usable: %s", root, error)
@@ -159,7 +168,6 @@ class Registry:
                         if run.layout is not None:
                             run.leaving = leaving_of(run.layout, config.extra)
                 self.flusher.start(run)  # where there are no nodes, none is owed a copy
-        self.unread.pop(root, None)
         if root not in self.held.loaded:
             self.held.loaded.append(root)
 
@@ -173,7 +181,7 @@ class Registry:
         run.noted_diverged = dict(extra.get("diverged") or {})
         run.noted_chosen = set(extra.get("chosen") or ())
         run.note_scan(RAM, scan)
-        run.left_s = left_s_of(extra, owners.uptime_s())
+        run.left_s = left_s_of(config, owners.uptime_s())
         run.closing = bool(extra.get("closing"))
         run.token = str(extra.get("token") or "")
         run.creator_uid = int(extra.get("uid", -1))
@@ -232,7 +240,7 @@ class Registry:
         """Where a run that is opened has its slots. What is left of it beside a disk, where the job
         before had too little memory, is taken in on the way."""
         # A service keeps everybody's slots in its own directory; the reply says where.
-        root = _absolute("" if self.service else message.ram_path)
+        root = self.held.named("" if self.service else message.ram_path)
         if beside.is_asked(root):
             root = await self.held.own(root)
         if root not in self.held.loaded:
@@ -275,7 +283,7 @@ class Registry:
         if not is_elsewhere(run):
             await self.wait_scanned(run, SCAN_S)
         async with run.opening:
-            if is_beside and not goes_beside and run.living():
+            if run.gone or (is_beside and not goes_beside and run.living()):
                 return
             if goes_beside:
                 await self.agreement.outgrown(run, message.holder)
@@ -489,10 +497,3 @@ def _ref_of(config: TierConfig, limits: Limits, *, group_access: bool) -> TierRe
     if config.kind == "peers":
         return msgspec.structs.replace(PULLING, label=config.label)
     raise UsageError(f"this agent knows no tier of kind {config.kind!r}")
-
-
-def _absolute(ram_path: str) -> str:
-    root = os.path.normpath(ram_path or protocol.ram_base())
-    if not os.path.isabs(root):
-        raise UsageError("the RAM directory must be an absolute path", path=root)
-    return root

@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import os
+import stat
 import threading
 import time
 from collections import Counter
@@ -101,34 +102,43 @@ class Roots:
         self._lost: set[str] = set()
         self._looking: set[str] = set()  # those that a look has not come back from
 
-    async def known(self) -> list[str]:
-        """Those that there are, of this agent and of the one before it; the default one first."""
+    def known(self) -> list[str]:
+        """Those of this agent and of the one before it; the default one first."""
         self._read()
-        paths = list(dict.fromkeys([self._default, *self._noted]))
-        looks = [aside(functools.partial(os.path.isdir, path), path) for path in paths]
-        found = []
-        for path, is_there in zip(
-            paths, await asyncio.gather(*looks, return_exceptions=True), strict=True
+        return list(dict.fromkeys([self._default, *self._noted]))
+
+    async def there(self, roots: Collection[str]) -> dict[str, TierUnavailable | None]:
+        """Those of them that are there, or why that is not known."""
+        looks = [aside(functools.partial(_is_there, root), root) for root in roots]
+        found: dict[str, TierUnavailable | None] = {}
+        for root, look in zip(
+            roots, await asyncio.gather(*looks, return_exceptions=True), strict=True
         ):
-            if isinstance(is_there, BaseException):
-                logger.warning("RAM tier %s is not usable: %s", path, is_there)
-            elif is_there:
-                found.append(path)
+            if isinstance(look, TierUnavailable):
+                found[root] = look
+            elif isinstance(look, BaseException):
+                raise look
+            elif look:
+                found[root] = None
         return found
 
-    async def with_runs(self) -> list[str]:
-        """Those of them that have any run, as far as they say so in time."""
-        found = []
-        for root in await self.known():
-            with contextlib.suppress(TierUnavailable):
-                if not await aside(functools.partial(_is_empty, root), root):
-                    found.append(root)
-        return found
+    async def may_have_runs(self) -> bool:
+        """Whether any of them has a run, or does not say in time that it has none."""
+        looks = [aside(functools.partial(_is_empty, root), root) for root in self.known()]
+        looked = await asyncio.gather(*looks, return_exceptions=True)
+        return any(is_empty is not True for is_empty in looked)
 
     def _read(self) -> None:
         with contextlib.suppress(OSError, ValueError), open(self._path, "rb") as file:
             paths = [path for path in json.load(file)[:MAX_ROOTS] if isinstance(path, str)]
             self._noted = list(dict.fromkeys(paths))
+
+    def named(self, ram_path: str) -> str:
+        """The one that a job asks for; "" is the default one. Raises UsageError."""
+        root = os.path.normpath(ram_path or self._default)
+        if not os.path.isabs(root):
+            raise UsageError("the RAM directory must be an absolute path", path=root)
+        return root
 
     def note(self, root: str) -> None:
         """Have the next agent look there too. Raises UsageError where there are too many."""
@@ -149,7 +159,8 @@ class Roots:
     async def own(self, place: str) -> str:
         """This agent's directory beside a disk, made where it has none yet. Raises TierUnavailable,
         TierError."""
-        there = [root for root in [*self.loaded, *self._noted] if os.path.dirname(root) == place]
+        ours = dict.fromkeys([*self.loaded, *self._noted, *self._locks])
+        there = [root for root in ours if os.path.dirname(root) == place]
         for root in filter(beside.is_one, there):
             # What was empty as the agent before this one ended went with it.
             if root in self.loaded or await aside(functools.partial(os.path.isdir, root), place):
@@ -310,6 +321,15 @@ class Roots:
             with open(os.open(os.path.join(root, NOTE), flags, 0o600), "wb") as file:
                 file.write(os.fsencode(self._directory))
         return True
+
+
+def _is_there(root: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(root).st_mode)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            return False
+        raise TierUnavailable(f"{root} is not looked into: {error.strerror}", tier="ram") from error
 
 
 def _is_empty(root: str) -> bool:

@@ -355,7 +355,7 @@ def _has_agent_for_what_is_left(cancel: bool) -> bool:
     if cancel:
         Note(directory, boot_id()).remove()
         return False
-    if not asyncio.run(Roots(directory, ram_base()).with_runs()):
+    if not asyncio.run(Roots(directory, ram_base()).may_have_runs()):
         return False
     ensure_agent()
     return True
@@ -398,8 +398,9 @@ def agent_drain(timeout_s: float, cancel: bool, as_json: bool) -> int:
         for why in run.lacking:
             print_line(f"  {why}")
     said = "safe to go" if drained.safe else "not safe to go"
-    said = "the node stays" if cancel else said
-    print_line(said if is_there else "no agent ran: nothing is in memory that it could bring away")
+    if not is_there:
+        said = "no agent ran: nothing is in memory that it could bring away"
+    print_line("the node stays" if cancel else said)
     return _output.FINE if drained.safe else _output.WRONG
 
 

@@ -280,7 +280,8 @@ def test_a_node_that_stays_after_all_says_so_at_once_to_those_that_wait_for_it(
     tools = SimpleNamespace(events=EventStream())
     copies = Copies(cast(Any, tools), cast(Any, None), cast(Any, SimpleNamespace(verbs={})))
     note = drains.Note(str(tmp_path), "boot")
-    drainer = Drainer({"r": run}, asyncio.Event(), {}, copies, cast(Any, None), tools.events, note)
+    unused = cast(Any, None)
+    drainer = Drainer({"r": run}, asyncio.Event(), {}, unused, copies, unused, tools.events, note)
     drainer.cancel()
     assert save.owed == {"peers"}  # it is offered, and whoever has it already says so
     assert tier.retry.is_set()

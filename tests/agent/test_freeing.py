@@ -71,6 +71,14 @@ def test_nothing_is_left_of_what_was_freed_and_not_told() -> None:
     assert left(a_run(), work.Scanned([])) == (set(), set())
 
 
+def test_what_somebody_else_has_freed_meanwhile_is_not_freed_again() -> None:
+    """By now the next job may have begun there: `mtckpt rm` had waited for the agent's own end."""
+    run = a_run()
+    run.gone = True
+    asyncio.run(freer_of(run, work.Scanned([])).wipe(run))
+    assert run.gone
+
+
 def test_what_was_not_freed_yet_is_known() -> None:
     run = a_run()
     ranks, sizes = [0, 1], [100, 100]

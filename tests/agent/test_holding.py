@@ -200,6 +200,7 @@ def test_directories_where_nothing_is_any_more_make_room_for_others(
         for number in range(MAX_ROOTS):
             await use(tmp_path / str(number))
         (tmp_path / "0" / "run").mkdir()
+        (tmp_path / "0" / "run" / "file").touch()
         shutil.rmtree(tmp_path / "1")
         with pytest.raises(UsageError, match="64 RAM directories"):
             await use(tmp_path / "more")
@@ -209,9 +210,11 @@ def test_directories_where_nothing_is_any_more_make_room_for_others(
         other = Roots("/run/other")
         await other.take(str(tmp_path / "3"))
         await other.close()
-        assert await Roots(str(runtime_dir)).known() == [
-            str(tmp_path / name) for name in ("0", "2", "more")
-        ]
+        again = Roots(str(runtime_dir), "/nowhere")
+        names = ("0", "2", "more")
+        assert again.known() == ["/nowhere", *(str(tmp_path / name) for name in names)]
+        (tmp_path / "more").mkdir(exist_ok=True)
+        assert [*await again.there(again.known())] == again.known()[1:]
         await held.close()
 
     asyncio.run(story())

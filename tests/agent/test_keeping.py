@@ -50,6 +50,18 @@ def test_a_store_that_denies_is_not_asked_whenever_another_node_says_something(
         await tier.again
         assert not tier.denied
         assert not run.saves[str(name)].ranks
+        # While it waits nothing can go any more; later something can again.
+        denies, run.saves[str(name)].ranks["store"] = True, {0}
+        keeper.look_again(run, tier)
+        while not tier.denied:  # noqa: ASYNC110 - it is set by a task
+            await asyncio.sleep(0)
+        run.saves[str(name)].ranks.pop("store")
+        await asyncio.sleep(0)
+        await tier.again
+        denies, run.saves[str(name)].ranks["store"] = False, {0}
+        keeper.look_again(run, tier)
+        while run.saves[str(name)].ranks:  # noqa: ASYNC110 - a task ends it
+            await asyncio.sleep(0.01)
 
     name = SaveName(1, 1, "0" * 12)
     run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -138,6 +141,50 @@ def test_memory_that_another_agent_had_at_the_start_is_looked_at_once_that_has_e
         await registry.held.close()
 
     asyncio.run(story())
+
+
+def test_memory_that_hangs_at_the_start_is_nothing_that_a_node_may_go_with(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever mends the disk, or removes what was there, asks again."""
+    monkeypatch.setattr(registries, "LATE_S", 0.0)
+    answers, is_there = threading.Event(), os.stat
+    (tmp_path / "run").mkdir(mode=0o700)
+    (tmp_path / "a").mkdir()
+
+    def hanging(path: Any, *args: Any, **known: Any) -> os.stat_result:
+        if path == str(tmp_path / "a"):
+            answers.wait(20)
+        return is_there(path, *args, **known)
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        if isinstance(command, work.ReadRunConfigs):
+            return work.RunConfigs([work.RunConfig(os.path.basename(command.tier.path), "r")])
+        return work.Scanned([]) if isinstance(command, work.Scan) else work.Stored()
+
+    async def story(is_gone: bool) -> None:
+        tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+        registry = Registry(tools, str(tmp_path / "run"), service=False)
+        registry.held.note(str(tmp_path / "a"))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "stat", hanging)
+            patched.setattr(roots, "aside", functools.partial(roots.aside, timeout_s=0.05))
+            await registry.start()
+            (unread,) = (await registry.drainer.drain(5.0, "it is about to go")).runs
+            assert (unread.run, unread.safe) == (str(tmp_path / "a"), False)
+            answers.set()
+            while roots._hanging[str(tmp_path / "a")]:  # noqa: ASYNC110 - a thread ends it
+                await asyncio.sleep(0.01)
+        if is_gone:
+            (tmp_path / "a").rmdir()
+        drained = await registry.drainer.drain(5.0, "it is about to go")
+        assert drained.safe
+        assert len(registry.runs) == len(drained.runs) == (not is_gone)
+        await registry.held.close()
+
+    for is_gone in (False, True):
+        answers.clear()
+        asyncio.run(story(is_gone))
 
 
 @pytest.mark.parametrize("joins", [{}, {"r": b"{}"}])

@@ -36,6 +36,7 @@ def moves(
     *saves: SaveState,
     settling: SaveState | None = None,
     sealing: SaveState | None = None,
+    gone: bool = False,
 ) -> bool:
     """Whether a start that asks for memory frees slots that an earlier one had beside a disk."""
     asked: list[type] = []
@@ -50,7 +51,7 @@ def moves(
         name = "11111111-2222-3333-4444-555555555555.0123456789abcdef"
         beside = str(tmp_path / BESIDE / name)
         run = RunState("r", "r", work.TierRef("ram", beside, label=RAM))
-        run.saves = {str(save.name): save for save in saves}
+        run.saves, run.gone = {str(save.name): save for save in saves}, gone
         for kind in KINDS:
             config, ref = TierConfig(kind, kind, "/there"), work.TierRef(kind, "/there", label=kind)
             run.tiers[kind] = TierState(kind, config, ref, scanned=True)
@@ -132,6 +133,11 @@ def test_what_a_dead_trainer_had_finished_is_sealed_before(tmp_path: Path) -> No
 def test_what_a_rank_is_just_sealing_is_in_memory_as_well(tmp_path: Path) -> None:
     whole = save_at(10, ram={0}, store={0, 1})
     assert not moves(tmp_path, whole, sealing=save_at(20, ram={0}))
+
+
+def test_what_is_free_already_is_not_freed_again(tmp_path: Path) -> None:
+    """Nor does it keep the start: what it had in memory is nowhere."""
+    assert not moves(tmp_path, save_at(10, ram={0}, store={0, 1}), gone=True)
 
 
 def test_what_could_not_be_freed_is_looked_at_before_anybody_goes_on_with_it() -> None:

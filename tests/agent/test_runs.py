@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from mtckpt._manifest import FORMAT_VERSION, Incarnation, SaveName
@@ -279,13 +280,16 @@ def test_what_other_nodes_alone_still_have_is_not_forgotten(run: RunState) -> No
 def test_a_time_since_another_start_of_the_machine_says_nothing(run: RunState) -> None:
     """Slots beside a disk outlive a reboot: nobody has been away from them for longer than it."""
     run.left_s = 5.0
-    noted = config_of(run).extra
+    noted = config_of(run)
     assert left_s_of(noted, 100.0) == 5.0
-    assert left_s_of({**noted, "boot_id": "another"}, 100.0) == 100.0
-    assert left_s_of({}, 100.0) == 100.0
-    # A trainer of a job that has run for days, and died with the agent: it was there just now.
+    rebooted = {**noted.extra, "boot_id": "another"}
+    assert left_s_of(msgspec.structs.replace(noted, extra=rebooted), 100.0) == 100.0
+    assert left_s_of(msgspec.structs.replace(noted, extra={}), 100.0) == 100.0
+    # A trainer of a job that has run for days, and died with the agent: it was there just now. An
+    # agent of an older version has noted the time of its start as well.
     run.owners[0] = Owner("h", 0, 1, 1, 0, "here")
-    assert left_s_of(config_of(run).extra, 100.0) == 100.0
+    with_owner = msgspec.structs.replace(config_of(run), extra=noted.extra)
+    assert left_s_of(with_owner, 100.0) == 100.0
 
 
 def test_what_is_saved_beside_a_successor_is_refused_and_not_passed_over(run: RunState) -> None:

@@ -284,7 +284,7 @@ def test_what_a_killed_agent_left_does_not_go_with_its_node(
     kill_agent()
     note = Note(str(runtime_dir), boot_id())
     note.write("it was safe to go")
-    mtckpt("agent", "drain", "--cancel")
+    assert mtckpt("agent", "drain", "--cancel").output == "the node stays\n"
     assert note.read() == ""
 
 
