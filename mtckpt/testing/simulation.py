@@ -272,7 +272,7 @@ class Drama:
 
     def _make_peace(self) -> None:
         self.world.note("peace")
-        self.is_final = True
+        self.is_final = self.faults.over = True
         self.stops.end_all()
         self.launcher.end_all()
         self.world.chances = Chances()
