@@ -449,7 +449,8 @@ class Run:
             if not self._scanned:
                 self.scan(self.places())
             host = [socket.gethostname(), self.session.pid]
-            mine = [self._highest, str(uuid.uuid4()), self.parent, host, needs]
+            highest = max(self._highest, self.session.open().highest)
+            mine = [highest, str(uuid.uuid4()), self.parent, host, needs]
             told = self.exchange("begin", mine)
         parents = [parent and tuple(parent) for _, _, parent, _, _ in told]
         if len(set(parents)) > 1:

@@ -87,8 +87,7 @@ class Open(msgspec.Struct, frozen=True):
 
     ``holder`` is drawn per Checkpointer: a new holder in the same process fences the older one.
     A process that lost its agent opens again with the same holder, its ``incarnation``, and the
-    slots it has mapped (``held``: slot id -> inode).
-    """
+    slots it has mapped (``held``: slot id -> inode)."""
 
     protocol: int
     run: str
@@ -125,9 +124,9 @@ class Others(msgspec.Struct, frozen=True):
 
 
 class Opened(msgspec.Struct, frozen=True):
-    """``finished`` names the saves that the agent sealed for an owner that died. ``others`` has the
-    nodes of starts of the job before this one, the last first. ``checks_left``: the agent looks at
-    what a seal has left; older ones do not. ``unlooked``: why slots on a disk are passed over."""
+    """``finished`` names saves that the agent sealed for an owner that died. ``others``: nodes of
+    earlier starts of the job, the last first. ``checks_left``: it looks at what a seal has left.
+    ``unlooked``: why slots on a disk are passed over. ``highest`` start, written or not."""
 
     protocol: int
     agent_id: str
@@ -139,6 +138,7 @@ class Opened(msgspec.Struct, frozen=True):
     others: list[Others] = []
     checks_left: bool = False
     unlooked: str = ""
+    highest: int = 0
 
 
 class Begin(msgspec.Struct, frozen=True):

@@ -122,6 +122,7 @@ class Verbs:
             self._registry.peers.others(run),
             checks_left=True,
             unlooked=self._registry.held.unlooked.pop(run.key, ""),
+            highest=run.incarnation,
         )
 
     def _admit(self, run: RunState, caller: Caller, message: protocol.Open) -> None:

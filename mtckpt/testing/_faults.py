@@ -7,6 +7,7 @@ when from the world's seed.
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,12 +23,15 @@ DRAIN_S = 10.0
 
 class Faults:
     """See the module. ``partners``: those too that only a story with copies bears. ``told`` has
-    their names, and ``disturbed_s`` when the last one began or ended."""
+    their names, and ``disturbed_s`` when the last one began or ended. ``over``: no more of them."""
 
     def __init__(self, world: World, oracles: Oracles, *, partners: bool) -> None:
         self.world = world
         self.oracles = oracles
         self.partners = partners
+        self.over = False
+        self._draw = random.Random(f"damage of {world.seed}")
+        self._tries = 10
         self.told: list[str] = []
         self.disturbed_s = -1.0
 
@@ -105,20 +109,41 @@ class Faults:
         self.world.loop.call_later(draw.choice((0.5, 5.0, 30.0)), self._answer, place)
 
     def _damage(self, job: Job) -> None:
-        """Some bytes of a shard change where they lie."""
-        draw = self.world.random
+        """Some bytes of a shard change where they lie, at once or as soon as there is one."""
+        self._damage_by(self.world.random)
+
+    def _damage_by(self, draw: random.Random) -> None:
         places: list[tuple[Node | None, Directory]] = [(None, self.world.store)]
         for each in [node for node in self.world.nodes if not node.lost]:
             places += [(each, each.ram), (each, each.ram), (each, each.disk)]
         node, place = draw.choice(places)
         keys = sorted(key for key in place.objects if key.endswith(".safetensors"))
-        if not keys:
+        if keys:
+            key = draw.choice(keys)
+            self._spoil(place, key)
+            self.world.note(f"{key} in {place.name} of {node}")
+            self.oracles.damaged(node, place.name, key.split("/")[1])
+        elif not self.over and self._tries:
+            self._tries -= 1
+            self.world.loop.call_later(self._draw.random(), self._damage_later)
+
+    def _damage_later(self) -> None:
+        if not self.over:
+            self._disturb()
+            self._damage_by(self._draw)
+
+    def _spoil(self, place: Directory, key: str) -> None:
+        """A bit of it flips, or of its record or table, or somebody deletes one of the three."""
+        which = self._draw.choice(("", "", ".json", ".xxh3"))
+        key = key if not which else key.removesuffix(".safetensors") + which
+        file = place.objects.get(key)
+        if file is None or self._draw.random() < 0.3:
+            self.world.note(f"deleted: {key}")
+            place.objects.pop(key, None)
             return
-        key = draw.choice(keys)
-        file = place.objects[key]
-        file.content = bytes([file.content[0] ^ 1]) + file.content[1:]
-        self.world.note(f"{key} in {place.name} of {node}")
-        self.oracles.damaged(node, place.name, key.split("/")[1])
+        at = self._draw.randrange(len(file.content))
+        content = file.content
+        file.content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
     def _drain_node(self, job: Job) -> None:
         """A node is about to go, and goes once it has said that nothing goes with it."""

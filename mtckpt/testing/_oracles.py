@@ -28,6 +28,8 @@ __all__ = ["Oracles", "Violation"]
 Order = tuple[int, int]
 # Within this time all ranks hear that a save is whole, while nothing goes wrong.
 PROMPT_S = 1.0
+# So long may an agent take to answer, or to be started, beyond what a save may stall training.
+ANSWERED_S = 2.0
 
 
 class Violation(Exception):
@@ -46,6 +48,7 @@ class Known:
     nodes: list[Node] = field(default_factory=list)
     handles: list[tuple[int, Save]] = field(default_factory=list)
     closed: bool = False  # by some rank, so that memory may have been freed
+    left: bool = False  # by ranks whose job is over, so that nobody waits for what comes of it
     found: bool = False  # by a later start: what agents did with it since, no rank was told
     bad: set[tuple[Node | None, str]] = field(default_factory=set)  # where a copy was damaged
     gone: set[Node] = field(default_factory=set)  # nodes that had brought their parts elsewhere
@@ -68,6 +71,7 @@ class Oracles:
         self._world = world
         self._keep = keep
         self._saves: dict[str, Known] = {}
+        self._left: set[int] = set()
         self._begun: dict[int, Incarnation] = {}
         self._lost_s: dict[tuple[Node, str], float] = {}
         self._restored: list[tuple[Rank, Restored, Read | None]] = []
@@ -102,9 +106,24 @@ class Oracles:
             order = (incarnation.number, save.step)
             now_s, world_size = self._world.loop.time(), rank.run.members.world_size
             known = self._saves[save.id] = Known(save.id, order, now_s, world_size)
+        known.left |= rank.process.pid in self._left
         known.came_s = self._world.loop.time()
         known.nodes.append(rank.node)
         known.handles.append((rank.rank, save))
+
+    def stalled(self, rank: Rank, step: int, for_s: float) -> None:
+        """Training has waited for a save of a rank, which was not the first one of its start."""
+        if for_s > rank.settings.max_stall_s + ANSWERED_S:
+            raise Violation(f"step {step} stalled rank {rank.rank} for {for_s:.1f} s")
+
+    def left(self, ranks: Iterable[Rank]) -> None:
+        """Ranks go on though their job is over: what they save is of no branch."""
+        self._left.update(rank.process.pid for rank in ranks)
+        handles = {id(save) for rank in ranks for save in rank.saves}
+        for known in self._saves.values():
+            known.left |= any(id(save) in handles for _, save in known.handles) and not (
+                known.stages() - {"captured"}
+            )
 
     def closed(self, rank: Rank) -> None:
         """A rank has closed the run: what is safe elsewhere is not kept in memory any more."""
@@ -154,7 +173,8 @@ class Oracles:
         kept = [
             known.order
             for known in on_line
-            if self._survives(
+            if not known.left
+            and self._survives(
                 known,
                 in_memory=known.order == staged,
                 in_copies=known.order == max(copied, default=None),

@@ -262,6 +262,11 @@ class Rank:
         self._group = group
         self._script: Callable[[Rank], None] = lambda _: None
 
+    @property
+    def has_opened(self) -> bool:
+        """Whether its agent knows it."""
+        return hasattr(self, "session") and self.session.opened is not None
+
     def start(self, script: Callable[[Rank], None]) -> None:
         """Run ``script`` in the rank's process."""
         self._script = script
@@ -315,13 +320,13 @@ class Rank:
             False,
             None,
         )
-        if restored:
-            self.run.restart((restored._incarnation, restored.step or 0))
+        _restorer.go_on(self.run, restored, None)
         self.told.restored(self, restored, state.get("read"))
         return restored
 
     def save(self, step: int, state: str = "plan") -> Save | None:
         """As ``Checkpointer.save``; None where the state could not be saved."""
+        started_s, is_first = self.world.loop.time(), not self.saver.ring.has((0, 0))
         try:
             due, stall_s = self.settings.due(step), self.settings.max_stall_s
             if state == "plan":
@@ -332,6 +337,10 @@ class Rank:
             if self.session.fenced is not None:
                 raise
             return None
+        finally:
+            # The first one starts an incarnation with all ranks, and gets memory.
+            if not is_first and self.process.stopped_s < started_s:
+                self.told.stalled(self, step, self.world.loop.time() - started_s)
         self.saves.append(save)
         self.told.saved(self, save)
         return save

@@ -12,7 +12,7 @@ import contextvars
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from greenlet import greenlet
@@ -51,7 +51,8 @@ class _Call:
 class Loop(asyncio.base_events.BaseEventLoop):
     """See the module. ``run_in_executor`` calls at once; a coroutine that comes back is run.
 
-    ``on_task`` is told of every task that is made.
+    ``on_task`` is told of every task that is made. ``keeps``, while somebody is stopped, says of
+    each call whether it is kept for later: ``again`` has it made.
     """
 
     def __init__(self) -> None:
@@ -65,6 +66,7 @@ class Loop(asyncio.base_events.BaseEventLoop):
         self.watched: dict[int, Callable[[], None]] = {}
         self.on_watch: Callable[[int], None] | None = None
         self.on_task: Callable[[asyncio.Task[Any]], None] | None = None
+        self.keeps: Callable[[Any], bool] | None = None
 
     def time(self) -> float:
         return self._now_s
@@ -85,7 +87,7 @@ class Loop(asyncio.base_events.BaseEventLoop):
             ready.append(heapq.heappop(timers)[2])
         for _ in range(len(ready)):
             call = ready.popleft()
-            if call.callback is None:
+            if call.callback is None or (self.keeps is not None and self.keeps(call)):
                 continue
             try:
                 call.context.run(call.callback, *call.args)
@@ -98,6 +100,10 @@ class Loop(asyncio.base_events.BaseEventLoop):
         call = _Call(callback, args, context)
         self._soon.append(call)
         return call
+
+    def again(self, calls: Iterable[_Call]) -> None:
+        """Make calls that were kept for later."""
+        self._soon.extend(calls)
 
     def call_later(  # type: ignore[override]  # as much of a handle as anybody looks at
         self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None
@@ -131,7 +137,14 @@ class Loop(asyncio.base_events.BaseEventLoop):
     ) -> None:
         """``watched`` has what to call when the process of this descriptor ends."""
         context = contextvars.copy_context()
-        self.watched[fd] = lambda: context.run(callback, *args)
+
+        def tell() -> None:
+            if self.keeps is None:
+                context.run(callback, *args)
+            else:
+                self.call_soon(callback, *args, context=context)
+
+        self.watched[fd] = tell
         if self.on_watch is not None:
             self.on_watch(fd)
 
@@ -170,7 +183,7 @@ class Fiber:
         self.done = loop.create_future()
         self._loop = loop
         self._target = target
-        self._killed = False
+        self._killed = self._stopped = self._due = False
         self._timer: _Call | None = None
         self._awaited: asyncio.Future[Any] | None = None
         self._stack: greenlet
@@ -191,6 +204,9 @@ class Fiber:
 
     def _turn(self) -> None:
         """Run the fiber until it waits for something."""
+        self._due = self._stopped
+        if self._stopped:
+            return
         before, self._loop.fiber = self._loop.fiber, self
         self._stack.switch()
         self._loop.fiber = before
@@ -239,10 +255,26 @@ class Fiber:
 
     def kill(self) -> None:
         """End it where it is: it raises FiberKilled there. Not from the fiber itself."""
-        if not self._killed and (self._timer is not None or self._awaited is not None):
+        self._stopped = False
+        blocked = self._timer is not None or self._awaited is not None
+        if not self._killed and (blocked or self._due):
             self._unblock()
             self._loop.call_soon(self._turn)
         self._killed = True
+
+    def stop(self) -> None:
+        """Let nothing happen in it until ``go_on``. Not from the fiber itself."""
+        self._stopped = True
+
+    def go_on(self) -> None:
+        """What it waited for may have come in the meantime."""
+        self._stopped = False
+        if self._due:
+            self._loop.call_soon(self._turn_if_due)
+
+    def _turn_if_due(self) -> None:
+        if self._due:
+            self._turn()
 
 
 # -- names for blocking code -----------------------------------------------------------------------

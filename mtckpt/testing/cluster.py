@@ -123,7 +123,8 @@ class World:
         process = self.processes.get(pid)
         if process is None or process.dead:
             return None
-        return ProcessFacts(pid, "S", process.parent_pid, process.start_ticks, False)
+        state = "T" if process.stopped else "S"
+        return ProcessFacts(pid, state, process.parent_pid, process.start_ticks, False)
 
     def ended(self, pid: int) -> None:
         """Whoever holds a descriptor of that process is told, a little later."""
@@ -153,6 +154,11 @@ class World:
 
     def reaches(self, source: str, target: str) -> bool:
         return (source, target) not in self.blocked
+
+    def keep_stopped(self) -> None:
+        """From now on nothing happens in agents that are stopped, if there are any."""
+        agents = [node.agent for node in self.nodes if node.agent is not None]
+        self.loop.keeps = _keeps if any(agent.stopped for agent in agents) else None
 
     def close(self) -> None:
         """End everything that still runs."""
@@ -243,9 +249,13 @@ class Process:
         self.pid = node.world.number()
         self.start_ticks = node.world.number()
         self.parent_pid = parent_pid
-        self.dead = False
+        self.dead = self.stopped = False
+        self.stopped_s = -1.0  # when it was so last
         self.fibers: list[Fiber] = []
         self.world.processes[self.pid] = self
+
+    def __repr__(self) -> str:
+        return f"Process({self.pid} on {self.node.name})"
 
     def spawn(self, target: Callable[[], None]) -> Fiber:
         """A thread of it."""
@@ -262,6 +272,18 @@ class Process:
             fiber.kill()
         self.world.ended(self.pid)
 
+    def stop(self) -> None:
+        """SIGSTOP."""
+        self.stopped = True
+        for fiber in self.fibers:
+            fiber.stop()
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self.stopped, self.stopped_s = False, self.world.loop.time()
+        for fiber in self.fibers:
+            fiber.go_on()
+
 
 # -- agents ----------------------------------------------------------------------------------------
 
@@ -275,13 +297,23 @@ def _note_task(task: asyncio.Task[Any]) -> None:
             task.cancel()
 
 
+def _keeps(call: Any) -> bool:
+    """Whether a call is of an agent that is stopped, which has it then."""
+    owner = call.context.get(running)
+    if not isinstance(owner, Agent) or not owner.stopped:
+        return False
+    owner.kept.append(call)
+    return True
+
+
 class Agent:
     """A shipped control process, with all that it knows. It may be killed at any await."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
         self.world = node.world
-        self.dead = False
+        self.dead = self.stopped = False
+        self.kept: list[Any] = []  # calls that were to be made while it was stopped
         self.tasks: list[asyncio.Task[Any]] = []
         self._many_tasks = 64
         self.context = contextvars.copy_context()
@@ -304,6 +336,9 @@ class Agent:
                 )
             )
         self.world.loop.create_task(self._live())
+
+    def __repr__(self) -> str:
+        return f"Agent({self.node.name})"
 
     def note(self, task: asyncio.Task[Any]) -> None:
         """It ends with this process."""
@@ -344,6 +379,7 @@ class Agent:
         if self.dead:
             return
         self.world.note(f"{self.node.name}: agent {self.registry.agent_id} is killed")
+        self.go_on()
         self.dead = True
         self.node.agent = None
         self.node.commands = Commands(self.node.directory, self.node.memory_of, self.node.room)
@@ -352,6 +388,18 @@ class Agent:
                 del self.world.listeners[place]
         for task in list(self.tasks):
             task.cancel()
+
+    def stop(self) -> None:
+        """SIGSTOP, to its data processes too."""
+        self.stopped = True
+        self.world.keep_stopped()
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self.stopped = False
+        self.world.keep_stopped()
+        kept, self.kept = self.kept, []
+        self.world.loop.again(kept)
 
 
 class Request:

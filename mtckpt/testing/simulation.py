@@ -24,11 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mtckpt.errors import CheckpointError, NoHealthyStep, SaveFailed
+from mtckpt.errors import CheckpointError, NoHealthyStep, RunLocked, SaveFailed
 from mtckpt.testing._faults import Faults
+from mtckpt.testing._launchers import Launcher
 from mtckpt.testing._names import Collected, names_of
 from mtckpt.testing._oracles import Oracles, Violation
 from mtckpt.testing._settings import Settings
+from mtckpt.testing._stops import Stops
 from mtckpt.testing._trainers import Group, Rank
 from mtckpt.testing._virtual import Stuck
 from mtckpt.testing.cluster import Chances, Node, World
@@ -44,6 +46,7 @@ SETTLE_S = 400.0
 SAVE_S = 120.0
 UNHEARD_S = 20.0
 PATIENT_SAVES = 40
+MORE_STEPS = 20  # of ranks that nobody ends
 SEEDS_AT_ONCE = 250
 PARTNERS = "--partners"
 
@@ -69,6 +72,7 @@ class Job:
         self.nodes = nodes
         size = len(nodes) * per_node
         group = Group(self.world, size)
+        self.started_s = self.world.loop.time()
         self.results: dict[int, Restored] = {}
         self.ranks = [
             Rank(nodes[rank // per_node], group, rank, drama.settings, self) for rank in range(size)
@@ -80,11 +84,16 @@ class Job:
         self.drama.oracles.restored(rank, restored, read)
         self.results[rank.rank] = restored
         if len(self.results) == len(self.ranks):
-            strict = self.drama.oracles.required() if self.drama.is_calm(self.nodes) else None
+            is_calm = self.drama.is_calm(self.nodes, self.started_s)
+            strict = self.drama.oracles.required() if is_calm else None
             self.drama.oracles.check_restored(self.results, strict=strict)
 
     def saved(self, rank: Rank, save: Save) -> None:
         self.drama.oracles.saved(rank, save)
+
+    def stalled(self, rank: Rank, step: int, for_s: float) -> None:
+        if not self.world.chances.late:
+            self.drama.oracles.stalled(rank, step, for_s)
 
     def closed(self, rank: Rank) -> None:
         self.drama.oracles.closed(rank)
@@ -96,28 +105,30 @@ class Job:
 
         ``alike``: all ranks are to save the same steps, of the same state.
         """
-        started_s = self.world.loop.time()
+        self.started_s = started_s = self.world.loop.time()
         for rank in self.ranks:
             rank.start(script)
+        gone = [] if self.drama.is_final else self.drama.launcher.end_of_one()
         mains = {rank.main.done: rank for rank in self.ranks}
         waiting = set(mains)
         deadline_s = self.world.loop.time() + JOB_S
         failed = False
-        while waiting and not failed:
-            done, waiting = await asyncio.wait(
-                waiting,
+        while waiting and not failed and not any(each.done() for each in gone):
+            done, _ = await asyncio.wait(
+                [*waiting, *gone],
                 timeout=deadline_s - self.world.loop.time(),
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if not done:
                 raise Violation(f"ranks {[mains[w].rank for w in waiting]} hang")
-            failed = any(self._has_failed(mains[each]) for each in done)
-        if alike and not failed and self.drama.is_undisturbed(started_s):
+            waiting -= done
+            failed = any(self._has_failed(mains[each]) for each in done if each in mains)
+        killed = any(each.done() for each in gone)
+        if alike and not failed and not killed and self.drama.is_undisturbed(started_s):
             self.drama.oracles.check_committed(started_s)
         if failed:
             await asyncio.sleep(self.world.random.random() * 2.0)  # until the launcher sees it
-        for rank in self.ranks:
-            rank.process.kill()
+        self.drama.launcher.end(self.ranks, killed=killed)
         return not failed
 
     def _has_failed(self, rank: Rank) -> bool:
@@ -126,6 +137,8 @@ class Job:
             raise error
         if isinstance(rank.error, NoHealthyStep) and self.drama.oracles.required() is None:
             return True  # what was saved is lost, and nobody starts anew without saying so
+        if isinstance(rank.error, RunLocked) and rank.session.fenced is None:
+            raise Violation(f"rank {rank.rank} gives way to one that nobody looks after")
         if rank.error is not None and rank.session.fenced is None and self.drama.is_final:
             raise Violation(f"rank {rank.rank} failed in peace: {rank.error}")
         return rank.error is not None or rank.process.dead
@@ -157,15 +170,19 @@ class Drama:
         self.oracles = Oracles(self.world, self.settings.keep)
         self.rough = draw.random() < 0.7
         self.faults = Faults(self.world, self.oracles, partners=partners)
+        self.launcher = Launcher(self.world, self.oracles)
+        self.stops = Stops(self.world)
 
     @property
     def alive(self) -> list[Node]:
         return [node for node in self.world.nodes if not node.lost]
 
-    def is_calm(self, nodes: list[Node]) -> bool:
-        """Whether everything that is there can be reached by a job on these nodes."""
+    def is_calm(self, nodes: list[Node], since_s: float) -> bool:
+        """Whether everything that is there can be reached by a job on these nodes since then."""
         return (
-            not self.world.blocked
+            self.launcher.is_alone(since_s)
+            and self.stops.none(since_s)
+            and not self.world.blocked
             and not any(node.ram.problem or node.disk.problem for node in self.alive)
             and not self.world.store.problem
             and set(self.alive) <= set(nodes)
@@ -175,6 +192,8 @@ class Drama:
         """Whether nothing has gone wrong since then, nor can go wrong."""
         return (
             self.faults.disturbed_s < since_s
+            and self.launcher.is_alone(since_s)
+            and self.stops.none(since_s)
             and self.world.chances == Chances()
             and not self.world.blocked
             and not any(p.problem for n in self.alive for p in (n.ram, n.disk))
@@ -227,7 +246,9 @@ class Drama:
 
         def script(rank: Rank) -> None:
             restored = rank.restore()
-            for step in range(restored.next_step, restored.next_step + num_steps):
+            for step in range(restored.next_step, restored.next_step + num_steps + MORE_STEPS):
+                if step >= restored.next_step + num_steps and not self.launcher.has_left(rank):
+                    break
                 rank.sleep(step_s * (0.5 + self.world.random.random()))
                 state = odd.get((rank.rank, step - restored.next_step), "plan")
                 save = rank.save(step, state) if state != "no" else None
@@ -238,18 +259,22 @@ class Drama:
                 rank.close(30.0)
 
         self.world.note(f"job on {job.nodes}, {len(job.ranks)} ranks, {self.settings}")
-        chaos = self.world.loop.create_task(self.faults.befall(job)) if self.rough else None
+        chaos = [self.world.loop.create_task(self.faults.befall(job))] if self.rough else []
+        if self.stops.some:
+            chaos.append(self.world.loop.create_task(self.stops.befall(job)))
         try:
             await job.run(script, alike=not odd)
         finally:
-            if chaos is not None:
-                chaos.cancel()
+            for each in chaos:
+                each.cancel()
 
     # -- peace -----------------------------------------------------------------------------------
 
     def _make_peace(self) -> None:
         self.world.note("peace")
-        self.is_final = True
+        self.is_final = self.faults.over = True
+        self.stops.end_all()
+        self.launcher.end_all()
         self.world.chances = Chances()
         self.world.blocked.clear()
         for place in [self.world.store, *(p for n in self.alive for p in (n.ram, n.disk))]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from fake_trainer import FakeTrainer
 
+import mtckpt
 from mtckpt._events import EventStream
 from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import FORMAT_VERSION, Incarnation
@@ -262,3 +265,18 @@ def test_copies_that_found_no_node_are_offered_at_once_to_those_of_a_new_start()
     links.join(run, 0)
     assert tier.retry.is_set()
     assert tier.attempts == 0
+
+
+def test_a_start_of_which_no_file_tells_yet_is_not_repeated_by_the_next_one(
+    tmp_path: Path, own: Callable[..., FakeTrainer], ram_dir: Path
+) -> None:
+    """As one whose process ended while its agent was writing the file."""
+    before = own("r")
+    before.open()
+    before.begin()
+    for file in ram_dir.rglob("incarnation-*"):
+        file.unlink()
+    tiers = [mtckpt.Ram(every=1), mtckpt.Disk(tmp_path / "disk", every=1)]
+    with mtckpt.Checkpointer("r", tiers, timeout_s=20) as checkpointer:
+        assert not checkpointer.restore({"n": 0})
+        checkpointer.save(1, {"n": 1}).wait("local", timeout_s=20)
