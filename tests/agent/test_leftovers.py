@@ -170,8 +170,8 @@ def test_memory_that_hangs_at_the_start_is_nothing_that_a_node_may_go_with(
             patched.setattr(os, "stat", hanging)
             patched.setattr(roots, "aside", functools.partial(roots.aside, timeout_s=0.05))
             await registry.start()
-            (unread,) = (await registry.drainer.drain(5.0, "it is about to go")).runs
-            assert (unread.run, unread.safe) == (str(tmp_path / "a"), False)
+            told = (await registry.drainer.drain(5.0, "it is about to go")).runs
+            assert (str(tmp_path / "a"), False) in [(each.run, each.safe) for each in told]
             answers.set()
             while roots._hanging[str(tmp_path / "a")]:  # noqa: ASYNC110 - a thread ends it
                 await asyncio.sleep(0.01)
@@ -179,7 +179,7 @@ def test_memory_that_hangs_at_the_start_is_nothing_that_a_node_may_go_with(
             (tmp_path / "a").rmdir()
         drained = await registry.drainer.drain(5.0, "it is about to go")
         assert drained.safe
-        assert len(registry.runs) == len(drained.runs) == (not is_gone)
+        assert ("a" in [each.run for each in drained.runs]) is not is_gone
         await registry.held.close()
 
     for is_gone in (False, True):
