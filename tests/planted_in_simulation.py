@@ -147,7 +147,7 @@ BUGS = (
         "agent/owners.py",
         '(process.state in "ZXTt" or process.parent_pid != owner.parent_pid)',
         'process.state in "ZX"',
-        118,
+        120,
     ),
     SimulatedBug(
         "copies-let-go-before-newer-ones-are-there",
