@@ -243,10 +243,8 @@ class Run:
         """See ``_coordination.together``. Others may have to wait for each of their tiers, and to
         read for so long, while this rank had luck."""
         patience_s = self._patience_s() + reading_s
-        with (
-            self._meeting.hearing(),
-            _coordination.together(self.group, stage, patience_s, foreign),
-        ):
+        done = _coordination.together(self.group, stage, patience_s, foreign)
+        with self._meeting.hearing(), done:
             yield
 
     def meeting(self) -> contextlib.AbstractContextManager[None]:
@@ -260,11 +258,12 @@ class Run:
 
         def look() -> Place:
             root = opened.ram_root
-            ram = LocalTier(root, name="ram", survives=Survives.PROCESS, read_only=True)
+            tier = LocalTier(root, name="ram", survives=Survives.PROCESS, read_only=True)
             # Beside a disk that fails, a mapping would end this process with SIGBUS.
-            return Place("ram", ram, mapped=tier_label(root) == "ram")
+            return Place("ram", tier, mapped=tier_label(root) == "ram")
 
-        found = [cast("Place", self.within("ram", look))]
+        ram = self._or_silent("ram", look)
+        found = [ram if isinstance(ram, Place) else Place("ram", ram, mapped=False)]
         for label, settings in zip(self.labels, self.tiers, strict=True):
             tier = self._opened(label, settings)
             if tier is not None:
@@ -274,7 +273,6 @@ class Run:
 
     def _opened(self, label: str, settings: SlowTier) -> Tier | None:
         """The tier, None where there is no directory yet; opened in a thread, as it may hang."""
-
         if isinstance(settings, Peers):
             return None  # other nodes' memory, which their agents serve
 
@@ -292,11 +290,13 @@ class Run:
                 return None
             return LocalTier(settings.place, name=label, read_only=True)
 
+        return cast("Tier | None", self._or_silent(label, look))
+
+    def _or_silent(self, label: str, look: Callable[[], Any]) -> Any:
         try:
-            return cast("Tier | None", self.within(label, look))
-        except CheckpointError as error:
-            silent = _restore.Silent(label, Survives.PROCESS | Survives.POWER, error)
-            return cast("Tier", silent)  # nothing but ``list`` is called before it answered
+            return self.within(label, look)
+        except CheckpointError as error:  # nothing but ``list`` is called before it answered
+            return _restore.Silent(label, Survives.PROCESS | Survives.POWER, error)
 
     def scan(self, places: Sequence[Place]) -> tuple[dict[str, Inventory], dict[str, str]]:
         """Every place's inventory, and the reason of each that does not answer."""

@@ -457,6 +457,11 @@ def _map(path: str, inode: int | None, size_bytes: int) -> MemoryMapping:
 
 def raise_capture_error(step: int, error: Exception) -> NoReturn:
     """Raise what a failed capture is: an error of ours as it is, one of somebody else's wrapped."""
+    if type(error) is CaptureFailed and "step" not in error.details:
+        # Where a state is taken apart nobody knows for which step.
+        raise CaptureFailed(
+            error.what, state=error.state, actions=error.actions, **error.details, step=step
+        ) from error.__cause__
     if isinstance(error, CheckpointError):
         raise error
     raise CaptureFailed(

@@ -7,6 +7,7 @@ import functools
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -31,6 +32,11 @@ ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
 NAME = str(save_name(1, 1, ID))
 SEALED = work.SealedSlot(NAME, ID, 1, 1, "", 0, 1, 100)
 SILENT = TierUnavailable("the data process ended twice", tier=RAM)
+
+
+@pytest.fixture(autouse=True)
+def own_memory(runtime_dir: Path) -> None:
+    """Registries look at what lies in their default directory too."""
 
 
 class Scene:
@@ -117,10 +123,7 @@ def test_memory_that_another_agent_had_at_the_start_is_looked_at_once_that_has_e
 
     async def call(command: work.Command, **_: Any) -> work.Result:
         if isinstance(command, work.ReadRunConfigs):
-            here = command.tier.path == str(
-                tmp_path / "a"
-            )  # elsewhere other tests may have left some
-            return work.RunConfigs([work.RunConfig("r", "r")] if here else [], [])
+            return work.RunConfigs([work.RunConfig("r", "r")], [])
         return work.Scanned([]) if isinstance(command, work.Scan) else work.Stored()
 
     async def story() -> None:

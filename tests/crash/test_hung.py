@@ -430,7 +430,7 @@ def test_slots_on_a_hung_disk_call_saves_off_and_say_which_it_is(
             save = c.save(step, state_of(step))
         assert save.skipped is not None
         assert step > 3 or str(path) in save.skipped
-    with ends_within(8.0), pytest.raises(TierUnavailable, match=str(path)):
+    with ends_within(8.0), pytest.raises(RestoreUnavailable, match=str(path)):
         c.restore(state_of(0))
     disk.free()
     steps = itertools.count(5)
