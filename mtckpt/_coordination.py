@@ -256,10 +256,13 @@ def leave(group: Group, error: BaseException) -> None:
     does not wait for them, nor for long for what joins them."""
     if group.world_size == 1:
         return
-    why = error.what if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    why = type(error).__name__
     # Whatever keeps it from saying so, the error that it leaves by is the one to be raised.
     with contextlib.suppress(Exception):
-        group.exchange(_LEFT, msgspec.json.encode((_LEFT, why[:_MAX_WHY])), 0.0)
+        text = error.what if isinstance(error, CheckpointError) else f"{why}: {error}"
+        why = text[:_MAX_WHY].encode(errors="replace").decode()
+    with contextlib.suppress(Exception):
+        group.exchange(_LEFT, msgspec.json.encode((_LEFT, why)), 0.0)
 
 
 @contextlib.contextmanager

@@ -196,6 +196,23 @@ def test_the_others_hear_at_once_of_a_rank_that_is_interrupted(
         assert [each.result(30).step for each in again] == [1, 1]
 
 
+class _Wordless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(_Wordless(), "_Wordless"), (ValueError("a\udcffb"), "ValueError: a.?b")]
+)
+def test_whatever_a_rank_leaves_by_is_told(error: Exception, told: str) -> None:
+    groups = local_groups(2)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(_coordination.exchange, groups[0], "begin", None, 20.0)
+        _coordination.leave(groups[1], error)
+        with pytest.raises(RankTimeout, match=f"rank 1 does not come: {told}"):
+            other.result(20.0)
+
+
 def test_what_is_read_of_records_waits_for_an_agent_that_is_just_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
