@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _torchrun(num_ranks: int, role: str, size_mib: int, **more: Any) -> dict[str, Any]:
-    """What rank 0 printed last."""
+    """What rank 0 printed; Gloo may say something of other ranks after it."""
     words = [f"--{name}={value}" for name, value in more.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={num_ranks}", "-m", "benchmarks.meshes", f"--role={role}"]
@@ -61,7 +61,8 @@ def _torchrun(num_ranks: int, role: str, size_mib: int, **more: Any) -> dict[str
     )
     if done.returncode:
         sys.exit(f"{role} on {num_ranks} ranks: status {done.returncode}\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    found: dict[str, Any] = json.loads(lines[-1])
     return found
 
 
