@@ -202,6 +202,15 @@ def test_each_rank_has_its_share_of_a_zero_redundancy_optimizer() -> None:
         _, live = make()
         restore(saved, {"o": live})
         assert [group["lr"] for group in live.param_groups + live.optim.param_groups] == [0.5] * 2
+        # All that is trained may be this rank's share: the others have nothing of it.
+        tuned = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+        tuned[0].requires_grad_(False)
+        adapted = nn.parallel.DistributedDataParallel(tuned)
+        alone = ZeroRedundancyOptimizer(tuned.parameters(), optim.Adam)
+        tuned[1].weight.grad = torch.ones(2, 4)
+        alone.step()
+        assert alone.optim.state
+        assert replicated({"m": adapted, "o": alone}) == {"m"}
         pairs = zip(zero.optim.state.values(), live.optim.state.values(), strict=True)
         for one, other in pairs:
             assert torch.equal(one["exp_avg"], other["exp_avg"])

@@ -90,6 +90,8 @@ def note_optimizers(optimizers: Iterable[Optimizer]) -> None:
 
 def _is_share(optimizer: Optimizer) -> bool:
     """Whether other ranks may hold other parameters of the same modules under the same numbers."""
+    if wrappers.is_share(optimizer):
+        return True
     held = set(map(id, _parameters_of(optimizer)))
     modules = [home() for home in {_homes[parameter] for parameter in _parameters_of(optimizer)}]
     return any(

@@ -9,6 +9,7 @@ wrapper, so what was saved with it is restored without it, and the reverse. Impo
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "bare_names",
     "inside_of",
     "is_compiled",
+    "is_share",
     "show_settings",
     "unwrapped",
 ]
@@ -29,9 +31,8 @@ _ACCELERATED = (
     ("accelerate.optimizer", "AcceleratedOptimizer", "optimizer"),
     ("accelerate.scheduler", "AcceleratedScheduler", "scheduler"),
 )
-
-
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+_shares: Any = weakref.WeakSet()  # optimizers inside such ones that were seen
 
 
 def is_compiled(value: object) -> bool:
@@ -59,12 +60,18 @@ def _prepared(value: Any) -> Any:
     the optimizer of this rank's share of the parameters within a ``ZeroRedundancyOptimizer``."""
     if _shares_out(value):
         _copy_settings(value, value.optim)  # as its step() begins
+        _shares.add(value.optim)
         return value.optim
     for name, kind, inside in _ACCELERATED:
         module = sys.modules.get(name)
         if module is not None and type(value) is getattr(module, kind, None):
             return getattr(value, inside)
     return value
+
+
+def is_share(optimizer: Any) -> bool:
+    """Whether it was found inside a ``ZeroRedundancyOptimizer``: it is this rank's alone."""
+    return optimizer in _shares
 
 
 def show_settings(outer: Any) -> None:
