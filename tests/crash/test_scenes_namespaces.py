@@ -131,7 +131,9 @@ def cluster(
     made.close()
 
 
-@pytest.mark.parametrize("death", ["pidfd", "closed connection"])
+@pytest.mark.parametrize(
+    "death", ["pidfd", pytest.param("closed connection", marks=pytest.mark.torture)]
+)
 def test_a_service_in_namespaces_of_its_own(death: str, cluster: Cluster) -> None:
     cluster.start_service(*(without_peerpidfd() if death == "closed connection" else ()))
     first = cluster.trainer(num=1)
