@@ -9,9 +9,10 @@ step: what is shared out so is each rank's own. Keeps no module and no parameter
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -24,11 +25,27 @@ __all__ = ["is_replicated", "note", "note_optimizers", "state_of_module", "state
 
 Ranks = tuple[int, ...]
 
-# Parameters of wrapped modules that were seen, and the ranks that hold them alike.
+
+class _Home(NamedTuple):
+    """A module that was wrapped, and the ranks that hold its parameters alike."""
+
+    ranks: Ranks
+    module: weakref.ref[torch.nn.Module]
+
+
+class _Surveyed(threading.local):
+    """Of the state that this thread takes apart: its optimizers, and, once somebody asks, the ids
+    of what they step and of what is trained in a module and none of them steps."""
+
+    def __init__(self) -> None:
+        self.optimizers: list[weakref.ref[Optimizer]] = []
+        self.stepped: set[int] = set()
+        self.left: dict[_Home, list[int]] = {}
+
+
+# Parameters of wrapped modules that were seen, and where.
 _known: Any = WeakIdKeyDictionary()
-_homes: Any = WeakIdKeyDictionary()  # and the module that each is in
-# Parameters of the optimizers of the state that was surveyed last.
-_optimized: Any = WeakIdKeyDictionary()
+_surveyed = _Surveyed()
 
 
 def is_replicated(value: object) -> bool:
@@ -45,13 +62,13 @@ def note(module: Any) -> None:
 def _note(module: Any) -> tuple[Ranks, set[str]]:
     """The ranks that a wrapped module is equal on, and the names of what is."""
     ranks = tuple(sorted(torch.distributed.get_process_group_ranks(module.process_group)))
+    home = _Home(ranks, weakref.ref(module.module))
     ignored = getattr(module, "parameters_to_ignore", ())
     names = set()
     for name, parameter in module.module.named_parameters(remove_duplicate=False):
         if name not in ignored:
             names.add(wrappers.bare_name(name))
-            _known[parameter] = ranks
-            _homes[parameter] = weakref.ref(module.module)
+            _known[parameter] = home
     return ranks, names
 
 
@@ -70,9 +87,15 @@ def state_of_optimizer(optimizer: Optimizer, state: Any) -> Any:
     has those of all."""
     if type(optimizer).state_dict is not Optimizer.state_dict or not len(_known):
         return state
-    found = {_known.get(parameter) for parameter in _parameters_of(optimizer)}
+    homes = {_known.get(parameter) for parameter in _parameters_of(optimizer)}
+    found = {home and home.ranks for home in homes}
     ranks = found.pop() if len(found) == 1 else None
-    if ranks is None or optimizer._optimizer_state_dict_post_hooks or _is_share(optimizer):
+    if (
+        ranks is None
+        or optimizer._optimizer_state_dict_post_hooks
+        or wrappers.is_share(optimizer)
+        or _leaves_some(optimizer, homes)
+    ):
         return state
     return {
         name: Replicated(value, ranks) if name == "state" else value
@@ -81,28 +104,36 @@ def state_of_optimizer(optimizer: Optimizer, state: Any) -> Any:
 
 
 def note_optimizers(optimizers: Iterable[Optimizer]) -> None:
-    """Remember what the optimizers of a state hold, in place of those of the last one."""
-    _optimized.clear()
-    for optimizer in optimizers:
-        for parameter in _parameters_of(optimizer):
-            _optimized[parameter] = True
+    """Remember the optimizers of a state, in place of those of the last one."""
+    _surveyed.optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
+    _surveyed.stepped.clear()
+    _surveyed.left.clear()
 
 
-def _is_share(optimizer: Optimizer) -> bool:
-    """Whether other ranks may hold other parameters of the same modules under the same numbers."""
-    if wrappers.is_share(optimizer):
-        return True
-    held = set(map(id, _parameters_of(optimizer)))
-    modules = [home() for home in {_homes[parameter] for parameter in _parameters_of(optimizer)}]
-    return any(
-        parameter.requires_grad
-        and id(parameter) not in held
-        and parameter in _known
-        and parameter not in _optimized
-        for module in modules
-        if module is not None
-        for parameter in module.parameters()
-    )
+def _leaves_some(optimizer: Optimizer, homes: Iterable[_Home]) -> bool:
+    """Whether other ranks may hold other parameters of these modules under the same numbers: there
+    are some that neither this one has nor another optimizer of the state."""
+    left = [number for home in homes for number in _left_in(home)]
+    return bool(left) and not {*map(id, _parameters_of(optimizer))}.issuperset(left)
+
+
+def _left_in(home: _Home) -> list[int]:
+    """See ``_Surveyed``; looked for once a state, however many optimizers there are."""
+    module = home.module()
+    if module is None:
+        return []
+    if home not in _surveyed.left:
+        if not _surveyed.stepped:
+            known = filter(None, (each() for each in _surveyed.optimizers))
+            _surveyed.stepped = {id(each) for one in known for each in _parameters_of(one)}
+        _surveyed.left[home] = [
+            id(parameter)
+            for parameter in module.parameters()
+            if parameter.requires_grad
+            and id(parameter) not in _surveyed.stepped
+            and parameter in _known
+        ]
+    return _surveyed.left[home]
 
 
 def _parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
