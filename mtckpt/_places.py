@@ -69,19 +69,20 @@ def check_places(paths: Mapping[str, str], *, group_access: bool) -> dict[str, M
 
 
 def _seen(label: str, path: str, group_access: bool) -> _Seen:
-    """The path as it is where a device does not answer in time, or nobody can be sent to look."""
+    """As far as a device answers in time, and somebody can be sent to look: the path as it is, or
+    without links, or all."""
     path = path.removeprefix("file://")
+    seen = _Seen(os.path.abspath(path))
 
-    def look() -> _Seen:
-        real = os.path.realpath(path)
-        if not label.startswith("disk"):
-            return _Seen(real)
-        return _Seen(real, _refusal(label, path, group_access), medium_of(Path(path)))
+    def look() -> None:
+        nonlocal seen
+        seen = _Seen(os.path.realpath(path))
+        if label.startswith("disk"):
+            seen = _Seen(seen.real, _refusal(label, path, group_access), medium_of(Path(path)))
 
     with contextlib.suppress(NoThread):
-        for seen in in_time(look, _LOOK_TIMEOUT_S, name="mtckpt-look"):
-            return seen
-    return _Seen(os.path.abspath(path))
+        in_time(look, _LOOK_TIMEOUT_S, name="mtckpt-look")
+    return seen
 
 
 def _refuse_one_directory(seen: Mapping[str, _Seen]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from agent_checks import until
 from scene_trainer import SceneTrainer, TrainerError, seed_of
 
 import mtckpt
+from mtckpt import _places
 from mtckpt._probe import tier_label
 from mtckpt._slots import BESIDE
 from mtckpt.errors import TierError, TierFull, UsageError
@@ -318,6 +320,20 @@ def test_two_tiers_are_never_one_directory(how: str, tmp_path: Path, ram_dir: Pa
         mtckpt.Checkpointer("r", tiers)
     assert "disk-2" in str(caught.value)
     assert list(ram_dir.iterdir()) == []
+
+
+def test_two_tiers_are_one_directory_also_where_a_disk_hangs_amid_the_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was seen of it before counts: here that one is a link to the other."""
+    (tmp_path / "d").mkdir(0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    answers = threading.Event()
+    monkeypatch.setattr(_places, "_refusal", lambda *_: answers.wait(20))
+    monkeypatch.setattr(_places, "_LOOK_TIMEOUT_S", 0.3)
+    with pytest.raises(UsageError, match="are one directory"):
+        open_run("r", mtckpt.Disk(tmp_path / "d"), mtckpt.Disk(tmp_path / "link"))
+    answers.set()
 
 
 @pytest.mark.root
