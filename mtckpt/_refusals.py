@@ -97,7 +97,6 @@ def refused_to_tell(kind: type, path: str, error: Exception) -> CaptureFailed:
         path=path,
         type_name=kind.__qualname__,
         stage="captured",
-        state="the step was not started; earlier steps are unchanged; the next save works",
     )
 
 

@@ -17,7 +17,7 @@ from mtckpt.errors import TierFull
 __all__ = [
     "bytes_below",
     "check_room",
-    "free_bytes_at",
+    "left_bytes_at",
     "memory_left_bytes",
     "ram_full",
     "ranks_full",
@@ -140,7 +140,7 @@ def memory_left_bytes() -> tuple[int | None, str]:
     return min(left) if left else (None, "")
 
 
-def free_bytes_at(path: str) -> int | None:
+def left_bytes_at(path: str) -> int | None:
     """What is left in the tmpfs and in memory, whichever is less; None where nothing says."""
     left_bytes, _ = memory_left_bytes()
     try:

@@ -468,7 +468,6 @@ def raise_capture_error(step: int, error: Exception) -> NoReturn:
         f"the state of step {step} could not be read: {type(error).__name__}: {error}",
         stage="captured",
         step=step,
-        state="the step was not started; earlier steps are unchanged; the next save works",
     ) from error
 
 

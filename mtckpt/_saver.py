@@ -18,7 +18,7 @@ from mtckpt import _manifest, _pieces, _save, _writing
 from mtckpt._handle import Save, size_text, stage_of_tier
 from mtckpt._joining import Needs
 from mtckpt._progress import progress
-from mtckpt._room import bytes_below, free_bytes_at, ranks_full
+from mtckpt._room import bytes_below, left_bytes_at, ranks_full
 from mtckpt._schedule import Disk, Peers
 from mtckpt._slots import BESIDE
 from mtckpt._steps import metrics_of
@@ -189,7 +189,7 @@ class Saver:
 
         def look() -> tuple[int | None, int]:
             # What the run has there already makes room for what it saves.
-            return free_bytes_at(path), bytes_below(os.path.join(path, self.run.key))
+            return left_bytes_at(path), bytes_below(os.path.join(path, self.run.key))
 
         free_bytes, own_bytes = self.run.within("ram", look)
         if free_bytes is None:
@@ -281,8 +281,8 @@ class Saver:
         """A slot that another rank of this node has had moved to the disk with all others: this one
         looks there from now on."""
         place = os.path.join(self._disk_path() or "", BESIDE, "")
-        known = self._session.open().ram_root.startswith(place)
-        if grant.data_path.startswith(place) and not known:
+        has_moved = grant.data_path.startswith(place)
+        if has_moved and not self._session.open().ram_root.startswith(place):
             self._session.move_slots(os.path.dirname(place))
         return grant
 
@@ -379,7 +379,7 @@ class Saver:
         if self._ring_of != wanted:
             self._ring_of = wanted
             path = self._session.open().ram_root
-            free_bytes = self.run.within("ram", lambda: free_bytes_at(path)) or 0
+            free_bytes = self.run.within("ram", lambda: left_bytes_at(path)) or 0
             needed = 4 * wanted * len(self.run.members.node)  # by all ranks of this node
             fitting = 3 if free_bytes >= needed else 2
             self._ring_slots = fitting if self._ram.slots == "auto" else int(self._ram.slots)

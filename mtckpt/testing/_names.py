@@ -95,7 +95,7 @@ def names_of(world: World) -> Names:
     threads = Threads(world.loop, spawn)
     for module in (_session, _handle, _run, _progress, _gathering):
         names.put(module, "threading", threads)
-    names.put(_saver, "free_bytes_at", lambda _: 1 << 30)
+    names.put(_saver, "left_bytes_at", lambda _: 1 << 30)
     names.put(_session, "queue", threads)
     names.put(_session, "AgentClient", functools.partial(AgentClient, world))
     names.put(_session, "ensure_agent", ensure_agent(world))
