@@ -60,8 +60,6 @@ class Copies:
         self._ring = ring
         self._peers = peers
         self._threads = ThreadPoolExecutor(MAX_CALLS, "mtckpt-copies")
-        self._told: dict[str, str] = {}
-        self._given: dict[str, str] = {}
         peers.verbs["lost"] = (Lost, self.lost)
 
     def look(self, run: RunState, tier: TierState) -> None:
@@ -98,9 +96,9 @@ class Copies:
         """Once a start of the job: what is held here goes to the nodes that have those ranks now.
         One that was replaced has lost its own, and this would be all that there is. What came back
         to this node in that way goes to its partners: it may be all that there is by now."""
-        if self._given.get(run.key) == run.secret:
+        if run.given_back_in == run.secret:
             return
-        self._given[run.key] = run.secret
+        run.given_back_in = run.secret
         partners = partners_of(
             layout, min(copies, len(layout.nodes) - 1), run.troubles, run.leaving
         )
@@ -155,9 +153,9 @@ class Copies:
 
     def _tell_placement(self, run: RunState, layout: Layout, copies: int) -> None:
         """Once a start of the job, by the lead: what the copies survive, and what they do not."""
-        if self._told.get(run.key) == run.secret or not layout.is_lead:
+        if run.placement_told_in == run.secret or not layout.is_lead:
             return
-        self._told[run.key] = run.secret
+        run.placement_told_in = run.secret
         placed = placement_of(layout.nodes, copies, run.troubles, run.leaving)
         for warning in placed.warnings:
             logger.warning("run %s: %s", run.key, warning)

@@ -48,6 +48,9 @@ class RunState:
     owners: dict[int, Owner] = field(default_factory=dict)
     layout: Layout | None = None  # of a job on several nodes
     secret: str = ""
+    # The start of the job, by its secret, that copies were given back in, and their placement told.
+    given_back_in: str | None = None
+    placement_told_in: str | None = None
     links: dict[int, Link] = field(default_factory=dict)
     draining: str = ""  # why nothing new is begun here
     drained: bool = False  # what was here is elsewhere: of anything later nobody would know
