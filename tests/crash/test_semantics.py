@@ -191,7 +191,8 @@ def test_nothing_live_shares_memory_with_a_slot(tmp_path: Path, ram_dir: Path) -
     }
     model(torch.ones(1, 300)).sum().backward()
     optimizer.step()
-    save_now(open_run(tmp_path), 1, state)
+    older = open_run(tmp_path)  # which would close itself, and free memory, if nobody had it
+    save_now(older, 1, state)
     with open_run(tmp_path) as checkpointer:  # the older one is fenced and frees nothing
         restored = checkpointer.restore(state)
         assert (restored.step, list(restored.sources)) == (1, ["ram"])
