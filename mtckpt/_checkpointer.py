@@ -351,7 +351,7 @@ class Checkpointer:
             self._turns.take("close", timeout_s, functools.partial(self._close, deadline_s))
         except Exception:
             raise
-        except BaseException:
+        except BaseException:  # an interrupt: the next call goes on
             self._cut_off = True
             raise
 
