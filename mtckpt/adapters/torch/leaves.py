@@ -36,6 +36,7 @@ __all__ = [
     "order_of",
     "same_bits",
     "spec_of",
+    "specs_of",
     "writable_address",
     "writable_addresses",
 ]
@@ -171,6 +172,21 @@ def spec_of(tensor: torch.Tensor, path: str, *, template: bool = False) -> Array
     kind = "" if template else "".join(f".{axis}" for axis in order_of(tensor))
     framework = _IN_ORDER + kind if kind else FRAMEWORK
     return ArraySpec(NAME_OF[tensor.dtype], tuple(tensor.shape), framework)
+
+
+def specs_of(values: Sequence[torch.Tensor]) -> tuple[list[ArraySpec], Layouts] | None:
+    """``spec_of`` of many, and their fingerprint; None unless all are plain, and can be saved."""
+    if not _ORDINARY.issuperset(map(type, values)):
+        return None
+    found = looks.fingerprint(values)
+    if found.odd or found.details or not NAME_OF.keys() >= set(found.dtypes):
+        return None
+    kinds = list(zip(found.dtypes, found.shapes, strict=True))
+    specs = {
+        (dtype, shape): ArraySpec(NAME_OF[dtype], tuple(shape), FRAMEWORK)
+        for dtype, shape in set(kinds)
+    }
+    return list(map(specs.__getitem__, kinds)), found
 
 
 def order_of(tensor: torch.Tensor) -> tuple[int, ...]:
