@@ -198,7 +198,7 @@ class Guests:
                 raise _without_room(error, self._peers_name(run)) from error
             raise
         if layout := run.layout:
-            await self._take_back(run, save, layout.own.intersection(new))
+            await self._take_back(run, save, save.guests.intersection(layout.own))
         run.counters["guests"] += len(new)
         self._tools.events.emit(
             "copies.taken", run=run.run, step=save.name.step, node=offer.node, shards=len(new)
