@@ -7,6 +7,7 @@ agent before this one left undone is in files; it is read here and goes on where
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -37,7 +38,7 @@ from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, TierState
 from mtckpt.agent.tools import until
 from mtckpt.agent.work import TierRef
-from mtckpt.errors import AgentUnavailable, CheckpointError, UsageError
+from mtckpt.errors import AgentUnavailable, CheckpointError, TierUnavailable, UsageError
 
 if TYPE_CHECKING:
     from mtckpt.agent.protocol import TierConfig
@@ -84,11 +85,10 @@ class Registry:
         self.links = Links(
             tools, self.ring, self.agreement, self.flusher, self.replicas, self.peers
         )
-        follow, write_config = self.links.follow, self.write_config
         self.freer = Freer(tools, self.runs, self.links, self.flusher, self.ring)
         self.guests = Guests(
-            tools, self.peers, self.boot_id, follow, write_config, self.fetcher.arrived,
-            self.agent_id,
+            tools, self.peers, self.boot_id, self.links.follow, self.write_config,
+            self.fetcher.arrived, self.agent_id,
         )  # fmt: skip
         self.directory = directory
         self.held = Roots(directory, protocol.ram_base(), self.boot_id)
@@ -139,6 +139,8 @@ class Registry:
         what keeps it from being looked at: then that is done before anybody opens a run there, for
         what is there is never taken for nothing."""
         ram = self._ram_ref(root)
+        with contextlib.suppress(TierUnavailable):  # there may be none yet: it is made then
+            await self.held.take(root)
         configs = await self.tools.call(work.ReadRunConfigs(ram), work.RunConfigs)
         await self.held.take(root)  # from here on: what is half done there is nobody else's
         has_others = root not in self.held.loaded  # which nobody has taken in
@@ -227,24 +229,24 @@ class Registry:
 
     async def run_for(self, key: str, message: protocol.Open) -> RunState:
         """The run that is opened, known or new. Raises UsageError if its RAM lies elsewhere."""
+        # A service keeps everybody's slots in its own directory; the reply says where.
+        root = self.held.named("" if self.service else message.ram_path)
+        if root not in self.held.loaded:  # one that hangs keeps no other run from being opened
+            await self.held.check(root)
         async with self._loading:
-            root = await self._root_for(key, message)
-            run = self.runs.get(key)
-            if run is None:
-                run = self.runs[key] = RunState(message.run, key, self._ram_ref(root))
-            elif run.ram.path != root:
+            root = await self._root_for(key, root, message)
+            run = self.runs.setdefault(key, RunState(message.run, key, self._ram_ref(root)))
+            if run.ram.path != root:
                 await self._move(run, root, message)
         return run
 
-    async def _root_for(self, key: str, message: protocol.Open) -> str:
+    async def _root_for(self, key: str, root: str, message: protocol.Open) -> str:
         """Where a run that is opened has its slots. What is left of it beside a disk, where the job
         before had too little memory, is taken in on the way."""
-        # A service keeps everybody's slots in its own directory; the reply says where.
-        root = self.held.named("" if self.service else message.ram_path)
         if beside.is_asked(root):
             root = await self.held.own(root)
         if root not in self.held.loaded:
-            await self.held.let_go({run.ram.path for run in self.runs.values()})
+            await self.held.let_go({root, *(run.ram.path for run in self.runs.values())})
             self.held.note(root)
             await self._load_root(root)
         for tier in () if self.service else message.tiers:
@@ -257,8 +259,7 @@ class Registry:
         on it, or it is elsewhere."""
         run = self.runs.get(key)
         if run is None:
-            own = await self.held.take_over(key, place, message.patience_s)
-            if own:
+            if own := await self.held.take_over(key, place, message.patience_s):
                 # Its tiers are where this job says, not where a container before had them.
                 await self._load_root(own, work.RunConfig(message.run, key, message.tiers))
             return
