@@ -151,8 +151,10 @@ class Freer:
                 self._ring.note_gone(run, save)
                 run.touch(save)
             run.doubted = False
-        there = {incarnation.number for incarnation in found.incarnations}
-        for number in run.begun.keys() - there:
+        lost = run.begun.keys() - {incarnation.number for incarnation in found.incarnations}
+        if lost and run.layout is not None:
+            await self._links.note(run)
+        for number in lost:
             known = run.begun[number]
             key, data = _inventory.incarnation_key(run.key, known), _manifest.encode_sealed(known)
             await self._tools.call(work.PutSmall(run.ram, key, data), work.Stored)

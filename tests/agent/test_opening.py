@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +13,22 @@ from typing import Any, cast
 import pytest
 
 from mtckpt._events import EventStream
-from mtckpt._manifest import run_key
+from mtckpt._handshake import PeerAddress
+from mtckpt._manifest import FORMAT_VERSION, Incarnation, run_key, save_name
+from mtckpt._session import start_ticks
 from mtckpt._slots import BESIDE
 from mtckpt.agent import beside, holding, roots, work
-from mtckpt.agent.protocol import PROTOCOL_VERSION, Open
+from mtckpt.agent.nodes import layout_of
+from mtckpt.agent.peers import _Kept
+from mtckpt.agent.protocol import PROTOCOL_VERSION, Join, NodeOfRun, Open
 from mtckpt.agent.queue import Limits
 from mtckpt.agent.registry import Registry
 from mtckpt.agent.roots import Roots
+from mtckpt.agent.runs import RunState
 from mtckpt.agent.tools import Tools
 
 Call = Callable[[work.Command], work.Result]
+ID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
 
 
 def opens(run: str, ram_path: str) -> Open:
@@ -118,3 +125,58 @@ def test_a_run_whose_memory_hangs_keeps_no_other_from_being_opened(
         await registry.held.close()
 
     asyncio.run(story())
+
+
+def test_the_next_agent_is_told_of_other_nodes_in_other_memory_too(tmp_path: Path) -> None:
+    noted: list[type] = []
+
+    def call(command: work.Command) -> work.Result:
+        if isinstance(command, (work.WriteJoin, work.PutSmall)):
+            assert command.tier == new
+            noted.append(type(command))
+        return work.Freed(0) if isinstance(command, work.Wipe) else nothing(command)
+
+    async def story() -> None:
+        registry = agent(tmp_path / "a", call)
+        nodes = [NodeOfRun(PeerAddress(f"10.0.0.{n}", 1, 2, "", "a", "b"), [n]) for n in range(2)]
+        join = Join("h", "00" * 32, 2, nodes)
+        run = RunState("r", "r", work.TierRef("ram", "/old"), layout=layout_of(join, 0))
+        run.begun[1] = Incarnation(FORMAT_VERSION, "r", 1, ID)
+        registry.peers._kept["r"] = _Kept(join, rank=0)
+        assert await registry.freer.move(run, new)
+
+    new = work.TierRef("ram", "/new")
+    asyncio.run(story())
+    assert noted == [work.WriteJoin, work.PutSmall]
+
+
+def test_a_note_that_came_late_to_memory_does_not_hide_where_its_run_is(tmp_path: Path) -> None:
+    """It was being written as the run moved from there, and its agent was killed later."""
+    left, has = (tmp_path / name for name in ("left", "has"))
+    wiped: list[str] = []
+    save = work.SaveScan(str(save_name(1, 1, ID)), 1, 1, [0], 1, True, 1, ID, shard_bytes=[1])
+
+    def call(command: work.Command) -> work.Result:
+        if isinstance(command, work.Wipe):
+            wiped.append(command.tier.path)
+            return work.Freed(0)
+        if isinstance(command, work.ReadRunConfigs):
+            owner = work.Owner("h", 0, os.getpid(), start_ticks(os.getpid()))
+            return work.RunConfigs([work.RunConfig("r", "r", owners=[owner])], [])
+        if isinstance(command, work.Scan):
+            is_left = command.tier.path == str(left)
+            return work.Scanned([work.RunScan("r", [] if is_left else [save])])
+        return work.Stored()
+
+    async def story() -> None:
+        registry = agent(tmp_path / "a", call)
+        await registry._load_roots([str(left), str(has), str(left)])
+        run = registry.runs["r"]
+        assert (run.ram.path, list(run.saves)) == (str(has), [save.save])
+        assert [owner.holder for owner in run.living()] == ["h"]
+        await registry.held.close()
+
+    for path in (left, has):
+        path.mkdir()
+    asyncio.run(story())
+    assert wiped == [str(left)]
