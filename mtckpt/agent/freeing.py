@@ -89,23 +89,31 @@ class Freer:
     async def move(self, run: RunState, ram: TierRef) -> bool:
         """Free all of a run's RAM, and go on with it in other memory, with the same owners; False
         where that has what nobody else has. To be called under ``run.opening``."""
-        while run.allocating:  # noqa: ASYNC110 - each has its deadline
-            await asyncio.sleep(_POLL_S)
-        async with run.sealing:
-            if not is_elsewhere(run):
-                return False
-            run.doubted = True
-            await self._tools.call(work.Wipe(run.ram, run.key), work.Freed)
-            run.ram = ram
-            run.slots.clear()
-            for save in list(run.saves.values()):
-                save.guests.clear()
-                if RAM in save.ranks:
-                    run.drop_copy(save, RAM)
-                    self._ring.note_gone(run, save)
+        run.moving = True
+        try:
+            while run.allocating:  # noqa: ASYNC110 - each has its deadline
+                await asyncio.sleep(_POLL_S)
+            async with run.sealing:
+                if not is_elsewhere(run):
+                    return False
+                run.doubted = True
+                await self._tools.call(work.Wipe(run.ram, run.key), work.Freed)
+                self._leave(run, ram)
+        finally:
+            run.moving = False
         await self.look_again(run)
         run.touch()
         return True
+
+    def _leave(self, run: RunState, ram: TierRef) -> None:
+        """Nothing of a run is where it was."""
+        run.ram = ram
+        run.slots.clear()
+        for save in list(run.saves.values()):
+            save.guests.clear()
+            if RAM in save.ranks:
+                run.drop_copy(save, RAM)
+                self._ring.note_gone(run, save)
 
     def refuse_move(self, run: RunState, root: str) -> NoReturn:
         """Raise why a run stays in its memory: UsageError, or WaitTimeout where what is there alone
@@ -143,8 +151,10 @@ class Freer:
                 self._ring.note_gone(run, save)
                 run.touch(save)
             run.doubted = False
-        there = {incarnation.number for incarnation in found.incarnations}
-        for number in run.begun.keys() - there:
+        lost = run.begun.keys() - {incarnation.number for incarnation in found.incarnations}
+        if lost and run.layout is not None:
+            await self._links.note(run)
+        for number in lost:
             known = run.begun[number]
             key, data = _inventory.incarnation_key(run.key, known), _manifest.encode_sealed(known)
             await self._tools.call(work.PutSmall(run.ram, key, data), work.Stored)

@@ -135,6 +135,12 @@ class Links:
             self._tools.start(self._serve(run, number), f"telling node {number} of {run.key}")
         self._tools.start(self._watch(run, run.secret), f"watching news of {run.key}")
 
+    async def note(self, run: RunState) -> None:
+        """Note the nodes of a run for the next agent once more, where that has gone."""
+        async with self._peers.joining:
+            if join := self._peers.joined(run.key):
+                await self._peers.replace(run, join)
+
     def leave(self, run: RunState) -> None:
         """Tell nobody any more. Idempotent."""
         self._words.pop(run.key, None)

@@ -107,6 +107,10 @@ class Roots:
         self._read()
         return list(dict.fromkeys([self._default, *self._noted]))
 
+    async def check(self, root: str) -> None:
+        """Raises TierUnavailable where one does not say whether it is there."""
+        await aside(functools.partial(_is_there, root), root)
+
     async def there(self, roots: Collection[str]) -> dict[str, TierUnavailable | None]:
         """Those of them that are there, or why that is not known."""
         looks = [aside(functools.partial(_is_there, root), root) for root in roots]
