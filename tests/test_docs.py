@@ -36,7 +36,7 @@ def warm() -> Iterator[Callable[[str], Warm]]:
     def get(code: str) -> Warm:
         # JAX is never imported ahead: it has threads from then on.
         torch = bool(re.search(r"^(import|from) torch\b", code, re.MULTILINE))
-        if torch not in started:
+        if torch not in started or started[torch].closed:
             more = ("torch", "mtckpt.adapters.torch") if torch else ()
             started[torch] = Warm("mtckpt", "mtckpt._checkpointer", "mtckpt.adapters.numpy", *more)
         return started[torch]

@@ -52,8 +52,15 @@ class Warm:
         finally:
             timer.cancel()
         text = said.read_text(errors="replace") if said.exists() else ""
+        if not status:
+            self.close()
         assert status, f"it did not end within {timeout_s:g} s, or could not begin\n{text}"
         return int(status), text
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended: here, or by a script that took too long."""
+        return self._process.returncode is not None
 
     def close(self) -> None:
         self._process.kill()
