@@ -90,8 +90,8 @@ class WarmAgents:
         ours.settimeout(TIMEOUT_S)
         with theirs:
             self._process = self._really(
-                # The last word is for those who look for agents by their command.
-                [sys.executable, __file__, str(theirs.fileno()), "mtckpt.agent"],
+                # The name is for those who look for agents by their command.
+                [sys.executable, __file__, "mtckpt.agent", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -174,4 +174,4 @@ def main(fd: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[2]))
