@@ -28,6 +28,7 @@ from mtckpt import (
     _run,
     _saver,
     _session,
+    _turns,
     _writing,
 )
 from mtckpt.adapters import active_adapters
@@ -130,7 +131,7 @@ def names_of(world: World) -> Names:
         return process.spawn(target)
 
     threads = Threads(world.loop, spawn)
-    for module in (_session, _handle, _run, _progress, _gathering):
+    for module in (_session, _turns, _handle, _run, _progress, _gathering):
         names.put(module, "threading", threads)
     _put_files(names, world)
     names.put(_session, "queue", threads)

@@ -25,6 +25,7 @@ from mtckpt.errors import (
     CheckpointError,
     RankTimeout,
     UnsupportedState,
+    UsageError,
 )
 from mtckpt.testing._devices import (
     DATA_BYTES,
@@ -277,6 +278,8 @@ class Rank:
             self._open()
             self._script(self)
         except CheckpointError as error:
+            if type(error) is UsageError:
+                raise  # no script does what may not be done
             self.world.note(f"rank {self.rank} ends: {type(error).__name__}: {error.what}")
             self.error = error
 
@@ -334,7 +337,7 @@ class Rank:
             save = self.saver.save(step, state, {}, due, 0, stall_s)
         except CheckpointError as error:
             self.world.note(f"rank {self.rank} does not save {step}: {error.what}")
-            if self.session.fenced is not None:
+            if self.session.fenced is not None or type(error) is UsageError:
                 raise
             return None
         finally:
