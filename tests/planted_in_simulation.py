@@ -145,7 +145,7 @@ BUGS = (
     SimulatedBug(
         "rank-that-nobody-looks-after-keeps-its-run",
         "agent/owners.py",
-        '(process.state in "ZXTt" or process.parent_pid != owner.parent_pid)',
+        'process.state in "ZXTt" or process.parent_pid != owner.parent_pid',
         'process.state in "ZX"',
         120,
     ),
