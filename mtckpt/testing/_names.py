@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from mtckpt import (
+    _foreign,
     _gathering,
     _handle,
     _joining,
@@ -28,6 +29,7 @@ from mtckpt import (
     _run,
     _saver,
     _session,
+    _turns,
     _writing,
 )
 from mtckpt.adapters import active_adapters
@@ -130,7 +132,7 @@ def names_of(world: World) -> Names:
         return process.spawn(target)
 
     threads = Threads(world.loop, spawn)
-    for module in (_session, _handle, _run, _progress, _gathering):
+    for module in (_session, _turns, _handle, _run, _progress, _gathering):
         names.put(module, "threading", threads)
     _put_files(names, world)
     names.put(_session, "queue", threads)
@@ -180,6 +182,7 @@ def _put_files(names: Names, world: World) -> None:
         names.put(module, "socket", SimpleNamespace(gethostname=lambda: here().name))
     names.put(known_runs, "trusted_uids", lambda _: {UID})
     names.put(roots, "lock", lambda _: _Held())
+    names.put(_foreign, "hints", lambda _: [])
     names.put(_run, "is_directory", lambda *_: True)
     names.put(_run, "in_time", _in_time)
     names.put(_saver, "left_bytes_at", lambda _: 1 << 30)
