@@ -7,15 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
+from agent_checks import until
 from stores import free_ports
 
 import mtckpt
 from mtckpt import _coordination
+from mtckpt._coordination import Group, StoreGroup
 from mtckpt._copies import Shards
 from mtckpt._manifest import Record
 from mtckpt.agent.spawn import ensure_agent
@@ -109,6 +112,81 @@ def test_a_stopped_host_of_the_store_ends_the_exchange_in_time(
     stdin.flush()
     if script is TORCH_RANK:  # JAX itself waits for its coordinator before it ends
         assert ranks[1].wait(30) == 0  # a call that was left behind does not hold the process up
+
+
+class _Table:
+    """A store that outlives the ranks: torchrun has one for all starts of its workers."""
+
+    place = ""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    def put(self, key: str, value: bytes) -> None:
+        self.values[key] = value
+
+    def have(self, directory: str, names: Sequence[str]) -> bool:
+        return all(f"{directory}/{name}" in self.values for name in names)
+
+    def read(self, directory: str, names: Sequence[str]) -> dict[str, bytes]:
+        found = {name: self.values.get(f"{directory}/{name}") for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def delete(self, key: str) -> None:
+        self.values.pop(key, None)
+
+    def groups(self, world_size: int) -> list[StoreGroup]:
+        """Of ranks that are started now."""
+        return [StoreGroup(self, rank, world_size, "run") for rank in range(world_size)]
+
+
+def _told(pool: ThreadPoolExecutor, groups: Sequence[Group], stage: str, value: str) -> list[Any]:
+    """What each rank hears of the others."""
+    calls = [pool.submit(_coordination.exchange, g, stage, [value, g.rank], 20.0) for g in groups]
+    return [call.result(30) for call in calls]
+
+
+def test_nobody_takes_what_an_earlier_start_has_left_in_the_store() -> None:
+    """What other ranks have, where they are, what they restore: all of it was of another start."""
+    table = _Table()
+    with ThreadPoolExecutor(3) as pool:
+        groups = table.groups(3)
+        for stage in ("join", "look", "begin"):
+            assert _told(pool, groups, stage, "first") == [[["first", r] for r in range(3)]] * 3
+        # Of the second only rank 2 has come.
+        with pytest.raises(RankTimeout, match="rank 0 of 3 did not come"):
+            table.groups(3)[2].exchange("join", b"second", 0.0)
+        assert any("/asks/2" in key for key in table.values)
+        groups = table.groups(3)
+        early = [pool.submit(_coordination.exchange, g, "join", g.rank, 20.0) for g in groups[:2]]
+        until(lambda: any("/answers/" in key for key in table.values))  # rank 2 of the second
+        late = pool.submit(_coordination.exchange, groups[2], "join", "late", 20.0)
+        assert [call.result(30) for call in (*early, late)] == [[0, 1, "late"]] * 3
+        for stage in ("look", "begin", "look"):
+            assert _told(pool, groups, stage, "third") == [[["third", r] for r in range(3)]] * 3
+    assert len(table.values) < 20  # each start leaves little behind
+
+
+def test_ranks_that_did_not_find_each_other_may_try_again() -> None:
+    table = _Table()
+    groups = table.groups(3)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(_coordination.exchange, g, "join", 0, 0.0) for g in groups[:2]]
+        for call in calls:
+            with pytest.raises(RankTimeout, match="rank 2 of 3 did not come"):
+                call.result(30)
+        for stage in ("join", "look"):
+            assert _told(pool, groups, stage, "x") == [[["x", r] for r in range(3)]] * 3
+
+
+@pytest.mark.parametrize("leaver", [0, 1])
+def test_a_rank_that_leaves_before_it_has_met_the_others_is_heard(leaver: int) -> None:
+    groups = _Table().groups(2)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(_coordination.exchange, groups[1 - leaver], "join", 0, 20.0)
+        _coordination.leave(groups[leaver], ValueError("no agent"))
+        with pytest.raises(RankTimeout, match=f"rank {leaver} does not come: ValueError: no agent"):
+            other.result(30)
 
 
 def test_two_stages_are_not_taken_for_one() -> None:
