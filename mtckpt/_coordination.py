@@ -100,11 +100,13 @@ class StoreGroup:
         self.world_size = world_size
         self._store = store
         self.place = store.place
+        self._name = name
         self._door = f"mtckpt/{name}"
         self._directory = f"{self._door}/{_word()}" if rank == 0 else ""
         # That rank 0 may still have to let in, and the words of those that it has.
         self._strangers = [str(other) for other in range(1, world_size)] if rank == 0 else []
         self._known: set[bytes] = set()
+        self._has_met = False
         self._turn = 0
 
     def exchange(self, stage: str, value: bytes, timeout_s: float) -> list[bytes]:
@@ -139,7 +141,7 @@ class StoreGroup:
         """Give ``value``, and wait until the deadline for what others give: what is there then.
         ``turn`` is None where this rank has not met them yet."""
         names = [str(rank) for rank in range(self.world_size)]
-        if turn is None or self._strangers:
+        if not self._has_met:
             deadline_s = max(deadline_s, time.monotonic() + _MEETING_S)
         if turn is None:
             turn = self._enter(deadline_s)
@@ -154,7 +156,7 @@ class StoreGroup:
             self._let_in(turn)
         found = self._store.read(directory, names)
         if len(found) == self.world_size:
-            self._strangers = []
+            self._has_met, self._strangers = True, []
             if turn:
                 # Everybody has come to this turn, so everybody has read the one before.
                 self._store.delete(f"{self._directory}/{turn - 1}/{self.rank}")
@@ -201,6 +203,7 @@ class StoreGroup:
         names = [str(rank) for rank in range(self.world_size)]
         missing = [rank for rank, name in enumerate(names) if name not in found]
         if missing:
+            same = () if self._has_met else (f"see that all ranks open the run {self._name!r}",)
             raise RankTimeout(
                 f"{stage}: {_listed(missing)} of {self.world_size} did not come"
                 f" within {timeout_s:.1f} s",
@@ -208,6 +211,7 @@ class StoreGroup:
                 rank=missing[0],
                 ranks=missing,
                 timeout_s=round(timeout_s, 1),
+                actions=(*same, *RankTimeout.usual_actions),
             )
         return [found[name] for name in names]
 

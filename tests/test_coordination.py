@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from mtckpt._coordination import Group, StoreGroup
 from mtckpt._copies import Shards
 from mtckpt._manifest import Record
 from mtckpt.agent.spawn import ensure_agent
-from mtckpt.errors import NoHealthyStep, RankTimeout, StepDisagreement
+from mtckpt.errors import NoHealthyStep, RankTimeout, StepDisagreement, UsageError
 from mtckpt.testing.groups import LocalGroup, local_groups
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("runtime_dir")]
@@ -225,6 +226,38 @@ def test_a_rank_that_saves_while_another_restores_is_named() -> None:
             saved.result()
     causes = [raised.value, raised.value.__cause__]
     assert any(isinstance(cause, StepDisagreement) for cause in causes)
+
+
+def test_ranks_with_other_tiers_are_told_so(tmp_path: Path) -> None:
+    """One of them would take the tier away from all ranks of its node, without a word."""
+    disks: list[list[mtckpt.Disk]] = [[mtckpt.Disk(tmp_path)], []]
+    one, other = (
+        mtckpt.Checkpointer("run", [mtckpt.Ram(every=1), *disk], group=group, timeout_s=20.0)
+        for group, disk in zip(local_groups(2), disks, strict=True)
+    )
+    with one, other, ThreadPoolExecutor(2) as pool:
+        for call in [pool.submit(each.restore, {"w": np.zeros(3)}) for each in (one, other)]:
+            with pytest.raises(UsageError, match="rank 0 has the tiers ram, disk, and rank 1 ram"):
+                call.result(30)
+
+
+def test_ranks_that_ask_for_different_steps_restore_none() -> None:
+    """Parts of two steps would be a model that never was."""
+    one, other = (
+        mtckpt.Checkpointer("run", [mtckpt.Ram(every=1)], group=group, timeout_s=20.0)
+        for group in local_groups(2)
+    )
+    with one, other, ThreadPoolExecutor(2) as pool:
+        for step in (1, 2):
+            saves = [pool.submit(each.save, step, {"w": np.ones(3)}) for each in (one, other)]
+            for save in saves:
+                save.result(30).wait("staged")
+        state = {"w": np.zeros(3)}
+        calls = [pool.submit(one.restore, state), pool.submit(other.restore, state, step=1)]
+        for call in calls:
+            with pytest.raises(StepDisagreement, match="is at 'match step-"):
+                call.result(30)
+        assert not state["w"].any()
 
 
 class _Interrupted(LocalGroup):
