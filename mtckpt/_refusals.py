@@ -126,7 +126,8 @@ def refused_int(number: int, path: str, most_bits: int) -> UnsupportedState:
 def refused_key(key: object, path: str) -> UnsupportedState:
     """A key of a dict that a path cannot have."""
     return UnsupportedState(
-        f"a dict key must be a str, int, float, bool or None, not {type(key).__qualname__}",
+        "a dict key must be a str, int, float, bool, None or a tuple of these, not"
+        f" {type(key).__qualname__}",
         path=path,
         type_name=type(key).__qualname__,
         state="nothing was written",
