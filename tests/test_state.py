@@ -22,7 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from state_harness import restore, save
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from mtckpt import _codecs
 from mtckpt._state import (
@@ -299,6 +299,8 @@ def test_unknown_values_are_named_with_what_to_do(value: Any) -> None:
         ((i for i in "x"), "how far it has come"),
         (iter("x"), "how far it has come"),
         (DataLoader(TensorDataset(torch.zeros(1))), "StatefulDataLoader"),
+        (RandomSampler(TensorDataset(torch.zeros(1))), "value.generator"),
+        (slice(1, 2), "value.stop"),
     ],
 )
 def test_what_to_save_in_the_place_of_some_values(value: Any, action: str) -> None:
