@@ -405,8 +405,10 @@ def _inner_state(value: Any, adapters: Sequence[StateAdapter]) -> tuple[object] 
 
 def accessors(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
     """What an object says its state with, and what it takes it back with; None if it has no two."""
+    # Of a dict whose items are attributes, any name may be one, or an error.
+    where = type(value) if isinstance(value, Mapping) else value
     for get, put in _ACCESSORS:
-        if hasattr(value, get) and hasattr(value, put):
+        if hasattr(where, get) and hasattr(where, put):
             return getattr(value, get), getattr(value, put)
     return None
 

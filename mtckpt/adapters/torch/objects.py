@@ -98,9 +98,10 @@ def _place_versioned(live: Any, node: Node, path: str, placing: Placing) -> bool
     What torch keeps beside the names says how they are to be read. A checkpoint lacks it, and what
     is loaded has today's.
     """
-    if node.name != _ORDERED or not hasattr(live, "load_state_dict"):
+    access = _state.accessors(live) if node.name == _ORDERED else None
+    if access is None:
         return False
-    versions = getattr(live.state_dict(), _VERSIONS, None)
+    versions = getattr(access[0](), _VERSIONS, None)
     if versions is None:
         return False
     tree = placing.tree(node, path)
@@ -108,7 +109,7 @@ def _place_versioned(live: Any, node: Node, path: str, placing: Placing) -> bool
     def load() -> None:
         state = settle(tree)
         setattr(state, _VERSIONS, versions)
-        live.load_state_dict(state)
+        access[1](state)
 
     placing.finish.append(load)
     return True
