@@ -8,6 +8,7 @@ this may be seen: it travels to the agent's data process in memory, and is in no
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -41,14 +42,17 @@ _GCS = (
     *("GOOGLE_", "GCSFS_", "GCE_", "NO_GCE_CHECK", "CLOUDSDK_", "FSSPEC_G"),
     "STORAGE_EMULATOR_HOST",
 )
+_IN_AZURE = ("az", "abfs", "abfss")
+# The last three: where a machine of Azure's is told who it is.
+_AZURE = ("AZURE_", "FSSPEC_A", "IDENTITY_", "MSI_", "IMDS_")
+# Azure's own way to say where: a container of an account, and no secret.
+_AZURE_PLACE = re.compile(r"[a-z0-9$-]+@[a-z0-9]+\.(dfs|blob)\.core\.windows\.net(/[^@?#]*)?")
 _PREFIXES = {
     "s3": ("AWS_", "FSSPEC_S3"),
     "s3a": ("AWS_", "FSSPEC_S3"),
     "gs": _GCS,
     "gcs": _GCS,
-    "az": ("AZURE_", "FSSPEC_A"),
-    "abfs": ("AZURE_", "FSSPEC_A"),
-    "abfss": ("AZURE_", "FSSPEC_A"),
+    **dict.fromkeys(_IN_AZURE, _AZURE),
 }
 
 
@@ -111,7 +115,8 @@ def check_url(url: str) -> str:
             f"{shown[:200]!r} is not the URL of a store, such as s3://bucket/checkpoints",
             state="nothing was done",
         )
-    if "@" in rest or "?" in rest or "#" in rest:
+    is_place = scheme_of(url) in _IN_AZURE and _AZURE_PLACE.fullmatch(rest)
+    if not is_place and ("@" in rest or "?" in rest or "#" in rest):
         raise UsageError(
             f"the URL of {shown[:200]} has more in it than a place",
             state="nothing was done",

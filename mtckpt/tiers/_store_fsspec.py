@@ -1,7 +1,7 @@
 """A store behind any fsspec file system: correct for all of them, fast and atomic for none.
 
 It knows fsspec's verbs. It does not know a store's own protocol, so it can only look whether a key
-is taken and then write, and says so. s3:// and gs:// have stores of their own, which do better.
+is taken and then write, and says so. s3://, gs:// and az:// have stores of their own and do better.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from stores import GcsServer, S3Server
+from stores import AzureServer, GcsServer, S3Server
 
 from mtckpt.testing import TierSuite
 from mtckpt.tiers import ObjectStoreTier, Survives, Tier
@@ -74,6 +74,26 @@ class TestGcs(TierSuite):
     def make_tier(self, tmp_path: Path) -> Tier:
         return ObjectStoreTier(
             f"gs://{self._place}/{tmp_path.name}",
+            storage_options=self._server.options,
+            part_bytes=5 * MIB,
+            timeout_s=20,
+        )
+
+
+class TestAzure(TierSuite):
+    survives = CLUSTER
+    num_sequences = 2
+    sizes = (0, 1, 11 * MIB + 17)
+    several_processes = False
+
+    @pytest.fixture(autouse=True)
+    def bucket(self, azure: AzureServer) -> None:
+        self._server = azure
+        self._place = azure.new_prefix()
+
+    def make_tier(self, tmp_path: Path) -> Tier:
+        return ObjectStoreTier(
+            f"az://{self._place}/{tmp_path.name}",
             storage_options=self._server.options,
             part_bytes=5 * MIB,
             timeout_s=20,
