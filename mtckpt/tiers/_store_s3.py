@@ -35,7 +35,7 @@ _BY_CODE: Mapping[str, Kind] = {
     "AuthorizationHeaderMalformed": Kind.DENIED,
     "AllAccessDisabled": Kind.DENIED,
     "AccountProblem": Kind.DENIED,
-    "RequestTimeTooSkewed": Kind.DENIED,
+    "RequestTimeTooSkewed": Kind.SKEWED,
     "ExpiredToken": Kind.EXPIRED,
     "ExpiredTokenException": Kind.EXPIRED,
     "TokenRefreshRequired": Kind.EXPIRED,
@@ -133,7 +133,13 @@ class S3Store:
         return self._wire.fetch(bucket, name, out, offset, timeout_s)
 
     def head(self, path: str, timeout_s: float) -> Stored:
-        answer = self._wire.call("head_object", timeout_s, **_at(path), ChecksumMode="ENABLED")
+        try:
+            answer = self._wire.call("head_object", timeout_s, **_at(path), ChecksumMode="ENABLED")
+        except Refused as refused:
+            if refused.status in (400, 403):
+                # No body, so no code: what it is about, credentials that expired perhaps, a GET says.
+                self.fetch(path, memoryview(bytearray(1)), 0, timeout_s)
+            raise
         return Stored(int(answer["ContentLength"]), answer.get(self._field))
 
     def page(

@@ -251,7 +251,7 @@ def test_a_store_that_replaces_is_weak(scene: Scene) -> None:
 
 
 @on_s3
-@pytest.mark.parametrize("code", ["ExpiredToken", "AccessDenied"])
+@pytest.mark.parametrize("code", ["ExpiredToken", "AccessDenied", "RequestTimeTooSkewed"])
 def test_expired_credentials_are_read_once_more(
     scene: Scene, s3: S3Server, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
@@ -269,6 +269,15 @@ def test_expired_credentials_are_read_once_more(
     with pytest.raises(AccessDenied, match=code):
         tier.put("run/c", BytesSource(b"x"))
     assert len(scene.proxy.seen) == (2 if code == "ExpiredToken" else 1), "no retry storm"
+    # The answer to HEAD has no body, and so no code: "400 Bad Request" is all that S3 says there.
+    faults = [Fault("answer", f"^{verb} ", status=status, code=code) for verb in ("HEAD", "GET")]
+    scene.proxy.set(*faults)
+    if code == "ExpiredToken":
+        assert tier.stat("run/a").size_bytes == 1
+    else:
+        with pytest.raises(AccessDenied, match=code) as raised:
+            tier.stat("run/a")
+        assert ("clock" in str(raised.value)) == (code == "RequestTimeTooSkewed")
     tier.close()
 
 
