@@ -137,7 +137,7 @@ class S3Store:
             answer = self._wire.call("head_object", timeout_s, **_at(path), ChecksumMode="ENABLED")
         except Refused as refused:
             if refused.status in (400, 403):
-                # No body, so no code: what it is about, credentials that expired perhaps, a GET says.
+                # No body, so no code: whether credentials expired, say, a GET tells.
                 self.fetch(path, memoryview(bytearray(1)), 0, timeout_s)
             raise
         return Stored(int(answer["ContentLength"]), answer.get(self._field))
