@@ -25,6 +25,7 @@ __all__ = [
     "ALL_KINDS",
     "Access",
     "access_of",
+    "check_agent_url",
     "check_url",
     "environment_for",
     "open_store",
@@ -108,12 +109,13 @@ def check_url(url: str) -> str:
     """The URL without a slash at its end. Raises UsageError, which does not show it whole."""
     scheme, separator, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
     # A secret may have any of these in it: only what comes after the last one is a place.
-    place = rest.partition("?")[0].partition("#")[0]
-    shown = f"{scheme}://{place.rpartition('@')[2]}"
+    place = (rest if separator else scheme).partition("?")[0].partition("#")[0]
+    shown = f"{scheme if separator else ''}{separator}{place.rpartition('@')[2]}"
     if not separator or not scheme or not rest.strip("/"):
         raise UsageError(
             f"{shown[:200]!r} is not the URL of a store, such as s3://bucket/checkpoints",
             state="nothing was done",
+            actions=("for a directory: Disk(path), or file:// and the path from the root",),
         )
     is_place = scheme_of(url) in _IN_AZURE and _AZURE_PLACE.fullmatch(rest)
     if not is_place and ("@" in rest or "?" in rest or "#" in rest):
@@ -123,6 +125,23 @@ def check_url(url: str) -> str:
             actions=("give credentials by environment, configuration file or storage_options=",),
         )
     return url.rstrip("/")
+
+
+def check_agent_url(url: str) -> None:
+    """Refuse what means another place to the agent, which writes there, than to who gives it."""
+    place = check_url(url).partition("://")[2]
+    if scheme_of(url) in ("file", "local") and not place.startswith("/"):
+        raise UsageError(
+            f"{url[:200]!r} is no place of its own: the agent has another working directory",
+            state="nothing was done",
+            actions=("give the whole path: file:///mnt/checkpoints",),
+        )
+    if scheme_of(url) == "memory":
+        raise UsageError(
+            "what lies at memory:// is seen by one process alone, and ends with it",
+            state="nothing was done",
+            actions=("use Ram() to keep steps in memory, or file:// for a directory",),
+        )
 
 
 def open_store(

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from mtckpt._access import Access, Engine, access_of, check_url
+from mtckpt._access import Access, Engine, access_of, check_agent_url, check_url
 from mtckpt.capture.base import MODES, Mode
 from mtckpt.errors import UsageError
 
@@ -204,7 +204,7 @@ class ObjectStore(SlowTier):
 
     def __post_init__(self) -> None:
         parse_every(self.every, times=True)
-        check_url(self.url)
+        check_agent_url(self.url)
         if self.engine not in ("auto", "obstore", "fsspec"):
             raise UsageError(
                 f"engine={self.engine!r}: must be 'auto', 'obstore' or 'fsspec'",
