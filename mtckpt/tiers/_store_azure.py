@@ -218,9 +218,12 @@ class AzureStore:
             refused = self._no_identity(error)
         else:
             answer = self._http.request(method, url, sent, timeout_s=timeout_s, body=body, out=out)
-            if answer.status < 300:
+            if answer.status >= 300:
+                refused = self._refused(answer)
+            elif "x-ms-request-id" in answer.headers:
                 return answer
-            refused = self._refused(answer)
+            else:
+                refused = Refused(Kind.UNREACHABLE, f"{answer.status}, but it is no store's")
         raise refused
 
     def _refused(self, answer: Answer) -> Refused:

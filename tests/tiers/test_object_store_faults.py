@@ -292,6 +292,22 @@ def test_a_stale_listing_hides_nothing_for_ever(scene: Scene) -> None:
     assert [info.key for info in scene.tier.list()] == ["run/a", "run/b"]
 
 
+@pytest.mark.parametrize(
+    "kind_of_store", ["obstore", "fsspec", pytest.param("azure", marks=pytest.mark.torture)]
+)
+def test_a_page_of_something_else_is_no_empty_listing(scene: Scene) -> None:
+    """A proxy that wants a password answers 200 as well, with a text of its own."""
+    scene.truth.put("run/a", BytesSource(b"x"))
+    scene.proxy.set(Fault("answer", "^GET ", times=2, status=200, code="SignInHere"))
+    assert [info.key for info in scene.tier.list()] == ["run/a"]
+    assert scene.proxy.hits()["answer"] == 2
+    scene.proxy.set(Fault("answer", "^GET ", times=None, status=200, code="SignInHere"))
+    tier = scene.open(timeout_s=0.5)
+    with pytest.raises(TierUnavailable, match="200, but it is no store's"):
+        list(tier.list())
+    tier.close()
+
+
 def chaos() -> list[Fault]:
     return [
         Fault("answer", times=None, chance=5),
