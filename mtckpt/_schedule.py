@@ -180,7 +180,7 @@ class ObjectStore(SlowTier):
     """An object store, written to by the node agent: what it has survives the loss of every node.
 
     Args:
-        url: where checkpoints go: ``s3://bucket/prefix``, ``gs://...``, or any other URL that
+        url: where checkpoints go: ``s3://bucket/prefix``, ``gs://``, ``az://``, or any URL that
             fsspec knows; each run gets a prefix of its own below it.
         every: steps, or a time such as "10min"; 1 takes every step that is captured.
         keep: as for ``Disk``. By default nothing is ever deleted from a store.
