@@ -134,7 +134,9 @@ def _chosen(
     pick = best({name: saves[name].metrics for name in counted}) if best else None
     if pick is None and counted:
         raise StepNotFound(
-            "no step has the metric that KeepBest names",
+            "no step has the metric that KeepBest names"
+            if best
+            else "no tier has a KeepBest among its rules, so nothing says which step is best",
             step="best",
             state="live state unchanged",
             actions=("give metrics to save() or report(), and KeepBest to a tier's keep=",),

@@ -64,9 +64,12 @@ class Freer:
             why = "nothing is in RAM"
         else:
             return
+        resting = is_busy(run, resting=True)
+        if resting and not (in_ram or run.slots):
+            return
         self._tools.events.emit("ram.freed", run=run.run, reason=why, lost=not safe or None)
         async with run.opening:
-            await self.wipe(run)
+            await (self._empty(run) if resting else self.wipe(run))
 
     async def wipe(self, run: RunState) -> None:
         """Free all of a run's RAM and forget it; slower tiers keep what they have. To be called
@@ -96,18 +99,18 @@ class Freer:
             async with run.sealing:
                 if not is_elsewhere(run):
                     return False
-                run.doubted = True
-                await self._tools.call(work.Wipe(run.ram, run.key), work.Freed)
-                self._leave(run, ram)
+                await self._empty(run)
+                run.ram = ram
         finally:
             run.moving = False
         await self.look_again(run)
         run.touch()
         return True
 
-    def _leave(self, run: RunState, ram: TierRef) -> None:
-        """Nothing of a run is where it was."""
-        run.ram = ram
+    async def _empty(self, run: RunState) -> None:
+        """Free all of a run's RAM; it goes on with what is elsewhere."""
+        run.doubted = True
+        await self._tools.call(work.Wipe(run.ram, run.key), work.Freed)
         run.slots.clear()
         for save in list(run.saves.values()):
             save.guests.clear()
@@ -216,19 +219,19 @@ def why_kept(run: RunState) -> str:
     return "; ".join(slow)
 
 
-def is_busy(run: RunState) -> bool:
-    """Whether something is owed or under way."""
+def is_busy(run: RunState, *, resting: bool = False) -> bool:
+    """Whether something is owed or under way; ``resting``: or a store only gives readers time."""
     return (
-        any(_is_owed(run, tier) for tier in run.tiers.values())
+        any(_is_owed(run, tier, resting=resting) for tier in run.tiers.values())
         or any(save.writing for save in run.saves.values())
         or _is_in_use(run)
     )
 
 
-def _is_owed(run: RunState, tier: TierState) -> bool:
+def _is_owed(run: RunState, tier: TierState, *, resting: bool = False) -> bool:
     """Whether something is on its way to a tier, or has still to go there."""
     return bool(
-        tier.to_keep
+        (tier.to_keep and (resting or not tier.resting))
         or tier.small_owed
         or any(tier.label in save.writing for save in run.saves.values())
         or queue.pick_flush(tier.label, run.flushable(tier))

@@ -356,6 +356,7 @@ class TierState:
     keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
     again: asyncio.Task[None] | None = None
     looking: bool = False  # somebody waits to see what can go
+    resting: bool = False  # nothing is done in it, so that who reads what goes can end
     undeleted: set[str] = field(default_factory=set)
     denied: str = ""  # why a store lets nothing be deleted
 
