@@ -7,12 +7,14 @@ Sub-byte types of ml_dtypes and JAX (int4, float4_e2m1fn ...) hold one element i
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from mtckpt.errors import UnsupportedState
 
-__all__ = ["DTYPES", "DType", "check_dtype", "size_bytes_of"]
+__all__ = ["DTYPES", "DType", "check_dtype", "name_of", "size_bytes_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,12 @@ DTYPES: dict[str, DType] = {
 def size_bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of an array of this type and shape. KeyError for a type that is not in the table."""
     return math.prod(shape) * DTYPES[dtype].item_bytes
+
+
+@functools.lru_cache(maxsize=1000)
+def name_of(dtype: Any) -> str:
+    """The name of a NumPy type, which NumPy puts together anew each time it is asked."""
+    return str(dtype.name)
 
 
 def check_dtype(name: str, path: str, *instead: str) -> str:

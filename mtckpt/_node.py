@@ -11,7 +11,7 @@ import functools
 import math
 import unicodedata
 from collections import Counter, OrderedDict, namedtuple
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, overload
 
 import msgspec
@@ -254,12 +254,12 @@ def _bare_json(node: Node) -> Any:
         return node_to_json(node.children[0])
     if node.kind == DICT:
         keys = node.keys or []
-        return {
-            node.name or DICT: [
-                [_encode_key(key), node_to_json(child)]
-                for key, child in zip(keys, node.children, strict=True)
-            ]
-        }
+        if node.key_types is not None:  # else all are texts
+            keys = list(map(_encode_key, keys))
+        children: Iterable[Any] = map(node_to_json, node.children)
+        if node.types is not None:
+            children = ({ARRAY: child.index} for child in node.children)
+        return {node.name or DICT: list(map(list, zip(keys, children, strict=True)))}
     if node.kind == CODEC:
         return {CODEC: [node.name, node_to_json(node.children[0])]}
     return {node.kind: [node_to_json(child) for child in node.children]}

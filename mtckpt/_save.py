@@ -18,11 +18,10 @@ import msgspec
 from xxhash import xxh3_128
 
 from mtckpt import _pieces, _shard, _state
-from mtckpt._dtypes import check_dtype
 from mtckpt._manifest import ArrayEntry
 from mtckpt._pieces import ALONE, Members, Recipe
 from mtckpt._probe import tier_label
-from mtckpt.capture.base import Engine, Span
+from mtckpt.capture.base import Engine, Span, span_of
 from mtckpt.capture.collector import collector_paused
 from mtckpt.capture.memory import Mapping as MemoryMapping
 from mtckpt.capture.memory import map_file
@@ -143,7 +142,9 @@ class Planner:
             # was copied, the same address proves nothing: a copy that was freed left it behind.
             unknown = True
         if unknown:
-            if _ties(plan.owners, leaves, plan.paths, plan.recipe.replicas) != plan.ties:
+            apart = plan.recipe.is_plain and _lie_apart(addresses, keep)
+            replicas = plan.recipe.replicas
+            if plan.ties != ({} if apart else _ties(plan.owners, leaves, plan.paths, replicas)):
                 return None
             plan.lie_at(addresses)
         return Captured(plan, plan.in_order, plain, (keep, arrays))
@@ -152,43 +153,30 @@ class Planner:
         for adapter in adapters:
             adapter.survey(state)
         flat = _state.flatten(state, adapters)
-        specs = [
-            owner.spec(array, path)
-            for owner, array, path in zip(flat.owners, flat.arrays, flat.paths, strict=True)
-        ]
-        for spec, path in zip(specs, flat.paths, strict=True):
-            check_dtype(spec.dtype, path)
-        plan, arrays = make_plan(flat, specs, self.members)
-        paths = [flat.paths[piece.leaf] for piece in plan.recipe.pieces]
-        addresses, keep = _addresses(plan.groups, arrays, plan.fingerprint, paths)
-        plan.lie_at(addresses)
-        self._plan = plan
-        return Captured(plan, plan.in_order, flat.plain, (keep, arrays))
+        self._plan, keep = make_plan(flat, self.members)
+        return Captured(self._plan, self._plan.in_order, flat.plain, keep)
 
 
-def make_plan(
-    flat: _state.Flat, specs: Sequence[ArraySpec], members: Members
-) -> tuple[Plan, list[Any]]:
-    """Lay out the pieces of ``flat``, and give them; tied leaves once, under the first path."""
-    ties = _ties(flat.owners, flat.arrays, flat.paths, _pieces.replicas_of(flat, members))
+def make_plan(flat: _state.Flat, members: Members) -> tuple[Plan, object]:
+    """Lay out the pieces of ``flat``, tied leaves once, under the first path.
+
+    Also gives what has to be kept for as long as the pieces are read: arrays and copies of them.
+    """
+    specs, seen = _specs(flat)
     recipe = _pieces.divide(flat, specs, members)
     arrays = _pieces.gather(recipe, flat.owners, flat.arrays)
     assert arrays is not None  # nothing has changed since
     groups = _groups([flat.owners[piece.leaf] for piece in recipe.pieces])
+    paths = [flat.paths[piece.leaf] for piece in recipe.pieces]
+    known = recipe.is_plain and None not in seen
+    fingerprint = seen if known else _fingerprint(groups, arrays)
+    addresses, keep = _addresses(groups, arrays, fingerprint, paths)
+    apart = recipe.is_plain and _lie_apart(addresses, keep)
+    ties = {} if apart else _ties(flat.owners, flat.arrays, flat.paths, recipe.replicas)
     same_as = _same_as(recipe, ties)
     entries = [
-        ArrayEntry(
-            path=flat.paths[piece.leaf],
-            dtype=piece.spec.dtype,
-            shape=piece.spec.shape,
-            framework=piece.spec.framework,
-            offsets=piece.spec.offsets,
-            global_shape=piece.spec.global_shape,
-            same_as=same_as.get(i),
-            ranks=piece.ranks,
-            alike=piece.alike,
-        )
-        for i, piece in enumerate(recipe.pieces)
+        ArrayEntry(path, *piece.spec, same_as.get(i), piece.ranks, piece.alike)
+        for i, (path, piece) in enumerate(zip(paths, recipe.pieces, strict=True))
     ]
     names = [entry.stored_name for entry in entries]
     own = [i for i in range(len(names)) if i not in same_as]
@@ -206,9 +194,9 @@ def make_plan(
         recipe=recipe,
         groups=groups,
         stored=[index_of[tensor.name] for tensor in layout.tensors],
-        spans=[Span(t.start, t.size_bytes, t.first_chunk) for t in layout.tensors],
+        spans=[span_of(tensor[3:6]) for tensor in layout.tensors],  # start, size and first chunk
         same_as=same_as,
-        fingerprint=_fingerprint(groups, arrays),
+        fingerprint=fingerprint,
         arrays_json=msgspec.Raw(arrays_json),
         structure_json=msgspec.Raw(msgspec.json.encode(_state.node_to_json(flat.root))),
         digest=recipe.agreed if members.world_size > 1 else xxh3_128(arrays_json).hexdigest(),
@@ -216,7 +204,21 @@ def make_plan(
         sources=[],
         in_order=[],
     )
-    return plan, arrays
+    plan.lie_at(addresses)
+    return plan, (keep, arrays)
+
+
+def _specs(flat: _state.Flat) -> tuple[list[ArraySpec], list[object]]:
+    """Of all leaves, and by adapter the fingerprints of its own where they came with that."""
+    specs: dict[int, ArraySpec] = {}
+    seen = []
+    for adapter, indexes in _groups(flat.owners):
+        these = range(len(flat.arrays)) if indexes is None else indexes
+        arrays = flat.arrays if indexes is None else [flat.arrays[i] for i in these]
+        found, fingerprint = adapter.specs(arrays, [flat.paths[i] for i in these])
+        specs.update(zip(these, found, strict=True))
+        seen.append(fingerprint)
+    return [specs[i] for i in range(len(specs))], seen
 
 
 def _same_as(recipe: Recipe, ties: dict[int, int]) -> dict[int, int]:
@@ -280,6 +282,12 @@ def _has_copies(keep: object) -> bool:
     return isinstance(keep, (list, tuple)) and any(
         _has_copies(item) if isinstance(item, (list, tuple)) else True for item in keep
     )
+
+
+def _lie_apart(addresses: Sequence[int], keep: object) -> bool:
+    """True if no two leaves can be one: each is read where it lies itself, and none where another
+    does."""
+    return not _has_copies(keep) and len(set(addresses)) == len(addresses)
 
 
 def _ties(

@@ -79,6 +79,8 @@ class StoredTensor(NamedTuple):
         return -(-self.size_bytes // CHUNK_BYTES)
 
 
+# What many tensors have alike: code and shape in the file, size in bytes, number of chunks.
+_Kind = tuple[str, tuple[int, ...], int, int]
 # From a tuple of its fields: calling the class takes three times as long.
 _tensor_of: Callable[[tuple[Any, ...]], StoredTensor] = functools.partial(
     tuple.__new__, StoredTensor
@@ -121,27 +123,25 @@ def plan_layout(arrays: Iterable[tuple[str, str, tuple[int, ...]]]) -> ShardLayo
     Raises UnsupportedState for a name that the format cannot hold or that comes twice, and if the
     header would pass 64 MiB or the file 64 TiB.
     """
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[int, _Kind]] = {}  # many are of few kinds
     rows = []
-    taken = {"__metadata__"}
     for name, dtype_name, shape in arrays:
-        _check_name(name, taken)
-        dtype = DTYPES[dtype_name]
-        rows.append((-dtype.stored_item_bytes, name, dtype, shape))
-    rows.sort(key=lambda row: (row[0], row[1]))
+        known = kinds.get(key := (dtype_name, shape))
+        if known is None:
+            known = kinds[key] = _planned_kind(*key)
+        rows.append((known[0], name, known[1]))
+    rows.sort()
     entries: dict[str, object] = {"__metadata__": {"format": "mtckpt", "version": "1"}}
-    spans = []
     offset = 0
-    for _, name, dtype, shape in rows:
-        size_bytes = size_bytes_of(dtype.name, shape)
-        stored_shape = dtype.stored_shape(shape)
-        entries[name] = {
-            "dtype": dtype.stored_code,
-            "shape": stored_shape,
-            "data_offsets": (offset, offset + size_bytes),
-        }
-        spans.append((name, dtype.stored_code, stored_shape, offset, size_bytes))
+    for _, name, (code, shape, size_bytes, _) in rows:
+        entries[name] = _Entry(code, shape, (offset, offset + size_bytes))
         offset += size_bytes
-    text = msgspec.json.encode(entries)
+    try:
+        text = msgspec.json.encode(entries)
+    except UnicodeEncodeError:
+        text = b""
+    if not text or len(entries) <= len(rows):
+        raise _refused_name([name for _, name, _ in rows])
     if offset > MAX_SHARD_BYTES:
         raise UnsupportedState(
             f"one shard cannot have {offset:,} bytes",
@@ -153,7 +153,7 @@ def plan_layout(arrays: Iterable[tuple[str, str, tuple[int, ...]]]) -> ShardLayo
     data_start = -(-(8 + len(text)) // DATA_ALIGNMENT_BYTES) * DATA_ALIGNMENT_BYTES
     if data_start > MAX_HEADER_BYTES:
         raise UnsupportedState(
-            f"{len(spans):,} tensors in one shard need a header of {data_start:,} bytes",
+            f"{len(rows):,} tensors in one shard need a header of {data_start:,} bytes",
             path="",
             limit_bytes=MAX_HEADER_BYTES,
             state="nothing was written",
@@ -163,38 +163,45 @@ def plan_layout(arrays: Iterable[tuple[str, str, tuple[int, ...]]]) -> ShardLayo
             ),
         )
     header = struct.pack("<Q", data_start - 8) + text.ljust(data_start - 8)
-    return _layout(spans, header)
+    return _layout([row[1:] for row in rows], header)
 
 
-def _check_name(name: str, taken: set[str]) -> None:
-    """Refuse what a reader would refuse later: a reserved or repeated name, half a character."""
-    try:
-        name.encode()
-        why = "comes twice, or is reserved by the file format" if name in taken else ""
-    except UnicodeEncodeError:
-        why = "is not valid Unicode (a lone surrogate)"
-    if why:
-        raise UnsupportedState(
-            f"a tensor's name {why}: {ascii(name)[:200]}",
-            path=ascii(name)[1:201],
-            state="nothing was written",
-            actions=("rename that entry of the state",),
-        )
-    taken.add(name)
+def _planned_kind(dtype_name: str, shape: tuple[int, ...]) -> tuple[int, _Kind]:
+    """What decides where in the file such arrays stand, and how they are stored."""
+    dtype, size_bytes = DTYPES[dtype_name], size_bytes_of(dtype_name, shape)
+    kind = dtype.stored_code, dtype.stored_shape(shape), size_bytes, -(-size_bytes // CHUNK_BYTES)
+    return -dtype.stored_item_bytes, kind
 
 
-def _layout(
-    spans: Iterable[tuple[str, str, tuple[int, ...], int, int]], header: bytes
-) -> ShardLayout:
+def _refused_name(names: Iterable[str]) -> UnsupportedState:
+    """About the one that a reader would refuse later: reserved or repeated, half a character."""
+    taken = {"__metadata__"}
+    for name in names:
+        half = name.encode(errors="ignore").decode() != name
+        if half or name in taken:
+            break
+        taken.add(name)
+    why = "is not valid Unicode (a lone surrogate)"
+    if not half:
+        why = "comes twice, or is reserved by the file format"
+    return UnsupportedState(
+        f"a tensor's name {why}: {ascii(name)[:200]}",
+        path=ascii(name)[1:201],
+        state="nothing was written",
+        actions=("rename that entry of the state",),
+    )
+
+
+def _layout(named: Iterable[tuple[str, _Kind]], header: bytes) -> ShardLayout:
+    """Of tensors that follow each other without a gap."""
     tensors = []
     first_chunk = 0
-    data_start = size_bytes = len(header)
-    for name, code, shape, offset, tensor_bytes in spans:
-        start = data_start + offset
-        tensors.append(_tensor_of((name, code, shape, start, tensor_bytes, first_chunk)))
-        first_chunk += -(-tensor_bytes // CHUNK_BYTES)
-        size_bytes = start + tensor_bytes
-    return ShardLayout(tuple(tensors), header, size_bytes, first_chunk)
+    start = len(header)
+    for name, (code, shape, size_bytes, num_chunks) in named:
+        tensors.append(_tensor_of((name, code, shape, start, size_bytes, first_chunk)))
+        first_chunk += num_chunks
+        start += size_bytes
+    return ShardLayout(tuple(tensors), header, start, first_chunk)
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=False, gc=False):
@@ -257,25 +264,22 @@ def parse_layout(header: bytes, file_bytes: int) -> ShardLayout:
     return layout
 
 
-def _spans(
-    items: Iterable[tuple[str, _Entry]],
-) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
-    """Name, code, shape, offset in the data and size of each tensor. Raises as ``parse_layout``."""
+def _spans(items: Iterable[tuple[str, _Entry]]) -> Iterator[tuple[str, _Kind]]:
+    """Name and kind of each tensor, in the order of the data. Raises as ``parse_layout``."""
     end = 0
-    bytes_of: dict[tuple[str, tuple[int, ...]], int] = {}  # many tensors are of few kinds
+    kinds: dict[tuple[str, tuple[int, ...]], _Kind] = {}  # many are of few kinds
     for name, entry in items:
-        kind = code, shape = entry.dtype, entry.shape
-        size_bytes = bytes_of.get(kind)
-        if size_bytes is None:
-            size_bytes = bytes_of[kind] = _stored_bytes(code, shape, name)
+        kind = kinds.get(key := (entry.dtype, entry.shape))
+        if kind is None:
+            kind = kinds[key] = _stored_kind(*key, name)
         start, stop = entry.data_offsets
-        if start != end or stop - start != size_bytes:
+        if start != end or stop - start != kind[2]:
             raise Damaged("shard header has offsets that do not fit", tensor=name[:200])
         end = stop
-        yield name, code, shape, start, size_bytes
+        yield name, kind
 
 
-def _stored_bytes(code: str, shape: tuple[int, ...], name: str) -> int:
+def _stored_kind(code: str, shape: tuple[int, ...], name: str) -> _Kind:
     dtype = _CODES.get(code)
     if dtype is None and code:
         raise FormatTooNew(f"shard has a tensor of unknown type {code[:20]!r}")
@@ -283,7 +287,8 @@ def _stored_bytes(code: str, shape: tuple[int, ...], name: str) -> int:
         raise Damaged("shard header has a tensor without a type", tensor=name[:200])
     if shape and (min(shape) < 0 or max(shape) >= 2**48 or len(shape) > 64):
         raise Damaged("shard header has an impossible shape", tensor=name[:200])
-    return math.prod(shape) * dtype.stored_item_bytes
+    size_bytes = math.prod(shape) * dtype.stored_item_bytes
+    return code, shape, size_bytes, -(-size_bytes // CHUNK_BYTES)
 
 
 def _entries(text: memoryview) -> dict[str, _Entry]:

@@ -152,6 +152,11 @@ class StateAdapter(Protocol):
         Raises UnsupportedState for what cannot be stored (sparse, quantised).
         """
 
+    def specs(
+        self, values: Sequence[Any], paths: Sequence[str]
+    ) -> tuple[list[ArraySpec], object | None]:
+        """``spec`` of many that are saved; and their ``fingerprint``, if it was taken for that."""
+
     def misfit(self, live: Any) -> str:
         """Why nothing can be put where a template's array says; empty if there is no reason."""
 

@@ -29,8 +29,8 @@ SHARD = (
     Bug(
         "holes-in-a-shard",
         "_shard.py",
-        "if start != end or stop - start != size_bytes:",
-        "if stop - start != size_bytes:",
+        "if start != end or stop - start != kind[2]:",
+        "if stop - start != kind[2]:",
         ("test_shard.py::test_headers_that_do_not_add_up_are_damage",),
     ),
     Bug(
@@ -57,8 +57,8 @@ SHARD = (
     Bug(
         "tensors-not-aligned",
         "_shard.py",
-        "rows.append((-dtype.stored_item_bytes, name, dtype, shape))",
-        "rows.append((dtype.stored_item_bytes, name, dtype, shape))",
+        "return -dtype.stored_item_bytes, kind",
+        "return dtype.stored_item_bytes, kind",
         ("test_guards_format.py::test_every_tensor_is_aligned_to_its_elements",),
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -91,8 +91,8 @@ def test_no_byte_is_left_to_another_rank_whatever_each_has_tied(
             held = [Boxed(shape, float, [whole(shape)], holders, of=array) for _ in range(3)]
         state = {name: held[which] for name, which in zip(names, alike, strict=True)}
         flat = _state.flatten(state, [BoxedAdapter()])
-        specs = [o.spec(a, "") for o, a in zip(flat.owners, flat.arrays, strict=True)]
-        plan, arrays = make_plan(flat, specs, Members(rank, world_size, tuple(range(world_size))))
+        plan, kept = make_plan(flat, Members(rank, world_size, tuple(range(world_size))))
+        arrays = cast("tuple[object, list[Any]]", kept)[1]
         for index, piece in enumerate(plan.recipe.pieces):
             twin = plan.same_as.get(index, index)
             assert twin not in plan.same_as

@@ -126,6 +126,7 @@ def _entry(code: str, shape: list[int], start: int, stop: int) -> dict[str, obje
     [
         ({"a": _entry("U8", [4], 4, 8)}, 8),  # a hole in front
         ({"a": _entry("U8", [4], 0, 4), "b": _entry("U8", [4], 2, 6)}, 6),  # overlap
+        ({"a": _entry("U8", [4], 0, 4), "b": _entry("U8", [4], 0, 4)}, 8),  # the same place twice
         ({"a": _entry("U8", [4], 0, 8)}, 8),  # longer than its shape
         ({"a": _entry("U8", [4], 0, 4)}, 5),  # bytes behind the data
         ({"a": _entry("U8", [-4, -1], 0, 4)}, 4),

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from mtckpt._dtypes import check_dtype
+from mtckpt._dtypes import check_dtype, name_of
 from mtckpt._settling import settle
 from mtckpt._state import ArraySpec
 from mtckpt.errors import UnsupportedState
@@ -63,9 +63,13 @@ class NumpyAdapter:
                 state="live state unchanged" if template else "nothing was written",
                 actions=("save its parts as plain arrays, for a masked array .data and .mask",),
             )
-        name = check_dtype(value.dtype.name, path, _INSTEAD.get(value.dtype.kind, _OTHERWISE))
+        name = check_dtype(name_of(value.dtype), path, _INSTEAD.get(value.dtype.kind, _OTHERWISE))
         kind = self.framework if isinstance(value, np.ndarray) else SCALAR
         return ArraySpec(name, tuple(value.shape), kind)
+
+    def specs(self, values: Sequence[Any], paths: Sequence[str]) -> tuple[list[ArraySpec], None]:
+        """One by one."""
+        return list(map(self.spec, values, paths)), None
 
     def misfit(self, live: Any) -> str:
         """Empty: an array is filled where it is."""

@@ -5,11 +5,12 @@ Knows addresses and chunks. Does not know frameworks, files or steps.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-__all__ = ["MODES", "NO_CUTS", "Capture", "Engine", "Mode", "Move", "Span", "nothing"]
+__all__ = ["MODES", "NO_CUTS", "Capture", "Engine", "Mode", "Move", "Span", "nothing", "span_of"]
 
 Mode = Literal["auto", "snapshot", "snapshot-overlap", "overlap", "blocking"]
 MODES: tuple[Mode, ...] = ("auto", "snapshot", "snapshot-overlap", "overlap", "blocking")
@@ -21,6 +22,10 @@ class Span(NamedTuple):
     start: int
     size_bytes: int
     chunk: int
+
+
+# From a tuple of its fields: calling the class takes three times as long.
+span_of: Callable[[tuple[Any, ...]], Span] = functools.partial(tuple.__new__, Span)
 
 
 class Move(NamedTuple):

@@ -34,9 +34,9 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.fixture(params=["guards", "columns"])
 def _looking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "columns":
-        monkeypatch.setattr(looks, "_guarding", lambda: None)
+        monkeypatch.setattr(looks, "guarding", lambda: None)
     else:
-        assert looks._guarding() is not None
+        assert looks.guarding() is not None
 
 
 def looked_at(values: list[torch.Tensor]) -> tuple[TorchAdapter, object]:
@@ -83,6 +83,27 @@ def test_what_is_no_part_of_a_layout_is_no_change() -> None:
     assert adapter.fingerprint(tensors) == known
 
 
+def memory_given_back(tensor: torch.Tensor) -> torch.Tensor:
+    """Of the same type, shape and layout, with half of its bytes."""
+    other = tensor.clone()
+    other.untyped_storage().resize_(8)
+    return other
+
+
+@pytest.mark.usefixtures("_looking")
+@pytest.mark.parametrize("what", ["nothing", *CHANGES, "memory given back"])
+def test_of_many_of_one_kind_the_one_that_cannot_be_filled_is_seen(what: str) -> None:
+    tensors = [torch.zeros(2, 2, dtype=torch.int32) for _ in range(300)]
+    spec = TorchAdapter().spec(tensors[0], "", template=True)
+    if what != "nothing":
+        tensors[200] = {"memory given back": memory_given_back, **CHANGES}[what](tensors[200])
+    found = TorchAdapter().writable_addresses(tensors, [spec] * 300)
+    if what in ("nothing", "memory", "length of the storage"):
+        assert found == [tensor.data_ptr() for tensor in tensors]
+    else:
+        assert found is None
+
+
 @pytest.mark.parametrize("answer", [True, False, None])
 def test_guards_that_do_not_tell_apart_are_not_believed(
     monkeypatch: pytest.MonkeyPatch, answer: Any
@@ -97,9 +118,9 @@ def test_guards_that_do_not_tell_apart_are_not_believed(
             return answer
 
     monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", Guards)
-    assert looks._guarding.__wrapped__() is None
+    assert looks.guarding.__wrapped__() is None
 
 
 def test_a_torch_without_guards_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
-    assert looks._guarding.__wrapped__() is None
+    assert looks.guarding.__wrapped__() is None

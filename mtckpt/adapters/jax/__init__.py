@@ -34,6 +34,10 @@ class JaxAdapter:
         """Raises UnsupportedState for arrays that are deleted, traced or out of reach."""
         return leaves.spec_of(value, path, template=template)
 
+    def specs(self, values: Sequence[Any], paths: Sequence[str]) -> tuple[list[ArraySpec], None]:
+        """One by one."""
+        return list(map(self.spec, values, paths)), None
+
     def misfit(self, live: Any) -> str:
         """A sharding that cannot be, or is elsewhere."""
         return meshes.misfit(live)

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from mtckpt._dtypes import check_dtype
+from mtckpt._dtypes import check_dtype, name_of
 from mtckpt._state import ArraySpec
 from mtckpt.adapters.jax import casting
 from mtckpt.adapters.jax.arriving import Arriving, Kind, empties
@@ -106,7 +106,7 @@ def spec_of(value: Any, path: str, *, template: bool = False) -> ArraySpec:
     if is_key(value):
         data = jax.eval_shape(jax.random.key_data, value)
         return ArraySpec(data.dtype.name, tuple(data.shape), KEY + _impl(value))
-    name = check_dtype(value.dtype.name, path)
+    name = check_dtype(name_of(value.dtype), path)
     kind = casting.CAST if isinstance(value, casting.Cast) else WEAK if value.weak_type else PLAIN
     return ArraySpec(name, tuple(value.shape), kind)
 

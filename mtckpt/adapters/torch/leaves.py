@@ -36,6 +36,7 @@ __all__ = [
     "order_of",
     "same_bits",
     "spec_of",
+    "specs_of",
     "writable_address",
     "writable_addresses",
 ]
@@ -173,6 +174,21 @@ def spec_of(tensor: torch.Tensor, path: str, *, template: bool = False) -> Array
     return ArraySpec(NAME_OF[tensor.dtype], tuple(tensor.shape), framework)
 
 
+def specs_of(values: Sequence[torch.Tensor]) -> tuple[list[ArraySpec], Layouts] | None:
+    """``spec_of`` of many, and their fingerprint; None unless all are plain, and can be saved."""
+    if not _ORDINARY.issuperset(map(type, values)):
+        return None
+    found = looks.fingerprint(values)
+    if found.odd or found.details or not NAME_OF.keys() >= set(found.dtypes):
+        return None
+    kinds = list(zip(found.dtypes, found.shapes, strict=True))
+    specs = {
+        (dtype, shape): ArraySpec(NAME_OF[dtype], tuple(shape), FRAMEWORK)
+        for dtype, shape in set(kinds)
+    }
+    return list(map(specs.__getitem__, kinds)), found
+
+
 def order_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """The axes by how far apart their elements lie, where that is not their own order.
 
@@ -253,32 +269,53 @@ def writable_addresses(
     """Addresses of tensors that all are plain and as their specs say, 0 for empty ones; or None."""
     if not _ORDINARY.issuperset(map(type, values)):
         return None
+    # Of many tensors that are of few kinds, one of each is looked at, and compared with the others.
+    kinds = list(map(id, specs))
+    some = dict(zip(kinds, zip(values, specs, strict=True), strict=True))
+    guarding = looks.guarding() if 2 * len(some) < len(values) else None
+    if guarding:
+        one_each, what_they_are = zip(*some.values(), strict=True)
+        if _writable(one_each, what_they_are) is None:
+            return None
+    examples = [some[kind][0] for kind in kinds]
     addresses: list[int] = []
-    for block, wanted in zip(looks.in_blocks(values), looks.in_blocks(specs), strict=True):
-        found = _writable(block, wanted)
+    blocks = zip(*map(looks.in_blocks, (values, specs, examples)), strict=True)
+    for block, wanted, example in blocks:
+        found = _writable(block, wanted, guarding and guarding(example))
         if found is None:
             return None
         addresses += found
     return addresses
 
 
-def _writable(block: Sequence[torch.Tensor], specs: Sequence[ArraySpec]) -> list[int] | None:
-    """``writable_addresses`` of a few, which come into the cache but once."""
+def _writable(
+    block: Sequence[torch.Tensor], specs: Sequence[ArraySpec], guard: looks.Guard | None = None
+) -> list[int] | None:
+    """``writable_addresses`` of a few, which come into the cache but once.
+
+    ``guard`` is true for what is as plain as others that are as the specs say.
+    """
     with torch._C.DisableTorchFunction():
-        columns = looks.look(block)
-        try:
-            if next(columns) != [DTYPE_OF.get(spec.dtype) for spec in specs]:
-                return None
-            if next(columns) != [spec.shape for spec in specs]:
-                return None
-            ordinals, addresses, held_bytes, (plain,) = columns
-        except RuntimeError:  # sparse and nested tensors have no address, nested ones no shape
+        if not (guard and guard(*block)) and not _are(block, specs):
             return None
-        if not (plain or all(map(looks.is_plain, block))):
-            return None
+        addresses = list(map(torch.Tensor.data_ptr, block))  # 0 for an empty one
+        held_bytes = list(map(_held_bytes, map(_storage, block)))
         if _outside_storage(block, held_bytes, [tensor.nbytes for tensor in block]) is not None:
             return None
-    return located(addresses, ordinals)  # 0 for an empty one
+        return located(addresses, looks.ordinals_of(block))
+
+
+def _are(block: Sequence[torch.Tensor], specs: Sequence[ArraySpec]) -> bool:
+    """True if all are plain, and have the types and shapes of these specs."""
+    try:
+        dtypes, shapes, *_, (plain,) = looks.look(block)
+    except RuntimeError:  # sparse and nested tensors have no address, nested ones no shape
+        return False
+    return (
+        dtypes == [DTYPE_OF.get(spec.dtype) for spec in specs]
+        and shapes == [spec.shape for spec in specs]
+        and (plain or all(map(looks.is_plain, block)))
+    )
 
 
 def new_tensor(spec: ArraySpec, path: str = "") -> tuple[torch.Tensor, int]:

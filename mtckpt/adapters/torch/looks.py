@@ -19,8 +19,10 @@ from mtckpt.capture.driver import Driver
 
 __all__ = [
     "COMPLEX",
+    "Guard",
     "Layouts",
     "fingerprint",
+    "guarding",
     "in_blocks",
     "is_plain",
     "look",
@@ -36,7 +38,7 @@ _device_of = torch.Tensor.get_device
 _is_ordinal = (0).__le__
 # So many tensors, with their storages, stay in a first-level cache while they are asked.
 _BLOCK = 128
-_Guard = Callable[..., bool]
+Guard = Callable[..., bool]
 
 
 @dataclass(slots=True)
@@ -57,7 +59,7 @@ class Layouts:
     addresses: list[int] = field(default_factory=list, compare=False)
     held_bytes: list[int] = field(default_factory=list, compare=False)
     located: list[int] = field(default_factory=list, compare=False)
-    guards: list[_Guard] = field(default_factory=list, compare=False)
+    guards: list[Guard] = field(default_factory=list, compare=False)
 
     def where(self) -> tuple[object, ...]:
         """All of it. As long as this is the same, tensors that lay in their storages still do."""
@@ -138,13 +140,13 @@ def unchanged(values: Sequence[torch.Tensor], last: Layouts) -> bool:
                     return False
             except RuntimeError:  # see ``fingerprint``
                 return False
-        guard = _guarding()
+        guard = guarding()
         last.guards = [] if guard is None else [guard(block) for block in in_blocks(values)]
     return True
 
 
 @functools.cache
-def _guarding() -> Callable[[Sequence[torch.Tensor]], _Guard] | None:
+def guarding() -> Callable[[Sequence[torch.Tensor]], Guard] | None:
     """What remembers types, shapes, strides and devices of tensors, and compares those of others.
 
     It is how torch.compile guards what it has compiled: one call for many tensors, in a tenth of
@@ -154,9 +156,9 @@ def _guarding() -> Callable[[Sequence[torch.Tensor]], _Guard] | None:
     try:
         from torch._C._dynamo.guards import TensorGuards
 
-        def guard(block: Sequence[torch.Tensor]) -> _Guard:
+        def guard(block: Sequence[torch.Tensor]) -> Guard:
             guards = TensorGuards(*block, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-            check: _Guard = guards.check
+            check: Guard = guards.check
             return check
 
         known = torch.zeros(2, 2, device="cpu")
@@ -179,7 +181,7 @@ def _guarding() -> Callable[[Sequence[torch.Tensor]], _Guard] | None:
 
 
 def _is_as_guarded(
-    guard: _Guard,
+    guard: Guard,
     block: Sequence[torch.Tensor],
     addresses: Sequence[int],
     held_bytes: Sequence[int],

@@ -80,8 +80,10 @@ def spec_of(value: Any, path: str, *, template: bool = False) -> ArraySpec:
 
 def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part] | None:
     """The local tensors with their boxes; None for a tensor that is no part of anything."""
+    if not is_sharded(value):
+        return None
     if not is_dtensor(value):
-        return _parts_of_boxes(value, path) if is_sharded(value) else None
+        return _parts_of_boxes(value, path)
     _, _, holders = _place_of(value, path)
     spec = spec_of(value, path, template=template)
     return (Part(spec, value._local_tensor, holders, _sharers(value.device_mesh)),)
