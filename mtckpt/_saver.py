@@ -325,8 +325,8 @@ class Saver:
         was named, or has no disk, is full where somebody asks for a slot."""
         short, ram_path = self.run.short, self._session.open().ram_root
         if short is not None and not self._insists and self._disk_path():
+            self.run.short = None  # also where an interrupt comes once they have moved
             self._move_slots(ranks_full(ram_path, len(self.run.members.node), *short))
-            self.run.short = None
 
     def _move_slots(self, error: TierFull, *, amid_job: bool = False) -> None:
         """Go on with slots on a disk, as do all ranks of the node. Raises the error, with what

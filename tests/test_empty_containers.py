@@ -107,6 +107,9 @@ def test_what_does_not_fit_is_said() -> None:
     assert "at most 2 items here, 3" in differing({"b": deque(tensors)}, {"b": deque(maxlen=2)})
     longer = differing({"b": tensors}, {"b": [torch.zeros(1)]})
     assert "1 items here, 3 in the checkpoint; an empty one takes all" in longer
+    # A named tuple has as many as it has names, also of plain values.
+    named = {"b": [Transition(0, 0, 0)]}
+    assert differing({"b": [(1, 2)]}, named).endswith("3 items here, 2 in the checkpoint")
     assert "deque here" in differing({"b": torch.ones(1)}, {"b": deque()})
     assert "tuple here" not in differing({"b": tuple(tensors)}, {"b": ()})
 

@@ -71,3 +71,21 @@ def test_a_save_that_leaves_a_device_is_called_off_where_its_slot_hangs() -> Non
     assert Saver._finish(saver, writing, Save(3), GRANT) is None
     assert told == ["/disk does not answer"]
     assert not saver.steps
+
+
+def test_ctrl_c_once_slots_have_moved_to_the_disk_costs_one_save() -> None:
+    """Else memory would count as full for each one after it, and no place as left."""
+    moved: list[object] = []
+
+    def move(error: object) -> None:
+        moved.append(error)
+        raise KeyboardInterrupt
+
+    run = SimpleNamespace(short=(100, 10), members=SimpleNamespace(node=(0,)))
+    saver: Any = saver_of([])
+    saver.run, saver._insists, saver._disk_path, saver._move_slots = run, False, lambda: "/d", move
+    saver._session.open = lambda: SimpleNamespace(ram_root="/memory")
+    with pytest.raises(KeyboardInterrupt):
+        Saver._move_if_short(saver)
+    Saver._move_if_short(saver)
+    assert len(moved) == 1

@@ -154,7 +154,15 @@ class Freer:
                 self._ring.note_gone(run, save)
                 run.touch(save)
             run.doubted = False
-        lost = run.begun.keys() - {incarnation.number for incarnation in found.incarnations}
+        try:
+            await self._note_again(run, {each.number for each in found.incarnations})
+        except BaseException:  # before anybody goes on
+            run.doubted = True
+            raise
+
+    async def _note_again(self, run: RunState, found: set[int]) -> None:
+        """What the next agent needs, where only some of it was found."""
+        lost = run.begun.keys() - found
         if lost and run.layout is not None:
             await self._links.note(run)
         for number in lost:

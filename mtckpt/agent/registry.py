@@ -178,12 +178,13 @@ class Registry:
     async def _makes_way(self, known: RunState | None, found: work.RunScan | None) -> bool:
         """Whether a run that was found is taken in: what is known of it is none of its saves, as
         where a note has come late to memory that it had left."""
-        if known is not None:
+        if known is None:
+            return True
+        async with known.opening:  # who is just coming to it goes on with it
             has_any = known.slots or any(RAM in s.ranks or s.guests for s in known.saves.values())
             if has_any or not found or not found.saves or not all(o.absent for o in known.living()):
                 return False
-            async with known.opening:
-                await self.freer.wipe(known)
+            await self.freer.wipe(known)
         return True
 
     async def _adopt(self, run: RunState, config: work.RunConfig, scan: work.RunScan) -> None:
@@ -272,7 +273,8 @@ class Registry:
         on it, or it is elsewhere."""
         run = self.runs.get(key)
         if run is None:
-            if own := await self.held.take_over(key, place, message.patience_s):
+            alone = message.world_size == 1
+            if own := await self.held.take_over(key, place, message.patience_s, alone=alone):
                 # Its tiers are where this job says, not where a container before had them.
                 await self._load_root(own, work.RunConfig(message.run, key, message.tiers))
             return
@@ -339,8 +341,7 @@ class Registry:
         """Wait until every tier has said what it holds, or that it cannot; at most so long."""
         deadline_s = time.monotonic() + timeout_s
         while any(not tier.scanned and not tier.problem for tier in run.tiers.values()):
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
+            if (left_s := deadline_s - time.monotonic()) <= 0:
                 return
             await until(run.changed, min(left_s, 0.1))
 
@@ -367,8 +368,7 @@ class Registry:
     def watch(self, run: RunState, owner: Owner) -> None:
         """Be told when the owner dies."""
         if owner.pidfd >= 0:
-            loop = asyncio.get_running_loop()
-            loop.add_reader(owner.pidfd, self._died, run, owner)
+            asyncio.get_running_loop().add_reader(owner.pidfd, self._died, run, owner)
 
     def _died(self, run: RunState, owner: Owner) -> None:
         if owner.dead:

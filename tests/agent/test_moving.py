@@ -127,6 +127,26 @@ def test_amid_a_job_slots_come_to_the_disk_once_what_is_in_memory_has(
         Freer.refuse_move(cast(Any, None), run, own)
 
 
+def test_a_run_that_somebody_is_just_opening_makes_no_way_for_another_part_of_it(
+    tmp_path: Path,
+) -> None:
+    """What that has captured by then would go with it."""
+
+    async def story() -> None:
+        tools = Tools(cast(Any, None), Limits(), EventStream())
+        registry = Registry(tools, str(tmp_path), service=False)
+        run = registry.runs["r"] = RunState("r", "r", work.TierRef("ram", "/memory", label=RAM))
+        found = work.RunScan("r", [work.SaveScan("2.1", 2, 1)])
+        async with run.opening:
+            coming = asyncio.create_task(registry._makes_way(run, found))
+            await asyncio.sleep(0)
+            run.owners[0] = Owner("h", 0, 1, 1, 1, "host")
+        assert not await coming
+        assert not run.gone
+
+    asyncio.run(story())
+
+
 def test_what_a_dead_trainer_had_finished_is_sealed_before(tmp_path: Path) -> None:
     whole = save_at(10, ram={0}, store={0, 1})
     assert not moves(tmp_path, whole, settling=save_at(20, ram={0}))
