@@ -145,6 +145,8 @@ class Oracles:
         """A rank has restored ``asked``."""
         self._world.note(f"rank {rank.rank} on {rank.node.name}: {restored!r}")
         self.num_restores += 1
+        if asked not in ("latest", restored.step):
+            raise Violation(f"rank {rank.rank} asked for {asked} and got {restored.step}")
         if not restored:
             return
         assert read is not None
@@ -154,8 +156,6 @@ class Oracles:
             raise Violation(f"rank {rank.rank} was told of another save than it read")
         if restored.id in self._saves:
             self._saves[restored.id].found = True
-        if asked not in ("latest", restored.step):
-            raise Violation(f"rank {rank.rank} asked for {asked} and got {restored.step}")
         if asked != "latest" or rank.num_restores > 1:
             self._turned.append((restored._incarnation, restored.step or 0))
             self._has_turned = True
