@@ -133,7 +133,7 @@ class Oracles:
     def closed(self, rank: Rank) -> None:
         """A rank has closed the run: what is safe elsewhere is not kept in memory any more."""
         for known in self._saves.values():
-            known.closed |= any(handle in rank.saves for _, handle in known.handles)
+            known.closed |= known.found or any(handle in rank.saves for _, handle in known.handles)
 
     def damaged(self, node: Node | None, place: str, save: str) -> None:
         """A copy of some shard of a save was changed there: of this name, as files have it."""
