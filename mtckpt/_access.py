@@ -8,6 +8,7 @@ this may be seen: it travels to the agent's data process in memory, and is in no
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +25,7 @@ __all__ = [
     "ALL_KINDS",
     "Access",
     "access_of",
+    "check_agent_url",
     "check_url",
     "environment_for",
     "open_store",
@@ -41,14 +43,17 @@ _GCS = (
     *("GOOGLE_", "GCSFS_", "GCE_", "NO_GCE_CHECK", "CLOUDSDK_", "FSSPEC_G"),
     "STORAGE_EMULATOR_HOST",
 )
+_IN_AZURE = ("az", "abfs", "abfss")
+# The last three: where a machine of Azure's is told who it is.
+_AZURE = ("AZURE_", "FSSPEC_A", "IDENTITY_", "MSI_", "IMDS_")
+# Azure's own way to say where: a container of an account, and no secret.
+_AZURE_PLACE = re.compile(r"[a-z0-9$-]+@[a-z0-9]+\.(dfs|blob)\.core\.windows\.net(/[^@?#]*)?")
 _PREFIXES = {
     "s3": ("AWS_", "FSSPEC_S3"),
     "s3a": ("AWS_", "FSSPEC_S3"),
     "gs": _GCS,
     "gcs": _GCS,
-    "az": ("AZURE_", "FSSPEC_A"),
-    "abfs": ("AZURE_", "FSSPEC_A"),
-    "abfss": ("AZURE_", "FSSPEC_A"),
+    **dict.fromkeys(_IN_AZURE, _AZURE),
 }
 
 
@@ -104,20 +109,39 @@ def check_url(url: str) -> str:
     """The URL without a slash at its end. Raises UsageError, which does not show it whole."""
     scheme, separator, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
     # A secret may have any of these in it: only what comes after the last one is a place.
-    place = rest.partition("?")[0].partition("#")[0]
-    shown = f"{scheme}://{place.rpartition('@')[2]}"
+    place = (rest if separator else scheme).partition("?")[0].partition("#")[0]
+    shown = f"{scheme if separator else ''}{separator}{place.rpartition('@')[2]}"
     if not separator or not scheme or not rest.strip("/"):
         raise UsageError(
             f"{shown[:200]!r} is not the URL of a store, such as s3://bucket/checkpoints",
             state="nothing was done",
+            actions=("for a directory: Disk(path), or file:// and the path from the root",),
         )
-    if "@" in rest or "?" in rest or "#" in rest:
+    is_place = scheme_of(url) in _IN_AZURE and _AZURE_PLACE.fullmatch(rest)
+    if not is_place and ("@" in rest or "?" in rest or "#" in rest):
         raise UsageError(
             f"the URL of {shown[:200]} has more in it than a place",
             state="nothing was done",
             actions=("give credentials by environment, configuration file or storage_options=",),
         )
     return url.rstrip("/")
+
+
+def check_agent_url(url: str) -> None:
+    """Refuse what means another place to the agent, which writes there, than to who gives it."""
+    place = check_url(url).partition("://")[2]
+    if scheme_of(url) in ("file", "local") and not place.startswith("/"):
+        raise UsageError(
+            f"{url[:200]!r} is no place of its own: the agent has another working directory",
+            state="nothing was done",
+            actions=("give the whole path: file:///mnt/checkpoints",),
+        )
+    if scheme_of(url) == "memory":
+        raise UsageError(
+            "what lies at memory:// is seen by one process alone, and ends with it",
+            state="nothing was done",
+            actions=("use Ram() to keep steps in memory, or file:// for a directory",),
+        )
 
 
 def open_store(

@@ -299,12 +299,26 @@ class Checkpointer:
         return restored
 
     @in_turn
-    def _read(self, state: Any, step: int, source: str, partial: bool) -> Restored:
-        """What another run has, for a run that goes on from where it is: nothing of it changes."""
+    def _read(self, state: Any, step: int, source: str | None, partial: bool) -> Restored:
+        """``restore``, of a run that goes on from where it is: nothing of it changes."""
         self._link.join()
         with self._link.meeting():
             self._session.open()
-            return _restorer.restore(self._link, self._engine, state, step, source, partial, None)
+            self._saver.await_staged(self._timeout_s / 2)
+            found = _restorer.restore(self._link, self._engine, state, step, source, partial, None)
+        logger.info("run %s: %s%s", self.run, found._saved, found)
+        return found
+
+    @in_turn
+    def _go_on_below(self, step: int) -> None:
+        """Have the next save, of ``step``, go on from all below it, whichever was read."""
+        self._link.join()
+        with self._link.meeting():
+            self._session.open()
+            self._saver.await_staged(self._timeout_s / 2)
+            _restorer.go_on_below(self._link, step)
+        self._saver.steps.clear()
+        self._offered = 0
 
     def _records(self, step: Any, source: str | None = None) -> dict[int, _manifest.Record]:
         """See ``_restorer.records_of``."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mtckpt._holdings import Holdings, Joined
     from mtckpt._manifest import SaveName
 
-__all__ = ["Candidate", "RestorePlan", "plan_restore"]
+__all__ = ["Candidate", "RestorePlan", "line_below", "plan_restore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def plan_restore(
     Raises StepNotFound for a number that no place has.
     """
     saves = _holdings.join(holdings)
-    line = _inventory.line_of(saves, _incarnations(holdings))
+    line = _line(saves, holdings)
     found = {name for name, save in saves.items() if save.complete}
     names = sorted(found, key=lambda name: (name.step, name.incarnation), reverse=True)
     counted = [name for name in names if not line or _manifest.on_line(name, line)]
@@ -75,13 +75,14 @@ def plan_restore(
     passed_over = [
         name
         for name in sorted(saves.keys() - found, reverse=True)
-        if (not line or _manifest.on_line(name, line))
+        # A number means a save off the line too, where no other is meant.
+        if (not line or _manifest.on_line(name, line) or (name.step == step and not chosen))
         and (step == "latest" or name.step == step)
         and (not chosen or name.step >= chosen[0].step)
     ]
     skipped = {f"step {name.step}": "; ".join(saves[name].reasons) for name in passed_over}
     lost = any(saves[name].lost for name in passed_over)
-    if step == "latest" and names and not chosen:
+    if not isinstance(step, int) and names and not chosen:
         # Sound steps, and a later start that did not go on from them: no reason to begin from
         # nothing without a word.
         lost = True
@@ -90,6 +91,15 @@ def plan_restore(
     return RestorePlan(
         tuple(_candidate(saves[name], list(fastest)) for name in chosen), skipped, lost
     )
+
+
+def line_below(holdings: Sequence[Holdings], step: int) -> tuple[int, int] | None:
+    """What to go on from, (incarnation, step), so that of the line all below ``step`` stays on it;
+    None where there is nothing."""
+    saves = _holdings.join(holdings)
+    line = _line(saves, holdings)
+    is_any = any(name.step < step and _manifest.on_line(name, line) for name in saves)
+    return (line[0][0], step - 1) if is_any else None
 
 
 def _candidate(save: Joined, fastest: Sequence[str]) -> Candidate:
@@ -124,12 +134,18 @@ def _chosen(
     pick = best({name: saves[name].metrics for name in counted}) if best else None
     if pick is None and counted:
         raise StepNotFound(
-            "no step has the metric that KeepBest names",
+            "no step has the metric that KeepBest names"
+            if best
+            else "no tier has a KeepBest among its rules, so nothing says which step is best",
             step="best",
             state="live state unchanged",
             actions=("give metrics to save() or report(), and KeepBest to a tier's keep=",),
         )
     return [] if pick is None else [pick]
+
+
+def _line(saves: Iterable[SaveName], holdings: Iterable[Holdings]) -> list[tuple[int, int | None]]:
+    return _inventory.line_of(saves, _incarnations(holdings))
 
 
 def _incarnations(holdings: Iterable[Holdings]) -> list[_manifest.Incarnation]:

@@ -8,7 +8,6 @@ speaks to the agent of its node only. Every exchange has a deadline and names wh
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import threading
 import time
@@ -33,9 +32,10 @@ __all__ = [
 
 _PAUSE_S = (0.001, 0.1)
 _LAST_READ_S = 2.0
+# What a rank takes to meet the others, however little time it has: else they would not hear of it.
+_MEETING_S = 1.0
 _LEFT = "left"
 _MAX_WHY = 500
-_numbers: dict[str, itertools.count[int]] = {}
 
 
 @runtime_checkable
@@ -67,7 +67,7 @@ class Store(Protocol):
     """Where its host is, to name in errors; "" if that is not known."""
 
     def put(self, key: str, value: bytes) -> None:
-        """Set a key that nobody set before."""
+        """Set a key, whatever it was before."""
 
     def have(self, directory: str, names: Sequence[str]) -> bool:
         """Whether all of ``directory/name`` are there."""
@@ -89,21 +89,31 @@ class StoreGroup:
     """Ranks that are joined by a key-value store. ``name`` keeps the runs of a job apart.
 
     It polls, so a rank that hangs does not take the others along, and who is missing can be said.
+
+    A launcher may keep the store when it starts the ranks again (torchrun does), and in it what
+    those before them gave. So they meet in a directory of a name that rank 0 has drawn, and it
+    tells that only to who asks with a word that was drawn as well: nobody hears of another start.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, name: str) -> None:
         self.rank = rank
         self.world_size = world_size
-        # All ranks open their runs in the same order: the n-th of a name here is the n-th there.
-        number = next(_numbers.setdefault(name, itertools.count()))
-        self._directory = f"mtckpt/{name}/{number}"
         self._store = store
         self.place = store.place
+        self._name = name
+        self._door = f"mtckpt/{name}"
+        self._directory = f"{self._door}/{_word()}" if rank == 0 else ""
+        # That rank 0 may still have to let in, and the words of those that it has.
+        self._strangers = [str(other) for other in range(1, world_size)] if rank == 0 else []
+        self._known: set[bytes] = set()
+        self._has_met = False
         self._turn = 0
 
     def exchange(self, stage: str, value: bytes, timeout_s: float) -> list[bytes]:
         """See ``Group.exchange``. What was exchanged before the last time is deleted."""
-        turn, self._turn = self._turn, self._turn + 1
+        turn = None
+        if self._directory:
+            turn, self._turn = self._turn, self._turn + 1
         deadline_s = time.monotonic() + timeout_s
         found: list[dict[str, bytes]] = []
         failure: list[BaseException] = []
@@ -127,20 +137,53 @@ class StoreGroup:
             raise self._silent(stage, timeout_s, failure) from (failure[0] if failure else None)
         return self._by_rank(stage, found[0], timeout_s)
 
-    def _talk(self, turn: int, value: bytes, deadline_s: float) -> dict[str, bytes]:
-        """Give ``value``, and wait until the deadline for what others give: what is there then."""
-        directory = f"{self._directory}/{turn}"
+    def _talk(self, turn: int | None, value: bytes, deadline_s: float) -> dict[str, bytes]:
+        """Give ``value``, and wait until the deadline for what others give: what is there then.
+        ``turn`` is None where this rank has not met them yet."""
         names = [str(rank) for rank in range(self.world_size)]
+        if not self._has_met:
+            deadline_s = max(deadline_s, time.monotonic() + _MEETING_S)
+        if turn is None:
+            turn = self._enter(deadline_s)
+            if turn is None:  # all that is known is that rank 0 is not there
+                return dict.fromkeys(names[1:], b"")
+            self._turn = turn + 1
+        directory = f"{self._directory}/{turn}"
         self._store.put(f"{directory}/{self.rank}", value)
-        pause_s, most_s = _PAUSE_S
-        while not self._store.have(directory, names) and time.monotonic() < deadline_s:
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, most_s)
+        for _ in _pauses(deadline_s):
+            if self._store.have(directory, names):
+                break
+            self._let_in(turn)
         found = self._store.read(directory, names)
-        if turn and len(found) == self.world_size:
-            # Everybody has come to this turn, so everybody has read the one before.
-            self._store.delete(f"{self._directory}/{turn - 1}/{self.rank}")
+        if len(found) == self.world_size:
+            self._has_met, self._strangers = True, []
+            if turn:
+                # Everybody has come to this turn, so everybody has read the one before.
+                self._store.delete(f"{self._directory}/{turn - 1}/{self.rank}")
         return found
+
+    def _enter(self, deadline_s: float) -> int | None:
+        """Find out where the others meet, and which turn it is; None where nobody says so."""
+        word, answers = _word(), f"{self._door}/answers"
+        self._store.put(f"{self._door}/asks/{self.rank}", word.encode())
+        for _ in _pauses(deadline_s):
+            if self._store.have(answers, [word]):
+                # What it asked stays: rank 0 may just be reading it, and would wait for it.
+                told = self._store.read(answers, [word])[word].decode()
+                self._store.delete(f"{answers}/{word}")
+                self._directory, _, turn = told.rpartition(" ")
+                return int(turn)
+        return None
+
+    def _let_in(self, turn: int) -> None:
+        """Tell those who ask where ranks meet: rank 0 does. One that is gone does not hear it."""
+        if not self._strangers:
+            return
+        for word in self._store.read(f"{self._door}/asks", self._strangers).values():
+            if word not in self._known:
+                self._known.add(word)
+                told = f"{self._directory} {turn}"
+                self._store.put(f"{self._door}/answers/{word.decode()}", told.encode())
 
     def _silent(self, stage: str, timeout_s: float, failure: list[BaseException]) -> RankTimeout:
         where = f" at {self._store.place}" if self._store.place else ""
@@ -160,6 +203,7 @@ class StoreGroup:
         names = [str(rank) for rank in range(self.world_size)]
         missing = [rank for rank, name in enumerate(names) if name not in found]
         if missing:
+            same = () if self._has_met else (f"see that all ranks open the run {self._name!r}",)
             raise RankTimeout(
                 f"{stage}: {_listed(missing)} of {self.world_size} did not come"
                 f" within {timeout_s:.1f} s",
@@ -167,8 +211,23 @@ class StoreGroup:
                 rank=missing[0],
                 ranks=missing,
                 timeout_s=round(timeout_s, 1),
+                actions=(*same, *RankTimeout.usual_actions),
             )
         return [found[name] for name in names]
+
+
+def _word() -> str:
+    return os.urandom(8).hex()
+
+
+def _pauses(deadline_s: float) -> Iterator[None]:
+    """Once at least, and until the deadline: ever longer pauses between looks."""
+    pause_s, most_s = _PAUSE_S
+    yield
+    while time.monotonic() < deadline_s:
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, most_s)
+        yield
 
 
 def _listed(ranks: list[int]) -> str:

@@ -15,7 +15,7 @@ from mtckpt.errors import StateMismatch
 if TYPE_CHECKING:
     from mtckpt._state import ArraySpec
 
-__all__ = ["Diff", "described", "difference", "is_same"]
+__all__ = ["Diff", "described", "difference", "is_number", "is_same"]
 
 _MAX_LINES = 50
 _OF_NAMES = (
@@ -31,6 +31,12 @@ _CAST = "cast"
 _FLOATS = frozenset(
     name for name in DTYPES if name.startswith(("float", "bfloat")) and not name.endswith("_x2")
 )
+# What the names of element types begin with that hold such numbers.
+_NUMBERS: dict[type, tuple[str, ...]] = {
+    bool: ("bool",),
+    int: ("int", "uint"),
+    float: ("float", "bfloat"),
+}
 
 
 @dataclass(slots=True)
@@ -81,9 +87,21 @@ def is_same(stored: ArraySpec, wanted: ArraySpec) -> bool:
     second, _, other_kind = wanted.framework.partition(".")
     if other_kind == _CAST:
         return stored.dtype in _FLOATS
+    if stored.is_scalar and wanted.is_scalar:
+        return True  # as with plain numbers, of which any takes the place of any
     # Two kinds of one framework: the keys of two random number generators.
     differ = first == second and bool(kind) and bool(other_kind) and kind != other_kind
     return stored.dtype == wanted.dtype and not differ
+
+
+def is_number(stored: ArraySpec, kind: type, *, exactly: bool) -> bool:
+    """True if a saved array is one number, and can stand where a plain one of type ``kind`` does.
+
+    Any number can, as with plain ones; ``exactly``: only one of that type.
+    """
+    if kind not in _NUMBERS or stored.whole_shape:
+        return False
+    return not exactly or stored.dtype.startswith(_NUMBERS[kind])
 
 
 def difference(stored: ArraySpec, wanted: ArraySpec, misfit: str) -> str:

@@ -317,9 +317,9 @@ def _read_record(
         return
     size_bytes = sizes.get((save.name, _manifest.shard_file(rank)))
     if not record.aborted and size_bytes != record.shard.size_bytes:
-        save.problems.append(
-            f"{key}: shard has {size_bytes} bytes where the record says {record.shard.size_bytes}"
-        )
+        there = "is gone" if size_bytes is None else f"has {size_bytes} bytes"
+        said = f"{key}: its shard {there} where the record says {record.shard.size_bytes} bytes"
+        save.problems.append(said)
         return
     save.records[rank] = record
     save.digests[rank] = xxh3_128_hexdigest(content)

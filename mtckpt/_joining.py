@@ -17,6 +17,7 @@ from mtckpt._placement import choose_layout
 from mtckpt._schedule import Peers
 from mtckpt.agent import protocol
 from mtckpt.agent.partners import placement_of
+from mtckpt.errors import UsageError
 from mtckpt.tiers._os_errors import tier_error
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "layout_of",
     "layouts_of",
     "node_of",
+    "nodes_of",
     "nowhere",
     "ring_of",
     "warnings_of",
@@ -112,6 +114,24 @@ def joined_of(nodes: Sequence[str], told: list[Any]) -> protocol.Join:
         len(nodes),
         [protocol.NodeOfRun(addresses[there[0]], there) for there in ranks.values()],
     )
+
+
+def nodes_of(told: Sequence[Any]) -> list[str]:
+    """The node of each rank, from what each said of its memory, its agent and its tiers.
+
+    Raises UsageError where they have different tiers: an agent goes by one list for all ranks of
+    its node, and a save that some do not bring to a tier is never whole there.
+    """
+    first = told[0][2]
+    for rank, (_, _, labels) in enumerate(told):
+        if labels != first:
+            raise UsageError(
+                f"rank 0 has the tiers {', '.join(first)}, and rank {rank} {', '.join(labels)}",
+                rank=rank,
+                state="nothing was done",
+                actions=("give Checkpointer the same tiers on all ranks",),
+            )
+    return [str(node) for node, _, _ in told]
 
 
 def nowhere(boot_id: str) -> protocol.PeerAddress:

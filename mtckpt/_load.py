@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from mtckpt import _bands, _codecs, _inventory, _node, _probe, _reading, _state
+from mtckpt import _bands, _codecs, _foreign, _inventory, _node, _probe, _reading, _state
 from mtckpt._manifest import ArrayEntry, Record, SaveEntry, SaveName, on_line
 from mtckpt._places import Location, Place, open_places, unusable
 from mtckpt._steps import list_steps
@@ -121,7 +121,10 @@ def _only_run(location: Location) -> Place:
     raise StepNotFound(
         f"{os.fspath(location)} holds no run and no save",
         state="nothing was read",
-        actions=("give a tier's directory, a run in it, or one save of that",),
+        actions=(
+            "give a tier's directory, a run in it, or one save of that",
+            *_foreign.hints(location),
+        ),
     )
 
 

@@ -11,7 +11,7 @@ import functools
 import math
 import unicodedata
 from collections import Counter, OrderedDict, namedtuple
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, overload
 
 import msgspec
@@ -38,8 +38,10 @@ __all__ = [
     "array_indexes",
     "decode_plain",
     "encode_plain",
+    "is_of_kind",
     "node_from_json",
     "node_to_json",
+    "type_of_key",
 ]
 
 MAX_DEPTH = 64
@@ -103,14 +105,14 @@ class Node(msgspec.Struct, eq=False):
     index: int = -1
     name: str = ""
     is_object: bool = False
-    key_types: list[type] | None = None
+    key_types: list[Any] | None = None
     types: list[type] | None = None
     all_plain: bool = False
 
     def __post_init__(self) -> None:
         if self.keys:
             # 1, 1.0 and True are equal keys and not the same; texts are equal only to texts.
-            key_types = list(map(type, self.keys))
+            key_types = list(map(type_of_key, self.keys))
             self.key_types = None if key_types.count(str) == len(self.keys) else key_types
         if self.children and type(self.children) is not ArrayNodes:
             # A container of nothing but arrays, or of nothing but plain values, is walked in one go
@@ -119,11 +121,6 @@ class Node(msgspec.Struct, eq=False):
                 self.types = [child.type_ for child in self.children]
             else:
                 self.all_plain = kinds == {PLAIN}
-
-    @property
-    def has_arrays(self) -> bool:
-        """True if an array is anywhere below."""
-        return self.kind == ARRAY or any(child.has_arrays for child in self.children)
 
     @property
     def has_objects(self) -> bool:
@@ -174,6 +171,15 @@ def array_indexes(nodes: Sequence[Node]) -> list[int] | None:
     return [node.index for node in nodes]
 
 
+def is_of_kind(node: Node, live: Any) -> bool:
+    """True for a container whose type gives what a record would keep as this node."""
+    if isinstance(live, MutableMapping):
+        return node.kind == DICT and node.name == MAPPING_NAMES.get(type(live), "")
+    return isinstance(live, (list, tuple)) and node.kind == (
+        LIST if isinstance(live, list) else TUPLE
+    )
+
+
 def encode_plain(value: Any) -> Any:
     """JSON for one plain value; what JSON lacks is an object with a single key."""
     if isinstance(value, bytes):
@@ -199,6 +205,16 @@ def encode_plain(value: Any) -> Any:
     )
 
 
+def _encode_key(key: Any) -> Any:
+    """JSON for a key of a dict: a plain value, or a tuple of keys."""
+    return {TUPLE: list(map(_encode_key, key))} if type(key) is tuple else encode_plain(key)
+
+
+def type_of_key(key: Any) -> Any:
+    """What tells two keys apart that are equal: (1, 2) and (True, 2.0) are."""
+    return tuple(map(type_of_key, key)) if type(key) is tuple else type(key)
+
+
 def decode_plain(value: Any) -> Any:
     """The opposite of ``encode_plain``. Raises FormatError for anything else."""
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -218,6 +234,13 @@ def decode_plain(value: Any) -> Any:
     raise FormatError(f"not a plain value: {str(value)[:60]!r}")
 
 
+def _decode_key(value: Any, depth: int = 0) -> Any:
+    items = value.get(TUPLE) if isinstance(value, dict) and len(value) == 1 else None
+    if isinstance(items, list) and depth < MAX_DEPTH:
+        return tuple(_decode_key(item, depth + 1) for item in items)
+    return decode_plain(value)
+
+
 def node_to_json(node: Node) -> Any:
     """The structure as JSON: every place is an object with a single key, its kind."""
     found = _bare_json(node)
@@ -232,7 +255,7 @@ def _bare_json(node: Node) -> Any:
     if node.kind == DICT:
         keys = node.keys or []
         if node.key_types is not None:  # else all are texts
-            keys = list(map(encode_plain, keys))
+            keys = list(map(_encode_key, keys))
         children: Iterable[Any] = map(node_to_json, node.children)
         if node.types is not None:
             children = ({ARRAY: child.index} for child in node.children)
@@ -261,7 +284,7 @@ def node_from_json(tree: Any, num_arrays: int, num_plain: int, depth: int = 0) -
     if kind == DICT or kind in MAPPINGS:
         if not {list}.issuperset(map(type, body)) or not {2}.issuperset(map(len, body)):
             raise FormatError("not a structure of a state")
-        keys = [key if type(key) is str else decode_plain(key) for key, _ in body]
+        keys = [key if type(key) is str else _decode_key(key) for key, _ in body]
         children = _children([place for _, place in body], num_arrays, num_plain, depth)
         return Node(DICT, keys=keys, children=children, name=kind if kind in MAPPINGS else "")
     if kind == CODEC:

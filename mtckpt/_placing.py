@@ -8,6 +8,7 @@ Matching changes nothing that lives; whatever differs is collected in ``diff`` a
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
@@ -18,8 +19,8 @@ from mtckpt import _state
 from mtckpt._aliases import Aliases
 from mtckpt._boxes import Box
 from mtckpt._codecs import DEQUE, codec_named
-from mtckpt._diff import Diff, difference
-from mtckpt._node import MAPPINGS, array_indexes
+from mtckpt._diff import Diff, difference, is_number
+from mtckpt._node import MAPPINGS, array_indexes, is_of_kind
 from mtckpt._renaming import Stored, rename_tree
 from mtckpt._replicas import Replicated
 from mtckpt._sequences import assign_items, check_deque, items_of, sequence_like, unfillable
@@ -29,14 +30,6 @@ from mtckpt._wanted import Wanted
 from mtckpt.errors import UnsupportedState
 
 __all__ = ["Diff", "Placing", "Stored", "later", "rename_tree", "settle"]
-
-
-# What the names of element types begin with that hold such numbers.
-_NUMBERS: dict[type, tuple[str, ...]] = {
-    bool: ("bool",),
-    int: ("int", "uint"),
-    float: ("float", "bfloat"),
-}
 
 
 class Placing:
@@ -283,7 +276,6 @@ class Placing:
             if live is None:
                 return self.tree(node, path)  # the template leaves this place open
             if self._is_number(kind, node):
-                self.replaced = True
                 return self._fresh_leaf(node.index)
             return self.differs(live, node, path)
         if kind is Replicated:
@@ -336,7 +328,9 @@ class Placing:
         pairs = list(zip(node.keys or [], node.children, strict=True))
         prefix = f"{path}/" if path else ""
         if not top and self._takes_all(live, node):
-            values = {key: self.tree(child, prefix + escape(key)) for key, child in pairs}
+            values = {
+                key: self._taken(live.get(key), child, prefix + escape(key)) for key, child in pairs
+            }
             return refilled(live, values, self.finish, replace=True)
         saved = {escape(key): child for key, child in pairs}
         changes: dict[Any, Any] = {}
@@ -383,14 +377,21 @@ class Placing:
             self.diff.differing.append(f"{path}: {why}")
             return live
         if takes_all:
-            children = enumerate(node.children)
-            values = [self.tree(child, f"{prefix}{i}") for i, child in children]
+            here = () if isinstance(live, deque) else live  # whose items move on
+            pairs = enumerate(itertools.zip_longest(node.children, here[: len(node.children)]))
+            values = [self._taken(item, child, f"{prefix}{i}") for i, (child, item) in pairs]
         else:
             values = self._match_items(live, node.children, prefix)
         if isinstance(live, MutableSequence):
             self.finish.append(lambda: assign_items(live, values))
             return live
         return later(lambda: sequence_like(live, [settle(value) for value in values]))
+
+    def _taken(self, live: Any, node: Node, path: str) -> Any:
+        """What was saved, within a container that takes all: in the place of what is like it."""
+        if is_of_kind(node, live):
+            return self.match(live, node, path, top=False)
+        return self.tree(node, path)
 
     def _match_fields(
         self, fields: Mapping[str, Any], live: Sequence[Any], node: Node, path: str
@@ -450,12 +451,15 @@ class Placing:
         return owner
 
     def _is_number(self, kind: type, node: Node) -> bool:
-        """True for one element of a framework in which a number and an array of it are the same."""
-        if node.kind != _state.ARRAY or kind not in _NUMBERS:
+        """True for one element where a plain number is wanted."""
+        if node.kind != _state.ARRAY:
             return False
         spec = self.arrays[node.index].spec
-        owner = self._adapter_named(spec.framework)
-        return owner.replaces and not spec.shape and spec.dtype.startswith(_NUMBERS[kind])
+        replaces = self._adapter_named(spec.framework).replaces
+        # Where a framework replaces arrays, a number and an array of it are the same.
+        found = is_number(spec, kind, exactly=replaces)
+        self.replaced = self.replaced or (found and replaces)
+        return found
 
     def _takes_all(self, live: Any, node: Node) -> bool:
         """True for a container in which what was saved is what is wanted, whatever it was.
@@ -465,7 +469,13 @@ class Placing:
         """
         if type(live) is deque or (not live and isinstance(live, MutableSequence | MutableMapping)):
             return not any(child.has_objects for child in node.children)
-        return not node.has_arrays and not has_objects(live, self._is_array)
+        return not self._has_arrays(node) and not has_objects(live, self._is_array)
+
+    def _has_arrays(self, node: Node) -> bool:
+        """True if anywhere below is an array that is more than a number."""
+        if node.kind == _state.ARRAY:
+            return not self.arrays[node.index].spec.is_scalar
+        return any(map(self._has_arrays, node.children))
 
     def _is_array(self, value: Any) -> bool:
         return type(value) not in CODECS and self._owner_of(type(value), value) is not None

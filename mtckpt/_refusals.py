@@ -35,6 +35,7 @@ _INSTEAD = {
     "builtins.bytearray": _AS_BYTES,
     "builtins.memoryview": _AS_BYTES,
     "builtins.range": "save its numbers: [value.start, value.stop, value.step]",
+    "builtins.slice": "save its numbers: [value.start, value.stop, value.step]",
     "argparse.Namespace": _AS_FIELDS,
     "array.array": "save it as an array of NumPy: numpy.array(value)",
     "collections.UserList": "save the list in it: value.data",
@@ -48,6 +49,9 @@ _INSTEAD = {
     "pandas.core.frame.DataFrame": _AS_COLUMNS,  # until pandas 3
     "types.SimpleNamespace": _AS_FIELDS,
     "uuid.UUID": _AS_TEXT,
+    "torch.utils.data.sampler.Sampler": (
+        "save the generator that it draws from, value.generator, or a sampler of torchdata's"
+    ),
     "torch.utils.data.dataloader.DataLoader": (
         "torchdata's StatefulDataLoader knows its place; or leave it out, and find the batch again"
         " from the number of the step: https://mtckpt.readthedocs.io/quickstart#data-loaders"
@@ -126,7 +130,8 @@ def refused_int(number: int, path: str, most_bits: int) -> UnsupportedState:
 def refused_key(key: object, path: str) -> UnsupportedState:
     """A key of a dict that a path cannot have."""
     return UnsupportedState(
-        f"a dict key must be a str, int, float, bool or None, not {type(key).__qualname__}",
+        "a dict key must be a str, int, float, bool, None or a tuple of these, not"
+        f" {type(key).__qualname__}",
         path=path,
         type_name=type(key).__qualname__,
         state="nothing was written",

@@ -100,7 +100,7 @@ def restore_from(
         RestoreFailed: live state is undefined.
     """
     enough = functools.partial(_enough_memory, candidate, attempt)
-    with scope.together("match"), enough():
+    with scope.together(f"match {candidate.name}"), enough():
         shards = Shards(candidate, scope, attempt)
         loaded = shards.open_with(state) if type(state) is ByPath else shards.open(shards.base)
         reads_same = functools.partial(_reads_same, scope, shards, attempt)

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from mtckpt import _inventory, _restore, _retention, errors
-from mtckpt._choice import Candidate, RestorePlan, plan_restore
+from mtckpt import _foreign, _inventory, _restore, _retention, errors
+from mtckpt._choice import Candidate, RestorePlan, line_below, plan_restore
 from mtckpt._copies import Shards
 from mtckpt._gathering import Gathered, gather, meet_again, report_damage
 from mtckpt._handle import Restored, stage_of_tier
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mtckpt._run import Run
     from mtckpt.capture.base import Engine
 
-__all__ = ["go_on", "records_of", "restore"]
+__all__ = ["go_on", "go_on_below", "records_of", "restore"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ def _restore_newest(
     if not candidates and source is not None:
         raise _no_source(gathered, source)
     if not candidates:
+        _warn_of_foreign(run)
         return Restored(None, state, skipped=skipped)
     skipped.update(_mute(gathered.silent))
     scope = _scope(run, engine, gathered, candidates)
@@ -153,6 +154,17 @@ def go_on(run: Run, restored: Restored, source: str | os.PathLike[str] | None) -
             run.name,
         )
     run.restart(None if source else (restored._incarnation, restored.step or 0))
+
+
+def go_on_below(run: Run, step: int) -> None:
+    """Have the next save, of ``step``, go on from all steps below it, whichever was restored; anew
+    where there is none. All ranks call it."""
+    with run.together("look", _elsewhere):
+        places = run.places()
+    with contextlib.closing(gather(run, "latest", places)) as gathered:
+        parent = line_below(gathered.holdings, step)
+    run.is_restored = parent is not None
+    run.restart(parent)
 
 
 def _was_silence(run: Run, attempt: _restore.Attempt) -> bool:
@@ -261,6 +273,15 @@ def _warn_of_new_disks(run: Run, gathered: Gathered) -> None:
                 " node; else see whether it is mounted",
                 run.name, label, tier.place, ", ".join(sorted({each.label for each in others})),
             )  # fmt: skip
+
+
+def _warn_of_foreign(run: Run) -> None:
+    """Who comes from another library may name its directory, and would train anew in silence."""
+    if run.group.rank != run.members.node[0]:
+        return
+    for place in [tier.place for tier in run.tiers if isinstance(tier, Disk)]:
+        for hint in _foreign.hints(place) or _foreign.hints(os.path.join(place, run.key)):
+            logger.warning("run %s begins at step 0, and %s", run.name, hint)
 
 
 def _unavailable(silent: Mapping[str, str]) -> RestoreUnavailable:
@@ -396,6 +417,7 @@ def _no_source(gathered: Gathered, source: str | os.PathLike[str]) -> StepNotFou
         actions=(
             "give another run's name, for one in the tiers of this Checkpointer",
             "or the directory or URL of the run itself, which ends in the run's name",
+            *_foreign.hints(source),
         ),
     )
 

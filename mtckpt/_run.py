@@ -138,11 +138,11 @@ class Run:
         group = self.group
         opened = self.session.open()
         node = self.within("ram", lambda: _joining.node_of(opened))
-        told = self.exchange("join", [node, opened.agent_id])
-        nodes = [str(node) for node, _ in told]
+        told = self.exchange("join", [node, opened.agent_id, ["ram", *self.labels]])
+        nodes = _joining.nodes_of(told)
         here = tuple(rank for rank, node in enumerate(nodes) if node == nodes[group.rank])
         if len(here) < group.world_size:
-            agents = {agent: node for (_, agent), node in zip(told, nodes, strict=True)}
+            agents = {agent: node for (_, agent, _), node in zip(told, nodes, strict=True)}
             if len(set(agents.values())) < len(set(nodes)):
                 raise UsageError(
                     "ranks of one node have their memory in different directories",

@@ -25,7 +25,7 @@ from mtckpt.capture.base import Engine, Span, span_of
 from mtckpt.capture.collector import collector_paused
 from mtckpt.capture.memory import Mapping as MemoryMapping
 from mtckpt.capture.memory import map_file
-from mtckpt.errors import CaptureFailed, CheckpointError, UnsupportedState
+from mtckpt.errors import CaptureFailed, CheckpointError, TierUnavailable, UnsupportedState
 
 if TYPE_CHECKING:
     import struct
@@ -479,11 +479,16 @@ def raise_capture_error(step: int, error: Exception) -> NoReturn:
     ) from error
 
 
-def is_gone(grant: SlotGrant, error: Exception) -> bool:
-    """Whether a slot was taken away, by whoever empties memory, or moves slots to a disk."""
+def why_called_off(step: int, grant: SlotGrant, error: Exception) -> str:
+    """Why a failed capture costs one save and is no error: its slot does not answer, or was taken
+    away, by whoever empties memory, or moves slots to a disk. Raises any other one."""
+    if isinstance(error, TierUnavailable):
+        return error.what
     cause = error.__cause__ if isinstance(error, CheckpointError) else error
     there = os.path.dirname(grant.data_path)
-    return isinstance(cause, FileNotFoundError) and str(cause.filename).startswith(there)
+    if not isinstance(cause, FileNotFoundError) or not str(cause.filename).startswith(there):
+        raise_capture_error(step, error)
+    return "its place in memory was taken away"
 
 
 def is_producer(state: Any) -> bool:

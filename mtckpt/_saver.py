@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_S = 0.5
 _MIN_SLOTS = 2
-_TAKEN_AWAY = "its place in memory was taken away"
 
 
 class Saver:
@@ -63,7 +62,7 @@ class Saver:
         self.steps: set[int] = set()
         self.ring = _save.SlotRing(engine, functools.partial(run.within, "ram"))
         self._session = run.session
-        self._session.held = self.ring.held
+        self._session.held = self._held
         self._engine = engine
         self._ram = ram
         self._insists = insists
@@ -152,6 +151,12 @@ class Saver:
         self._session.submit(seal, save, after, finish, functools.partial(self._hand_over, save))
         return save
 
+    def _held(self) -> dict[str, int]:
+        """The slots of this process, also one that is being mapped: the agent's next one is not to
+        take it for free."""
+        capturing = {} if (now := self._capturing) is None else {now[0].slot_id: now[0].inode}
+        return {**capturing, **self.ring.held()}
+
     def _hand_over(self, save: Save) -> None:
         """The courier has it: no interrupt keeps it from the agent any more."""
         self.last, self._capturing = save, None
@@ -213,10 +218,8 @@ class Saver:
             # Here, too; the error is then told of the save.
             self.steps.discard(save.step)
             self._take_back(save, grant, error)
-            if _save.is_gone(grant, error):
-                self._call_off(save, _TAKEN_AWAY)
-                return None
-            _save.raise_capture_error(save.step, error)
+            self._call_off(save, _save.why_called_off(save.step, grant, error))
+            return None
         finally:
             self._leaving = False
 
@@ -224,13 +227,10 @@ class Saver:
         """Raise why there is no capture; where only its slot is gone, the save is called off."""
         self._take_back(save, grant, error)
         self._capturing = None
-        if isinstance(error, TierUnavailable):
-            return self._call_off(save, _why(error))
-        if not _save.is_gone(grant, error):
-            _save.raise_capture_error(save.step, error)
-        # Somebody has emptied this node's memory: the agent begins it anew.
-        self.ring.clear()
-        return self._call_off(save, _TAKEN_AWAY)
+        why = _save.why_called_off(save.step, grant, error)
+        if not isinstance(error, TierUnavailable):
+            self.ring.clear()  # memory was emptied: the agent begins it anew
+        return self._call_off(save, why)
 
     def _take_back(self, save: Save, grant: protocol.SlotGrant, error: Exception) -> None:
         """Whatever went wrong, the slot goes back first; it has no generation word.
@@ -253,29 +253,27 @@ class Saver:
             self._call_off(save, leaving if self._leaving else waiting)
             return None
         grant, self._session.next_slot = self._session.next_slot, None
-        if grant is not None and self.ring.fits(grant, layout):
-            return self._followed(grant)
         try:
-            want = protocol.WantSlots(
-                self._session.holder,
-                layout.size_bytes,
-                layout.table_bytes,
-                self._num_slots(layout),
-                max(0.0, deadline_s - time.monotonic()),
-                held=self.ring.withheld(),
-            )
-            self._give_back_lost(want.wait_s)
-            slots = self._ask_slot(want)
+            if grant is None or not self.ring.fits(grant, layout):
+                want = protocol.WantSlots(
+                    self._session.holder,
+                    layout.size_bytes,
+                    layout.table_bytes,
+                    self._num_slots(layout),
+                    max(0.0, deadline_s - time.monotonic()),
+                    held=self.ring.withheld(),
+                )
+                self._give_back_lost(want.wait_s)
+                slots = self._ask_slot(want)
+                if (grant := slots.grant) is None:
+                    self._call_off(save, slots.reason or "no slot is free")
+                    return None
+            return self._followed(grant)
         except (AgentUnavailable, TierUnavailable) as error:
             self._call_off(save, _why(error))
-            return None
         except WaitTimeout as error:
             self._call_off(save, f"memory is too small now, and {error.what}")
-            return None
-        if slots.grant is None:
-            self._call_off(save, slots.reason or "no slot is free")
-            return None
-        return self._followed(slots.grant)
+        return None
 
     def _followed(self, grant: protocol.SlotGrant) -> protocol.SlotGrant:
         """A slot that another rank of this node has had moved to the disk with all others: this one
@@ -327,8 +325,8 @@ class Saver:
         was named, or has no disk, is full where somebody asks for a slot."""
         short, ram_path = self.run.short, self._session.open().ram_root
         if short is not None and not self._insists and self._disk_path():
+            self.run.short = None  # also where an interrupt comes once they have moved
             self._move_slots(ranks_full(ram_path, len(self.run.members.node), *short))
-            self.run.short = None
 
     def _move_slots(self, error: TierFull, *, amid_job: bool = False) -> None:
         """Go on with slots on a disk, as do all ranks of the node. Raises the error, with what
@@ -421,8 +419,8 @@ class Saver:
                 )
                 grant = self._session.call("slots", want, protocol.Slots).grant
             if grant is not None:
+                self._session.next_slot = grant  # before it is mapped: it is held from here on
                 self.ring.adopt(grant, layout)
-                self._session.next_slot = grant
         except (CheckpointError, OSError) as error:
             # Only a head start is lost: the next save asks for its slot itself and raises.
             logger.debug("run %s: no slot ahead of time: %s", self.run.name, error)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from mtckpt._access import Access, Engine, access_of, check_url
+from mtckpt._access import Access, Engine, access_of, check_agent_url, check_url
 from mtckpt.capture.base import MODES, Mode
 from mtckpt.errors import UsageError
 
@@ -180,7 +180,7 @@ class ObjectStore(SlowTier):
     """An object store, written to by the node agent: what it has survives the loss of every node.
 
     Args:
-        url: where checkpoints go: ``s3://bucket/prefix``, ``gs://...``, or any other URL that
+        url: where checkpoints go: ``s3://bucket/prefix``, ``gs://``, ``az://``, or any URL that
             fsspec knows; each run gets a prefix of its own below it.
         every: steps, or a time such as "10min"; 1 takes every step that is captured.
         keep: as for ``Disk``. By default nothing is ever deleted from a store.
@@ -204,7 +204,7 @@ class ObjectStore(SlowTier):
 
     def __post_init__(self) -> None:
         parse_every(self.every, times=True)
-        check_url(self.url)
+        check_agent_url(self.url)
         if self.engine not in ("auto", "obstore", "fsspec"):
             raise UsageError(
                 f"engine={self.engine!r}: must be 'auto', 'obstore' or 'fsspec'",

@@ -44,7 +44,7 @@ def check_deque(node: Node, plain: Sequence[Any]) -> None:
 def unfillable(live: Sequence[Any], node: Node, *, takes_all: bool) -> str:
     """Why a sequence cannot hold what was saved for it; empty if it can."""
     count = len(node.children)
-    if takes_all:
+    if takes_all and not hasattr(live, "_fields"):
         most = getattr(live, "maxlen", None)
         if most is None or count <= most:
             return ""

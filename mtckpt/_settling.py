@@ -88,6 +88,6 @@ def has_objects(live: Any, is_array: Callable[[Any], bool]) -> bool:
             continue
         if not isinstance(item, (MutableMapping, list, tuple)) or is_array(item):
             return True
-        if hasattr(item, "_fields") or has_objects(item, is_array):
+        if hasattr(type(item), "_fields") or has_objects(item, is_array):
             return True
     return False

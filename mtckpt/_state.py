@@ -36,6 +36,7 @@ from mtckpt._node import (
     encode_plain,
     node_from_json,
     node_to_json,
+    type_of_key,
 )
 from mtckpt._refusals import (
     check_name,
@@ -103,6 +104,11 @@ class ArraySpec(NamedTuple):
     @property
     def size_bytes(self) -> int:
         return size_bytes_of(self.dtype, self.shape)
+
+    @property
+    def is_scalar(self) -> bool:
+        """True for what is no array but a number: ``numpy.float64(0.5)``."""
+        return self.framework.partition(".")[2] == "scalar"
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -222,7 +228,8 @@ class StateAdapter(Protocol):
         """True if ``assign`` fills the live array itself, and returns no other."""
 
     def number(self, live: Any, value: Any) -> Any | None:
-        """A saved plain number as an array like ``live``; None where the two are not the same."""
+        """What stands in the place of ``live`` where a plain number was saved: an array like it, or
+        that number itself; None where the two are not the same."""
 
     def written(self, lives: Sequence[Any]) -> None:
         """Told, in ``finish``, which live arrays had bytes put straight into them."""
@@ -357,8 +364,7 @@ def _check_keys(keys: Sequence[Any], path: str) -> None:
     texts = keys
     if any(type(key) is not str for key in keys):
         for key in keys:
-            if type(key) not in (str, int, bool, float, type(None)):
-                raise refused_key(key, path)
+            _check_key(key, path)
         texts = list(map(str, keys))
         if len(set(texts)) != len(texts):
             prefix = f"{path}/" if path else ""
@@ -366,6 +372,18 @@ def _check_keys(keys: Sequence[Any], path: str) -> None:
     for text in texts:
         if not text.isascii():
             check_name(text, path=path)
+
+
+def _check_key(key: Any, path: str, depth: int = 0) -> None:
+    if type(key) is tuple and depth < MAX_DEPTH:
+        for item in key:
+            _check_key(item, path, depth + 1)
+    elif type(key) is int and key.bit_length() > MAX_INT_BITS:
+        raise refused_int(key, path, MAX_INT_BITS)
+    elif type(key) is str:
+        check_name(key, path=path)
+    elif type(key) not in (int, bool, float, type(None)):
+        raise refused_key(key, path)
 
 
 def _plain(value: Any, path: str, flat: Flat) -> Node:
@@ -392,8 +410,10 @@ def _inner_state(value: Any, adapters: Sequence[StateAdapter]) -> tuple[object] 
 
 def accessors(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
     """What an object says its state with, and what it takes it back with; None if it has no two."""
+    # Of a dict whose items are attributes, any name may be one, or an error.
+    where = type(value) if isinstance(value, Mapping) else value
     for get, put in _ACCESSORS:
-        if hasattr(value, get) and hasattr(value, put):
+        if hasattr(where, get) and hasattr(where, put):
             return getattr(value, get), getattr(value, put)
     return None
 
@@ -432,7 +452,7 @@ def refill(
     if kind == DICT:
         if list(value) != node.keys:
             return False
-        if node.key_types is not None and list(map(type, value)) != node.key_types:
+        if node.key_types is not None and list(map(type_of_key, value)) != node.key_types:
             return False
         items: Iterable[Any] = value.values()
     else:

@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from mtckpt.errors import UsageError, WaitTimeout
@@ -26,7 +26,7 @@ _S = TypeVar("_S", bound="_Taker")
 class _Turn:
     thread: int
     call: str
-    ended: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event
 
 
 class Turns:
@@ -49,7 +49,7 @@ class Turns:
         WaitTimeout where there is no ``instead``.
         """
         deadline_s = time.monotonic() + timeout_s
-        mine = _Turn(threading.get_ident(), call)
+        mine = _Turn(threading.get_ident(), call, threading.Event())
         # A signal handler may raise between any two instructions. So whose turn it is stands in one
         # place, which one call sets; and it is ended twice, in case that happens amid the first.
         try:

@@ -23,6 +23,8 @@ _MAX_PATH_BYTES = 60
 _SHM = Path("/dev/shm")
 _DEATH_TIMEOUT_S = 10.0
 _MAX_SWEEPS = 5
+# The agents whose /proc/PID/environ does not tell their MTCKPT_RUNTIME_DIR, and that.
+_FORKED: dict[int, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,19 @@ def _agent_pids(runtime: Path) -> Iterator[int]:
         return  # no agent, or it is gone
 
 
+def forked(pid: int, runtime: str) -> None:
+    """There is an agent whose environment /proc does not show."""
+    _FORKED[pid] = runtime
+
+
+def _forked_with(runtime: Path) -> Iterator[int]:
+    for pid, of in [*_FORKED.items()]:
+        if of == str(runtime):
+            with contextlib.suppress(OSError):  # it has ended, and another may have its pid
+                if b"warm_agents" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    yield pid
+
+
 def _children(pid: int) -> Iterator[int]:
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -107,6 +122,7 @@ def _children(pid: int) -> Iterator[int]:
 
 def _pids_with_runtime(runtime: Path) -> Iterator[int]:
     """Processes started with this directory in their environment: data processes, trainers."""
+    yield from (pid for pid in _forked_with(runtime) if _is_alive(pid))
     needle = b"MTCKPT_RUNTIME_DIR=" + os.fsencode(runtime)
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:

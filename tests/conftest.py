@@ -17,6 +17,9 @@ import hypothesis
 import net_scene
 import pytest
 from _budget import Budget, limit_from_environment
+from warm_agents import WarmAgents
+
+from mtckpt.agent import spawn
 
 # Fixtures that start servers when a test asks for one.
 pytest_plugins = ["stores"]
@@ -112,6 +115,22 @@ def isolated_process() -> Iterator[None]:
             yield
         finally:
             _isolation.sweep(places)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_agents(isolated_process: None) -> Iterator[None]:
+    """Agents that this process starts are forked from one that has imported what they need."""
+    warm = WarmAgents(_isolation.forked)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(spawn, "subprocess", warm.module)
+        yield
+    warm.close()
+
+
+@pytest.fixture
+def fresh_agents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agents that this process starts are fresh programs: the test looks at them from outside."""
+    monkeypatch.setattr(spawn, "subprocess", subprocess)
 
 
 @pytest.fixture

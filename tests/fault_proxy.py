@@ -243,6 +243,8 @@ def _made_up(fault: Fault, request: _Request) -> tuple[int, list[tuple[str, str]
         '<?xml version="1.0" encoding="UTF-8"?>\n'
         f"<Error><Code>{fault.code}</Code><Message>injected</Message></Error>"
     )
+    if fault.status == 200:  # of something that stands before the store
+        text = f"<html><body>{fault.code}</body></html>"
     body = b"" if request.method == "HEAD" else text.encode()
     return fault.status, [("Content-Type", "application/xml")], body
 

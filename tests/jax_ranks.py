@@ -134,6 +134,10 @@ def main() -> None:
         assert found["rank"] == int(rank)
         checkpointer.save(3, found).wait("staged")
         refused(checkpointer, int(rank), mesh, found)
+    with mtckpt.Checkpointer("jax", tiers, timeout_s=40) as checkpointer:
+        checkpointer._go_on_below(9)  # as for Orbax's manager, which need not have restored
+        save(checkpointer, 9, found)
+        assert not any(step.abandoned for step in checkpointer.steps())
     print(f"rank {rank}: good", flush=True)
 
 

@@ -146,6 +146,13 @@ SHARES = (
 
 AGREEMENT = (
     Bug(
+        "words-of-an-earlier-start-heard",
+        "_coordination.py",
+        'f"{self._door}/{_word()}" if rank == 0',
+        'f"{self._door}/0" if rank == 0',
+        ("test_coordination.py::test_nobody_takes_what_an_earlier_start_has_left_in_the_store",),
+    ),
+    Bug(
         "parts-of-two-plans-are-a-save",
         "_manifest.py",
         "r.incarnation, r.plan_digest)",

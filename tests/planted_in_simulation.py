@@ -59,6 +59,13 @@ BUGS = (
         2,
     ),
     SimulatedBug(
+        "rolled-back-branch-comes-back",
+        "_choice.py",
+        "counted = [name for name in names if not line or _manifest.on_line(name, line)]",
+        "counted = names",
+        375,
+    ),
+    SimulatedBug(
         "retention-takes-the-newest",
         "agent/healing.py",
         "gone = [save for save in held if decisions[save.name].delete]",
@@ -145,7 +152,7 @@ BUGS = (
     SimulatedBug(
         "rank-that-nobody-looks-after-keeps-its-run",
         "agent/owners.py",
-        '(process.state in "ZXTt" or process.parent_pid != owner.parent_pid)',
+        'process.state in "ZXTt" or process.parent_pid != owner.parent_pid',
         'process.state in "ZX"',
         120,
     ),

@@ -288,8 +288,8 @@ RESTORE = (
     Bug(
         "lost-start-hides-its-steps",
         "_choice.py",
-        "line = _inventory.line_of(saves, _incarnations(holdings))",
-        "line = _manifest.newest_line(_incarnations(holdings))",
+        "return _inventory.line_of(saves, _incarnations(holdings))",
+        "return _manifest.newest_line(_incarnations(holdings))",
         ("test_checkpointer.py::test_a_start_whose_own_file_is_lost_keeps_its_steps",),
     ),
     Bug(

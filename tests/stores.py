@@ -1,10 +1,12 @@
-"""Real servers for tests: an S3 one (SeaweedFS) and a GCS one, on free loopback ports.
+"""Real servers for tests: an S3 one (SeaweedFS), a GCS one, and Azurite, on free loopback ports.
 
 Started when a test first asks, one of each for the whole test process, and ended by process id.
+Azurite is a program of Node: where it is not installed, its tests are skipped.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import http.client
@@ -116,21 +118,23 @@ def free_ports(count: int) -> int:
     raise RuntimeError("no free ports")
 
 
-def answers(url: str, path: str, timeout_s: float = 2.0) -> bool:
+def answers(url: str, path: str, timeout_s: float = 2.0, status: int = 200) -> bool:
     """Whether the server says that it is ready, or has done what it was asked for."""
     connection = http.client.HTTPConnection(url.partition("://")[2], timeout=timeout_s)
     try:
         connection.request("GET", path)
-        return connection.getresponse().status == 200
+        return connection.getresponse().status == status
     except OSError:
         return False
     finally:
         connection.close()
 
 
-def _wait_for(process: subprocess.Popen[bytes], url: str, path: str, log: Path) -> None:
+def _wait_for(
+    process: subprocess.Popen[bytes], url: str, path: str, log: Path, status: int = 200
+) -> None:
     end = time.monotonic() + START_S
-    while not answers(url, path):
+    while not answers(url, path, status=status):
         if process.poll() is not None or time.monotonic() > end:
             said = log.read_text(errors="replace")[-2000:]
             raise RuntimeError(f"{log.stem} did not start: {said}")
@@ -238,6 +242,75 @@ def gcs_server(directory: Path) -> Iterator[GcsServer]:
     finally:
         process.kill()
         process.wait()
+
+
+ACCOUNT = "devstoreaccount1"
+
+
+@dataclass(frozen=True, slots=True)
+class AzureServer:
+    """Where it is, and who may use it."""
+
+    url: str
+    key: str = field(default=base64.b64encode(b"testkey" * 9).decode(), repr=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Storage options as adlfs names them."""
+        return {"connection_string": self.connection_string()}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The same as variables."""
+        return {"AZURE_STORAGE_CONNECTION_STRING": self.connection_string()}
+
+    def connection_string(self, url: str = "", who: str = "") -> str:
+        """For ``url``, a proxy perhaps; ``who`` it is in place of the account's own key."""
+        who = who or f"AccountKey={self.key}"
+        return f"AccountName={ACCOUNT};{who};BlobEndpoint={url or self.url}/{ACCOUNT};"
+
+    def new_prefix(self) -> str:
+        """``container/prefix``, empty."""
+        return f"{BUCKET}/{os.urandom(6).hex()}"
+
+
+@contextlib.contextmanager
+def azure_server(directory: Path) -> Iterator[AzureServer]:
+    """Azurite, which keeps what it has in memory."""
+    azurite = program("azurite-blob")
+    pytest.importorskip("adlfs")
+    from azure.storage.blob import BlobServiceClient
+
+    port = free_ports(1)
+    server = AzureServer(f"http://127.0.0.1:{port}")
+    command = [
+        *bound_to_us(), azurite, "--blobPort", str(port), "--inMemoryPersistence",
+        "--silent", "--disableTelemetry", "--skipApiVersionCheck",
+    ]  # fmt: skip
+    with open(directory / "azurite.log", "wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=directory,
+            env={**_own_environment(), "AZURITE_ACCOUNTS": f"{ACCOUNT}:{server.key}"},
+        )
+    try:
+        # It says 400 to who asks for nothing: that is an answer too.
+        _wait_for(process, server.url, "/", directory / "azurite.log", status=400)
+        with BlobServiceClient.from_connection_string(server.connection_string()) as client:
+            client.create_container(BUCKET)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AzureServer]:
+    """The Azure server of this test process, if there can be one."""
+    with azure_server(tmp_path_factory.mktemp("azure")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -232,6 +232,8 @@ def test_best_by_metrics_given_at_once_and_later(tmp_path: Path) -> None:
         state = make_state()
         assert checkpointer.restore(state, step="best").step == 2
         assert (state["w"] == 2).all()
+    with open_run(tmp_path) as checkpointer, pytest.raises(StepNotFound, match="has a KeepBest"):
+        checkpointer.restore(make_state(), step="best")
 
 
 @pytest.mark.parametrize("make", [np.arange, torch.arange], ids=["numpy", "torch"])

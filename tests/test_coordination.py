@@ -7,19 +7,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from agent_checks import until
 from stores import free_ports
 
 import mtckpt
 from mtckpt import _coordination
+from mtckpt._coordination import Group, StoreGroup
 from mtckpt._copies import Shards
 from mtckpt._manifest import Record
 from mtckpt.agent.spawn import ensure_agent
-from mtckpt.errors import NoHealthyStep, RankTimeout, StepDisagreement
+from mtckpt.errors import NoHealthyStep, RankTimeout, StepDisagreement, UsageError
 from mtckpt.testing.groups import LocalGroup, local_groups
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("runtime_dir")]
@@ -111,6 +115,81 @@ def test_a_stopped_host_of_the_store_ends_the_exchange_in_time(
         assert ranks[1].wait(30) == 0  # a call that was left behind does not hold the process up
 
 
+class _Table:
+    """A store that outlives the ranks: torchrun has one for all starts of its workers."""
+
+    place = ""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    def put(self, key: str, value: bytes) -> None:
+        self.values[key] = value
+
+    def have(self, directory: str, names: Sequence[str]) -> bool:
+        return all(f"{directory}/{name}" in self.values for name in names)
+
+    def read(self, directory: str, names: Sequence[str]) -> dict[str, bytes]:
+        found = {name: self.values.get(f"{directory}/{name}") for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def delete(self, key: str) -> None:
+        self.values.pop(key, None)
+
+    def groups(self, world_size: int) -> list[StoreGroup]:
+        """Of ranks that are started now."""
+        return [StoreGroup(self, rank, world_size, "run") for rank in range(world_size)]
+
+
+def _told(pool: ThreadPoolExecutor, groups: Sequence[Group], stage: str, value: str) -> list[Any]:
+    """What each rank hears of the others."""
+    calls = [pool.submit(_coordination.exchange, g, stage, [value, g.rank], 20.0) for g in groups]
+    return [call.result(30) for call in calls]
+
+
+def test_nobody_takes_what_an_earlier_start_has_left_in_the_store() -> None:
+    """What other ranks have, where they are, what they restore: all of it was of another start."""
+    table = _Table()
+    with ThreadPoolExecutor(3) as pool:
+        groups = table.groups(3)
+        for stage in ("join", "look", "begin"):
+            assert _told(pool, groups, stage, "first") == [[["first", r] for r in range(3)]] * 3
+        # Of the second only rank 2 has come.
+        with pytest.raises(RankTimeout, match="rank 0 of 3 did not come"):
+            table.groups(3)[2].exchange("join", b"second", 0.0)
+        assert any("/asks/2" in key for key in table.values)
+        groups = table.groups(3)
+        early = [pool.submit(_coordination.exchange, g, "join", g.rank, 20.0) for g in groups[:2]]
+        until(lambda: any("/answers/" in key for key in table.values))  # rank 2 of the second
+        late = pool.submit(_coordination.exchange, groups[2], "join", "late", 20.0)
+        assert [call.result(30) for call in (*early, late)] == [[0, 1, "late"]] * 3
+        for stage in ("look", "begin", "look"):
+            assert _told(pool, groups, stage, "third") == [[["third", r] for r in range(3)]] * 3
+    assert len(table.values) < 20  # each start leaves little behind
+
+
+def test_ranks_that_did_not_find_each_other_may_try_again() -> None:
+    table = _Table()
+    groups = table.groups(3)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(_coordination.exchange, g, "join", 0, 0.0) for g in groups[:2]]
+        for call in calls:
+            with pytest.raises(RankTimeout, match="rank 2 of 3 did not come"):
+                call.result(30)
+        for stage in ("join", "look"):
+            assert _told(pool, groups, stage, "x") == [[["x", r] for r in range(3)]] * 3
+
+
+@pytest.mark.parametrize("leaver", [0, 1])
+def test_a_rank_that_leaves_before_it_has_met_the_others_is_heard(leaver: int) -> None:
+    groups = _Table().groups(2)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(_coordination.exchange, groups[1 - leaver], "join", 0, 20.0)
+        _coordination.leave(groups[leaver], ValueError("no agent"))
+        with pytest.raises(RankTimeout, match=f"rank {leaver} does not come: ValueError: no agent"):
+            other.result(30)
+
+
 def test_two_stages_are_not_taken_for_one() -> None:
     groups = local_groups(3)
     stages = ["look", "begin", "look"]
@@ -147,6 +226,38 @@ def test_a_rank_that_saves_while_another_restores_is_named() -> None:
             saved.result()
     causes = [raised.value, raised.value.__cause__]
     assert any(isinstance(cause, StepDisagreement) for cause in causes)
+
+
+def test_ranks_with_other_tiers_are_told_so(tmp_path: Path) -> None:
+    """One of them would take the tier away from all ranks of its node, without a word."""
+    disks: list[list[mtckpt.Disk]] = [[mtckpt.Disk(tmp_path)], []]
+    one, other = (
+        mtckpt.Checkpointer("run", [mtckpt.Ram(every=1), *disk], group=group, timeout_s=20.0)
+        for group, disk in zip(local_groups(2), disks, strict=True)
+    )
+    with one, other, ThreadPoolExecutor(2) as pool:
+        for call in [pool.submit(each.restore, {"w": np.zeros(3)}) for each in (one, other)]:
+            with pytest.raises(UsageError, match="rank 0 has the tiers ram, disk, and rank 1 ram"):
+                call.result(30)
+
+
+def test_ranks_that_ask_for_different_steps_restore_none() -> None:
+    """Parts of two steps would be a model that never was."""
+    one, other = (
+        mtckpt.Checkpointer("run", [mtckpt.Ram(every=1)], group=group, timeout_s=20.0)
+        for group in local_groups(2)
+    )
+    with one, other, ThreadPoolExecutor(2) as pool:
+        for step in (1, 2):
+            saves = [pool.submit(each.save, step, {"w": np.ones(3)}) for each in (one, other)]
+            for save in saves:
+                save.result(30).wait("staged")
+        state = {"w": np.zeros(3)}
+        calls = [pool.submit(one.restore, state), pool.submit(other.restore, state, step=1)]
+        for call in calls:
+            with pytest.raises(StepDisagreement, match="is at 'match step-"):
+                call.result(30)
+        assert not state["w"].any()
 
 
 class _Interrupted(LocalGroup):

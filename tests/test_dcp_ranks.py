@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from forked_ranks import run_jobs
 
 import mtckpt
 from mtckpt.cli import main
@@ -19,9 +17,6 @@ dcp = pytest.importorskip("torch.distributed.checkpoint")
 
 from mtckpt.adapters.torch.dcp import Reader  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 110.0
-
 pytestmark = [
     pytest.mark.timeout(240),
     pytest.mark.usefixtures("runtime_dir"),
@@ -29,26 +24,13 @@ pytestmark = [
 ]
 
 
-def run(ranks: int, commands: str, directory: Path) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", str(ROOT / "tests/dcp_ranks.py"), commands]
-    done = subprocess.run(
-        [*command, str(directory)],
-        cwd=directory,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    return done.stdout
-
-
 def test_states_of_four_ranks_are_loaded_on_four_two_and_one(tmp_path: Path) -> None:
-    said = run(4, "save_plain,load_plain,save_models,load_models,first_fsdp", tmp_path)
+    said, on_two = run_jobs(
+        "dcp_ranks",
+        (4, ["save_plain,load_plain,save_models,load_models,first_fsdp", tmp_path]),
+        (2, ["load_plain,load_models,first_fsdp", tmp_path]),
+        cwd=tmp_path,
+    )
     assert said.count("loaded plain") == said.count("restored fsdp1") == 4
     assert said.count("refused: rank 1: DCP would pickle a value of type builtins.object") == 3
     assert said.count("rank 1: refused: DCP would pickle a value of type builtins.object") == 1
@@ -58,11 +40,10 @@ def test_states_of_four_ranks_are_loaded_on_four_two_and_one(tmp_path: Path) -> 
     sizes = [path.stat().st_size for path in (tmp_path / "disk/plain").rglob("*.safetensors")]
     assert sum(sizes) < 2 * 1.3 * (300_000 + 200_000) * 4
 
-    said = run(2, "load_plain,load_models,first_fsdp", tmp_path)
-    assert said.count("loaded plain") == 2
+    assert on_two.count("loaded plain") == 2
     for pair in ("tp_fsdp into ddp", "ddp into fsdp", "fsdp into fsdp"):
-        assert said.count(f": {pair}\n") == 2
-    assert said.count("loaded fsdp1") == 2
+        assert on_two.count(f": {pair}\n") == 2
+    assert on_two.count("loaded fsdp1") == 2
 
     # What DCP wrote by itself holds the same.
     command = ["import", str(tmp_path / "foreign"), str(tmp_path / "in"), "--run=r", "--unpickle"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from _code_blocks import Block, blocks
+from warm_python import Warm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -28,36 +28,42 @@ def python_blocks() -> list[tuple[str, Block]]:
     ]
 
 
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Callable[[str], Warm]]:
+    """Processes for code: most of what a block takes is to import what it begins with."""
+    started: dict[bool, Warm] = {}
+
+    def get(code: str) -> Warm:
+        # JAX is never imported ahead: it has threads from then on.
+        torch = bool(re.search(r"^(import|from) torch\b", code, re.MULTILINE))
+        if torch not in started or started[torch].closed:
+            more = ("torch", "mtckpt.adapters.torch") if torch else ()
+            started[torch] = Warm("mtckpt", "mtckpt._checkpointer", "mtckpt.adapters.numpy", *more)
+        return started[torch]
+
+    yield get
+    for process in started.values():
+        process.close()
+
+
 @pytest.mark.parametrize(
     ("page", "block"),
     [pytest.param(*pair, id=f"{pair[0]}:{pair[1].line}") for pair in python_blocks()],
 )
-def test_code_runs(page: str, block: Block, tmp_path: Path, runtime_dir: Path) -> None:
+@pytest.mark.usefixtures("runtime_dir")
+def test_code_runs(page: str, block: Block, tmp_path: Path, warm: Callable[[str], Warm]) -> None:
     if block.no_run:
         compile(block.code, page, "exec", dont_inherit=True)  # at least it is Python
         pytest.skip(block.no_run)
     script = tmp_path / "block.py"
     script.write_text(block.code)
-    done = run_script(script)
-    said = f"{page}:{block.line}\n{done.stdout}{done.stderr}"
+    status, said = warm(block.code).run(script, TIMEOUT_S)
+    said = f"{page}:{block.line}\n{said}"
     if block.raises:
-        assert done.returncode != 0, said
-        assert re.search(rf"^(\w+\.)*{block.raises}\b", done.stderr, re.MULTILINE), said
+        assert status != 0, said
+        assert re.search(rf"^(\w+\.)*{block.raises}\b", said, re.MULTILINE), said
     else:
-        assert done.returncode == 0, said
-
-
-def run_script(script: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", script.name],
-        cwd=script.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+        assert status == 0, said
 
 
 # ------------------------------------------------------------------------------------------ links

@@ -107,6 +107,9 @@ def test_what_does_not_fit_is_said() -> None:
     assert "at most 2 items here, 3" in differing({"b": deque(tensors)}, {"b": deque(maxlen=2)})
     longer = differing({"b": tensors}, {"b": [torch.zeros(1)]})
     assert "1 items here, 3 in the checkpoint; an empty one takes all" in longer
+    # A named tuple has as many as it has names, also of plain values.
+    named = {"b": [Transition(0, 0, 0)]}
+    assert differing({"b": [(1, 2)]}, named).endswith("3 items here, 2 in the checkpoint")
     assert "deque here" in differing({"b": torch.ones(1)}, {"b": deque()})
     assert "tuple here" not in differing({"b": tuple(tensors)}, {"b": ()})
 
@@ -194,3 +197,45 @@ def test_what_is_called_a_deque_and_is_none() -> None:
     lying = type(saved)(saved.structure, saved.arrays, saved.data, "[-3, 1]", saved.plain_paths)
     with pytest.raises(FormatError, match="called a deque"):
         restore(lying, {"d": Holder()})
+
+
+def test_plain_containers_inside_are_filled_in_their_place() -> None:
+    """Whoever holds one of them as well goes on with what was saved."""
+    losses, shape = [9.0], torch.Size([9])
+    seen: Any = defaultdict(int, old=1)
+    live: Any = {"log": {"losses": losses, "by": [seen, {"sizes": (shape, [])}]}}
+    by = live["log"]["by"]
+    kept = {"log": {"losses": [1.0, 2.0], "by": [{"a": 3}, {"sizes": (torch.Size([1]), [4])}, 5]}}
+    restore(save(kept), live)
+    assert live == kept
+    assert live["log"]["losses"] is losses
+    assert live["log"]["by"] is by
+    assert by[0] is seen
+    assert seen["new"] == 0
+    assert type(by[1]["sizes"][0]) is torch.Size
+    # Of another kind than what was saved: as before, what was saved comes.
+    live = {"log": {"losses": (9.0,), "by": {}}}
+    restore(save(kept), live)
+    assert live == kept
+
+
+@pytest.mark.parametrize("here", [0.0, 7, np.float64(9), np.int8(9)])
+@pytest.mark.parametrize("there", [0.5, 3, np.float32(0.5), np.float64(0.5), np.int8(3)])
+def test_a_number_of_numpys_is_a_number(here: Any, there: Any) -> None:
+    """A best loss begins as a float, and is what NumPy's mean() gave from the first pass on."""
+    live = {"best": here, "all": [here]}
+    result = restore(save({"best": there, "all": [there]}), live)
+    assert result is live
+    assert [type(found) for found in (live["best"], live["all"][0])] == [type(there)] * 2
+    assert live == {"best": there, "all": [there]}
+
+
+def test_a_tensor_of_one_number_takes_the_place_of_a_number() -> None:
+    live: Any = {"best": float("inf"), "steps": 0}
+    restore(save({"best": torch.tensor(0.5), "steps": torch.tensor(3)}), live)
+    assert (live["best"], list(range(live["steps"]))) == (torch.tensor(0.5), [0, 1, 2])
+    assert differing({"best": torch.ones(1)}, {"best": 0.0}) == (
+        "best: float here, array in the checkpoint"
+    )
+    assert "an array here" in differing({"best": 0.5}, {"best": torch.tensor(0.0)})
+    assert "str here" in differing({"best": np.float64(1)}, {"best": ""})

@@ -135,7 +135,7 @@ class _Run:
 
     def __init__(self, cluster: Cluster, group: Any, rank: int) -> None:
         self.name = self.key = "run"
-        self.tiers = [Disk("."), ObjectStore("memory://b")]
+        self.tiers = [Disk("."), ObjectStore("file:///b")]
         self.labels = ["disk", "store"]
         self.timeout_s = cluster.timeout_s
         self.group = group

@@ -159,3 +159,17 @@ def test_sound_steps_that_a_later_start_left_are_no_fresh_start() -> None:
     assert (plan.candidates, plan.lost) == ((), True)
     assert "restore(step=10) takes it" in plan.skipped["step 10"]
     assert [each.name for each in plan_restore([held], 10).candidates] == [NAME]
+
+
+def test_a_step_that_was_asked_for_is_never_nothing() -> None:
+    """As while what was abandoned is being deleted: its records go one by one."""
+    branched = Incarnation(1, "r", 2, ID, (1, 5))
+    half = msgspec.structs.replace(holding("disk", part(0, 1)), incarnations=(branched,))
+    plan = plan_restore([half], 10)
+    assert not plan.candidates
+    assert plan.skipped == {"step 10": "records of ranks [2, 3] are missing from disk"}
+    assert not plan_restore([half], "latest").skipped
+    whole = holding("disk", part(0, 1, 2, 3))
+    whole = msgspec.structs.replace(whole, incarnations=(branched,))
+    for step in ("latest", "best"):
+        assert plan_restore([whole], step, best=lambda saves: max(saves, default=None)).lost

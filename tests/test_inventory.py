@@ -82,6 +82,8 @@ def test_damage_is_a_problem_of_its_save_alone(place: Place, shard: Shard, tmp_p
     flip(record, 50)
     data.write_bytes(shard.data[:-1])
     assert "bytes where the record says" in scan_save(place.local, RUN, shard.name).problems[0]
+    data.unlink()
+    assert "its shard is gone" in scan_save(place.local, RUN, shard.name).problems[0]
 
 
 def test_metrics_reported_later_count(place: Place, shard: Shard) -> None:

@@ -353,3 +353,37 @@ def test_a_container_at_several_places_stays_one_where_they_are_equal() -> None:
     restored = restore(saved, template)
     assert restored["a"] is live is restored["b"]["c"]
     assert (live["w"].tolist(), live["n"]) == ([1, 1], [1, 2])
+
+
+class Strict(dict[str, Any]):
+    """As everybody writes it."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Growing(dict[str, Any]):
+    """As addict and Munch have it: whatever is asked for is there."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.setdefault(name, Growing())
+
+
+@pytest.mark.parametrize("kind", [Strict, Growing])
+def test_dicts_whose_items_are_attributes_are_dicts(kind: Any) -> None:
+    def make(count: int) -> dict[str, Any]:
+        inner = kind(n=count, seen=kind(a=count))
+        return {"own": kind(n=count, inner=inner), "log": {"by": [inner, OrderedDict(c=kind())]}}
+
+    live = make(0)
+    own = live["own"]
+    restore(save(make(3)), live)
+    assert live == make(3)
+    assert live["own"] is own
+    assert type(live["log"]["by"][0]) is kind
+    assert own.inner.seen.a == 3
+    opened: dict[str, Any] = {"own": kind(), "log": None}
+    restore(save(make(3)), opened)
+    assert opened == make(3)
+    ordered = {"own": kind(n=0)}
+    restore(save({"own": OrderedDict(n=1)}), ordered)
+    assert ordered["own"] == {"n": 1}

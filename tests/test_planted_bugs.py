@@ -170,7 +170,7 @@ def test_some_bugs_are_caught(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_every_process_runs_the_copy(tmp_path: Path) -> None:
-    """Trainer, agent and data process: whoever imports the package says which one."""
+    """Trainer, agent (or what it is forked from), data process: who imports it says which."""
     home = plant(tmp_path / "home", None)
     seen = home / "seen"
     with open(home / "mtckpt" / "errors.py", "a") as module:

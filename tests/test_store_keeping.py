@@ -77,6 +77,25 @@ def test_a_rule_lets_steps_go_markers_and_all(tmp_path: Path) -> None:
     assert markers == [f"{step:012d}.000001" for step in (1, 3, 6, 7)]
 
 
+def test_readers_of_what_goes_keep_no_job_from_its_end(
+    tmp_path: Path, ram_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Records have gone and data goes in a minute: memory is free before, and nothing is warned."""
+    monkeypatch.setenv("MTCKPT_DELETE_GRACE_S", "60")
+    shards = tmp_path / "store/r"
+    with open_run(tmp_path, keep=2) as run:
+        for step in range(1, 5):
+            run.save(step, state(step)).wait("durable", timeout_s=20)
+        until(lambda: steps_at(tmp_path / "store") != [1, 2, 3, 4])
+    assert "not free yet" not in caplog.text
+    assert not list(ram_dir.rglob("*.safetensors"))
+    assert len(list(shards.glob("step-*/*.safetensors"))) == 4
+    with open_run(tmp_path, keep=2) as run:
+        restored = run.restore(state(0))
+        assert (restored.step, list(restored.sources)) == (4, ["disk"])
+        run.save(5, state(5)).wait("durable", timeout_s=20)
+
+
 def test_the_best_step_goes_to_the_store_though_it_is_not_due(tmp_path: Path) -> None:
     keep = [mtckpt.KeepLast(2), mtckpt.KeepBest(1, "loss")]
     with open_run(tmp_path, every=1000, keep=keep) as run:

@@ -208,7 +208,16 @@ def test_what_is_sent_keeps_within_a_cap(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    for url in ("bucket/x", "s3://", "s3://key:hush@bucket/x", "s3://bucket/x?token=hush", ""):
+    wrong = (
+        "bucket/x",
+        "s3://",
+        "s3://key:hush@bucket/x",
+        "s3://bucket/x?token=hush",
+        "k:hush@b?hush",
+        "",
+    )
+    # The agent has another working directory and another home, and memory: ends with its process.
+    for url in (*wrong, "file://there/x", "file://~/x", "local://x", "memory://x"):
         with pytest.raises(UsageError) as raised:
             mtckpt.ObjectStore(url)
         assert "hush" not in str(raised.value)

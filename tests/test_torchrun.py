@@ -1,4 +1,4 @@
-"""Real ranks: torchrun, gloo, tiny models in every kind of parallelism, killed and stopped."""
+"""Real ranks, of torchrun or forked: gloo, small models in every parallelism, killed, stopped."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_jobs
 from halting import halting_after
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,20 +52,19 @@ def finish(process: subprocess.Popen[str], *, ended_well: bool = True) -> str:
     return said
 
 
-def run(ranks: int, *arguments: object, cwd: Path) -> str:
-    return finish(start(ranks, "tests/torch_ranks.py", *arguments, cwd=cwd))
-
-
 def test_every_kind_is_restored_into_every_other_and_on_fewer_ranks(tmp_path: Path) -> None:
-    said = run(4, "matrix", tmp_path, cwd=tmp_path)
     kinds = ("ddp", "fsdp", "hsdp", "tp_fsdp")
+    on_four, on_two = run_jobs(
+        "torch_ranks",
+        (4, ["matrix", tmp_path]),
+        (2, ["restore_all", tmp_path, *kinds]),
+        cwd=tmp_path,
+    )
     for source in kinds:
         for kind in kinds:
-            assert said.count(f": {source} into {kind}\n") == 4
-    said = run(2, "restore_all", tmp_path, *kinds, cwd=tmp_path)
-    for source in kinds:
+            assert on_four.count(f": {source} into {kind}\n") == 4
         for kind in ("ddp", "fsdp"):
-            assert said.count(f": {source} into {kind}\n") == 2
+            assert on_two.count(f": {source} into {kind}\n") == 2
     sizes = {
         kind: sum(path.stat().st_size for path in (tmp_path / "disk" / kind).rglob("*.safetensors"))
         for kind in kinds
@@ -95,12 +95,11 @@ def test_a_killed_rank_costs_nothing_but_time(tmp_path: Path) -> None:
     for directory in (plain, killed):
         directory.mkdir()
     script = "examples/train_fsdp.py"
-    twin = start(2, "examples/train_fsdp_plain.py", f"--steps={STEPS}", cwd=plain)
+    run_jobs("train_fsdp_plain", (2, [f"--steps={STEPS}"]), cwd=plain)
     halting = halting_after(STEPS - 2, tmp_path / "halting")
     victim = start(2, script, f"--steps={STEPS}", cwd=killed, environment=halting)
     kill_one(victim, killed / "out" / "losses-1.tsv", STEPS // 2)
     said = finish(start(2, script, f"--steps={STEPS}", cwd=killed))
-    finish(twin)
     restored = re.findall(r"restored step (\d+)", said)
     assert len(restored) == 2, said
     assert len(set(restored)) == 1, said
@@ -119,7 +118,7 @@ def test_a_rank_that_is_stopped_is_named_and_saves_resume_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MTCKPT_RANK_S", "2")
-    said = run(2, "stuck", tmp_path, cwd=tmp_path)
+    (said,) = run_jobs("torch_ranks", (2, ["stuck", tmp_path]), cwd=tmp_path)
     for rank in range(2):  # rank 1, which goes on later, hears it too
         assert f"rank {rank}: step 2: RankTimeout of [1] at staged" in said
         assert f"rank {rank}: step 3: SaveFailed" in said
@@ -127,14 +126,17 @@ def test_a_rank_that_is_stopped_is_named_and_saves_resume_together(
 
 
 def test_fsdp1_is_restored_into_other_kinds_and_on_fewer_ranks(tmp_path: Path) -> None:
-    script = "tests/fsdp1_ranks.py"
-    said = finish(start(4, script, "save,load,refused", tmp_path, cwd=tmp_path))
+    on_four, on_two = run_jobs(
+        "fsdp1_ranks",
+        (4, ["save,load,refused", tmp_path]),
+        (2, ["load", tmp_path]),
+        cwd=tmp_path,
+    )
     pairs = ("flat into flat", "flat into hybrid", "hybrid into pieces", "fsdp into flat")
-    assert all(said.count(f": {pair}\n") == 4 for pair in pairs), said
-    assert said.count("refused: 6 of 6 parameters of an optimizer are of an FSDP1 module") == 4
-    said = finish(start(2, script, "load", tmp_path, cwd=tmp_path))
+    assert all(on_four.count(f": {pair}\n") == 4 for pair in pairs), on_four
+    assert on_four.count("refused: 6 of 6 parameters of an optimizer are of an FSDP1 module") == 4
     for pair in ("flat into pieces", "hybrid into flat", "pieces into ddp"):
-        assert said.count(f": {pair}\n") == 2
+        assert on_two.count(f": {pair}\n") == 2
     # No rank has stored more than its pieces: all kinds take as much, but for headers.
     sizes = {
         kind: sum(path.stat().st_size for path in directory.rglob("*.safetensors"))

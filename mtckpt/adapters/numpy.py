@@ -200,9 +200,11 @@ class NumpyAdapter:
         return isinstance(live, np.ndarray) and live.flags.writeable and not _overlaps_itself(live)
 
     def number(self, live: Any, value: Any) -> Any | None:
-        """None: a number is no array."""
-        del live, value
-        return None
+        """The number itself in the place of a scalar; None for an array."""
+        import numpy as np
+
+        is_number = isinstance(live, np.generic) and isinstance(value, (int, float))
+        return value if is_number else None
 
     def written(self, lives: Sequence[Any]) -> None:
         """Nothing: NumPy keeps no record of writes."""

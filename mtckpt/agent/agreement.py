@@ -162,7 +162,9 @@ class Agreement:
                 continue
             lacking = save.lacking()
             layout = run.layout
-            if layout and (save.found or not (layout.is_lead or layout.own.intersection(lacking))):
+            own_lack = layout is not None and layout.own.intersection(lacking)
+            may_be_whole = save.found or (save.offered and not own_lack)
+            if layout and (may_be_whole or not (layout.is_lead or own_lack)):
                 if waited_s > limit_s + min(limit_s, WORD_S) and RAM not in save.failed:
                     self._doubt(run, layout, save, lacking)
                 continue

@@ -54,11 +54,13 @@ _OF_ONE_MACHINE = frozenset(
 @dataclass(slots=True)
 class Taken:
     """What became of a look: ``here`` if the run is in the directory now, ``brought`` if some of it
-    has come by this look; ``left`` are directories that have some of it, and whose agent may live;
-    ``refused`` are those of dead ones that it could not be brought from, and why."""
+    has come by this look; ``living`` are directories of agents that live and have some of it,
+    ``left`` those whose agent may live; ``refused`` are those of dead ones that it could not be
+    brought from, and why."""
 
     here: bool = False
     brought: bool = False
+    living: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -145,7 +147,10 @@ def take_over(place: str, run_key: str, own: str, boot_id: str) -> Taken:
     of that when it is looked at next."""
     taken = Taken(os.path.isdir(os.path.join(own, run_key)))
     for root in sorted(_all(place), key=lambda root: _newest(root, run_key), reverse=True):
-        if root == own or (held := _try(root)) is None:
+        if root == own:
+            continue
+        if (held := _try(root)) is None:
+            taken.living += [root] if os.path.isdir(os.path.join(root, run_key)) else []
             continue
         try:
             has_it = os.path.isdir(os.path.join(root, run_key))

@@ -223,7 +223,7 @@ class _Handover:
             return
         first = [number for number in sorted(save.held_on) if number in staying]
         # Before it is taken: who takes it may go as well, and must not count on this node then.
-        save.handed = True
+        save.handed = save.offered = True
         where, why = await self._give(save, ranks, first, self._run.secret)
         if where:
             self.holders[str(save.name)] = where

@@ -64,9 +64,12 @@ class Freer:
             why = "nothing is in RAM"
         else:
             return
+        resting = is_busy(run, resting=True)
+        if resting and not (in_ram or run.slots):
+            return
         self._tools.events.emit("ram.freed", run=run.run, reason=why, lost=not safe or None)
         async with run.opening:
-            await self.wipe(run)
+            await (self._empty(run) if resting else self.wipe(run))
 
     async def wipe(self, run: RunState) -> None:
         """Free all of a run's RAM and forget it; slower tiers keep what they have. To be called
@@ -89,23 +92,31 @@ class Freer:
     async def move(self, run: RunState, ram: TierRef) -> bool:
         """Free all of a run's RAM, and go on with it in other memory, with the same owners; False
         where that has what nobody else has. To be called under ``run.opening``."""
-        while run.allocating:  # noqa: ASYNC110 - each has its deadline
-            await asyncio.sleep(_POLL_S)
-        async with run.sealing:
-            if not is_elsewhere(run):
-                return False
-            run.doubted = True
-            await self._tools.call(work.Wipe(run.ram, run.key), work.Freed)
-            run.ram = ram
-            run.slots.clear()
-            for save in list(run.saves.values()):
-                save.guests.clear()
-                if RAM in save.ranks:
-                    run.drop_copy(save, RAM)
-                    self._ring.note_gone(run, save)
+        run.moving = True
+        try:
+            while run.allocating:  # noqa: ASYNC110 - each has its deadline
+                await asyncio.sleep(_POLL_S)
+            async with run.sealing:
+                if not is_elsewhere(run):
+                    return False
+                await self._empty(run)
+                run.ram = ram
+        finally:
+            run.moving = False
         await self.look_again(run)
         run.touch()
         return True
+
+    async def _empty(self, run: RunState) -> None:
+        """Free all of a run's RAM; it goes on with what is elsewhere."""
+        run.doubted = True
+        await self._tools.call(work.Wipe(run.ram, run.key), work.Freed)
+        run.slots.clear()
+        for save in list(run.saves.values()):
+            save.guests.clear()
+            if RAM in save.ranks:
+                run.drop_copy(save, RAM)
+                self._ring.note_gone(run, save)
 
     def refuse_move(self, run: RunState, root: str) -> NoReturn:
         """Raise why a run stays in its memory: UsageError, or WaitTimeout where what is there alone
@@ -143,8 +154,18 @@ class Freer:
                 self._ring.note_gone(run, save)
                 run.touch(save)
             run.doubted = False
-        there = {incarnation.number for incarnation in found.incarnations}
-        for number in run.begun.keys() - there:
+        try:
+            await self._note_again(run, {each.number for each in found.incarnations})
+        except BaseException:  # before anybody goes on
+            run.doubted = True
+            raise
+
+    async def _note_again(self, run: RunState, found: set[int]) -> None:
+        """What the next agent needs, where only some of it was found."""
+        lost = run.begun.keys() - found
+        if lost and run.layout is not None:
+            await self._links.note(run)
+        for number in lost:
             known = run.begun[number]
             key, data = _inventory.incarnation_key(run.key, known), _manifest.encode_sealed(known)
             await self._tools.call(work.PutSmall(run.ram, key, data), work.Stored)
@@ -206,19 +227,19 @@ def why_kept(run: RunState) -> str:
     return "; ".join(slow)
 
 
-def is_busy(run: RunState) -> bool:
-    """Whether something is owed or under way."""
+def is_busy(run: RunState, *, resting: bool = False) -> bool:
+    """Whether something is owed or under way; ``resting``: or a store only gives readers time."""
     return (
-        any(_is_owed(run, tier) for tier in run.tiers.values())
+        any(_is_owed(run, tier, resting=resting) for tier in run.tiers.values())
         or any(save.writing for save in run.saves.values())
         or _is_in_use(run)
     )
 
 
-def _is_owed(run: RunState, tier: TierState) -> bool:
+def _is_owed(run: RunState, tier: TierState, *, resting: bool = False) -> bool:
     """Whether something is on its way to a tier, or has still to go there."""
     return bool(
-        tier.to_keep
+        (tier.to_keep and (resting or not tier.resting))
         or tier.small_owed
         or any(tier.label in save.writing for save in run.saves.values())
         or queue.pick_flush(tier.label, run.flushable(tier))

@@ -22,6 +22,7 @@ from mtckpt._manifest import Rank, SaveName, Uuid
 from mtckpt.agent import work
 from mtckpt.agent.protocol import Done
 from mtckpt.agent.queue import backoff_s
+from mtckpt.agent.run_config import PULLING
 from mtckpt.agent.saves import RAM, SaveState
 from mtckpt.errors import AgentUnavailable, CheckpointError, FormatError, NodeDraining, TierFull
 
@@ -32,12 +33,10 @@ if TYPE_CHECKING:
     from mtckpt.agent.runs import RunState
     from mtckpt.agent.tools import Tools
 
-__all__ = ["PULLING", "Guests", "Lost", "Offer", "Taken"]
+__all__ = ["Guests", "Lost", "Offer", "Taken"]
 
 logger = logging.getLogger(__name__)
 
-# The data process that receives: one that waits for a network holds up nothing else.
-PULLING = work.TierRef("peers", "pull", label="peers")
 MAX_WAIT_S = 10.0
 CALL_S = 5.0
 MAX_RANKS = 4096
@@ -198,7 +197,7 @@ class Guests:
                 raise _without_room(error, self._peers_name(run)) from error
             raise
         if layout := run.layout:
-            await self._take_back(run, save, layout.own.intersection(new))
+            await self._take_back(run, save, save.guests.intersection(layout.own))
         run.counters["guests"] += len(new)
         self._tools.events.emit(
             "copies.taken", run=run.run, step=save.name.step, node=offer.node, shards=len(new)

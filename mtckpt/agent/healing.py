@@ -17,8 +17,8 @@ import msgspec
 from mtckpt._manifest import SaveName, parse_record_file
 from mtckpt._retention import Held, KeepBest, decide, keep_from_wire, kept
 from mtckpt.agent import queue, work
-from mtckpt.agent.guests import PULLING
 from mtckpt.agent.partners import partners_of
+from mtckpt.agent.run_config import PULLING
 from mtckpt.agent.saves import RAM, Line, SaveState, TierState
 from mtckpt.errors import CheckpointError, Damaged, TierUnavailable
 

@@ -119,7 +119,12 @@ class Keeper:
             named = await self._delete_all(run, tier, names, records_only=True)
             done = len(named) == len(names)
             if named:
-                await asyncio.sleep(self._tools.limits.delete_grace_s)
+                tier.resting = True
+                run.touch()
+                try:
+                    await asyncio.sleep(self._tools.limits.delete_grace_s)
+                finally:
+                    tier.resting = False
             names = named
         deleted = await self._delete_all(run, tier, names)
         return done and len(deleted) == len(names)

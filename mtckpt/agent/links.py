@@ -65,7 +65,7 @@ class Link:
     seq: int = -1
     agent_id: str = ""
     told_by: str = ""
-    # The last save that the node has spoken of.
+    # The last save that all ranks of the node have come to.
     incarnation: int = 0
     last_step: int = -1
     failing_since_s: float | None = None
@@ -134,6 +134,12 @@ class Links:
         for number in run.links:
             self._tools.start(self._serve(run, number), f"telling node {number} of {run.key}")
         self._tools.start(self._watch(run, run.secret), f"watching news of {run.key}")
+
+    async def note(self, run: RunState) -> None:
+        """Note the nodes of a run for the next agent once more, where that has gone."""
+        async with self._peers.joining:
+            if join := self._peers.joined(run.key):
+                await self._peers.replace(run, join)
 
     def leave(self, run: RunState) -> None:
         """Tell nobody any more. Idempotent."""
@@ -292,9 +298,11 @@ class Links:
         heard = [save for news in message.saves if (save := self._take_in(run, message.node, news))]
         run.discharge(scanned=False)
         for save in sorted(heard, key=lambda s: s.order):
-            if (save.name.incarnation, save.name.step) > (link.incarnation, link.last_step):
+            news = save.told[message.node]
+            # All ranks of the node have that. What is called off it may have heard from here.
+            if news.parts and save.order > (link.incarnation, link.last_step):
                 link.incarnation, link.last_step = save.order
-            await self._agreement.heard(run, save, save.told[message.node])
+            await self._agreement.heard(run, save, news)
             self._check_same(run, message.node, link)
             self._settle(run, save)
             self._replicas.look(run, save)

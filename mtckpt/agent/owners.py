@@ -20,6 +20,7 @@ __all__ = [
     "Process",
     "Verdict",
     "boot_id",
+    "is_left",
     "judge",
     "peer_pidfd",
     "read_process",
@@ -180,20 +181,28 @@ _SHORT = 0.2
 _NOTICED_S = 5.0
 
 
+def is_left(owner: Owner, process: Process | None) -> bool:
+    """Whether it cannot mean it any more: left behind by a launcher that was killed (it has another
+    parent now), or stopped. Pure."""
+    return process is not None and (
+        process.state in "ZXTt" or process.parent_pid != owner.parent_pid
+    )
+
+
 def judge(
     owner: Owner, process: Process | None, claim: Claim, waited_s: float, patience_s: float = 5.0
 ) -> Verdict:
     """Decide on a claim while ``owner`` is not known to be dead. Pure.
 
     A process that got SIGKILL takes a while to give its memory back, so there is some patience.
-    An owner that cannot mean it any more is fenced: left behind by a launcher that was killed (it
-    has another parent now), stopped, or the same process with a newer Checkpointer.
+    An owner that cannot mean it any more is fenced, see ``is_left``, or that is the same process
+    with a newer Checkpointer.
     """
     if owner.is_same(claim):
         return Verdict.REOPEN if owner.holder == claim.holder else Verdict.FENCE
     if process is not None and process.exiting:
         return Verdict.WAIT if waited_s < patience_s else Verdict.FENCE
-    if process is not None and (process.state in "ZXTt" or process.parent_pid != owner.parent_pid):
+    if is_left(owner, process):
         return Verdict.WAIT if waited_s < patience_s * _SHORT else Verdict.FENCE
     if owner.has_hung_up():
         # Its silence is going to say whether it lives; until then nothing does.

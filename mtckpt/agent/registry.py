@@ -7,6 +7,7 @@ agent before this one left undone is in files; it is read here and goes on where
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -23,7 +24,7 @@ from mtckpt.agent.draining import Drainer
 from mtckpt.agent.fetching import Fetcher
 from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.freeing import Freer, is_busy, is_elsewhere
-from mtckpt.agent.guests import PULLING, Guests
+from mtckpt.agent.guests import Guests
 from mtckpt.agent.healing import Healer
 from mtckpt.agent.leftovers import Leftovers, adopt_slots
 from mtckpt.agent.links import Links
@@ -33,15 +34,15 @@ from mtckpt.agent.peers import SERVING, Peers
 from mtckpt.agent.replicas import Replicas
 from mtckpt.agent.ring import Ring
 from mtckpt.agent.roots import Roots
+from mtckpt.agent.run_config import PULLING, ref_of
 from mtckpt.agent.runs import RunState
 from mtckpt.agent.saves import RAM, TierState
 from mtckpt.agent.tools import until
 from mtckpt.agent.work import TierRef
-from mtckpt.errors import AgentUnavailable, CheckpointError, UsageError
+from mtckpt.errors import AgentUnavailable, CheckpointError, TierUnavailable
 
 if TYPE_CHECKING:
     from mtckpt.agent.protocol import TierConfig
-    from mtckpt.agent.queue import Limits
     from mtckpt.agent.tools import Tools
 
 __all__ = ["Registry"]
@@ -84,11 +85,10 @@ class Registry:
         self.links = Links(
             tools, self.ring, self.agreement, self.flusher, self.replicas, self.peers
         )
-        follow, write_config = self.links.follow, self.write_config
         self.freer = Freer(tools, self.runs, self.links, self.flusher, self.ring)
         self.guests = Guests(
-            tools, self.peers, self.boot_id, follow, write_config, self.fetcher.arrived,
-            self.agent_id,
+            tools, self.peers, self.boot_id, self.links.follow, self.write_config,
+            self.fetcher.arrived, self.agent_id,
         )  # fmt: skip
         self.directory = directory
         self.held = Roots(directory, protocol.ram_base(), self.boot_id)
@@ -139,6 +139,8 @@ class Registry:
         what keeps it from being looked at: then that is done before anybody opens a run there, for
         what is there is never taken for nothing."""
         ram = self._ram_ref(root)
+        with contextlib.suppress(TierUnavailable):  # there may be none yet: it is made then
+            await self.held.take(root)
         configs = await self.tools.call(work.ReadRunConfigs(ram), work.RunConfigs)
         await self.held.take(root)  # from here on: what is half done there is nobody else's
         has_others = root not in self.held.loaded  # which nobody has taken in
@@ -154,11 +156,13 @@ class Registry:
             extra = {**known.extra, "guests": {}}
             own = msgspec.structs.replace(known, tiers=only.tiers, extra=extra)
             by_key = {**(by_key if has_others else {}), only.run_key: own}
-        for key in sorted({*by_key, *scans} - self.runs.keys()):
-            config = by_key.get(key) or work.RunConfig(key, key)
+        for key in sorted({*by_key, *scans}):
+            config, found = by_key.get(key) or work.RunConfig(key, key), scans.get(key)
+            if not await self._makes_way(self.runs.get(key), found):
+                continue
             run = RunState(config.run, key, ram)
             async with run.opening:  # nobody frees what may be here for nodes that are known last
-                await self._adopt(run, config, scans.get(key) or work.RunScan(key))
+                await self._adopt(run, config, found or work.RunScan(key))
                 if key in configs.joins:
                     noted = config.extra.get("rank_here")
                     await self.peers.adopt(run, configs.joins[key], noted)
@@ -170,6 +174,18 @@ class Registry:
                 self.flusher.start(run)  # where there are no nodes, none is owed a copy
         if root not in self.held.loaded:
             self.held.loaded.append(root)
+
+    async def _makes_way(self, known: RunState | None, found: work.RunScan | None) -> bool:
+        """Whether a run that was found is taken in: what is known of it is none of its saves, as
+        where a note has come late to memory that it had left."""
+        if known is None:
+            return True
+        async with known.opening:  # who is just coming to it goes on with it
+            has_any = known.slots or any(RAM in s.ranks or s.guests for s in known.saves.values())
+            if has_any or not found or not found.saves or not all(o.absent for o in known.living()):
+                return False
+            await self.freer.wipe(known)
+        return True
 
     async def _adopt(self, run: RunState, config: work.RunConfig, scan: work.RunScan) -> None:
         """One run as another agent left it: living owners are watched, dead ones settled."""
@@ -227,24 +243,24 @@ class Registry:
 
     async def run_for(self, key: str, message: protocol.Open) -> RunState:
         """The run that is opened, known or new. Raises UsageError if its RAM lies elsewhere."""
+        # A service keeps everybody's slots in its own directory; the reply says where.
+        root = self.held.named("" if self.service else message.ram_path)
+        if root not in self.held.loaded:  # one that hangs keeps no other run from being opened
+            await self.held.check(root)
         async with self._loading:
-            root = await self._root_for(key, message)
-            run = self.runs.get(key)
-            if run is None:
-                run = self.runs[key] = RunState(message.run, key, self._ram_ref(root))
-            elif run.ram.path != root:
+            root = await self._root_for(key, root, message)
+            run = self.runs.setdefault(key, RunState(message.run, key, self._ram_ref(root)))
+            if run.ram.path != root:
                 await self._move(run, root, message)
         return run
 
-    async def _root_for(self, key: str, message: protocol.Open) -> str:
+    async def _root_for(self, key: str, root: str, message: protocol.Open) -> str:
         """Where a run that is opened has its slots. What is left of it beside a disk, where the job
         before had too little memory, is taken in on the way."""
-        # A service keeps everybody's slots in its own directory; the reply says where.
-        root = self.held.named("" if self.service else message.ram_path)
         if beside.is_asked(root):
             root = await self.held.own(root)
         if root not in self.held.loaded:
-            await self.held.let_go({run.ram.path for run in self.runs.values()})
+            await self.held.let_go({root, *(run.ram.path for run in self.runs.values())})
             self.held.note(root)
             await self._load_root(root)
         for tier in () if self.service else message.tiers:
@@ -257,8 +273,8 @@ class Registry:
         on it, or it is elsewhere."""
         run = self.runs.get(key)
         if run is None:
-            own = await self.held.take_over(key, place, message.patience_s)
-            if own:
+            alone = message.world_size == 1
+            if own := await self.held.take_over(key, place, message.patience_s, alone=alone):
                 # Its tiers are where this job says, not where a container before had them.
                 await self._load_root(own, work.RunConfig(message.run, key, message.tiers))
             return
@@ -300,7 +316,7 @@ class Registry:
             for save in run.saves.values():
                 save.due.discard(label)
         for config in configs:
-            ref = _ref_of(config, self.tools.limits, group_access=self.service)
+            ref = ref_of(config, self.tools.limits.store_bytes_per_s, group_access=self.service)
             old = run.tiers.get(config.label)
             if old is not None and old.config.path == config.path:
                 # Other credentials are another data process, and the same tier.
@@ -325,8 +341,7 @@ class Registry:
         """Wait until every tier has said what it holds, or that it cannot; at most so long."""
         deadline_s = time.monotonic() + timeout_s
         while any(not tier.scanned and not tier.problem for tier in run.tiers.values()):
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
+            if (left_s := deadline_s - time.monotonic()) <= 0:
                 return
             await until(run.changed, min(left_s, 0.1))
 
@@ -353,8 +368,7 @@ class Registry:
     def watch(self, run: RunState, owner: Owner) -> None:
         """Be told when the owner dies."""
         if owner.pidfd >= 0:
-            loop = asyncio.get_running_loop()
-            loop.add_reader(owner.pidfd, self._died, run, owner)
+            asyncio.get_running_loop().add_reader(owner.pidfd, self._died, run, owner)
 
     def _died(self, run: RunState, owner: Owner) -> None:
         if owner.dead:
@@ -484,16 +498,3 @@ def _end_waiting(run: RunState, tier: TierState) -> None:
         tier.task = None
     for save in run.saves.values():
         save.failed.pop(tier.label, None)
-
-
-def _ref_of(config: TierConfig, limits: Limits, *, group_access: bool) -> TierRef:
-    if config.kind == "disk":
-        return TierRef("disk", config.path, group_access, config.label)
-    if config.kind == "store":
-        cap = int(limits.store_bytes_per_s)
-        return TierRef(
-            "store", config.path, label=config.label, bytes_per_s=cap, access=config.access
-        )
-    if config.kind == "peers":
-        return msgspec.structs.replace(PULLING, label=config.label)
-    raise UsageError(f"this agent knows no tier of kind {config.kind!r}")

@@ -107,6 +107,10 @@ class Roots:
         self._read()
         return list(dict.fromkeys([self._default, *self._noted]))
 
+    async def check(self, root: str) -> None:
+        """Raises TierUnavailable where one does not say whether it is there."""
+        await aside(functools.partial(_is_there, root), root)
+
     async def there(self, roots: Collection[str]) -> dict[str, TierUnavailable | None]:
         """Those of them that are there, or why that is not known."""
         looks = [aside(functools.partial(_is_there, root), root) for root in roots]
@@ -182,11 +186,18 @@ class Roots:
         raise TierUnavailable(f"{place} is being tidied up by other agents", tier="ram")
 
     async def take_over(
-        self, run_key: str, place: str, patience_s: float = 60.0, known: str = ""
+        self,
+        run_key: str,
+        place: str,
+        patience_s: float = 60.0,
+        known: str = "",
+        *,
+        alone: bool = False,
     ) -> str:
         """Where a run that agents which are gone have left beside a disk is from now on: this
         agent's directory there, ``known`` if the run is in that. "" where nothing came that could
-        be taken over, or where the disk does not say so within a part of ``patience_s``."""
+        be taken over, or where the disk does not say so within a part of ``patience_s``. Whose
+        agent lives is another rank's, unless there is ``alone`` this one."""
         try:
             look = functools.partial(beside.has_left, place, run_key)
             look_s = min(LOOK_S, max(MIN_LOOK_S, LOOK_SHARE * patience_s))
@@ -201,6 +212,12 @@ class Roots:
             what = error.what if isinstance(error, CheckpointError) else error
             self._pass_over(run_key, f"{place} is not looked into: {what}")
             return ""
+        for root in taken.living if alone else ():
+            self._pass_over(
+                run_key,
+                f"another agent, at {noted(root) or 'another directory'}, lives and has slots of it"
+                f" in {root}: end that one, and start again",
+            )
         for root in taken.left:
             self._pass_over(
                 run_key,

@@ -11,8 +11,17 @@ import msgspec
 
 from mtckpt._access import Access
 from mtckpt.agent.protocol import TierConfig
+from mtckpt.errors import UsageError
 
-__all__ = ["RUN_CONFIG_VERSION", "Owner", "RunConfig", "ServedRun", "TierRef"]
+__all__ = [
+    "PULLING",
+    "RUN_CONFIG_VERSION",
+    "Owner",
+    "RunConfig",
+    "ServedRun",
+    "TierRef",
+    "ref_of",
+]
 
 RUN_CONFIG_VERSION = 1
 
@@ -26,6 +35,24 @@ class TierRef(msgspec.Struct, frozen=True):
     label: str = ""
     bytes_per_s: int = 0
     access: Access = Access()
+
+
+# The data process that receives: one that waits for a network holds up nothing else.
+PULLING = TierRef("peers", "pull", label="peers")
+
+
+def ref_of(config: TierConfig, store_bytes_per_s: float, *, group_access: bool) -> TierRef:
+    """Where a slower tier is that a job has named. Raises UsageError."""
+    if config.kind == "disk":
+        return TierRef("disk", config.path, group_access, config.label)
+    if config.kind == "store":
+        return TierRef(
+            "store", config.path, label=config.label,
+            bytes_per_s=int(store_bytes_per_s), access=config.access,
+        )  # fmt: skip
+    if config.kind == "peers":
+        return msgspec.structs.replace(PULLING, label=config.label)
+    raise UsageError(f"this agent knows no tier of kind {config.kind!r}")
 
 
 class Owner(msgspec.Struct, frozen=True):

@@ -83,6 +83,7 @@ class RunState:
     scrubbed_s: float = field(default_factory=lambda: time.monotonic())
     begun_s: float = 0.0  # when the incarnation did
     allocating: int = 0
+    moving: bool = False  # to other memory: no slot is made in what it leaves
     seq: int = 0
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     sealing: asyncio.Lock = field(default_factory=asyncio.Lock)

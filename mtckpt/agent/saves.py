@@ -109,6 +109,7 @@ class SaveState:
     due: set[str] = field(default_factory=set)
     wanted: set[str] = field(default_factory=set)
     handed: bool = False  # this node goes, and has given its parts away, or is about to
+    offered: bool = False  # likewise, once: who has taken them may find it whole, and be silent
     ranks: dict[str, set[int]] = field(default_factory=dict)
     told: Told = field(default_factory=Told)
     guests: set[int] = field(default_factory=set)
@@ -355,6 +356,7 @@ class TierState:
     keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
     again: asyncio.Task[None] | None = None
     looking: bool = False  # somebody waits to see what can go
+    resting: bool = False  # nothing is done in it, so that who reads what goes can end
     undeleted: set[str] = field(default_factory=set)
     denied: str = ""  # why a store lets nothing be deleted
 

@@ -272,9 +272,11 @@ class Verbs:
         run.begun_s = time.monotonic()
         owner.incarnation, owner.incarnation_id = message.number, message.id
         owner.last_step = -1
-        for old in list(run.owners.values()):
-            # Ranks that the job had more before, left behind by a launcher that was killed.
-            if old.rank >= owner.world_size and old.incarnation < message.number:
+        more = [o for o in run.owners.values() if o.rank >= owner.world_size]
+        # Ranks that the job had more before, left behind by a launcher that was killed; or, where
+        # that is true of this one itself, those that the next job has more.
+        for old in more if not owners.is_left(owner, owner.process()) else ():
+            if old.incarnation < message.number:
                 await self._fence(run, old, owner)
         # One that is left behind by an earlier start of the job is none of its ranks.
         own = [o for o in run.owners.values() if o.incarnation in (0, message.number)]

@@ -63,11 +63,13 @@ def find(target: str | None, *, writable: bool = False) -> Iterator[Found]:
 
 
 def _at_location(location: str, found: Found, *, writable: bool) -> None:
-    from mtckpt import _probe
+    from mtckpt import _foreign, _probe
     from mtckpt._places import open_places
 
     for place in open_places(location, _probe.tier_label(location), writable=writable):
         found.add(place)
+    if not found.runs:
+        found.notes += _foreign.hints(location)
 
 
 def _of_run(run: str | None, found: Found, *, writable: bool) -> None:

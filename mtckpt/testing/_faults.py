@@ -164,13 +164,14 @@ class Faults:
         await asyncio.gather(*draining, return_exceptions=True)
         self._disturb()
         for agent, task in zip(agents, draining, strict=True):
-            if agent.dead:
-                continue
-            if task.result().safe:
-                self.oracles.drained(agent.node)
-                agent.node.lose()
-            else:
-                agent.registry.drainer.cancel()
+            node = agent.node
+            if not task.cancelled() and task.result().safe:
+                # Its agent may be killed before it goes: the next one there finds the note.
+                if not node.lost and agent.registry.boot_id == node.boot_id:
+                    self.oracles.drained(node)
+                    node.lose()
+            elif not agent.dead:
+                agent.context.run(agent.registry.drainer.cancel)
 
     def _answer(self, place: object) -> None:
         self._disturb()

@@ -6,6 +6,7 @@ error. Nothing that decides is replaced.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import logging
@@ -18,13 +19,47 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from mtckpt import _gathering, _handle, _progress, _restore, _run, _saver, _session, _writing
+from mtckpt import (
+    _foreign,
+    _gathering,
+    _handle,
+    _joining,
+    _progress,
+    _restore,
+    _run,
+    _saver,
+    _session,
+    _turns,
+    _writing,
+)
 from mtckpt.adapters import active_adapters
-from mtckpt.agent import address, owners, peers, protocol, registry, roots, server, verbs
+from mtckpt.agent import (
+    address,
+    beside,
+    drains,
+    fetching,
+    holding,
+    known_runs,
+    owners,
+    peers,
+    protocol,
+    registry,
+    roots,
+    server,
+    verbs,
+)
+from mtckpt.testing._files import UID, open_of, os_of
 from mtckpt.testing._restores import PeerPlace, restore_from
 from mtckpt.testing._trainers import begin
 from mtckpt.testing._virtual import Threads, Time
-from mtckpt.testing._wires import AgentClient, PeerClient, PeerListener, bind, ensure_agent
+from mtckpt.testing._wires import (
+    AgentClient,
+    PatientClient,
+    PeerClient,
+    PeerListener,
+    bind,
+    ensure_agent,
+)
 from mtckpt.testing.cluster import Node, Process, World, running
 
 if TYPE_CHECKING:
@@ -59,19 +94,23 @@ class Names:
     values: list[tuple[Any, str, Any]] = field(default_factory=list)
 
     def put(self, module: Any, name: str, value: Any) -> None:
-        assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+        is_there = hasattr(module, name) or hasattr(builtins, name)
+        assert is_there, f"{module.__name__} has no {name} any more"
         self.values.append((module, name, value))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        before = [(module, name, getattr(module, name)) for module, name, _ in self.values]
+        before = [(module, name, vars(module).get(name, self)) for module, name, _ in self.values]
         try:
             for module, name, value in self.values:
                 setattr(module, name, value)
             yield
         finally:
             for module, name, value in before:
-                setattr(module, name, value)
+                if value is self:  # one of all modules
+                    delattr(module, name)
+                else:
+                    setattr(module, name, value)
 
 
 def names_of(world: World) -> Names:
@@ -93,22 +132,22 @@ def names_of(world: World) -> Names:
         return process.spawn(target)
 
     threads = Threads(world.loop, spawn)
-    for module in (_session, _handle, _run, _progress, _gathering):
+    for module in (_session, _turns, _handle, _run, _progress, _gathering):
         names.put(module, "threading", threads)
-    names.put(_saver, "left_bytes_at", lambda _: 1 << 30)
+    _put_files(names, world)
     names.put(_session, "queue", threads)
     names.put(_session, "AgentClient", functools.partial(AgentClient, world))
     names.put(_session, "ensure_agent", ensure_agent(world))
     names.put(_session, "start_ticks", lambda pid: world.processes[pid].start_ticks)
     names.put(os, "urandom", world.urandom)
+    names.put(os, "environ", {})
+    names.put(peers, "domains_here", dict)
     names.put(owners, "read_process", world.read_process)
     names.put(owners, "open_pidfd", world.open_pidfd)
     names.put(owners, "peer_pidfd", world.peer_pidfd)
     for module in (owners, server, verbs):
         names.put(module, "os", _os_of(world))
     names.put(roots, "aside", _at_once)
-    names.put(roots, "lock", lambda _: _Held())
-    names.put(roots, "NOTE", "nowhere/.agent")
     names.put(address, "peer_of", lambda process: address.Peer(process.pid, 0, 0))
     names.put(registry, "boot_id", lambda: _node_here().boot_id)
     names.put(protocol, "ram_base", lambda: "/")
@@ -121,9 +160,34 @@ def names_of(world: World) -> Names:
     names.put(_run, "open_store", lambda *_, **__: world.store)
     names.put(_restore, "restore_from", restore_from(world))
     names.put(_writing, "Writing", begin(world))
+    names.put(_gathering, "PeerClient", functools.partial(PatientClient, world))
     names.put(_gathering, "PeerTier", functools.partial(PeerPlace, world))
     active_adapters()
     return names
+
+
+def _put_files(names: Names, world: World) -> None:
+    """What stands in the place of the file system, and of what is known of a machine by it."""
+
+    def here() -> Node:
+        fiber = world.loop.fiber
+        node: Node = (running.get() if fiber is None else fiber.owner).node
+        return node
+
+    for module in (_joining, beside, drains, holding, known_runs, roots):
+        names.put(module, "os", os_of(lambda: here().files))
+    for module in (drains, holding, known_runs, roots):
+        names.put(module, "open", open_of(lambda: here().files))
+    for module in (_joining, _run, registry):
+        names.put(module, "socket", SimpleNamespace(gethostname=lambda: here().name))
+    names.put(known_runs, "trusted_uids", lambda _: {UID})
+    names.put(roots, "lock", lambda _: _Held())
+    names.put(_foreign, "hints", lambda _: [])
+    names.put(_run, "is_directory", lambda *_: True)
+    names.put(_run, "in_time", _in_time)
+    names.put(_saver, "left_bytes_at", lambda _: 1 << 30)
+    names.put(_saver, "bytes_below", lambda _: 0)
+    names.put(fetching, "check_room", lambda *_: None)
 
 
 class _Held:
@@ -134,6 +198,12 @@ class _Held:
 
     def close(self) -> None:
         return None
+
+
+def _in_time(work: Callable[[], Any], _: float, *, name: str) -> list[Any]:
+    """Nothing hangs that is not asked of an agent."""
+    del name
+    return [work()]
 
 
 async def _at_once(work: Callable[[], Any], *_: Any) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mtckpt import _holdings, _inventory, _manifest
+from mtckpt._manifest import Incarnation
 from mtckpt.agent.queue import SlotState
 from mtckpt.agent.saves import RAM
 from mtckpt.errors import StepDisagreement
@@ -18,7 +19,6 @@ from mtckpt.testing._settings import RUN
 
 if TYPE_CHECKING:
     from mtckpt._handle import Restored, Save
-    from mtckpt._manifest import Incarnation
     from mtckpt.testing._restores import Read
     from mtckpt.testing._trainers import Rank
     from mtckpt.testing.cluster import Node, World
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Oracles", "Violation"]
 
 Order = tuple[int, int]
+Line = list[tuple[int, int | None]]
 # Within this time all ranks hear that a save is whole, while nothing goes wrong.
 PROMPT_S = 1.0
 # So long may an agent take to answer, or to be started, beyond what a save may stall training.
@@ -74,7 +75,9 @@ class Oracles:
         self._left: set[int] = set()
         self._begun: dict[int, Incarnation] = {}
         self._lost_s: dict[tuple[Node, str], float] = {}
-        self._restored: list[tuple[Rank, Restored, Read | None]] = []
+        # Where users went back to, as long as no start that went on from there has told of itself.
+        self._turned: list[Order] = []
+        self._has_turned = False
         self.num_restores = 0
         self.num_acknowledged = 0
 
@@ -100,6 +103,8 @@ class Oracles:
         incarnation = rank.run.incarnation
         if incarnation is None:
             return
+        if incarnation.number not in self._begun:
+            self._turned.clear()
         self._begun[incarnation.number] = incarnation
         known = self._saves.get(save.id)
         if known is None:
@@ -128,7 +133,7 @@ class Oracles:
     def closed(self, rank: Rank) -> None:
         """A rank has closed the run: what is safe elsewhere is not kept in memory any more."""
         for known in self._saves.values():
-            known.closed |= any(handle in rank.saves for _, handle in known.handles)
+            known.closed |= known.found or any(handle in rank.saves for _, handle in known.handles)
 
     def damaged(self, node: Node | None, place: str, save: str) -> None:
         """A copy of some shard of a save was changed there: of this name, as files have it."""
@@ -136,10 +141,12 @@ class Oracles:
             if _is_named(known, save):
                 known.bad.add((node, place))
 
-    def restored(self, rank: Rank, restored: Restored, read: Read | None) -> None:
-        """A rank has restored."""
+    def restored(self, rank: Rank, restored: Restored, read: Read | None, asked: int | str) -> None:
+        """A rank has restored ``asked``."""
         self._world.note(f"rank {rank.rank} on {rank.node.name}: {restored!r}")
         self.num_restores += 1
+        if asked not in ("latest", restored.step):
+            raise Violation(f"rank {rank.rank} asked for {asked} and got {restored.step}")
         if not restored:
             return
         assert read is not None
@@ -149,27 +156,39 @@ class Oracles:
             raise Violation(f"rank {rank.rank} was told of another save than it read")
         if restored.id in self._saves:
             self._saves[restored.id].found = True
+        if asked != "latest" or rank.num_restores > 1:
+            self._turned.append((restored._incarnation, restored.step or 0))
+            self._has_turned = True
 
     # -- checks ----------------------------------------------------------------------------------
 
+    def newest_steps(self) -> list[int]:
+        """Some that were saved last, oldest first."""
+        line = _manifest.newest_line(self._begun.values())
+        return sorted({k.order[1] for k in self._saves.values() if _is_on(line, k.order)})[-3:]
+
     def required(self) -> Order | None:
         """The newest save that was acknowledged at a stage that has outlived everything so far."""
-        line = _manifest.newest_line(self._begun.values())
-        on_line = [
-            known
-            for known in self._saves.values()
-            if any(
-                known.order[0] == number and (limit is None or known.order[1] <= limit)
-                for number, limit in line
-            )
-        ]
-        staged = max((known.order for known in on_line if "staged" in known.stages()), default=None)
+        kept = [self._required(line) for line in self._lines()]
+        return None if None in kept else min(filter(None, kept))
+
+    def _lines(self) -> list[Line]:
+        """What counts: agents may know of a start of which no rank has told yet."""
+        begun, number = list(self._begun.values()), max(self._begun, default=0) + 1
+        later = [_start_from(parent, number) for parent in self._turned]
+        return [_manifest.newest_line([*begun, *each]) for each in ([], *([one] for one in later))]
+
+    def _required(self, line: Line) -> Order | None:
+        on_line = [known for known in self._saves.values() if _is_on(line, known.order)]
+        # What is abandoned by now was newer once, and memory was taken for it.
+        there = list(self._saves.values()) if self._has_turned else on_line
+        staged = max((known.order for known in there if "staged" in known.stages()), default=None)
         copied = [
             known.order
-            for known in on_line
+            for known in there
             if known.found or known.stages() & {"replicated", "durable"}
         ]
-        whole = [known.order for known in on_line if known.found or known.all_captured()]
+        whole = [known.order for known in there if known.found or known.all_captured()]
         kept = [
             known.order
             for known in on_line
@@ -244,7 +263,10 @@ class Oracles:
 
     def check_agreement(self, nodes: Iterable[Node]) -> None:
         """No save is both: whole for one, and called off for another."""
+        lines = self._lines() if self._has_turned else []
         for known in self._saves.values():
+            if not all(_is_on(line, known.order) for line in lines):
+                continue  # given up: whether it had been whole, nobody asks any more
             whole = [rank for rank, save in known.handles if "staged" in save.reached]
             off = [rank for rank, save in known.handles if _is_called_off(save)]
             if whole and off:
@@ -332,6 +354,14 @@ def _unsettled(run: Any) -> Iterator[str]:
         for label in save.owed:
             if run.source_for(save, label) is not None:
                 yield f"{save.name} is owed to {label}"
+
+
+def _is_on(line: Line, order: Order) -> bool:
+    return any(order[0] == at and (limit is None or order[1] <= limit) for at, limit in line)
+
+
+def _start_from(parent: Order, number: int) -> Incarnation:
+    return Incarnation(_manifest.FORMAT_VERSION, RUN, number, "", parent, "", 0)
 
 
 def _is_named(known: Known, name: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -25,6 +25,7 @@ from mtckpt.errors import (
     CheckpointError,
     RankTimeout,
     UnsupportedState,
+    UsageError,
 )
 from mtckpt.testing._devices import (
     DATA_BYTES,
@@ -259,6 +260,7 @@ class Rank:
         self.error: CheckpointError | None = None
         self.saves: list[Save] = []
         self.closed = False
+        self.num_restores = 0
         self._group = group
         self._script: Callable[[Rank], None] = lambda _: None
 
@@ -277,6 +279,8 @@ class Rank:
             self._open()
             self._script(self)
         except CheckpointError as error:
+            if type(error) is UsageError:
+                raise  # no script does what may not be done
             self.world.note(f"rank {self.rank} ends: {type(error).__name__}: {error.what}")
             self.error = error
 
@@ -306,27 +310,32 @@ class Rank:
         self.session.held = ring.held
         self.saver._planner = Planner()  # type: ignore[assignment]  # it stands in for the real one
 
-    def restore(self) -> Restored:
+    def restore(self, step: int | Literal["latest"] = "latest") -> Restored:
         """As ``Checkpointer.restore``."""
         self.run.join()
         self.session.open()
+        self.saver.await_staged(self.settings.timeout_s / 2)
         state: dict[str, Any] = {}
         restored = _restorer.restore(
             self.run,
             None,  # type: ignore[arg-type]  # it stands in for the real one
             state,
-            "latest",
+            step,
             None,
             False,
             None,
         )
         _restorer.go_on(self.run, restored, None)
-        self.told.restored(self, restored, state.get("read"))
+        if restored:
+            self.saver.steps.clear()
+        self.num_restores += 1
+        self.told.restored(self, restored, state.get("read"), step)
         return restored
 
     def save(self, step: int, state: str = "plan") -> Save | None:
         """As ``Checkpointer.save``; None where the state could not be saved."""
-        started_s, is_first = self.world.loop.time(), not self.saver.ring.has((0, 0))
+        is_first = self.run.incarnation is None or not self.saver.ring.has((0, 0))
+        started_s = self.world.loop.time()
         try:
             due, stall_s = self.settings.due(step), self.settings.max_stall_s
             if state == "plan":
@@ -334,7 +343,7 @@ class Rank:
             save = self.saver.save(step, state, {}, due, 0, stall_s)
         except CheckpointError as error:
             self.world.note(f"rank {self.rank} does not save {step}: {error.what}")
-            if self.session.fenced is not None:
+            if self.session.fenced is not None or type(error) is UsageError:
                 raise
             return None
         finally:

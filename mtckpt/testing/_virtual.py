@@ -340,6 +340,9 @@ class Threads:
     def current_thread(self) -> object:
         return self._loop.fiber
 
+    def get_ident(self) -> int:
+        return id(self._loop.fiber)
+
 
 class _Waiters:
     """Futures of those that wait for something to be said."""

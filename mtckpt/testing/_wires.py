@@ -16,7 +16,15 @@ from mtckpt.errors import AccessDenied, AgentUnavailable, CheckpointError
 from mtckpt.testing._virtual import Fiber, ends
 from mtckpt.testing.cluster import Agent, Node, World, running
 
-__all__ = ["AgentClient", "PeerClient", "PeerListener", "Socket", "bind", "ensure_agent"]
+__all__ = [
+    "AgentClient",
+    "PatientClient",
+    "PeerClient",
+    "PeerListener",
+    "Socket",
+    "bind",
+    "ensure_agent",
+]
 
 # -- between processes of a node -------------------------------------------------------------------
 
@@ -124,11 +132,17 @@ class PeerListener:
 class PeerClient:
     """In the place of what asks agents of other nodes. ``call`` is awaited."""
 
-    def __init__(self, address: protocol.PeerAddress, run_key: str, secret: bytes) -> None:
+    def __init__(
+        self,
+        address: protocol.PeerAddress,
+        run_key: str,
+        secret: bytes,
+        here: Node | None = None,
+    ) -> None:
         self.address = address
         self.run_key = run_key
         self._secret = secret
-        self._here: Agent = running.get()
+        self._here: Node = here or running.get().node
         self._world = self._here.world
 
     async def call(self, verb: str, message: Any, reply_type: type[Any], timeout_s: float) -> Any:
@@ -137,7 +151,7 @@ class PeerClient:
         body = protocol.encode(message)
         await asyncio.sleep(world.delay_s())
         listener = world.listeners.get((self.address.host, self.address.control_port))
-        source = self._here.node.name
+        source = self._here.name
         if listener is None:
             raise AgentUnavailable(f"the agent of {self.address}: refused")
         target = listener.agent.node.name
@@ -169,6 +183,26 @@ class PeerClient:
     async def _again(self, listener: PeerListener, verb: str, body: bytes) -> None:
         with contextlib.suppress(CheckpointError):
             await self._heard(listener, verb, body)
+
+    def close(self) -> None:
+        return None
+
+
+class PatientClient:
+    """The same for a trainer, which waits for the answer."""
+
+    def __init__(
+        self, world: World, address: protocol.PeerAddress, run_key: str, secret: bytes
+    ) -> None:
+        self._fiber = _fiber(world)
+        self._loop = world.loop
+        self._asks = PeerClient(address, run_key, secret, self._fiber.owner.node)
+
+    def call(self, verb: str, message: Any, reply_type: type[Any], timeout_s: float) -> Any:
+        """See ``peer_client.PeerClient.call``."""
+        task = self._loop.create_task(self._asks.call(verb, message, reply_type, timeout_s))
+        self._fiber.pause(task, None)
+        return task.result()
 
     def close(self) -> None:
         return None

@@ -26,6 +26,7 @@ from mtckpt.agent.verbs import Verbs
 from mtckpt.errors import CheckpointError, TierUnavailable
 from mtckpt.testing._commands import Commands
 from mtckpt.testing._devices import Directory
+from mtckpt.testing._files import Files
 from mtckpt.testing._virtual import Fiber, Loop, ends
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ LIMITS = Limits(
     delete_grace_s=1.0,
 )
 HOUSEKEEPING_S = 1.0
-NODE_DIRECTORY = "/"  # one that exists; what lies there is looked up in the node's memory
 # The Agent whose code is running, if it is one.
 running: contextvars.ContextVar[Any] = contextvars.ContextVar("running", default=None)
 
@@ -181,6 +181,7 @@ class Node:
         self.boot_id = f"boot-{world.number()}"
         self.ram = Directory("ram")
         self.disk = Directory("disk")
+        self.files = Files()
         self.room = room
         self.commands = Commands(self.directory, self.memory_of, room)
         self.agent: Agent | None = None
@@ -228,6 +229,7 @@ class Node:
         self.world.note(f"{self.name} boots again")
         self.kill_all()
         self.ram.clear()
+        self.files.clear()
         self.boot_id = f"boot-{self.world.number()}"
         self.commands = Commands(self.directory, self.memory_of, self.room)
 
@@ -236,6 +238,7 @@ class Node:
         self.world.note(f"{self.name} is lost")
         self.kill_all()
         self.ram.clear()
+        self.files.clear()
         self.disk.clear()
         self.lost = True
 
@@ -325,7 +328,6 @@ class Agent:
     def _make(self) -> None:
         self.tools = Tools(Pool(self), LIMITS, EventStream(20))
         self.registry = Registry(self.tools, "/nowhere", service=False)
-        self.registry.host = self.node.name
         self.server = AgentServer(self.registry, Verbs(self.registry))
         self.world.note(f"{self.node.name}: agent {self.registry.agent_id} starts")
         if self.world.log is not None:

@@ -29,6 +29,7 @@ from mtckpt.testing._faults import Faults
 from mtckpt.testing._launchers import Launcher
 from mtckpt.testing._names import Collected, names_of
 from mtckpt.testing._oracles import Oracles, Violation
+from mtckpt.testing._returns import Returns
 from mtckpt.testing._settings import Settings
 from mtckpt.testing._stops import Stops
 from mtckpt.testing._trainers import Group, Rank
@@ -73,20 +74,20 @@ class Job:
         size = len(nodes) * per_node
         group = Group(self.world, size)
         self.started_s = self.world.loop.time()
-        self.results: dict[int, Restored] = {}
+        self.results: dict[int, dict[int, Restored]] = {}  # by how often ranks have restored
         self.ranks = [
             Rank(nodes[rank // per_node], group, rank, drama.settings, self) for rank in range(size)
         ]
 
     # -- told by ranks ---------------------------------------------------------------------------
 
-    def restored(self, rank: Rank, restored: Restored, read: Read | None) -> None:
-        self.drama.oracles.restored(rank, restored, read)
-        self.results[rank.rank] = restored
-        if len(self.results) == len(self.ranks):
-            is_calm = self.drama.is_calm(self.nodes, self.started_s)
-            strict = self.drama.oracles.required() if is_calm else None
-            self.drama.oracles.check_restored(self.results, strict=strict)
+    def restored(self, rank: Rank, restored: Restored, read: Read | None, asked: int | str) -> None:
+        oracles, results = self.drama.oracles, self.results.setdefault(rank.num_restores, {})
+        oracles.restored(rank, restored, read, asked)
+        results[rank.rank] = restored
+        if len(results) == len(self.ranks):
+            is_calm = asked == "latest" and self.drama.is_calm(self.nodes, self.started_s)
+            oracles.check_restored(results, strict=oracles.required() if is_calm else None)
 
     def saved(self, rank: Rank, save: Save) -> None:
         self.drama.oracles.saved(rank, save)
@@ -172,6 +173,7 @@ class Drama:
         self.faults = Faults(self.world, self.oracles, partners=partners)
         self.launcher = Launcher(self.world, self.oracles)
         self.stops = Stops(self.world)
+        self.returns = Returns(self.world, self.oracles)
 
     @property
     def alive(self) -> list[Node]:
@@ -243,15 +245,19 @@ class Drama:
         }
         stage = draw.choice(("", "staged", "local", "durable"))
         closes = draw.random() < 0.4
+        goes_back = self.returns.of_job()
 
         def script(rank: Rank) -> None:
-            restored = rank.restore()
-            for step in range(restored.next_step, restored.next_step + num_steps + MORE_STEPS):
-                if step >= restored.next_step + num_steps and not self.launcher.has_left(rank):
+            step = rank.restore(goes_back.first).next_step
+            for number in range(num_steps + MORE_STEPS):
+                if number >= num_steps and not self.launcher.has_left(rank):
                     break
                 rank.sleep(step_s * (0.5 + self.world.random.random()))
-                state = odd.get((rank.rank, step - restored.next_step), "plan")
+                if number == goes_back.at:
+                    step = rank.restore(goes_back.again()).next_step
+                state = odd.get((rank.rank, number), "plan")
                 save = rank.save(step, state) if state != "no" else None
+                step += 1
                 if save is not None and stage:
                     with contextlib.suppress(CheckpointError):
                         save.wait(stage, timeout_s=10.0)  # type: ignore[arg-type]  # it stands in for the real one

@@ -22,6 +22,8 @@ __all__ = ["opened"]
 
 _S3 = ("s3", "s3a")
 _GCS = ("gs", "gcs")
+_AZURE = ("az", "abfs", "abfss")
+_NO_PREFIX = re.compile(r"\\|//|(^|/)\.\.?(/|$)")  # what some stores take for another path
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 
 
@@ -61,14 +63,19 @@ def opened(
             f"engine='obstore' is for s3:// only, not for {scheme}://",
             actions=["use engine='auto': others go through fsspec"],
         )
+    if scheme in _AZURE:
+        return _open_azure(url, place, options, stall_s)
     return _open_other(url, place, options)
 
 
 def _bucket_path(rest: str, place: str) -> str:
     path = rest.strip("/")
     bucket, _, prefix = path.partition("/")
-    if not _BUCKET.fullmatch(bucket) or "//" in prefix:
-        raise UsageError(f"no bucket and prefix: {place}", actions=["s3://bucket/prefix"])
+    if not _BUCKET.fullmatch(bucket) or _NO_PREFIX.search(prefix):
+        raise UsageError(
+            f"no bucket and prefix: {place}",
+            actions=["write it as s3://bucket/prefix, without backslash and empty parts, . and .."],
+        )
     return path
 
 
@@ -149,6 +156,33 @@ def _open_gcs(
     else:
         return GcsStore(fs, place, path, stall_s=stall_s), path, "fsspec"
     raise AccessDenied(f"cannot sign in to {place}: {said}", actions=["check the token"])
+
+
+def _open_azure(
+    url: str, place: str, options: Mapping[str, Any], stall_s: float
+) -> tuple[Store, str, str]:
+    if not _has("adlfs"):
+        raise UsageError(
+            f"{url.partition('://')[0]}:// needs a client that is not installed",
+            actions=["pip install 'mtckpt[azure]'"],
+        )
+    import adlfs
+
+    from mtckpt.tiers._store_azure import AzureStore
+
+    kind = adlfs.AzureBlobFileSystem
+    path = _bucket_path(kind._strip_protocol(url), place)
+    given = {**kind._get_kwargs_from_urls(url), **options, "skip_instance_cache": True}
+    try:
+        fs = kind(**given)
+    except Exception as error:  # noqa: BLE001  (azure-storage's, azure-identity's, its own)
+        said = redacted(f"{type(error).__name__}: {error}", _texts_in(options))
+    else:
+        return AzureStore(fs, f"az://{path}", stall_s=stall_s), path, "fsspec"
+    raise UsageError(
+        f"cannot open {place}: {said}",
+        actions=["set AZURE_STORAGE_ACCOUNT_NAME, or AZURE_STORAGE_CONNECTION_STRING"],
+    )
 
 
 def _open_other(url: str, place: str, options: Mapping[str, Any]) -> tuple[Store, str, str]:

@@ -49,6 +49,7 @@ class Kind(enum.Enum):
     NO_BUCKET = "there is no such bucket"
     DENIED = "the store refuses this identity"
     EXPIRED = "the credentials have expired"
+    SKEWED = "the clock of this machine is too far from the store's"
     THROTTLED = "the store asks for fewer requests"
     UNREACHABLE = "no answer, or one that says to try again: it may have been carried out"
     CORRUPTED = "the store received or returned other bytes"
@@ -207,6 +208,11 @@ _ERRORS: Mapping[Kind, tuple[type[TierError], str, tuple[str, ...]]] = {
         AccessDenied,
         "",
         ("renew the credentials where your store's tools keep them: they are read again",),
+    ),
+    Kind.SKEWED: (
+        AccessDenied,
+        "",
+        ("set the clock of this machine, by NTP best: requests are signed with the time",),
     ),
     Kind.THROTTLED: (TierUnavailable, "", ("save less often there, or ask for a higher limit",)),
     Kind.UNREACHABLE: (

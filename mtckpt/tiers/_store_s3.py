@@ -27,6 +27,7 @@ __all__ = ["S3Store", "Wire", "refused_by_s3"]
 
 PROTOCOLS = ("s3", "s3a")
 MIB = 1 << 20
+_OF_A_LISTING = {"Name", "KeyCount", "IsTruncated", "Contents"}
 
 _BY_CODE: Mapping[str, Kind] = {
     "AccessDenied": Kind.DENIED,
@@ -35,7 +36,7 @@ _BY_CODE: Mapping[str, Kind] = {
     "AuthorizationHeaderMalformed": Kind.DENIED,
     "AllAccessDisabled": Kind.DENIED,
     "AccountProblem": Kind.DENIED,
-    "RequestTimeTooSkewed": Kind.DENIED,
+    "RequestTimeTooSkewed": Kind.SKEWED,
     "ExpiredToken": Kind.EXPIRED,
     "ExpiredTokenException": Kind.EXPIRED,
     "TokenRefreshRequired": Kind.EXPIRED,
@@ -133,7 +134,13 @@ class S3Store:
         return self._wire.fetch(bucket, name, out, offset, timeout_s)
 
     def head(self, path: str, timeout_s: float) -> Stored:
-        answer = self._wire.call("head_object", timeout_s, **_at(path), ChecksumMode="ENABLED")
+        try:
+            answer = self._wire.call("head_object", timeout_s, **_at(path), ChecksumMode="ENABLED")
+        except Refused as refused:
+            if refused.status in (400, 403):
+                # No body, so no code: whether credentials expired, say, a GET tells.
+                self.fetch(path, memoryview(bytearray(1)), 0, timeout_s)
+            raise
         return Stored(int(answer["ContentLength"]), answer.get(self._field))
 
     def page(
@@ -144,10 +151,13 @@ class S3Store:
         answer = self._wire.call(
             "list_objects_v2", timeout_s, Bucket=bucket, Prefix=start, MaxKeys=self.max_keys, **more
         )
+        follows = answer.get("NextContinuationToken") if answer.get("IsTruncated") else None
+        if not answer.keys() & _OF_A_LISTING or (answer.get("IsTruncated") and not follows):
+            raise Refused(Kind.UNREACHABLE, "200, but it is no store's listing, or not all of one")
         entries = [
             Entry(f"{bucket}/{one['Key']}", int(one["Size"])) for one in answer.get("Contents", ())
         ]
-        return entries, answer.get("NextContinuationToken") if answer.get("IsTruncated") else None
+        return entries, follows
 
     def delete(self, path: str, timeout_s: float) -> None:
         self._wire.call("delete_object", timeout_s, **_at(path))

@@ -1,4 +1,4 @@
-"""A tier in an object store: s3://, gs://, or any URL that fsspec opens.
+"""A tier in an object store: s3://, gs://, az://, or any URL that fsspec opens.
 
 It knows keys, parts, ranges and time. It does not know what the bytes are, nor a store's own
 protocol: a ``Store`` makes single requests, this module decides which, how many at a time and how
@@ -65,11 +65,11 @@ class ObjectStoreTier:
     again; after "slow down" no thread of this tier asks before one common pause is over.
 
     Credentials, region and endpoint are found where the store's users keep them (environment,
-    profiles, metadata service); ``storage_options`` are those of s3fs, gcsfs or the file system
-    that fsspec opens for the URL. No error, log line or ``repr`` shows any of them.
+    profiles, metadata service); ``storage_options`` are those of s3fs, gcsfs, adlfs or the file
+    system that fsspec opens for the URL. No error, log line or ``repr`` shows any of them.
 
     Args:
-        url: ``s3://bucket/prefix``, ``gs://bucket/prefix``, or any other that fsspec opens.
+        url: ``s3://bucket/prefix``, ``gs://``, ``az://``, or any other that fsspec opens.
         engine: "obstore", a fast path for s3:// only; "fsspec"; or the fastest that is installed.
         timeout_s: for each call, besides the time for its bytes. Listing: for each page.
         min_bytes_per_s: the slowest rate that still counts as alive.

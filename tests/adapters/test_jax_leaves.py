@@ -256,7 +256,7 @@ def test_a_number_and_an_array_of_one_are_the_same(number: Any) -> None:
         (True, jnp.zeros((), int)),
         (jnp.zeros((), int), 2.5),
         (jnp.zeros(1, int), 3),
-        (np.zeros((), int), 3),
+        (np.zeros(1, int), 3),
     ],
 )
 def test_other_numbers_differ(saved: Any, live: Any) -> None:

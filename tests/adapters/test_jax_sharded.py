@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +195,39 @@ def test_all_that_is_wrong_with_a_template_is_said_at_once(tmp_path: Path) -> No
         assert said.keys() == {f"all/{name}" for name in wrong if name != "more"}
         assert said["all/shape"] == "float32[16, 2] here, float32[8, 2] in the checkpoint"
         assert said["all/dtype"] == "int32[8, 2] here, float32[8, 2] in the checkpoint"
-        for name in ("odd", "both", "abstract"):
+        assert said["all/abstract"].startswith("its sharding names no devices")
+        for name in ("odd", "both"):
             assert "its sharding does not fit: " in said[f"all/{name}"]
             assert said[f"all/{name}"] in str(caught.value)
         assert said["all/both"].startswith("float32[9, 2] here, float32[8, 2] in the")
         assert not host.any()
         assert checkpointer.restore({"all": {**right, "fits": host}})
         assert host.all()
+
+
+def test_a_mesh_without_devices_is_the_one_that_is_set(tmp_path: Path) -> None:
+    """As ``jax.eval_shape`` tells shardings, and what Flax makes of it."""
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=explicit)
+
+    def make() -> dict[str, Any]:
+        zeros = jnp.zeros((8, 4), out_sharding=P("x", "y"))
+        return {"w": zeros + 2, "b": jnp.ones(4)}
+
+    with open_run(tmp_path) as checkpointer:
+        with jax.set_mesh(mesh):
+            state, template = jax.jit(make)(), jax.eval_shape(make)
+            checkpointer.save(1, state).wait("staged", timeout_s=20)
+            found = checkpointer.restore(dict(template)).state
+        for name, array in state.items():
+            assert found[name].sharding.is_equivalent_to(array.sharding, array.ndim)
+            assert bool((found[name] == array).all())
+        for other in (None, jax.make_mesh((8, 1), ("x", "y"), axis_types=explicit)):
+            with (
+                pytest.raises(StateMismatch, match=r"within jax.set_mesh"),
+                jax.set_mesh(other) if other else contextlib.nullcontext(),
+            ):
+                checkpointer.restore(template)
 
 
 def test_addends_of_values_are_not_saved_as_values(tmp_path: Path) -> None:

@@ -152,6 +152,36 @@ def test_steps_are_deleted_reloaded_and_never_written_over(both: Both) -> None:
     both.same(script)
 
 
+def test_what_is_restored_says_nothing_of_what_is_saved_next(both: Both) -> None:
+    """As to evaluate the best step amid training: no step that is listed is abandoned."""
+
+    def script(manager: Any) -> Any:
+        def look(*steps: int) -> list[Any]:
+            manager.wait_until_finished()
+            if manager.directory.name == "mtckpt":
+                kept = [step.step for step in both.tiers.steps() if not step.abandoned]
+                assert kept == list(manager.all_steps())
+            found = [manager.restore(s, args=ocp.args.StandardRestore(state_of(0))) for s in steps]
+            return [list(manager.all_steps()), *found]
+
+        for step in (1, 2, 3):
+            save(manager, step)
+        said = look(1)
+        save(manager, 4)
+        said += look(1, 2, 3, 4, 2)
+        with both.open(manager.directory.name) as beside:  # as after a start that restored none
+            save(beside, 7)
+            beside.wait_until_finished()
+        manager.reload()
+        said += look(1, 2, 3, 4, 7)
+        for step in (3, 4, 7):
+            manager.delete(step)
+        save(manager, 3)
+        return said + look(1, 2, 3)
+
+    both.same(script)
+
+
 # -- what is restored ------------------------------------------------------------------------------
 
 

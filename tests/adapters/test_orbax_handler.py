@@ -129,9 +129,13 @@ def test_what_cannot_be_saved_or_restored_is_said(tmp_path: Path) -> None:
         assert [step.step for step in checkpointer.steps()] == [1, 3]
         pointer = other / "mtckpt.json"
         text = pointer.read_text()
-        for run, error in (("gone", StepNotFound), ("../r", FormatError), ("~", FormatError)):
+        for run, error, said in (
+            ("gone", StepNotFound, "keep= of the tiers"),
+            ("../r", FormatError, "not to a run"),
+            ("~", FormatError, "not to a run"),
+        ):
             pointer.write_text(text.replace('"r"', f'"{run}"'))
-            with pytest.raises(error):
+            with pytest.raises(error, match=said):
                 handler.restore(other, make_state(0))
         with pytest.raises(FormatError):
             handler.restore(tmp_path, make_state(0))

@@ -219,3 +219,46 @@ def test_each_rank_has_its_share_of_a_zero_redundancy_optimizer() -> None:
             assert torch.equal(one["exp_avg"], other["exp_avg"])
     finally:
         torch.distributed.destroy_process_group()
+
+
+class PassesOn:
+    """What it saves is a module's, versions included, as a TensorDict's flat state has them."""
+
+    def __init__(self) -> None:
+        self.module = nn.BatchNorm1d(2)
+        self.versions: Any = None
+
+    def state_dict(self) -> Any:
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.versions = state._metadata
+        self.module.load_state_dict(state)
+
+
+def test_versions_beside_the_names_of_a_state_stay_with_it() -> None:
+    one, other = PassesOn(), PassesOn()
+    one.module(torch.rand(3, 2))
+    restore(save({"m": one}), {"m": other})
+    assert other.versions[""]["version"] == nn.BatchNorm1d._version
+    assert repr(one.module.running_mean) == repr(other.module.running_mean)
+
+
+class Packed(nn.Linear):
+    """As Transformer Engine: bytes, of which there are none before the first step."""
+
+    packed = b""
+
+    def get_extra_state(self) -> Any:
+        return torch.frombuffer(bytearray(self.packed), dtype=torch.uint8) if self.packed else None
+
+    def set_extra_state(self, state: Any) -> None:
+        self.packed = b"" if state is None else state.numpy().tobytes()
+
+
+@pytest.mark.parametrize(("there", "here"), [(b"scales", b"none"), (b"scales", b""), (b"", b"x")])
+def test_extra_state_is_whatever_its_module_takes(there: bytes, here: bytes) -> None:
+    saved, live = nn.Sequential(Packed(2, 2)), nn.Sequential(Packed(2, 2))
+    saved[0].packed, live[0].packed = there, here  # type: ignore[assignment]
+    restore(save({"m": saved}), {"m": live})
+    assert live[0].packed == there

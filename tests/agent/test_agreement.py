@@ -80,10 +80,8 @@ class Scene:
 
     def hear(self, node: int, save: SaveState, **facts: Any) -> None:
         news = News(str(save.name), ID, world_size=3, **facts)
-        save.told[node] = news
-        link = self.run.links[node]
-        link.incarnation, link.last_step = save.order
-        asyncio.run(self.agreement.heard(self.run, save, news))
+        address = PeerAddress(f"10.0.0.{node}", 1, 2, agent_id="abc"[node])
+        asyncio.run(self.links().hear(self.run, Tell(node, address, [news])))
 
     def links(self) -> Links:
         address = PeerAddress("10.0.0.0", 1, 2, agent_id="a")
@@ -109,6 +107,19 @@ def test_a_rank_that_went_on_without_a_save_calls_it_off() -> None:
     assert scene.slots.given_back == ["slot-1", "slot-2"]
 
 
+def test_a_rank_that_has_heard_of_a_later_save_has_not_gone_on() -> None:
+    """Its node says again what the lead has said: that the save is called off."""
+    scene = Scene(0)
+    first, second = scene.save(1), scene.save(2, here=False)
+    reason = "rank 2: no slot is free"
+    scene.hear(2, second, called_off=reason)
+    scene.hear(1, second, called_off=reason)
+    assert (first.called_off, second.called_off) == ("", reason)
+    scene.hear(1, first, parts={RAM: [1]})
+    scene.hear(2, first, parts={RAM: [2]})
+    assert first.is_complete(RAM)
+
+
 def test_what_an_agent_before_this_one_left_is_called_off_for_nobody_who_went_on() -> None:
     """It may have been whole, and the other may have let go of it since, as of what is older."""
     scene = Scene(0)
@@ -132,12 +143,13 @@ def test_the_lead_does_not_wait_for_a_part_for_ever() -> None:
     assert scene.slots.given_back == ["slot-1"]
 
 
-@pytest.mark.parametrize("here", [0, 1])
-def test_a_part_that_others_may_count_on_is_kept(here: int) -> None:
-    """By a node that has all of its ranks' parts, and by a lead that found it in files."""
+@pytest.mark.parametrize(("here", "fact"), [(0, "found"), (0, "offered"), (1, "handed")])
+def test_a_part_that_others_may_count_on_is_kept(here: int, fact: str) -> None:
+    """By a node that has all of its ranks' parts; and by a lead that found it in files, or has
+    offered it to another node while it was about to go."""
     scene = Scene(here)
     save = scene.save(1, waited_s=14.0)
-    save.found = here == 0
+    setattr(save, fact, True)
     scene.overdue()
     assert not save.failed  # the lead's word may still be on its way
     save.began_s -= 10.0

@@ -97,6 +97,10 @@ def test_a_run_that_a_dead_agent_left_is_taken_over_and_nothing_else(
     # What lives is never taken, and not even when there is nothing else.
     fourth, _ = agent_with(place, tmp_path / "d")
     assert asyncio.run(fourth.take_over("r", place)) == ""
+    assert fourth.unlooked == {}  # it is another rank's
+    assert asyncio.run(fourth.take_over("r", place, alone=True)) == ""
+    assert f"{tmp_path / 'b'}, lives and has slots of it in {kept}" in fourth.unlooked["r"]
+    assert f"{tmp_path / 'c'}, lives and has slots of it in {own}" in fourth.unlooked["r"]
     for held in (living, third, fourth):
         asyncio.run(held.close())
     assert sorted(os.listdir(place)) == sorted([kept.name, own.name])

@@ -12,7 +12,7 @@ import pytest
 
 from mtckpt._events import EventStream
 from mtckpt._handshake import PeerAddress
-from mtckpt._manifest import SaveName
+from mtckpt._manifest import Incarnation, SaveName
 from mtckpt.agent import work
 from mtckpt.agent.freeing import Freer, why_kept
 from mtckpt.agent.nodes import News, layout_of
@@ -119,6 +119,31 @@ def test_what_comes_while_it_is_looked_at_stays(is_over: bool) -> None:
     assert 5 in save.ranks[RAM]
     assert 7 in save.guests
     assert ("free" in run.slots) == run.doubted == (not is_over)
+
+
+def test_a_start_that_could_not_be_noted_again_is_noted_by_who_comes_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the next agent would not know of it, and give its number once more."""
+    run, put = a_run(), list[str]()
+    run.doubted, run.begun = True, {3: Incarnation(1, "r", 3, "3" * 32, None, "host", 1)}
+    freer = freer_of(run, work.Scanned([]))
+
+    async def call(command: work.Command, *_: Any) -> work.Result:
+        if isinstance(command, work.Scan):
+            return work.Scanned([])
+        assert isinstance(command, work.PutSmall)
+        put.append(command.key)
+        if len(put) == 1:
+            raise TierUnavailable("does not answer", tier=RAM)
+        return work.Stored()
+
+    monkeypatch.setattr(freer, "_tools", SimpleNamespace(call=call))
+    with pytest.raises(TierUnavailable):
+        asyncio.run(freer.look_again(run))
+    asyncio.run(freer.look_again(run))
+    assert len(put) == 2
+    assert not run.doubted
 
 
 def test_a_clock_that_is_set_frees_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,22 @@ def test_what_comes_back_to_its_own_node_is_a_slot_if_nothing_is_left_out(thin: 
     asyncio.run(story())
 
 
+def test_what_an_agent_that_was_killed_had_taken_back_is_taken_in_by_the_next_one() -> None:
+    """It had noted it as a copy, had it all, and not said so: it is offered again."""
+
+    async def story() -> None:
+        scene = Scene()
+        name = scene.offer.save
+        scene.run.saves[name] = SaveState(save_name(1, 1, ID), ID, guests={0})
+        scene.found = [work.SaveScan(name, 1, 1, [0], 3, False, 60, ID, shard_bytes=[60])]
+        scene.lets_through.set()
+        assert (await scene.ask(0)).boot_id == "boot"
+        assert scene.run.saves[name].guests == set()
+        assert [slot.rank for slot in scene.run.slots.values()] == [0]
+
+    asyncio.run(story())
+
+
 def test_what_was_offered_before_does_not_stand_for_what_is_offered_now() -> None:
     async def more_ranks() -> None:
         scene = Scene()

@@ -14,11 +14,13 @@ from mtckpt._manifest import SaveName
 from mtckpt._slots import BESIDE
 from mtckpt.agent import work
 from mtckpt.agent.freeing import Freer
+from mtckpt.agent.owners import Owner
 from mtckpt.agent.protocol import TierConfig
 from mtckpt.agent.queue import Limits
 from mtckpt.agent.registry import Registry
+from mtckpt.agent.ring import Ring
 from mtckpt.agent.runs import RunState
-from mtckpt.agent.saves import RAM, SaveState, TierState
+from mtckpt.agent.saves import RAM, Plan, SaveState, TierState
 from mtckpt.agent.tools import Tools
 from mtckpt.errors import TierUnavailable, UsageError, WaitTimeout
 
@@ -125,6 +127,26 @@ def test_amid_a_job_slots_come_to_the_disk_once_what_is_in_memory_has(
         Freer.refuse_move(cast(Any, None), run, own)
 
 
+def test_a_run_that_somebody_is_just_opening_makes_no_way_for_another_part_of_it(
+    tmp_path: Path,
+) -> None:
+    """What that has captured by then would go with it."""
+
+    async def story() -> None:
+        tools = Tools(cast(Any, None), Limits(), EventStream())
+        registry = Registry(tools, str(tmp_path), service=False)
+        run = registry.runs["r"] = RunState("r", "r", work.TierRef("ram", "/memory", label=RAM))
+        found = work.RunScan("r", [work.SaveScan("2.1", 2, 1)])
+        async with run.opening:
+            coming = asyncio.create_task(registry._makes_way(run, found))
+            await asyncio.sleep(0)
+            run.owners[0] = Owner("h", 0, 1, 1, 1, "host")
+        assert not await coming
+        assert not run.gone
+
+    asyncio.run(story())
+
+
 def test_what_a_dead_trainer_had_finished_is_sealed_before(tmp_path: Path) -> None:
     whole = save_at(10, ram={0}, store={0, 1})
     assert not moves(tmp_path, whole, settling=save_at(20, ram={0}))
@@ -138,6 +160,32 @@ def test_what_a_rank_is_just_sealing_is_in_memory_as_well(tmp_path: Path) -> Non
 def test_what_is_free_already_is_not_freed_again(tmp_path: Path) -> None:
     """Nor does it keep the start: what it had in memory is nowhere."""
     assert not moves(tmp_path, save_at(10, ram={0}, store={0, 1}), gone=True)
+
+
+def test_no_slot_is_made_in_memory_that_is_being_left() -> None:
+    """It would be in use there, and a part of the run for whoever looks there next."""
+    run = RunState("r", "r", work.TierRef("ram", "/old", label=RAM))
+    owner = Owner("h", 0, 0, 0, 0, "")
+    run.plans["h"] = Plan(100, 10), 2
+    made: list[tuple[str, bool]] = []
+
+    async def call(command: work.Command, **_: Any) -> work.Result:
+        if isinstance(command, work.Allocate):
+            made.append((command.tier.path, True))
+            return work.SlotFiles(command.slot_id, 1, "", "", "", 100, 10)
+        if isinstance(command, work.Wipe):
+            made.append((command.tier.path, await ring._allocate(run, owner) is not None))
+            return work.Freed(0)
+        return work.Scanned([])
+
+    async def story() -> None:
+        assert await Freer(tools, {}, unused, unused, ring).move(run, work.TierRef("ram", "/new"))
+        assert await ring._allocate(run, owner)
+
+    tools = Tools(cast(Any, SimpleNamespace(call=call)), Limits(), EventStream())
+    ring, unused = Ring(tools), cast(Any, None)
+    asyncio.run(story())
+    assert made == [("/old", False), ("/new", True)]
 
 
 def test_what_could_not_be_freed_is_looked_at_before_anybody_goes_on_with_it() -> None:

@@ -21,7 +21,7 @@ from mtckpt.agent import address, protocol
 from mtckpt.agent.client import AgentClient
 from mtckpt.errors import AccessDenied, UsageError
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("fresh_agents")]
 
 GROUP = 1
 SETPRIV = ("setpriv", f"--regid={GROUP}", "--clear-groups")

@@ -21,6 +21,8 @@ from mtckpt.agent.client import AgentClient
 from mtckpt.agent.spawn import child_environment, ensure_agent
 from mtckpt.errors import AccessDenied, AgentUnavailable
 
+pytestmark = pytest.mark.usefixtures("fresh_agents")
+
 READY_S = 20.0
 
 

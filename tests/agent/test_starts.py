@@ -16,6 +16,7 @@ import mtckpt
 from mtckpt._events import EventStream
 from mtckpt._handshake import PeerAddress
 from mtckpt._manifest import FORMAT_VERSION, Incarnation
+from mtckpt._session import start_ticks
 from mtckpt.agent import work
 from mtckpt.agent.flushing import Flusher
 from mtckpt.agent.links import Links
@@ -93,6 +94,18 @@ def test_a_process_that_an_earlier_start_left_behind_is_no_rank_of_this_one(
     verbs = Verbs(cast(Any, registry))
     asyncio.run(verbs.begin(run, Begin("new", 2, ID)))
     assert registry.left is left
+
+
+@pytest.mark.parametrize("parent_pid", [os.getppid(), 999_999])
+def test_a_rank_left_behind_does_not_fence_ranks_of_a_job_that_has_more(parent_pid: int) -> None:
+    """Its launcher was killed, and it comes to its first save while the next job starts."""
+    run = RunState("r", "r", work.TierRef("ram", "/nowhere", label=RAM))
+    pid = os.getpid()
+    run.owners[0] = Owner("old", 0, pid, start_ticks(pid), parent_pid, "host", world_size=1)
+    run.owners[1] = other = Owner("new", 1, 2, 2, 2, "host", world_size=2)
+    asyncio.run(Verbs(cast(Any, Registry())).begin(run, Begin("old", 1, ID)))
+    # If it is no such rank, the other one is of a job that had more.
+    assert bool(other.fenced_by) is (parent_pid == os.getppid())
 
 
 def test_nodes_that_an_earlier_start_told_of_do_not_come_last() -> None:

@@ -100,7 +100,7 @@ def scene(
     ram_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Scene:
-    server = request.getfixturevalue("gcs" if request.param == "gs" else request.param)
+    server = request.getfixturevalue({"gs": "gcs", "az": "azure"}.get(request.param, "s3"))
     for name, value in {**server.environment, "MTCKPT_DELETE_GRACE_S": "0.02"}.items():
         monkeypatch.setenv(name, value)
     ram_dir.mkdir(exist_ok=True)
@@ -124,14 +124,16 @@ def test_the_newest_durable_step_comes_back(scene: Scene, seed: int) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("scene", ["gs"], indirect=True)
-def test_it_comes_back_from_gcs(scene: Scene, seed: int) -> None:
+@pytest.mark.parametrize(
+    "scene", ["gs", pytest.param("az", marks=pytest.mark.torture)], indirect=True
+)
+def test_it_comes_back_from_others(scene: Scene, seed: int) -> None:
     kill_and_wipe(scene, seed, 2)
     assert scene.durable >= 2
 
 
 @pytest.mark.torture
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("scene", ["s3", "gs"], indirect=True)
+@pytest.mark.parametrize("scene", ["s3", "gs", "az"], indirect=True)
 def test_the_newest_durable_step_comes_back_a_hundred_times(scene: Scene, seed: int) -> None:
     kill_and_wipe(scene, seed, NUM_TORTURE)

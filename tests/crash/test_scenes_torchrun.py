@@ -30,7 +30,7 @@ def start(runtime_dir: Path) -> Iterator[Start]:
     started: list[SceneTrainer] = []
 
     def make(*arguments: Any, **options: Any) -> SceneTrainer:
-        started.append(SceneTrainer(*arguments, torch=True, **options))
+        started.append(SceneTrainer(*arguments, **options))
         return started[-1]
 
     yield make
@@ -165,7 +165,7 @@ def test_children_that_outlive_their_trainer_keep_nothing_alive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MTCKPT_AGENT_IDLE_S", "1")
-    first = start("r", tmp_path / "d", num=1)
+    first = start("r", tmp_path / "d", num=1, torch=True)
     first.do("restore")
     for step in (1, 2, 3):
         first.save(step)

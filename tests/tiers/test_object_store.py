@@ -457,8 +457,8 @@ def test_a_store_that_is_not_there_is_unavailable_in_time(make_s3: Make, where: 
     ("url", "settings", "says"),
     [
         ("bucket/prefix", {}, "not the URL"),
-        ("s3://", {}, "no bucket"),
         ("s3://b//c", {}, "no bucket"),
+        ("s3://bucket/a/../c", {}, "no bucket"),
         ("s3://bucket/c", {"engine": "boto"}, "not an engine"),
         ("gs://bucket/c", {"engine": "obstore"}, "no faster there"),
         ("az://bucket/c", {"engine": "obstore"}, "s3:// only"),
@@ -488,7 +488,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     import importlib.util
 
     find = importlib.util.find_spec
-    hidden = {"obstore", "s3fs", "gcsfs"}
+    hidden = {"obstore", "s3fs", "gcsfs", "adlfs"}
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name in hidden else find(name, *a)
     )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from stores import GcsServer, S3Server
+from stores import AzureServer, GcsServer, S3Server
 
+from mtckpt.errors import TierError
 from mtckpt.testing import TierSuite
-from mtckpt.tiers import ObjectStoreTier, Survives, Tier
+from mtckpt.tiers import BytesSource, ObjectStoreTier, Survives, Tier, read_all
 
 MIB = 1 << 20
 CLUSTER = Survives.PROCESS | Survives.POWER | Survives.NODE | Survives.CLUSTER
@@ -19,6 +24,34 @@ class TestFile(TierSuite):
 
     def make_tier(self, tmp_path: Path) -> Tier:
         return ObjectStoreTier(f"file://{tmp_path}/objects")
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES, errno.EIO, errno.ETIMEDOUT])
+@pytest.mark.parametrize("where", ["", "/run"])
+def test_what_cannot_be_looked_at_is_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, where: str
+) -> None:
+    """fsspec's own ways to look leave out what fails: a job would begin at nought, or replace."""
+    tier = ObjectStoreTier(f"file://{tmp_path}/objects", timeout_s=0.2)
+    tier.put("run/a", BytesSource(b"x"))
+    there = f"{tmp_path}/objects{where}"
+
+    def failing(ask: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(path: Any, *args: Any, **options: Any) -> Any:
+            if str(path).startswith(there):
+                raise OSError(code, "not to be had")
+            return ask(path, *args, **options)
+
+        return asked
+
+    monkeypatch.setattr(os, "scandir", failing(os.scandir))
+    with pytest.raises(TierError, match="not to be had"):
+        list(tier.list())
+    monkeypatch.setattr(os, "stat", failing(os.stat))
+    with pytest.raises(TierError, match="not to be had"):
+        tier.put("run/a", BytesSource(b"y"))
+    monkeypatch.undo()
+    assert read_all(tier, "run/a", max_bytes=1) == b"x"
 
 
 class TestMemory(TierSuite):
@@ -74,6 +107,26 @@ class TestGcs(TierSuite):
     def make_tier(self, tmp_path: Path) -> Tier:
         return ObjectStoreTier(
             f"gs://{self._place}/{tmp_path.name}",
+            storage_options=self._server.options,
+            part_bytes=5 * MIB,
+            timeout_s=20,
+        )
+
+
+class TestAzure(TierSuite):
+    survives = CLUSTER
+    num_sequences = 2
+    sizes = (0, 1, 11 * MIB + 17)
+    several_processes = False
+
+    @pytest.fixture(autouse=True)
+    def bucket(self, azure: AzureServer) -> None:
+        self._server = azure
+        self._place = azure.new_prefix()
+
+    def make_tier(self, tmp_path: Path) -> Tier:
+        return ObjectStoreTier(
+            f"az://{self._place}/{tmp_path.name}",
             storage_options=self._server.options,
             part_bytes=5 * MIB,
             timeout_s=20,

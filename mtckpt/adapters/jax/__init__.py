@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from typing import cast as cast_type
 
-from mtckpt.adapters.jax import leaves, nodes, sharded
+from mtckpt.adapters.jax import leaves, meshes, nodes, sharded
 from mtckpt.adapters.jax.casting import cast
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class JaxAdapter:
 
     def misfit(self, live: Any) -> str:
         """A sharding that cannot be, or is elsewhere."""
-        return leaves.misfit(live)
+        return meshes.misfit(live)
 
     def survey(self, state: object) -> None:
         """Nothing: a sharding says all there is to say about its array."""

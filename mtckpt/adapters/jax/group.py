@@ -21,7 +21,7 @@ class _Store:
         self.place = place
 
     def put(self, key: str, value: bytes) -> None:
-        self._client.key_value_set_bytes(key, value)
+        self._client.key_value_set_bytes(key, value, allow_overwrite=True)
 
     def have(self, directory: str, names: Sequence[str]) -> bool:
         return len(self.read(directory, names)) == len(names)

@@ -28,6 +28,7 @@ from mtckpt._state import ArraySpec
 from mtckpt.adapters.jax import casting
 from mtckpt.adapters.jax.arriving import Arriving, Kind, empties
 from mtckpt.adapters.jax.hosting import address_of, aligned
+from mtckpt.adapters.jax.meshes import misfit, sharding_of
 from mtckpt.capture.addresses import on_device as addresses_on
 from mtckpt.capture.driver import Driver
 from mtckpt.errors import UnsupportedState
@@ -45,7 +46,6 @@ __all__ = [
     "is_as_held",
     "is_leaf",
     "made",
-    "misfit",
     "new",
     "number",
     "on_device",
@@ -130,23 +130,6 @@ def _refusal(value: Any, template: bool) -> tuple[str, str]:
             "save the arrays that the step returned, not those that were donated to it",
         )
     return misfit(value), "let every process save what has a part on a device of its own"
-
-
-def misfit(value: Any) -> str:
-    """Why an array of this shape and sharding cannot be here; empty if it can, or has none."""
-    sharding = value.sharding
-    if sharding is None:
-        return ""
-    try:
-        sharding.shard_shape(tuple(value.shape))
-        here = sharding.addressable_devices
-    except ValueError as error:
-        return f"its sharding does not fit: {error}"
-    if not here:
-        return f"its sharding has no device of this process, {jax.process_index()}"
-    if getattr(getattr(sharding, "spec", None), "unreduced", None):
-        return "its sharding is unreduced: devices hold addends of its values"
-    return ""
 
 
 def _impl(value: Any) -> str:
@@ -346,7 +329,7 @@ def _place_of(like: Any) -> tuple[Any, Sharding | None] | None:
 
     Without a sharding it is put on the default device, and not committed to it.
     """
-    sharding = like.sharding
+    sharding = sharding_of(like)
     if is_key(like):
         return None
     if sharding is None or not getattr(like, "committed", True):
@@ -408,7 +391,7 @@ def _check_impl(spec: ArraySpec, path: str, state: str) -> None:
 def made(fresh: Fresh | Arriving, like: Any = None) -> Any:
     """The array of filled memory, placed as ``like`` is; on the default device without it."""
     is_bound = like is not None and getattr(like, "committed", True)
-    sharding = like.sharding if is_bound else None
+    sharding = sharding_of(like) if is_bound else None
     fresh = _filled(fresh)
     if isinstance(fresh, Fresh):
         return _put(fresh, like, sharding)

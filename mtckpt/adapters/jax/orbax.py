@@ -11,16 +11,25 @@ are where the tiers keep them, as long as their ``keep`` says.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import orbax.checkpoint as ocp
 
 from mtckpt.adapters.jax import orbax_arguments, orbax_metadata
-from mtckpt.errors import CheckpointError, FormatError, SaveFailed, StageNotPlanned, UsageError
+from mtckpt.errors import (
+    CheckpointError,
+    FormatError,
+    SaveFailed,
+    StageNotPlanned,
+    StepNotFound,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from mtckpt import Checkpointer
@@ -44,10 +53,16 @@ class _Items:
     save: Save | None = None
     error: Exception | None = None
 
-    def saved(self, checkpointer: Checkpointer) -> Save:
-        """The save of all of them, made by whoever asks first; what it raised, everybody gets."""
+    def saved(self, checkpointer: Checkpointer, *, is_next: bool) -> Save:
+        """The save of all of them, made by whoever asks first; what it raised, everybody gets.
+
+        Unless ``is_next``, it may go on from another step than the last save. For Orbax a restore
+        says nothing of what is saved later: all steps below stay.
+        """
         if self.save is None and self.error is None:
             try:
+                if not is_next:
+                    checkpointer._go_on_below(self.step)
                 self.save = checkpointer.save(self.step, self.trees, tiers="all")
             except CheckpointError as error:
                 self.error = error
@@ -115,6 +130,7 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         self._timeout_s = timeout_s
         self._items: dict[Any, _Items] = {}
         self._highest: int | None = None  # of the run, once a directory's name had no step
+        self._is_next = False  # nothing was restored since the last save, and there was one
 
     async def async_save(
         self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None
@@ -140,7 +156,8 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         self._items.pop(key, None)
         if self._highest is not None:
             self._highest = max(self._highest, items.step)
-        save = items.saved(self._checkpointer)
+        save = items.saved(self._checkpointer, is_next=self._is_next)
+        self._is_next = True
         # The directory is made meanwhile: Orbax runs what is left once it is there.
         left = self._commit(save, directory, item_name, custom, placed)
         return [ocp.future.CommitFutureAwaitingContractedSignals(left, name="mtckpt")]
@@ -198,13 +215,12 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
         template = wanted.template
         if template is None and orbax_metadata.is_divided(directory):
             template = orbax_metadata.placed(self._record(pointer), pointer["item"], directory)
-        item_name = pointer["item"]
-        state, step, is_partial = {item_name: template}, pointer["step"], wanted.is_partial
-        other = self._source(pointer)
+        item_name, other = pointer["item"], self._source(pointer)
         if other is None:
-            restored = self._checkpointer.restore(state, step=step, partial=is_partial)
-        else:  # read alone: Orbax's manager goes on with its own steps
-            restored = self._checkpointer._read(state, step, other, is_partial)
+            self._is_next = False
+        state, step = {item_name: template}, pointer["step"]
+        with _listed():
+            restored = self._checkpointer._read(state, step, other, wanted.is_partial)
         found = restored.state[item_name]
         if wanted.template is None:
             found = orbax_arguments.without_named_tuples(found)
@@ -225,7 +241,8 @@ class Handler(ocp.StandardCheckpointHandler):  # type: ignore[misc]  # Orbax has
 
     def _record(self, pointer: dict[str, Any]) -> Record:
         """What one process told of the save; all processes ask for it."""
-        records = self._checkpointer._records(pointer["step"], self._source(pointer))
+        with _listed():
+            records = self._checkpointer._records(pointer["step"], self._source(pointer))
         return records[min(records)]
 
     def _source(self, pointer: dict[str, Any]) -> str | None:
@@ -246,6 +263,16 @@ class _Save(ocp.args.PyTreeSave):  # type: ignore[misc]  # Orbax has no types
 @ocp.args.register_with_handler(Handler, for_restore=True)
 class _Restore(ocp.args.PyTreeRestore):  # type: ignore[misc]  # Orbax has no types
     """Orbax makes these arguments where a call gives none."""
+
+
+@contextlib.contextmanager
+def _listed() -> Iterator[None]:
+    """Orbax's rules and those of the tiers are not the same: say so of a step that is in one."""
+    try:
+        yield
+    except StepNotFound as error:
+        error.actions = (*error.actions, "have keep= of the tiers keep what Orbax's manager does")
+        raise
 
 
 def _place_of(directory: Any) -> tuple[int | None, str]:

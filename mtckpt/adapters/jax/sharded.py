@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mtckpt._state import ArraySpec, Part
 from mtckpt.adapters.jax import leaves
+from mtckpt.adapters.jax.meshes import sharding_of
 
 if TYPE_CHECKING:
     from jax.sharding import Sharding
@@ -44,7 +45,7 @@ class Cell:
 
 def is_sharded(value: Any) -> bool:
     """True if no device holds all of the array, or if other processes have devices that do."""
-    sharding = value.sharding
+    sharding = sharding_of(value)
     return sharding is not None and not (
         sharding.is_fully_replicated and sharding.is_fully_addressable
     )
@@ -55,10 +56,11 @@ def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part]
     if not is_sharded(value):
         return None
     whole = leaves.spec_of(value, path, template=template)
-    boxes = _boxes(value.sharding, tuple(value.shape), whole.shape)
+    sharding = sharding_of(value)
+    boxes = _boxes(sharding, tuple(value.shape), whole.shape)
     if template:
         casts_to = getattr(value, "casts_to", None)
-        kind = value.sharding.memory_kind
+        kind = sharding.memory_kind
         arrays: dict[_Box, Any] = {
             box: Cell(*box, SingleDeviceSharding(device, memory_kind=kind), value.dtype, casts_to)
             for device, box in boxes.items()
@@ -66,7 +68,7 @@ def parts_of(value: Any, path: str, *, template: bool = False) -> Sequence[Part]
     else:
         plain = jax.random.key_data(value) if leaves.is_key(value) else value
         arrays = {boxes[shard.device]: shard.data for shard in plain.addressable_shards}
-    holders, sharers = _processes(value.sharding, tuple(value.shape), whole.shape)
+    holders, sharers = _processes(sharding, tuple(value.shape), whole.shape)
     return [
         Part(
             ArraySpec(whole.dtype, box[1], whole.framework, box[0], whole.shape),
@@ -86,7 +88,7 @@ def assembled(live: Any, freshes: Sequence[leaves.Fresh | Arriving]) -> Any:
         (part.spec.offsets, part.spec.shape): fresh
         for part, fresh in zip(parts, freshes, strict=True)
     }
-    sharding = live.sharding
+    sharding = sharding_of(live)
     whole = parts[0].spec.global_shape or ()
     hosts = {box: fresh.host for box, fresh in by_box.items() if leaves.is_as_held(fresh, live)}
     if len(hosts) == len(by_box):

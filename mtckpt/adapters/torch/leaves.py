@@ -238,7 +238,10 @@ def _refusal(tensor: torch.Tensor, template: bool) -> tuple[str, str]:
             "save the plain tensors it is made of, or describe it once with mtckpt.register_codec",
         )
     if tensor.layout is not torch.strided:
-        return f"a sparse tensor ({tensor.layout})", "save its indices and values, or .to_dense()"
+        return f"a sparse tensor ({tensor.layout})", (
+            "save its indices and values, or .to_dense(); a buffer that is built again anyway:"
+            " register_buffer(..., persistent=False)"
+        )
     if tensor.is_quantized:
         return "a quantised tensor", (
             "save .int_repr(), .q_scale() and .q_zero_point(); of a quantised module, save the one"

@@ -21,7 +21,7 @@ from mtckpt.errors import UnsupportedState
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["OWN_NAMES", "PLAIN_LOADS", "check_taken_back", "is_plain", "other_settings"]
+__all__ = ["EXTRA", "OWN_NAMES", "PLAIN_LOADS", "check_taken_back", "is_plain", "other_settings"]
 
 # Loading hooks of torch itself that only fill in what an old file lacks; ours lack nothing.
 PLAIN_LOADS = (Module._load_from_state_dict, _NormBase._load_from_state_dict)
@@ -29,7 +29,7 @@ PLAIN_LOADS = (Module._load_from_state_dict, _NormBase._load_from_state_dict)
 OWN_NAMES = frozenset(
     {"state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict"}
 )
-_EXTRA = "_extra_state"
+EXTRA = "_extra_state"  # its module takes back whatever it gave, of any shape
 # What schedulers of torch add to the settings of an optimizer, and what is no setting.
 _ADDED = frozenset(
     {
@@ -97,7 +97,7 @@ def _check_name(name: str, parts: dict[str, Module]) -> None:
         path, part, rest = child, parts[child], behind
     if rest in part._parameters or rest in part._buffers:
         return
-    if rest == _EXTRA and type(part).set_extra_state is not Module.set_extra_state:
+    if rest == EXTRA and type(part).set_extra_state is not Module.set_extra_state:
         return
     kind = type(part)
     raise UnsupportedState(

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mtckpt import _state
+from mtckpt._node import MAPPING_NAMES
 from mtckpt._placing import settle
 from mtckpt._state import escape
 from mtckpt.adapters.torch import (
@@ -34,13 +35,16 @@ from mtckpt.adapters.torch import (
     sharded,
     wrappers,
 )
-from mtckpt.adapters.torch.loading import OWN_NAMES, PLAIN_LOADS, check_taken_back
+from mtckpt.adapters.torch.loading import EXTRA, OWN_NAMES, PLAIN_LOADS, check_taken_back
 
 if TYPE_CHECKING:
     from mtckpt._placing import Placing
     from mtckpt._state import Node
 
 __all__ = ["place_object", "plain_state", "state_of"]
+
+_ORDERED = MAPPING_NAMES[OrderedDict]
+_VERSIONS = "_metadata"  # by module, an attribute of the dict that a state_dict() gives
 
 
 def state_of(value: Any) -> Any:
@@ -85,7 +89,30 @@ def place_object(live: Any, node: Node, path: str, placing: Placing) -> bool:
         return True
     if isinstance(live, LRScheduler):
         schedules.check_kind(live, node, path, placing)
-    return False
+    return _place_versioned(live, node, path, placing)
+
+
+def _place_versioned(live: Any, node: Node, path: str, placing: Placing) -> bool:
+    """An object that passes on the state of a module, or has one like that, as a TensorDict has.
+
+    What torch keeps beside the names says how they are to be read. A checkpoint lacks it, and what
+    is loaded has today's.
+    """
+    access = _state.accessors(live) if node.name == _ORDERED else None
+    if access is None:
+        return False
+    versions = getattr(access[0](), _VERSIONS, None)
+    if versions is None:
+        return False
+    tree = placing.tree(node, path)
+
+    def load() -> None:
+        state = settle(tree)
+        setattr(state, _VERSIONS, versions)
+        access[1](state)
+
+    placing.finish.append(load)
+    return True
 
 
 # -- modules -------------------------------------------------------------------------------------
@@ -228,7 +255,7 @@ def _place_custom_module(module: Module, node: Node, path: str, placing: Placing
             value = expected[own[name]]
             if name not in saved:
                 placing.missing(prefix + escape(name))
-            elif name.rpartition(".")[0] in free:
+            elif name.rpartition(".")[0] in free or name.rpartition(".")[2] == EXTRA:
                 continue
             elif (
                 isinstance(value, torch.Tensor)
@@ -254,8 +281,7 @@ def _place_custom_module(module: Module, node: Node, path: str, placing: Placing
 
     def load() -> None:
         state = OrderedDict(settle(tree))
-        # Versions by module, which torch keeps beside the names; what is loaded has today's.
-        state._metadata = getattr(expected, "_metadata", OrderedDict())  # type: ignore[attr-defined]
+        setattr(state, _VERSIONS, getattr(expected, _VERSIONS, OrderedDict()))
         module.load_state_dict(state, **options)
 
     placing.finish.append(load)
