@@ -69,7 +69,11 @@ class Freer:
             return
         self._tools.events.emit("ram.freed", run=run.run, reason=why, lost=not safe or None)
         async with run.opening:
-            await (self._empty(run) if resting else self.wipe(run))
+            run.emptying = True
+            try:
+                await (self._empty(run) if resting else self.wipe(run))
+            finally:
+                run.emptying = False
 
     async def wipe(self, run: RunState) -> None:
         """Free all of a run's RAM and forget it; slower tiers keep what they have. To be called
@@ -92,7 +96,7 @@ class Freer:
     async def move(self, run: RunState, ram: TierRef) -> bool:
         """Free all of a run's RAM, and go on with it in other memory, with the same owners; False
         where that has what nobody else has. To be called under ``run.opening``."""
-        run.moving = True
+        run.emptying = True
         try:
             while run.allocating:  # noqa: ASYNC110 - each has its deadline
                 await asyncio.sleep(_POLL_S)
@@ -102,7 +106,7 @@ class Freer:
                 await self._empty(run)
                 run.ram = ram
         finally:
-            run.moving = False
+            run.emptying = False
         await self.look_again(run)
         run.touch()
         return True

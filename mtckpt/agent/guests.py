@@ -173,7 +173,7 @@ class Guests:
         await self.let_go(run)
         async with run.lock(save, _GUESTS):
             with run.reading(save):  # memory is not freed meanwhile
-                if run.gone:
+                if run.gone or run.emptying:
                     raise AgentUnavailable("the run goes from the memory of this node")
                 await self._take_all(run, save, offer, ranks)
 

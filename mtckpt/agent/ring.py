@@ -114,7 +114,7 @@ class Ring:
 
     async def _allocate(self, run: RunState, owner: Owner) -> Slot | None:
         """A new slot, CAPTURING, if the ring is not full. None if it is, or memory is."""
-        if owner.is_out or run.moving:
+        if owner.is_out or run.emptying:
             return None
         plan, count = run.plans[owner.holder]
         size = len(run.ring(owner, plan)) + run.allocating

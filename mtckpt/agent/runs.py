@@ -83,7 +83,7 @@ class RunState:
     scrubbed_s: float = field(default_factory=lambda: time.monotonic())
     begun_s: float = 0.0  # when the incarnation did
     allocating: int = 0
-    moving: bool = False  # to other memory: no slot is made in what it leaves
+    emptying: bool = False  # its memory: nothing is made in it, and no copies are taken
     seq: int = 0
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     sealing: asyncio.Lock = field(default_factory=asyncio.Lock)

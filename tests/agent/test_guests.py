@@ -109,17 +109,18 @@ def test_a_copy_that_is_gone_when_it_is_asked_for_is_not_acknowledged() -> None:
     asyncio.run(story())
 
 
-def test_memory_that_is_being_freed_takes_no_copies() -> None:
+@pytest.mark.parametrize("why", ["gone", "emptying"])
+def test_memory_that_is_being_freed_takes_no_copies(why: str) -> None:
     """Nobody would know of what came after that."""
 
     async def story() -> None:
         scene = Scene()
         scene.lets_through.set()
-        scene.run.gone = True
+        setattr(scene.run, why, True)
         with pytest.raises(AgentUnavailable, match="goes from the memory of this node"):
             await scene.ask(1)
         assert scene.pulled == []
-        scene.run.gone = False  # it could not be freed
+        setattr(scene.run, why, False)  # it could not be freed
         assert (await scene.ask(1)).boot_id == "boot"
 
     asyncio.run(story())
