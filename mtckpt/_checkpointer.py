@@ -440,7 +440,7 @@ class Checkpointer:
                 actions=("open one in this process, or save from the parent",),
             )
         if self._closed:
-            raise UsageError("this Checkpointer is closed", state="nothing was done")
+            raise UsageError("this Checkpointer is closed", actions=("use a newer one of it",))
         if self._session.fenced is not None:
             raise self._session.fenced
 

@@ -330,6 +330,10 @@ class Checkpoint(Mapping[str, Any]):
 
     def _parts(self, path: str, rank: int | None) -> tuple[list[_bands.Part], ArrayEntry]:
         """Where the array lies that a rank has at ``path``, and its entry there."""
+        if path not in self._where:
+            below = [each for each in self._where if each.startswith(f"{path}/")]
+            where = f": {len(below)} lie below it, such as {below[0]}" if below else ""
+            raise KeyError(f"no array has the path {path}{where}")
         parts = sorted(self._where[path], key=lambda part: part[0].record.rank != rank)
         shard, index = parts[0]
         entry = shard.entries[index]

@@ -231,8 +231,9 @@ def test_mapping_plain_and_tree(tmp_path: Path) -> None:
         assert len(checkpoint) == 4
         assert "model/w" in checkpoint
         assert "model/x" not in checkpoint
-        with pytest.raises(KeyError):
-            checkpoint["model/x"]
+        for path, said in (("model/x", "no array has"), ("model", "such as model/w")):
+            with pytest.raises(KeyError, match=said):
+                checkpoint[path]
         for path, array in arrays.items():
             np.testing.assert_array_equal(checkpoint[path], array)
             assert checkpoint.shape(path) == array.shape

@@ -134,6 +134,8 @@ def test_several_runs_are_named(tmp_path: Path) -> None:
 def test_urls_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not the URL of a store"):
         mtckpt.load("s3://")
+    with pytest.raises(UsageError, match="'bucket/run' is not the URL"):
+        mtckpt.ObjectStore("bucket/run")
     for url in ("key:hush@bucket", "key:a/hush@bucket", "key:x@hush@bucket", "bucket?t=hush"):
         with pytest.raises(UsageError, match="more in it than a place") as raised:
             mtckpt.load(f"s3://{url}/run")

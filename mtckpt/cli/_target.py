@@ -79,6 +79,8 @@ def _of_run(run: str | None, found: Found, *, writable: bool) -> None:
     known: Sequence[RunStatus | KnownRun] = status.runs if status is not None else ()
     if status is None:
         _without_agent(run, found)
+    if run is None and not known:
+        found.notes.append("closed runs lie in their directories alone: mtckpt ls ./checkpoints")
     if run is not None and not any(run in (each.run, run_key(each.run)) for each in known):
         known = closed_run(run)
         if known:
