@@ -24,7 +24,6 @@ from mtckpt._closing import bring_home, left_s, let_go
 from mtckpt._gathering import survey
 from mtckpt._handle import Restored, Save, Status, Step, check_seconds, stage_of_tier
 from mtckpt._media import warn_of_media
-from mtckpt._places import check_places
 from mtckpt._run import Run
 from mtckpt._saver import Saver
 from mtckpt._schedule import (
@@ -39,7 +38,8 @@ from mtckpt._schedule import (
 from mtckpt._session import Session
 from mtckpt._steps import list_steps, metrics_of, step_number
 from mtckpt._turns import Turns, in_turn
-from mtckpt.agent import address, protocol
+from mtckpt._usable import check_places
+from mtckpt.agent import protocol
 from mtckpt.capture.engine import AnyEngine
 from mtckpt.errors import (
     CheckpointError,
@@ -75,7 +75,8 @@ class Checkpointer:
         on_failure: a tier that failed is raised by the next ``save``, or is a warning.
 
     Raises:
-        UsageError: settings that cannot work, with the arithmetic.
+        UsageError: settings that cannot work, with the arithmetic; a directory of a new run that
+            cannot be made.
         AccessDenied: a directory of a tier that others can change, or that is somebody else's.
         UnsupportedPlatform: this operating system can only read checkpoints.
     """
@@ -111,8 +112,7 @@ class Checkpointer:
         self._schedule = make_schedule(self._ram, self._slow, self._labels)
         ram_path = absolute(self._ram.path) if self._ram.path else protocol.ram_base()
         places = dict(zip(self._labels, (tier.place for tier in self._slow), strict=True))
-        all_places = {"ram": ram_path, **places}
-        warn_of_media(places, check_places(all_places, group_access=address.find().service))
+        warn_of_media(places, check_places(run, {"ram": ram_path, **places}))
         self._session = Session(
             run,
             self._run_key,
@@ -177,6 +177,7 @@ class Checkpointer:
             tiers == "due"
             and type(step) is int
             and step >= self._offered
+            and step not in self._saver.steps
             and not self._schedule.is_due(step, time.monotonic())
             and not self._pending
             and self._session.fenced is None
@@ -213,8 +214,7 @@ class Checkpointer:
 
     def _wanted(self, step: int, tiers: str) -> list[str]:
         labels = self._schedule.wanted(step, tiers, keeps_time=self._link.group.rank == 0)
-        if labels:
-            self._saver.refuse_again(step)
+        self._saver.refuse_again(step)
         return labels
 
     def _save_now(

@@ -7,24 +7,20 @@ is called is not believed: a copied save may lie anywhere.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mtckpt import _inventory, _manifest
 from mtckpt._access import Access, check_url, open_store
 from mtckpt._manifest import Record, SaveEntry, SaveName
-from mtckpt._media import Medium, medium_of
-from mtckpt._patience import NoThread, in_time
-from mtckpt.errors import AccessDenied, FormatError, TierError, TierReadOnly, UsageError
+from mtckpt.errors import FormatError, TierReadOnly, UsageError
 from mtckpt.tiers._os_errors import tier_error
-from mtckpt.tiers._rooted import Root
 from mtckpt.tiers.base import ObjectInfo, PutResult, Source, Survives, check_key, read_all
 from mtckpt.tiers.local import Lease, LocalTier
 
@@ -37,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Location",
     "Place",
-    "check_places",
     "is_directory",
     "is_location",
     "open_places",
@@ -45,76 +40,6 @@ __all__ = [
 ]
 
 Location = str | os.PathLike[str]
-_LOOK_TIMEOUT_S = 2.0
-
-
-class _Seen(NamedTuple):
-    """One look at a place: its path without links; why it is not to be used; what it lies on."""
-
-    real: str
-    refusal: AccessDenied | None = None
-    medium: Medium | None = None
-
-
-def check_places(paths: Mapping[str, str], *, group_access: bool) -> dict[str, Medium]:
-    """Refuse tiers, label to path, that could not be used as they are: UsageError, AccessDenied.
-    ``group_access``: they are written to by a service, which lets its group in. What the Disk tiers
-    lie on, where that can be known."""
-    seen = {label: _seen(label, path, group_access) for label, path in paths.items()}
-    _refuse_one_directory(seen)
-    for each in seen.values():
-        if each.refusal is not None:
-            raise each.refusal
-    return {label: each.medium for label, each in seen.items() if each.medium is not None}
-
-
-def _seen(label: str, path: str, group_access: bool) -> _Seen:
-    """As far as a device answers in time, and somebody can be sent to look: the path as it is, or
-    without links, or all."""
-    path = path.removeprefix("file://")
-    seen = _Seen(os.path.abspath(path))
-
-    def look() -> None:
-        nonlocal seen
-        seen = _Seen(os.path.realpath(path))
-        if label.startswith("disk"):
-            seen = _Seen(seen.real, _refusal(label, path, group_access), medium_of(Path(path)))
-
-    with contextlib.suppress(NoThread):
-        in_time(look, _LOOK_TIMEOUT_S, name="mtckpt-look")
-    return seen
-
-
-def _refuse_one_directory(seen: Mapping[str, _Seen]) -> None:
-    """Raise UsageError if two tiers are the same directory by whatever name.
-
-    A second copy in the place of the first is none, and what memory recycles is no disk's to keep.
-    """
-    labels: dict[str, str] = {}
-    for label, each in seen.items():
-        if labels.setdefault(each.real, label) != label:
-            raise UsageError(
-                f"the tiers {labels[each.real]} and {label} are one directory: {each.real}",
-                state="nothing was done",
-                actions=("give each tier a directory of its own, on devices that fail apart",),
-                path=each.real,
-            )
-
-
-def _refusal(label: str, path: str, group_access: bool) -> AccessDenied | None:
-    """Why a directory that is there is none that a tier would ever be written to: everybody can
-    change what is in it, or it is somebody else's."""
-    try:
-        root = Root(Path(path), tier=label, sync=False, group_access=group_access, read_only=True)
-        with contextlib.closing(root):
-            root.check_writable()
-    except AccessDenied as refused:
-        alone = "to restore from it, and save elsewhere: restore(source=...), or mtckpt.load"
-        refused.actions = (*refused.actions, alone)
-        return refused
-    except TierError:
-        return None  # not there yet, say; who writes to it is told
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,10 +171,12 @@ def _directory(location: Location) -> Path:
         if is_directory(by_key):
             return by_key
         what = "is a file, not a directory" if os.path.isfile(path) else "does not exist"
+        usual = Path("checkpoints", by_key.name)  # where a run is that names no tiers
+        found = [f"there is a run of that name: {usual}"] if is_directory(usual) else []
         raise UsageError(
             f"{path} {what}",
             state="nothing was read",
-            actions=("give a tier's directory, a run in it, or one save of that",),
+            actions=(*found, "give a tier's directory, a run in it, or one save of that"),
             path=str(path),
         )
     return path

@@ -237,6 +237,12 @@ def absolute(path: str | os.PathLike[str]) -> str:
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise UsageError(f"path={path!r}: must be a text or a Path", state="nothing was done")
+    if not os.fspath(path):
+        raise UsageError(
+            "path='' names no directory",
+            state="nothing was done",
+            actions=("for the current directory: '.'",),
+        )
     try:
         place = os.path.abspath(os.path.expanduser(path))
         place.encode()

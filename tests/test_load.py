@@ -81,15 +81,17 @@ def test_a_directory_of_several_runs_names_them(tier: Path) -> None:
         steps(tier)
 
 
-def test_places_that_hold_nothing(tmp_path: Path) -> None:
+def test_places_that_hold_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps(tmp_path) == []
     with pytest.raises(errors.StepNotFound, match="no run and no save"):
         load(tmp_path)
-    with pytest.raises(errors.UsageError, match="does not exist"):
-        load(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints" / "seven").mkdir(parents=True)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(errors.UsageError, match="is a file"):
-        load(tmp_path / "file")
+    places = {"nowhere": "not exist", "seven": "name: checkpoints/seven", "file": "is a file"}
+    for place, said in places.items():
+        with pytest.raises(errors.UsageError, match=said):
+            load(place)
 
 
 @pytest.mark.root

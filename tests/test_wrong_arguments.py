@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import mtckpt
 from mtckpt._handle import Save
 from mtckpt._steps import metrics_of
+from mtckpt.agent.protocol import ram_base
 from mtckpt.errors import CheckpointError, UsageError
 
 pytestmark = pytest.mark.usefixtures("runtime_dir", "ram_dir")
@@ -66,6 +68,36 @@ def test_a_rename_that_cannot_be_called(tmp_path: Path) -> None:
 def test_paths_that_are_none(path: Any) -> None:
     with pytest.raises(UsageError, match=r"path=.*must be a text or a Path"):
         mtckpt.Checkpointer("r", [mtckpt.Disk(path)])
+
+
+def test_a_path_that_is_empty() -> None:
+    with pytest.raises(UsageError, match="path='' names no directory"):
+        mtckpt.Checkpointer("r", [mtckpt.Disk("")])
+
+
+def test_a_directory_that_can_never_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said when a run is opened for the first time. One that had it goes on without, and so may
+    one that a store may know."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "later")
+    for path in ("/proc/x/y", tmp_path / "file" / "disk"):
+        with pytest.raises(UsageError, match=r"cannot be made: No") as caught:
+            mtckpt.Checkpointer("r", [mtckpt.Ram(every=1), mtckpt.Disk(path)])
+        assert "directory in one that you may write to" in str(caught.value)
+    store = mtckpt.ObjectStore(f"file://{tmp_path}/store")
+    for tiers in ([mtckpt.Disk("/proc/x"), store], [mtckpt.Disk(tmp_path / "link")]):
+        mtckpt.Checkpointer("r", tiers).close()
+    with mtckpt.Checkpointer("r", [mtckpt.Disk(tmp_path / "disk" / "a")]) as checkpointer:
+        checkpointer.save(1, {"w": np.ones(3)})
+    shutil.rmtree(tmp_path / "disk")
+    (tmp_path / "disk").touch()
+    mtckpt.Checkpointer("r", [mtckpt.Disk(tmp_path / "disk" / "a")]).close()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    monkeypatch.setenv("MTCKPT_RUNTIME_DIR", str(tmp_path / "new"))
+    Path(ram_base(), "r").mkdir(parents=True)
+    mtckpt.Checkpointer("r", [mtckpt.Disk(tmp_path / "disk" / "a")]).close()
 
 
 def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def _of_run(run: str | None, found: Found, *, writable: bool) -> None:
                 _add(where, tier.label, each.run, found, writable=writable)
                 found.keep[tier.label] = tier.keep
     if run is not None and not found.runs:
-        raise _unknown(run, status)
+        raise _unknown(run, status, known)
 
 
 def closed_run(run: str) -> list[KnownRun]:
@@ -105,9 +105,21 @@ def closed_run(run: str) -> list[KnownRun]:
     return [each for each in noted if run in (each.run, run_key(each.run))]
 
 
-def _unknown(run: str, status: AgentStatus | None) -> StepNotFound:
+def _unknown(
+    run: str, status: AgentStatus | None, known: Sequence[RunStatus | KnownRun]
+) -> StepNotFound:
+    from mtckpt._manifest import run_key
     from mtckpt.agent.protocol import ram_base
 
+    named = [each for each in known if run in (each.run, run_key(each.run))]
+    places = [tier.path for each in named for tier in each.tiers]
+    if places:
+        return StepNotFound(
+            f"run {run!r} has no step in its tiers",
+            state="nothing was read",
+            actions=[f"looked into {place}" for place in places],
+            run=run,
+        )
     actions = directories_of(run)
     if status is None:
         what = f"no agent runs on this node, and RAM has nothing of a run {run!r}"

@@ -337,3 +337,9 @@ def test_a_run_that_was_closed_is_found_by_its_name(tmp_path: Path) -> None:
         if agent == "idle":
             assert mtckpt("agent", "stop").exit_code == 0
     assert as_json("ls", "Other Run", code=1)["error"]["type"] == "StepNotFound"
+    assert "mtckpt ls ./checkpoints" in mtckpt("ls").output
+    with Checkpointer("Empty Run", [Ram(every=1), Disk(disk)]) as checkpointer:
+        checkpointer.restore({"w": np.ones(3)})
+    error = as_json("ls", "Empty Run", code=1)["error"]
+    assert error["what"] == "run 'Empty Run' has no step in its tiers"
+    assert f"looked into {disk}" in error["actions"]

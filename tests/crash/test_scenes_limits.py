@@ -17,7 +17,7 @@ from agent_checks import until
 from scene_trainer import SceneTrainer, TrainerError, seed_of
 
 import mtckpt
-from mtckpt import _places
+from mtckpt import _usable
 from mtckpt._probe import tier_label
 from mtckpt._slots import BESIDE
 from mtckpt.errors import TierError, TierFull, UsageError
@@ -329,8 +329,8 @@ def test_two_tiers_are_one_directory_also_where_a_disk_hangs_amid_the_look(
     (tmp_path / "d").mkdir(0o700)
     (tmp_path / "link").symlink_to(tmp_path / "d")
     answers = threading.Event()
-    monkeypatch.setattr(_places, "_refusal", lambda *_: answers.wait(20))
-    monkeypatch.setattr(_places, "_LOOK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(_usable, "_refusal", lambda *_: answers.wait(20))
+    monkeypatch.setattr(_usable, "_LOOK_TIMEOUT_S", 0.3)
     with pytest.raises(UsageError, match="are one directory"):
         open_run("r", mtckpt.Disk(tmp_path / "d"), mtckpt.Disk(tmp_path / "link"))
     answers.set()
