@@ -7,6 +7,7 @@ import functools
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,22 @@ def test_no_page_at_all_is_a_number_and_not_the_lack_of_one(
     assert Saver._needs(cast(Any, saver), cast(Any, captured)) == Needs(110, 0, 2, 0)
     monkeypatch.setattr(_room, "memory_left_bytes", lambda: (None, ""))
     assert Saver._needs(cast(Any, saver), cast(Any, captured)) is None
+
+
+def test_why_no_agent_took_the_run_is_told_also_where_the_time_ends_amid_a_try(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = Session("r", "r", [], "", timeout_s=10, on_error=lambda *_: None)
+    errors = [AgentUnavailable("another agent has the memory"), AgentUnavailable("not in time")]
+    now_s = [0.0, 9.8]
+
+    def refuse(_: float) -> protocol.Opened:
+        raise errors[-len(now_s)]
+
+    monkeypatch.setattr(session, "_open_once", refuse)
+    monkeypatch.setattr(time, "monotonic", lambda: now_s.pop(0))
+    with pytest.raises(AgentUnavailable, match="has the memory"):
+        session._open(10.0)
 
 
 @pytest.mark.timeout(30)

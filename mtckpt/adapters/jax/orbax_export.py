@@ -69,7 +69,11 @@ def write(
     if any(not keys for keys, _ in found):
         raise UsageError("Orbax saves trees, and this state is one leaf", state="nothing was done")
     if directory.exists():
-        raise UsageError(f"{directory} is there", state="nothing was done")
+        raise UsageError(
+            f"{directory} is there already",
+            state="nothing was done",
+            actions=("name a directory that is not there yet: it is made",),
+        )
     _check(found, plain, leaves)
     temporary = directory.parent / f"{directory.name}.orbax-checkpoint-tmp-{uuid.uuid4().hex[:8]}"
     try:

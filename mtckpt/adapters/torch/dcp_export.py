@@ -49,7 +49,11 @@ def write(directory: Path, records: Mapping[int, Record], bands: _Bands) -> int:
         TierFull, AccessDenied, TierUnavailable: it could not be written; nothing is left.
     """
     if directory.exists():
-        raise UsageError(f"{directory} is there", state="nothing was done")
+        raise UsageError(
+            f"{directory} is there already",
+            state="nothing was done",
+            actions=("name a directory that is not there yet: it is made",),
+        )
     catalog = dcp_catalog.make(records, 0, private=True)
     temporary = directory.parent / f".{directory.name}-{uuid.uuid4().hex[:8]}.tmp"
     try:
