@@ -117,7 +117,7 @@ class Node(msgspec.Struct, eq=False):
         if self.children and type(self.children) is not ArrayNodes:
             # A container of nothing but arrays, or of nothing but plain values, is walked in one go
             kinds = {child.kind for child in self.children}
-            if kinds == {ARRAY}:
+            if kinds == {ARRAY} and not any(child.is_object for child in self.children):
                 self.types = [child.type_ for child in self.children]
             else:
                 self.all_plain = kinds == {PLAIN}

@@ -174,6 +174,13 @@ def test_structures_survive_json(tree: Any) -> None:
     assert json.dumps(node_to_json(again)) == text
 
 
+@pytest.mark.parametrize("kind", ["list", "dict"])
+def test_an_object_that_is_an_array_is_one_when_it_is_written_again(kind: str) -> None:
+    place: Any = {"object": {"array": 0}}
+    structure = {kind: [["a", place]] if kind == "dict" else [place]}
+    assert node_to_json(node_from_json(structure, 1, 0)) == structure
+
+
 @pytest.mark.parametrize(
     "structure",
     [

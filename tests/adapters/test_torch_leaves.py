@@ -277,6 +277,19 @@ def test_a_tensor_whose_memory_was_given_back_is_an_error(make: Any, left_bytes:
     assert ADAPTER.writable_address(tensor) is None
 
 
+@pytest.mark.parametrize("make", [lambda t: t, lambda t: t.t(), torch._neg_view])
+def test_zeros_without_memory_are_an_error(make: Any) -> None:
+    """Forward derivatives are made of them: all of their storage lies at no address."""
+    tensor = make(torch._efficientzerotensor((2, 3)))
+    for known in (None, ADAPTER.fingerprint([torch.ones(2), tensor])):
+        with pytest.raises(UnsupportedState, match="never was") as caught:
+            ADAPTER.addresses([torch.ones(2), tensor], ["a", "b"], known)
+        assert caught.value.details["path"] == "b"
+    assert ADAPTER.writable_address(tensor) is None
+    specs = [ADAPTER.spec(tensor, "", template=True)]
+    assert ADAPTER.writable_addresses([tensor], specs) is None
+
+
 def test_memory_given_back_between_two_saves_is_noticed() -> None:
     adapter = TorchAdapter()
     tensors = [torch.ones(4), torch.ones(8)[4:]]

@@ -10,6 +10,7 @@ Everything that a save calls works on lists; what it asks of each tensor is in `
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 
@@ -86,15 +87,16 @@ def addresses_of(
 
 
 def _check_storages(values: Sequence[torch.Tensor], held: list[int], paths: Sequence[str]) -> None:
-    """Raise for a tensor whose memory was given back or is shorter than the tensor.
+    """Raise for a tensor whose memory was given back, is shorter than the tensor, or never was.
 
     FSDP and donated buffers resize a storage to nothing and keep the tensor; its address then is
-    its offset, and reading there kills the process.
+    its offset, and reading there kills the process. The zeros that derivatives are made of have a
+    storage without memory.
     """
     which = _outside_storage(values, held, [tensor.nbytes for tensor in values])
     if which is not None:
         raise UnsupportedState(
-            "the memory of this tensor was given back (its storage was resized)",
+            "this tensor has no memory: it was given back (its storage was resized), or never was",
             path=paths[which] if paths else "",
             wanted_bytes=_end_bytes(values[which]),
             storage_bytes=held[which],
@@ -106,14 +108,21 @@ def _check_storages(values: Sequence[torch.Tensor], held: list[int], paths: Sequ
 def _outside_storage(
     values: Sequence[torch.Tensor], held: list[int], sizes: list[int]
 ) -> int | None:
-    """The first tensor that ends behind its storage; both hold so many bytes."""
+    """The first tensor that ends behind its storage, or has none; both hold so many bytes."""
     offsets = [tensor.storage_offset() for tensor in values]
-    if sizes == held and not any(offsets):
+    # No address, which is 0, is below every size but that of an empty tensor.
+    reach = map(operator.ge, map(torch.Tensor.data_ptr, values), sizes)
+    if sizes == held and not any(offsets) and all(reach):
         return None
     for i, tensor in enumerate(values):
-        if tensor.numel() and _end_bytes(tensor) > held[i]:
+        if tensor.numel() and (_end_bytes(tensor) > held[i] or _is_nowhere(tensor)):
             return i
     return None
+
+
+def _is_nowhere(tensor: torch.Tensor) -> bool:
+    """True for what has no memory; other devices than these need not have addresses."""
+    return (tensor.is_cpu or tensor.is_cuda) and not tensor.data_ptr()
 
 
 def _end_bytes(tensor: torch.Tensor) -> int:
@@ -258,7 +267,7 @@ def writable_address(tensor: torch.Tensor) -> int | None:
     """The address of a plain tensor whose storage holds all of it."""
     if not looks.is_plain(tensor):
         return None
-    if tensor.numel() and _end_bytes(tensor) > tensor.untyped_storage().nbytes():
+    if _outside_storage([tensor], [_held_bytes(_storage(tensor))], [tensor.nbytes]) is not None:
         return None
     return located([tensor.data_ptr()], looks.ordinals_of([tensor]))[0]
 
