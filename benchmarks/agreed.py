@@ -100,8 +100,8 @@ def _as_elsewhere(told: tuple[str, Any], node: int) -> tuple[str, Any]:
     """What a rank of another node would say at a stage."""
     stage, value = told
     if stage == "join":
-        (boot_id, *place), agent_id = value
-        return stage, [[f"{boot_id}-{node}", *place], f"{agent_id}-{node}"]
+        (boot_id, *place), agent_id, *rest = value
+        return stage, [[f"{boot_id}-{node}", *place], f"{agent_id}-{node}", *rest]
     if stage == "listen":
         address, _, why = value
         return stage, [_moved(address, node), "", why]
@@ -155,6 +155,7 @@ def agree(num_ranks: int) -> dict[str, float]:
             for rank in ranks:
                 rank.start(script)
             while begun[0] < PER_NODE:
+                _look_for_errors(ranks)
                 await _pause(0.1)
             await _pause(5.0)  # all nodes are greeted
             found["start"] = time.process_time() - started_s

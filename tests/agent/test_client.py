@@ -133,6 +133,7 @@ def test_a_slow_answer_is_bounded_as_a_whole(listen: Listen) -> None:
     assert time.monotonic() - started_s < 1.0
 
 
+@pytest.mark.usefixtures("runtime_dir")  # where no test before has left one
 def test_no_agent_is_an_error_at_once(tmp_path: Path) -> None:
     client = AgentClient(str(tmp_path / "none"), 5.0)
     with pytest.raises(AgentUnavailable, match="does not run"):
