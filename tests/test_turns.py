@@ -20,7 +20,7 @@ from agent_checks import until
 
 import mtckpt
 from mtckpt._turns import Turns
-from mtckpt.errors import CaptureFailed, SaveFailed, UsageError, WaitTimeout
+from mtckpt.errors import CaptureFailed, SaveFailed, StepExists, UsageError, WaitTimeout
 from mtckpt.testing.groups import local_groups
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("runtime_dir")]
@@ -77,7 +77,8 @@ def test_a_step_lower_than_one_before_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="step 0 comes after step 4") as raised:
             checkpointer.save(0, state)
         assert "over all passes" in str(raised.value)
-        checkpointer.save(4, state)  # not due, as before
+        with pytest.raises(StepExists, match="step 4 was saved already"):
+            checkpointer.save(4, state)
         checkpointer.save(5, state).wait("local", timeout_s=20)
         checkpointer.restore(state, step=5)
         assert checkpointer.restore(state, step=5).next_step == 6
