@@ -27,7 +27,7 @@ from mtckpt.tiers._store import (
     kind_of_status,
     redacted,
 )
-from mtckpt.tiers._store_http import Answer, Http
+from mtckpt.tiers._store_http import Answer, Http, got_from
 
 __all__ = ["AzureStore"]
 
@@ -81,9 +81,9 @@ class AzureStore:
     def create(self, path: str, blocks: Iterable[memoryview], timeout_s: float) -> None:
         (view,) = blocks
         checksum = self.checksum_of(view)
-        headers = {"x-ms-blob-type": "BlockBlob", "If-None-Match": "*", "Content-MD5": checksum}
+        headers = {"x-ms-blob-type": "BlockBlob", "If-None-Match": "*"}
         try:
-            answer = self._ask("PUT", path, timeout_s, headers=headers, body=[view])
+            self._put(path, view, checksum, timeout_s, headers=headers)
         except Refused as refused:
             # Azurite takes blocks that are of no blob yet for one. A list of blocks knows better.
             if refused.kind is not Kind.TAKEN or not self._blocks(path, timeout_s):
@@ -91,18 +91,10 @@ class AzureStore:
             upload = self.begin(path, timeout_s)
             parts = [self.send(upload, 1, view, checksum, timeout_s)] if len(view) else []
             self.complete(upload, parts, timeout_s)
-            return
-        kept = answer.headers.get("content-md5", checksum)
-        if kept != checksum:
-            raise Refused(Kind.CORRUPTED, f"checksum {kept} of what was sent as {checksum}")
 
     def fetch(self, path: str, out: memoryview, offset: int, timeout_s: float) -> int:
         headers = {"x-ms-range": f"bytes={offset}-{offset + len(out) - 1}"}
-        answer = self._ask("GET", path, timeout_s, headers=headers, out=out)
-        said = answer.headers.get("content-range", "")
-        if not said.startswith(f"bytes {offset}-") and (offset or answer.status == 206):
-            raise Refused(Kind.CORRUPTED, f"asked from {offset} on, got {said!r}")
-        return answer.got_bytes
+        return got_from(self._ask("GET", path, timeout_s, headers=headers, out=out), offset)
 
     def head(self, path: str, timeout_s: float) -> Stored:
         headers = self._ask("HEAD", path, timeout_s).headers
@@ -157,8 +149,7 @@ class AzureStore:
     ) -> SentPart:
         id = _block_id(upload, number, checksum)
         query = {"comp": "block", "blockid": id}
-        headers = {"Content-MD5": checksum}
-        self._ask("PUT", upload.path, timeout_s, query, headers, [view])
+        self._put(upload.path, view, checksum, timeout_s, query)
         return SentPart(number, len(view), id, checksum)
 
     def copy(
@@ -198,6 +189,22 @@ class AzureStore:
         return uploads
 
     # -- requests --------------------------------------------------------------------------------
+
+    def _put(
+        self,
+        path: str,
+        view: memoryview,
+        checksum: str,
+        timeout_s: float,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Send bytes, which the store compares with their checksum before it has them."""
+        sent = {**(headers or {}), "Content-MD5": checksum}
+        answer = self._ask("PUT", path, timeout_s, query, sent, [view])
+        kept = answer.headers.get("content-md5", checksum)
+        if kept != checksum:
+            raise Refused(Kind.CORRUPTED, f"checksum {kept} of what was sent as {checksum}")
 
     def _ask(
         self,
@@ -241,6 +248,8 @@ class AzureStore:
         kind = _BY_CODE.get(code) or kind_of_status(answer.status)
         if code == "AuthenticationFailed" and "expir" in f"{message} {detail}".lower():
             kind = Kind.EXPIRED
+        elif code == "AuthenticationFailed" and "date header" in detail.lower():
+            kind = Kind.SKEWED
         said = redacted(f"{answer.status} {code} {message}", self.secrets())
         return Refused(kind, said, status=answer.status)
 

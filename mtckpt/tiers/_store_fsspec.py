@@ -104,8 +104,8 @@ class FsspecStore:
         """All objects. ``find`` of fsspec would leave out what could not be looked at."""
         try:
             found = self._fs.ls(path, detail=True)
-        except FileNotFoundError:
-            return  # nothing there, or it has just gone
+        except (FileNotFoundError, NotADirectoryError):
+            return  # nothing there, or inside an object, or it has just gone
         for info in found:
             name = info["name"].rstrip("/")
             if info["type"] == "file":
@@ -129,7 +129,7 @@ class FsspecStore:
 
     def _refuse_taken(self, path: str) -> None:
         """``exists`` of fsspec would say no whenever it could not look."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             self._fs.info(path)
             raise Refused(Kind.TAKEN, "it is there")
 

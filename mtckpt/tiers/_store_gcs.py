@@ -28,7 +28,7 @@ from mtckpt.tiers._store import (
     now_there_s,
     redacted,
 )
-from mtckpt.tiers._store_http import Answer, Http
+from mtckpt.tiers._store_http import Answer, Http, got_from
 
 __all__ = ["GcsStore"]
 
@@ -72,10 +72,7 @@ class GcsStore:
     def fetch(self, path: str, out: memoryview, offset: int, timeout_s: float) -> int:
         headers = {"Range": f"bytes={offset}-{offset + len(out) - 1}"}
         answer = self._ask("GET", _object(path), timeout_s, {"alt": "media"}, headers, out=out)
-        said = answer.headers.get("content-range", "")
-        if not said.startswith(f"bytes {offset}-") and (offset or answer.status == 206):
-            raise Refused(Kind.CORRUPTED, f"asked from {offset} on, got {said!r}")
-        return answer.got_bytes
+        return got_from(answer, offset)
 
     def head(self, path: str, timeout_s: float) -> Stored:
         found = self._json("GET", _object(path), timeout_s, {"fields": "size,crc32c"})

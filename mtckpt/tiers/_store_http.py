@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from mtckpt.tiers._store import Kind, Refused, redacted
 
-__all__ = ["Answer", "Http"]
+__all__ = ["Answer", "Http", "got_from"]
 
 # As much as the kernel takes at a time anyway; between two pieces the deadline is looked at.
 PIECE_BYTES = 1 << 20
@@ -37,6 +37,14 @@ class Answer(NamedTuple):
     headers: Mapping[str, str]
     body: bytes
     got_bytes: int
+
+
+def got_from(answer: Answer, offset: int) -> int:
+    """How many bytes of a range came. Raises Refused where they are of another place."""
+    said = answer.headers.get("content-range", "")
+    if not said.startswith(f"bytes {offset}-") and (offset or answer.status == 206):
+        raise Refused(Kind.CORRUPTED, f"asked from {offset} on, got {said!r}")
+    return answer.got_bytes
 
 
 @dataclass(slots=True)

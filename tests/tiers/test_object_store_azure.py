@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -16,7 +16,7 @@ from stores import ACCOUNT, AzureServer
 from mtckpt._access import check_url
 from mtckpt.errors import AccessDenied, AlreadyExists, TierUnavailable, UsageError
 from mtckpt.tiers import BytesSource, ObjectStoreTier, read_all
-from mtckpt.tiers._store import Kind
+from mtckpt.tiers._store import Kind, Refused
 from mtckpt.tiers._store_http import Answer
 
 MIB = 1 << 20
@@ -127,6 +127,7 @@ def test_what_is_wrong_is_named(azure: AzureServer) -> None:
     [
         (403, "AuthenticationFailed", "Expiry [Fri, 27 Nov 2026]", Kind.EXPIRED),
         (401, "InvalidAuthenticationInfo", "", Kind.EXPIRED),
+        (403, "AuthenticationFailed", "Request date header too old: 'Fri, 27 Nov'", Kind.SKEWED),
         (403, "AuthenticationFailed", "The MAC signature is another one", Kind.DENIED),
         (409, "BlobImmutableDueToPolicy", "", Kind.DENIED),
         (409, "BlobAlreadyExists", "", Kind.TAKEN),
@@ -144,6 +145,34 @@ def test_answers_of_azure(status: int, code: str, detail: str, kind: Kind) -> No
     body = f"\ufeff<?xml version='1.0'?><Error><Code>{code}</Code>{about}</Error>".encode()
     answer = Answer(status, {"x-ms-error-code": code}, body if detail else b"", 0)
     assert store._refused(answer).kind is kind
+
+
+def test_the_store_compares_what_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read back of a large object is what was said of it: only this compares its bytes."""
+    tier = ObjectStoreTier("az://test/x", storage_options={"account_name": "x", "anon": True})
+    store: Any = tier._store
+    view = memoryview(b"some bytes")
+    checksum = store.checksum_of(view)
+    sent: list[str] = []
+    kept = {"content-md5": checksum}
+
+    def request(method: str, url: str, headers: Mapping[str, str], **_: Any) -> Answer:
+        sent.append(headers["Content-MD5"])
+        return Answer(201, {"x-ms-request-id": "1", **kept}, b"", 0)
+
+    monkeypatch.setattr(store._http, "request", request)
+    upload = store.begin("test/x/a", 5.0)
+    store.create("test/x/a", [view], 5.0)
+    assert store.send(upload, 1, view, checksum, 5.0).checksum == checksum
+    assert sent == [checksum, checksum]
+    kept["content-md5"] = store.checksum_of(memoryview(b"other"))
+    for call in (
+        lambda: store.create("test/x/a", [view], 5.0),
+        lambda: store.send(upload, 1, view, checksum, 5.0),
+    ):
+        with pytest.raises(Refused) as refused:
+            call()
+        assert refused.value.kind is Kind.CORRUPTED
 
 
 def test_an_account_may_stand_in_the_url() -> None:

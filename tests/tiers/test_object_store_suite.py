@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from stores import AzureServer, GcsServer, S3Server
 
-from mtckpt.errors import TierError
+from mtckpt.errors import AlreadyExists, TierError
 from mtckpt.testing import TierSuite
 from mtckpt.tiers import BytesSource, ObjectStoreTier, Survives, Tier, read_all
 
@@ -52,6 +52,14 @@ def test_what_cannot_be_looked_at_is_not_empty(
         tier.put("run/a", BytesSource(b"y"))
     monkeypatch.undo()
     assert read_all(tier, "run/a", max_bytes=1) == b"x"
+
+
+def test_nothing_lies_inside_an_object_of_a_directory(tmp_path: Path) -> None:
+    tier = ObjectStoreTier(f"file://{tmp_path}/objects")
+    tier.put("run/a", BytesSource(b"x"))
+    with pytest.raises(AlreadyExists):
+        tier.put("run/a/c", BytesSource(b"y"))
+    assert list(tier.list("run/a/b/")) == []
 
 
 class TestMemory(TierSuite):
