@@ -6,6 +6,7 @@ work is done in ``_save``, ``_restore`` and the node agent; everything here is b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -14,7 +15,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -213,9 +214,8 @@ class Checkpointer:
         return self._saver.pass_over(step, labels, reason)
 
     def _wanted(self, step: int, tiers: str) -> list[str]:
-        labels = self._schedule.wanted(step, tiers, keeps_time=self._link.group.rank == 0)
         self._saver.refuse_again(step)
-        return labels
+        return self._schedule.wanted(step, tiers, keeps_time=self._link.group.rank == 0)
 
     def _save_now(
         self, step: int, state: Any, metrics: Mapping[str, float], tiers: str, stall_s: float
@@ -280,42 +280,42 @@ class Checkpointer:
         if step not in ("latest", "best"):
             step = step_number(step, words='"latest", "best" or ')
         started_s = time.perf_counter()
+        with self._meeting():
+            done = _restorer.restore(self._link, self._engine, state, step, source, partial, rename)
+        done.elapsed_s = time.perf_counter() - started_s
+        _restorer.go_on(self._link, done, source)
+        if done:
+            if self._schedule.auto and done._every:
+                self._schedule.tiers[0].every_steps = done._every
+            self._saver.steps.clear()
+            self._schedule.resumed(done.step or 0, time.monotonic())
+        self._offered, self._restored = 0, done
+        logger.info("run %s: %s%s", self.run, done._saved, done)
+        return done
+
+    @contextlib.contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Around what all ranks look at together; by then the last save is in memory."""
         self._link.join()
         with self._link.meeting():
             self._session.open()
             self._saver.await_staged(self._timeout_s / 2)
-            restored = _restorer.restore(
-                self._link, self._engine, state, step, source, partial, rename
-            )
-        restored.elapsed_s = time.perf_counter() - started_s
-        _restorer.go_on(self._link, restored, source)
-        if restored:
-            if self._schedule.auto and restored._every:
-                self._schedule.tiers[0].every_steps = restored._every
-            self._saver.steps.clear()
-            self._schedule.resumed(restored.step or 0, time.monotonic())
-        self._offered, self._restored = 0, restored
-        logger.info("run %s: %s%s", self.run, restored._saved, restored)
-        return restored
+            yield
 
     @in_turn
     def _read(self, state: Any, step: int, source: str | None, partial: bool) -> Restored:
         """``restore``, of a run that goes on from where it is: nothing of it changes."""
-        self._link.join()
-        with self._link.meeting():
-            self._session.open()
-            self._saver.await_staged(self._timeout_s / 2)
+        with self._meeting():
             found = _restorer.restore(self._link, self._engine, state, step, source, partial, None)
         logger.info("run %s: %s%s", self.run, found._saved, found)
         return found
 
     @in_turn
     def _go_on_below(self, step: int) -> None:
-        """Have the next save, of ``step``, go on from all below it, whichever was read."""
-        self._link.join()
-        with self._link.meeting():
-            self._session.open()
-            self._saver.await_staged(self._timeout_s / 2)
+        """Have the next save, of ``step``, go on from all below it, whatever was restored."""
+        if 0 < self._offered < step:
+            return  # it does so by itself
+        with self._meeting():
             _restorer.go_on_below(self._link, step)
         self._saver.steps.clear()
         self._offered = 0

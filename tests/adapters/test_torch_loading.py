@@ -163,10 +163,12 @@ def test_an_optimizer_of_its_own_kind_may_save_what_it_likes() -> None:
         plan(save({"o": torch.ones(1)}), {"o": live})
 
 
-def replicated(state: dict[str, Any]) -> set[str]:
-    """The top-level keys below which something is the same on all ranks."""
+def replicated(state: dict[str, Any], *, by_plan: bool = False) -> set[str]:
+    """The top-level keys below which something is the same on all ranks; ``by_plan``, as a save
+    asks that goes by the plan of the last one."""
     for adapter in active_adapters():
-        adapter.survey(state)
+        if not by_plan:
+            adapter.survey(state)
         with ThreadPoolExecutor(1) as other:  # which has another state
             other.submit(adapter.survey, {}).result()
     flat = _state.flatten(state, active_adapters())
@@ -201,6 +203,12 @@ def test_each_rank_has_its_share_of_a_zero_redundancy_optimizer() -> None:
         others.step()
         assert replicated({"m": wrapped, "o": some}) == {"m"}
         assert replicated({"m": wrapped, "o": some, "others": others}) == {"m", "o", "others"}
+        wrapped.module[1].requires_grad_(False)
+        rest = optim.Adam(list(wrapped.module[0].parameters()))
+        rest.step()
+        assert replicated({"m": wrapped, "o": rest}) == {"m", "o"}
+        wrapped.module[1].requires_grad_()  # which others may step from now on
+        assert replicated({"m": wrapped, "o": rest}, by_plan=True) == {"m"}
         saved = save({"m": wrapped, "o": zero})
         _, live = make()
         restore(saved, {"o": live})

@@ -104,6 +104,14 @@ def test_of_many_of_one_kind_the_one_that_cannot_be_filled_is_seen(what: str) ->
         assert found is None
 
 
+@pytest.mark.usefixtures("_looking")
+def test_a_conjugated_one_of_many_cannot_be_filled() -> None:
+    tensors = [torch.zeros(2, dtype=torch.complex64) for _ in range(300)]
+    spec = TorchAdapter().spec(tensors[0], "", template=True)
+    tensors[200] = tensors[200].conj()
+    assert TorchAdapter().writable_addresses(tensors, [spec] * 300) is None
+
+
 @pytest.mark.parametrize("answer", [True, False, None])
 def test_guards_that_do_not_tell_apart_are_not_believed(
     monkeypatch: pytest.MonkeyPatch, answer: Any

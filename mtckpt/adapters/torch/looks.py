@@ -173,7 +173,9 @@ def guarding() -> Callable[[Sequence[torch.Tensor]], Guard] | None:
             known.to("meta"),
             known.to_sparse(),
         ]
-        if check(torch.ones(2, 2, device="cpu")) is True and not any(map(check, others)):
+        pair = torch.zeros(2, dtype=torch.complex64, device="cpu")
+        is_told = not any(map(check, others)) and not guard([pair])(pair.conj())
+        if is_told and check(torch.ones(2, 2, device="cpu")) is True:
             return guard
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError):
         pass  # another torch, in which it is something else

@@ -34,13 +34,12 @@ class _Home(NamedTuple):
 
 
 class _Surveyed(threading.local):
-    """Of the state that this thread takes apart: its optimizers, and, once somebody asks, the ids
-    of what they step and of what is trained in a module and none of them steps."""
+    """Of the state that this thread takes apart: its optimizers, and, once somebody asks, what is
+    in a module and none of them steps."""
 
     def __init__(self) -> None:
         self.optimizers: list[weakref.ref[Optimizer]] = []
-        self.stepped: set[int] = set()
-        self.left: dict[_Home, list[int]] = {}
+        self.left: dict[_Home, list[weakref.ref[torch.Tensor]]] = {}
 
 
 # Parameters of wrapped modules that were seen, and where.
@@ -106,32 +105,30 @@ def state_of_optimizer(optimizer: Optimizer, state: Any) -> Any:
 def note_optimizers(optimizers: Iterable[Optimizer]) -> None:
     """Remember the optimizers of a state, in place of those of the last one."""
     _surveyed.optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
-    _surveyed.stepped.clear()
     _surveyed.left.clear()
 
 
 def _leaves_some(optimizer: Optimizer, homes: Iterable[_Home]) -> bool:
     """Whether other ranks may hold other parameters of these modules under the same numbers: there
-    are some that neither this one has nor another optimizer of the state."""
-    left = [number for home in homes for number in _left_in(home)]
+    are some that are trained and that neither this one has nor another optimizer of the state."""
+    known = [each() for home in homes for each in _left_in(home)]
+    # What is frozen now may be trained by the next save, of the same optimizers.
+    left = [id(each) for each in known if each is not None and each.requires_grad]
     return bool(left) and not {*map(id, _parameters_of(optimizer))}.issuperset(left)
 
 
-def _left_in(home: _Home) -> list[int]:
+def _left_in(home: _Home) -> list[weakref.ref[torch.Tensor]]:
     """See ``_Surveyed``; looked for once a state, however many optimizers there are."""
     module = home.module()
     if module is None:
         return []
     if home not in _surveyed.left:
-        if not _surveyed.stepped:
-            known = filter(None, (each() for each in _surveyed.optimizers))
-            _surveyed.stepped = {id(each) for one in known for each in _parameters_of(one)}
+        optimizers = filter(None, (each() for each in _surveyed.optimizers))
+        stepped = {id(each) for one in optimizers for each in _parameters_of(one)}
         _surveyed.left[home] = [
-            id(parameter)
+            weakref.ref(parameter)
             for parameter in module.parameters()
-            if parameter.requires_grad
-            and id(parameter) not in _surveyed.stepped
-            and parameter in _known
+            if id(parameter) not in stepped and parameter in _known
         ]
     return _surveyed.left[home]
 
