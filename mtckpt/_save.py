@@ -142,9 +142,7 @@ class Planner:
             # was copied, the same address proves nothing: a copy that was freed left it behind.
             unknown = True
         if unknown:
-            apart = plan.recipe.is_plain and _lie_apart(addresses, keep)
-            replicas = plan.recipe.replicas
-            if plan.ties != ({} if apart else _ties(plan.owners, leaves, plan.paths, replicas)):
+            if plan.ties != _ties_of(plan.recipe, addresses, keep, plan.owners, leaves, plan.paths):
                 return None
             plan.lie_at(addresses)
         return Captured(plan, plan.in_order, plain, (keep, arrays))
@@ -171,8 +169,7 @@ def make_plan(flat: _state.Flat, members: Members) -> tuple[Plan, object]:
     known = recipe.is_plain and None not in seen
     fingerprint = seen if known else _fingerprint(groups, arrays)
     addresses, keep = _addresses(groups, arrays, fingerprint, paths)
-    apart = recipe.is_plain and _lie_apart(addresses, keep)
-    ties = {} if apart else _ties(flat.owners, flat.arrays, flat.paths, recipe.replicas)
+    ties = _ties_of(recipe, addresses, keep, flat.owners, flat.arrays, flat.paths)
     same_as = _same_as(recipe, ties)
     entries = [
         ArrayEntry(path, *piece.spec, same_as.get(i), piece.ranks, piece.alike)
@@ -284,10 +281,15 @@ def _has_copies(keep: object) -> bool:
     )
 
 
-def _lie_apart(addresses: Sequence[int], keep: object) -> bool:
-    """True if no two leaves can be one: each is read where it lies itself, and none where another
-    does."""
-    return not _has_copies(keep) and len(set(addresses)) == len(addresses)
+def _ties_of(
+    recipe: Recipe, addresses: Sequence[int], keep: object, owners: Sequence[StateAdapter],
+    leaves: Sequence[Any], paths: Sequence[str],
+) -> dict[int, int]:  # fmt: skip
+    """See ``_ties``. None where each leaf is read where it lies itself, and none where another
+    does: no two can be one."""
+    if recipe.is_plain and not _has_copies(keep) and len(set(addresses)) == len(addresses):
+        return {}
+    return _ties(owners, leaves, paths, recipe.replicas)
 
 
 def _ties(

@@ -110,21 +110,21 @@ class Session:
 
     def _open(self, deadline_s: float) -> protocol.Opened:
         """Open the run. An agent that is just dying may still take a connection: tried again."""
-        reason: AgentUnavailable | None = None
-        for retries in range(_OPEN_RETRIES, -1, -1):
+        errors: list[AgentUnavailable] = []
+        while True:
             try:
                 return self._open_once(deadline_s)
             except AgentTooOld:
                 raise
             except AgentUnavailable as error:
                 is_late = time.monotonic() + _RETRY_S > deadline_s
-                # That no time was left for the last try is not what is the matter.
-                reason = reason if is_late and reason is not None else error
-                if is_late or not retries:
-                    raise reason  # noqa: B904 - it may be this one
+                if is_late and errors:  # that no time was left is not what is the matter
+                    raise errors[-1] from error
+                errors.append(error)
+                if is_late or len(errors) > _OPEN_RETRIES:
+                    raise
                 logger.info("run %s: %s; trying again", self.run, error.what)
                 time.sleep(_REOPEN_PAUSE_S)
-        raise AssertionError("the last try returns or raises")
 
     def _open_once(self, deadline_s: float) -> protocol.Opened:
         client = AgentClient(ensure_agent(_left_s(deadline_s)), self.timeout_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from mtckpt.tiers._rooted import Root, temporary_name
 
 __all__ = ["check_places"]
 
-_LOOK_TIMEOUT_S = 2.0
+_LOOK, _LOOK_TIMEOUT_S = "mtckpt-look", 2.0
 # What mkdir says of a place where it will not say anything else the next time.
 _NEVER = {
     errno.ENOENT,  # a file system that makes no directories, such as /proc
@@ -36,13 +37,12 @@ _NEVER = {
 
 class _Seen(NamedTuple):
     """One look at a place: its path without links; why it is not to be used; what it lies on;
-    whether the run has been there; why its directory cannot be made."""
+    whether the run has been there."""
 
     real: str
     refusal: AccessDenied | None = None
     medium: Medium | None = None
     has_run: bool = False
-    unmade: OSError | None = None
 
 
 def check_places(run: str, paths: Mapping[str, str]) -> dict[str, Medium]:
@@ -58,7 +58,7 @@ def check_places(run: str, paths: Mapping[str, str]) -> dict[str, Medium]:
     known = agent.service or any(label.startswith(("store", "peers")) for label in paths)
     known = known or any(each.has_run for each in seen.values())
     if not known and not any(each.run == run for each in known_runs.read(agent.directory)):
-        _refuse_unmade(paths, seen)
+        _refuse_unmade(paths)
     return {label: each.medium for label, each in seen.items() if each.medium is not None}
 
 
@@ -74,11 +74,11 @@ def _seen(label: str, path: str, run: str, group_access: bool) -> _Seen:
             os.path.realpath(path), has_run=os.path.isdir(os.path.join(path, run_key(run)))
         )
         if label.startswith("disk"):
-            refusal, unmade = _refusal(label, path, group_access), _unmade(path)
-            seen = _Seen(seen.real, refusal, medium_of(Path(path)), seen.has_run, unmade)
+            refusal = _refusal(label, path, group_access)
+            seen = _Seen(seen.real, refusal, medium_of(Path(path)), seen.has_run)
 
     with contextlib.suppress(NoThread):
-        in_time(look, _LOOK_TIMEOUT_S, name="mtckpt-look")
+        in_time(look, _LOOK_TIMEOUT_S, name=_LOOK)
     return seen
 
 
@@ -98,21 +98,29 @@ def _refuse_one_directory(seen: Mapping[str, _Seen]) -> None:
             )
 
 
-def _refuse_unmade(paths: Mapping[str, str], seen: Mapping[str, _Seen]) -> None:
+def _refuse_unmade(paths: Mapping[str, str]) -> None:
     """Raise UsageError for a directory that cannot be made. For a run that is new: a disk that it
     has had may come back, and training goes on without it."""
-    for label, each in seen.items():
-        if each.unmade is not None:
+    for label, path in paths.items():
+        for unmade in _tried(path) if label.startswith("disk") else ():
             raise UsageError(
-                f"{label}: the directory {paths[label]} cannot be made: {each.unmade.strerror}",
+                f"{label}: the directory {path} cannot be made: {unmade.strerror}",
                 state="nothing was done",
                 actions=(
                     "give the tier a directory in one that you may write to",
                     "if it is on a disk that is not mounted: mount that",
                 ),
-                path=paths[label],
-                os_error=errno.errorcode.get(each.unmade.errno or 0),
-            ) from each.unmade
+                path=path,
+                os_error=errno.errorcode.get(unmade.errno or 0),
+            ) from unmade
+
+
+def _tried(path: str) -> list[OSError]:
+    """See ``_unmade``, alone in a list; nothing where the device does not answer in time."""
+    with contextlib.suppress(NoThread):
+        found = in_time(functools.partial(_unmade, path), _LOOK_TIMEOUT_S, name=_LOOK)
+        return [error for error in found if error is not None]
+    return []
 
 
 def _refusal(label: str, path: str, group_access: bool) -> AccessDenied | None:

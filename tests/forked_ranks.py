@@ -73,9 +73,10 @@ def _play(main: Callable[[], None], num_ranks: int, arguments: list[str]) -> boo
     """Whether all ranks ended well; the others are ended where one did not."""
     reader, writer = os.pipe()
     store = _fork(lambda: _serve_store(writer))
+    os.close(writer)
     port = os.read(reader, 16).decode()
     os.close(reader)
-    os.close(writer)
+    assert port, "what joins the ranks could not begin"
 
     def rank(number: int) -> None:
         os.environ |= {

@@ -115,8 +115,8 @@ def test_a_job_goes_on_after_the_loss_of_a_node_without_a_disk_or_store(
     restored = job.all("restore")
     assert [step for step, _ in restored] == [3] * 3
     for number, (_, sources) in enumerate(restored):
-        assert ("peers" in sources) == (number == 1)
-        assert sources.keys() <= {"ram", "peers"}
+        # Others may have given the new one its parts back by then, into its memory.
+        assert sources.keys() <= ({"ram", "peers"} if number == 1 else {"ram"})
     job.save(4)
     # Until all nodes have copies of something newer, all that was restored is kept.
     assert {rank for node in job.nodes for rank in in_memory(node).get(3, [])} == {0, 1, 2}

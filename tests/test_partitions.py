@@ -148,7 +148,9 @@ def test_a_port_that_another_job_has_by_now_is_told_nothing(patient: Job, tmp_pa
     others = Cluster(tmp_path, strangers)
     try:
         others.start()
-        others.save(1)  # a run of the same name, on the same host, of another job
+        others.save(
+            1, "local"
+        )  # nothing is counted later: a run of the same name, on the same host, of another job
         job.saved("local")
         ours, theirs = address_of(job.hosts[0], 1), address_of(strangers[0], 1)
         assert (ours.host, ours.name, theirs.host) == (bee.address, "bee", bee.address)

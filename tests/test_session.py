@@ -7,7 +7,6 @@ import functools
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 
-from mtckpt import _pieces, _room
+from mtckpt import _pieces, _room, _session
 from mtckpt._handle import Save
 from mtckpt._joining import Needs
 from mtckpt._run import Run
@@ -117,14 +116,15 @@ def test_why_no_agent_took_the_run_is_told_also_where_the_time_ends_amid_a_try(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     session = Session("r", "r", [], "", timeout_s=10, on_error=lambda *_: None)
-    errors = [AgentUnavailable("another agent has the memory"), AgentUnavailable("not in time")]
-    now_s = [0.0, 9.8]
+    errors = iter([AgentUnavailable("another has the memory"), AgentUnavailable("not in time")])
+    now_s = iter([0.0, 9.8])
 
     def refuse(_: float) -> protocol.Opened:
-        raise errors[-len(now_s)]
+        raise next(errors)
 
+    clock = SimpleNamespace(monotonic=lambda: next(now_s), sleep=lambda _: None)
     monkeypatch.setattr(session, "_open_once", refuse)
-    monkeypatch.setattr(time, "monotonic", lambda: now_s.pop(0))
+    monkeypatch.setattr(_session, "time", clock)
     with pytest.raises(AgentUnavailable, match="has the memory"):
         session._open(10.0)
 

@@ -57,6 +57,7 @@ class WarmAgents:
     def close(self) -> None:
         """End the process that agents are forked from; agents go on."""
         if self._socket is not None and self._process is not None:
+            self._socket.shutdown(socket.SHUT_RDWR)  # forks of this process have it as well
             self._socket.close()
             self._process.wait(TIMEOUT_S)
 
@@ -82,7 +83,12 @@ class WarmAgents:
         spec = {"arguments": arguments, "environment": environment}
         fds = [*options["pass_fds"], options["stderr"]]
         socket.send_fds(self._socket, [json.dumps(spec).encode()], fds)
-        code, pid = json.loads(self._socket.recv(100))
+        try:
+            code, pid = json.loads(self._socket.recv(100))
+        except TimeoutError:  # a late answer would be the next one's
+            assert self._process is not None
+            self._process.kill()
+            raise
         return code, pid
 
     def _begin(self) -> None:

@@ -88,7 +88,7 @@ def _become(script: str, said: str, environment: dict[str, str]) -> None:
     sys.path[0] = os.path.dirname(script)
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     module.__file__ = script
-    exec(compile(Path(script).read_text(), script, "exec"), module.__dict__)
+    exec(compile(Path(script).read_text(), script, "exec", dont_inherit=True), module.__dict__)
 
 
 def main(modules: list[str]) -> None:

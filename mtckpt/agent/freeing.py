@@ -64,7 +64,7 @@ class Freer:
             why = "nothing is in RAM"
         else:
             return
-        resting = is_busy(run, resting=True)
+        resting = any(tier.to_keep for tier in run.tiers.values())  # and all of those rest
         if resting and not (in_ram or run.slots):
             return
         self._tools.events.emit("ram.freed", run=run.run, reason=why, lost=not safe or None)
@@ -231,19 +231,19 @@ def why_kept(run: RunState) -> str:
     return "; ".join(slow)
 
 
-def is_busy(run: RunState, *, resting: bool = False) -> bool:
-    """Whether something is owed or under way; ``resting``: or a store only gives readers time."""
+def is_busy(run: RunState) -> bool:
+    """Whether something is owed or under way. A store that only gives readers time owes nothing."""
     return (
-        any(_is_owed(run, tier, resting=resting) for tier in run.tiers.values())
+        any(_is_owed(run, tier) for tier in run.tiers.values())
         or any(save.writing for save in run.saves.values())
         or _is_in_use(run)
     )
 
 
-def _is_owed(run: RunState, tier: TierState, *, resting: bool = False) -> bool:
+def _is_owed(run: RunState, tier: TierState) -> bool:
     """Whether something is on its way to a tier, or has still to go there."""
     return bool(
-        (tier.to_keep and (resting or not tier.resting))
+        (tier.to_keep and not tier.resting)
         or tier.small_owed
         or any(tier.label in save.writing for save in run.saves.values())
         or queue.pick_flush(tier.label, run.flushable(tier))

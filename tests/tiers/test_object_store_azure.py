@@ -166,12 +166,12 @@ def test_the_store_compares_what_it_gets(monkeypatch: pytest.MonkeyPatch) -> Non
     assert store.send(upload, 1, view, checksum, 5.0).checksum == checksum
     assert sent == [checksum, checksum]
     kept["content-md5"] = store.checksum_of(memoryview(b"other"))
-    for call in (
-        lambda: store.create("test/x/a", [view], 5.0),
-        lambda: store.send(upload, 1, view, checksum, 5.0),
+    for call, arguments in (
+        (store.create, ("test/x/a", [view], 5.0)),
+        (store.send, (upload, 1, view, checksum, 5.0)),
     ):
         with pytest.raises(Refused) as refused:
-            call()
+            call(*arguments)
         assert refused.value.kind is Kind.CORRUPTED
 
 
